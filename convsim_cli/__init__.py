@@ -1,0 +1,33 @@
+"""convsim: measure and lower the similarity between a convolutional network's feature maps, by its kernels alone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convsim_cli.minimize import minimize_
+    from convsim_cli.penalty import ConvSimPenalty
+    from convsim_cli.report import measure
+    from convsim_cli.similarity import convolutional_similarity
+
+__version__ = "0.1.0"
+__all__ = ["ConvSimPenalty", "convolutional_similarity", "measure", "minimize_"]
+
+_HOMES = {
+    "ConvSimPenalty": "penalty",
+    "convolutional_similarity": "similarity",
+    "measure": "report",
+    "minimize_": "minimize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `convsim --help` needs none of them, nor torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"convsim_cli.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

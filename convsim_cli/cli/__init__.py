@@ -1,0 +1,91 @@
+"""The command line: parse, call one function, show. Nothing here is imported by the rest."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from convsim_cli import __version__
+from convsim_cli.cli.init import init
+from convsim_cli.cli.measure import measure
+from convsim_cli.cli.train import train
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    context_settings=SETTINGS,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Measure how similar a convolutional network's feature maps are, and lower it by acting on the kernels alone.",
+    epilog="""\b
+Examples:
+  convsim init --arch resnet18 -o model.safetensors   # a fresh network, minimised before training
+  convsim init model.safetensors --preserve-norm      # in place; the former file stays as model.safetensors.bak
+  convsim measure model.safetensors                   # the similarity of every layer
+  convsim train --mode init --data-dir data           # the paper's CNN1 on CIFAR-10""",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            torch_version = version("torch")
+        except PackageNotFoundError:
+            torch_version = "missing"
+        typer.echo(f"convsim {__version__} (torch {torch_version})")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the versions of convsim and torch."
+        ),
+    ] = False,
+) -> None:
+    """Hold the options that come before a command."""
+
+
+for command in (init, measure, train):
+    app.command(context_settings=SETTINGS, epilog=command.__globals__["EXAMPLES"])(command)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed while running, 2 bad usage or input, 130 interrupted."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; an error is one line on stderr (CONVSIM_DEBUG=1: the
+    traceback)."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        print("convsim: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("CONVSIM_DEBUG") == "1":
+            raise
+        message, code = _explain(error)
+        print(f"convsim: error: {message}", file=sys.stderr)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from convsim_cli.errors import ConvsimError
+
+    if isinstance(error, ConvsimError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # a usage error of the parser
+        return f"{error.format_message()}".replace("\n", " ") or "see convsim --help", 2
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)", 1

@@ -1,0 +1,88 @@
+"""The options that several commands share, and how a command starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convsim_cli.cli.console import Console
+
+if TYPE_CHECKING:
+    import torch
+
+    from convsim_cli.checkpoint import Checkpoint
+    from convsim_cli.kernels import Patterns, Selection
+
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0)]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")]
+
+IncludeOption = Annotated[
+    list[str],
+    typer.Option(
+        "--include", metavar="GLOB", help="Only tensors with such names; 3-D and 5-D ones join only this way."
+    ),
+]
+ExcludeOption = Annotated[list[str], typer.Option("--exclude", metavar="GLOB", help="Not the tensors with such names.")]
+GroupsOption = Annotated[list[str], typer.Option("--groups", metavar="GLOB=N", help="Such layers have N groups.")]
+TransposedOption = Annotated[
+    list[str], typer.Option("--transposed", metavar="GLOB", help="Such layers are transposed convolutions.")
+]
+
+CheckpointArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CHECKPOINT]", help="A .safetensors, .pt, .pth, .th, .bin or .ckpt file.", show_default=False
+    ),
+]
+ArchOption = Annotated[
+    str | None,
+    typer.Option("--arch", metavar="NAME", help="The network: cnn1, cnn2, cnn:WIDTH or resnet18.", show_default=False),
+]
+
+
+def start(device: str, console: Console) -> torch.device:
+    """Return the device, saying which one `auto` took."""
+    from convsim_cli.device import resolve_device
+
+    found = resolve_device(device)
+    if device == "auto":
+        console.note(f"device: {found}")
+    return found
+
+
+def make_patterns(include: list[str], exclude: list[str], groups: list[str], transposed: list[str]) -> Patterns:
+    """Return the user's corrections. Raises InputError for a --groups without a number."""
+    from convsim_cli.errors import InputError
+    from convsim_cli.kernels import Patterns
+
+    parsed = []
+    for item in groups:
+        glob, separator, number = item.rpartition("=")
+        if not separator or not number.isdecimal() or int(number) < 1:
+            raise InputError(f"--groups {item!r}: expected GLOB=N with N ≥ 1, for instance 'layer3.*=32'")
+        parsed.append((glob, int(number)))
+    return Patterns(include, exclude, parsed, transposed)
+
+
+def note_choice(checkpoint: Checkpoint, console: Console) -> None:
+    """Say what a reader of the file had to choose between."""
+    if checkpoint.note:
+        console.note(checkpoint.note)
+
+
+def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
+    """Return the `skipped` list of a JSON document."""
+    return [{"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in selection.skipped]
+
+
+def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:
+    """Say what was left out, a line per reason."""
+    reasons: dict[str, list[str]] = {}
+    for entry in skipped:
+        reasons.setdefault(entry["reason"], []).append(entry["name"])
+    for reason, names in reasons.items():
+        console.note(f"skipped {len(names)} ({reason}): {', '.join(names)}")

@@ -1,0 +1,191 @@
+"""`convsim train`: the paper's training runs, with Algorithm 1, Algorithm 2, neither, or the controls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from convsim_cli.cli.console import Console, duration
+from convsim_cli.cli.options import DeviceOption, JsonOption, QuietOption, SeedOption, start
+
+if TYPE_CHECKING:
+    from convsim_cli.experiments.runs import Run
+    from convsim_cli.experiments.training import Arguments
+
+EXAMPLES = """\b
+Examples:
+  convsim train --dataset digits --epochs 5                      # needs no download
+  convsim train --mode init --data-dir data                      # the paper's best arm, CNN1 on CIFAR-10
+  convsim train --mode reg --beta 0.001 --epochs 20 --name reg20
+  convsim train --mode init --preserve-norm --seeds 3            # similarity without the scale
+  convsim train --resume runs/reg20 --epochs 40"""
+
+_RESUMABLE = {"resume", "epochs", "as_json", "quiet"}
+
+
+def train(
+    context: typer.Context,
+    mode: Annotated[
+        Literal["baseline", "init", "reg", "rescale"],
+        typer.Option(
+            help="Nothing; Algorithm 1 before training; Algorithm 2 during it; only the scaling that init would do."
+        ),
+    ] = "baseline",
+    arch: Annotated[str, typer.Option(metavar="NAME", help="cnn1, cnn2, cnn:WIDTH or resnet18.")] = "cnn1",
+    dataset: Annotated[str, typer.Option(metavar="NAME", help="cifar10 or digits.")] = "cifar10",
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")] = Path(
+        "data"
+    ),
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from this checkpoint.", show_default=False)
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Number of epochs.", min=1)] = 100,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per step.", min=1)] = 512,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD, above 0.")] = 0.01,
+    momentum: Annotated[float, typer.Option(help="Momentum of SGD.", min=0)] = 0.0,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="L2 penalty of SGD.", min=0)] = 0.0,
+    iterations: Annotated[int, typer.Option(help="Iterations of Algorithm 1 (init, rescale).", min=0)] = 500,
+    init_lr: Annotated[float, typer.Option("--init-lr", help="Adam's step size in Algorithm 1.")] = 0.001,
+    preserve_norm: Annotated[
+        bool, typer.Option("--preserve-norm", help="init: hold every filter at its own norm.")
+    ] = False,
+    rescale: Annotated[
+        bool,
+        typer.Option(
+            "--rescale", help="init --preserve-norm: then scale the filters to the norms that raw init would give."
+        ),
+    ] = False,
+    beta: Annotated[float, typer.Option(help="reg: weight on L_CS, dimensionless.", min=0)] = 0.001,
+    beta_schedule: Annotated[
+        Literal["constant", "loss"],
+        typer.Option("--beta-schedule", help="reg: constant, or falling with the task loss."),
+    ] = "constant",
+    pairs: Annotated[
+        Literal["all", "neighbours"],
+        typer.Option(help="reg: all pairs (Eq. 10), or what the authors' public code sums."),
+    ] = "all",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Full float32, or bfloat16 autocast.")] = "fp32",
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, …", min=1, show_default=False)
+    ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option("--limit-train", help="Only the first N training images.", min=1)
+    ] = None,
+    limit_test: Annotated[int | None, typer.Option("--limit-test", help="Only the first N test images.", min=1)] = None,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with this run's folder; only --epochs may differ.", show_default=False),
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Bit-exact on CUDA too; the CPU always is.")
+    ] = False,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a network and keep its results in a folder: args.json, results.csv, best and last weights, summary.json.
+
+    The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. Stopped at any moment, a
+    run goes on with --resume, to the same result.
+    """
+    console = Console(quiet, as_json)
+    if resume is not None:
+        runs = [_resumed(context, resume, epochs)]
+        start(runs[0].arguments.device, console)
+    else:
+        arguments = _arguments(context.params, str(start(device, console)))
+        runs = _new_runs(arguments, run_dir, name, seeds)
+    summaries = [_execute(run, console) for run in runs]
+    _show(runs, summaries, console)
+
+
+def _arguments(given: dict[str, Any], device: str) -> Arguments:
+    from dataclasses import fields
+
+    from convsim_cli.experiments.training import Arguments
+
+    values = given | {"compile": given["compile_"], "device": device}
+    for key in ("data_dir", "weights"):
+        values[key] = None if values[key] is None else str(values[key])
+    arguments = Arguments(**{field.name: values[field.name] for field in fields(Arguments)})
+    arguments.check()
+    return arguments
+
+
+def _new_runs(arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None) -> list[Run]:
+    from convsim_cli.experiments.runs import create_run
+
+    if seeds is None:
+        return [create_run(arguments, run_dir, name)]
+    stem = name or f"{arguments.arch}-{arguments.mode}".replace(":", "")
+    return [create_run(replace(arguments, seed=seed), run_dir, f"{stem}-s{seed}") for seed in range(seeds)]
+
+
+def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
+    """The run to go on with. Options that say something else than its args.json are refused, all but --epochs."""
+    from convsim_cli.errors import InputError
+    from convsim_cli.experiments.runs import open_run
+
+    given = {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    run = open_run(folder, epochs if "epochs" in given else None)
+    for key in sorted(given - _RESUMABLE):
+        wanted, had = context.params[key], getattr(run.arguments, key.rstrip("_"), None)
+        if str(wanted) != str(had):
+            raise InputError(
+                f"--{key.strip('_').replace('_', '-')} {wanted}: the run {folder} has {had}; "
+                "with --resume only --epochs may differ"
+            )
+    return run
+
+
+def _execute(run: Run, console: Console) -> dict[str, Any]:
+    from convsim_cli.experiments.runs import execute
+
+    how = run.arguments
+    console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")
+    with console.epochs(how.epochs) as listener:
+        try:
+            return execute(run, listener)
+        except KeyboardInterrupt:
+            console.note(f"stopped; go on with: convsim train --resume {run.folder}")
+            raise
+
+
+def _show(runs: list[Run], summaries: list[dict[str, Any]], console: Console) -> None:
+    documents = [
+        {
+            "run": str(run.folder),
+            "mode": run.arguments.mode,
+            "arch": run.arguments.arch,
+            "seed": run.arguments.seed,
+            **summary,
+        }
+        for run, summary in zip(runs, summaries, strict=True)
+    ]
+    if console.as_json:
+        return console.document("train", {"runs": documents, "mean": _spread(documents)})
+    keys = ("best_test_accuracy", "best_epoch", "last_test_accuracy", "last_train_accuracy", "cs", "images_per_second")
+    rows = [
+        [document["run"], *(document[key] for key in keys), duration(document["seconds"])] for document in documents
+    ]
+    console.table(["run", *keys, "time"], rows)
+    if len(documents) > 1:
+        for key, spread in _spread(documents).items():
+            console.note(
+                f"{key.replace('_', ' ')}: {spread['mean']:.2f} ± {spread['std']:.2f} % over {len(documents)} seeds"
+            )
+
+
+def _spread(documents: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    found = {key: [document[key] for document in documents] for key in ("best_test_accuracy", "last_test_accuracy")}
+    return {
+        key: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None} for key, values in found.items()
+    }

@@ -1,0 +1,280 @@
+"""A run's folder: its arguments, its results, its checkpoints, and how it goes on after an interruption.
+
+`args.json` (the arguments), `results.csv` (a row per epoch), `best.safetensors` and `last.safetensors`, `state.pt` (all
+that a bit-exact resume needs) and, once finished, `summary.json`. Every file is replaced whole, and `state.pt` last: it
+alone says how far the run has come, and a run that was killed does the unfinished epoch again, to the same result.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from convsim_cli.atomic import replace_file
+from convsim_cli.checkpoint import open_checkpoint, save_state_dict
+from convsim_cli.errors import InputError
+from convsim_cli.experiments.datasets import Dataset, load_dataset
+from convsim_cli.experiments.networks import build_network, count_parameters, load_weights
+from convsim_cli.experiments.training import Arguments, Trainer, preparation_steps, prepare_
+from convsim_cli.kernels import module_kernels
+from convsim_cli.report import feature_maps
+
+COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
+FEATURE_MAP_IMAGES = 16  # test images that the summary's fm_cos is taken over
+
+Row = dict[str, Any]
+
+
+class Listener(Protocol):
+    """What a run tells whoever watches."""
+
+    def phase(self, name: str, steps: int) -> None:
+        """A new phase begins: `init`, then `epoch N`."""
+
+    def advance(self, steps: int) -> None:
+        """Steps of the phase were done."""
+
+    def row(self, row: Row) -> None:
+        """An epoch ended."""
+
+
+class Silence:
+    """A listener that says nothing."""
+
+    def phase(self, name: str, steps: int) -> None: ...
+
+    def advance(self, steps: int) -> None: ...
+
+    def row(self, row: Row) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and its arguments."""
+
+    folder: Path
+    arguments: Arguments
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
+    """Make a folder of its own for a new run, without a name one called after the arguments.
+
+    Raises InputError where the given name is taken; never shares a folder with another process.
+    """
+    stem = name or f"{arguments.arch}-{arguments.mode}-s{arguments.seed}".replace(":", "").replace("/", "-")
+    if Path(stem).name != stem or stem in (".", ".."):
+        raise InputError(f"--name {stem!r}: expected a plain folder name; its place is --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = run_dir / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if name:
+                raise InputError(
+                    f"{folder}: there already; go on with --resume {folder}, or take another --name"
+                ) from None
+            continue
+        run = Run(folder, arguments)
+        _write_json(folder / "args.json", asdict(arguments))
+        return run
+    raise InputError(f"{run_dir}: holds 9,999 runs called {stem}; take another --name")
+
+
+def open_run(folder: Path, epochs: int | None = None) -> Run:
+    """Open a run's folder to go on with it, to more epochs where given.
+
+    Raises InputError for a folder that is not a run, and for arguments that this version does not know.
+    """
+    path = folder / "args.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a run's folder (no readable args.json)") from error
+    known = {field.name for field in fields(Arguments)}
+    if not isinstance(values, dict) or set(values) - known:
+        raise InputError(f"{path}: unknown arguments {', '.join(sorted(set(values) - known))}")
+    arguments = Arguments(**values)
+    return Run(folder, arguments if epochs is None else replace(arguments, epochs=epochs))
+
+
+def execute(run: Run, listener: Listener | None = None, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Train a run to its number of epochs, from its last whole epoch where it has any, and return its summary.
+
+    Raises DivergedError (the last good checkpoint is kept), InputError for a `state.pt` that is torn or another run's,
+    and for a run that another process is working on.
+    """
+    listener = listener or Silence()
+    arguments = run.arguments
+    arguments.check()
+    with _locked(run.folder):
+        data = dataset or load_dataset(arguments.dataset, Path(arguments.data_dir))
+        data = data.limited(arguments.limit_train, arguments.limit_test)
+        state = _read_state(run)
+        trainer, progress = _resume(run, data, state) if state else _start(run, data, listener)
+        if state and arguments.epochs != state["arguments"]["epochs"]:
+            _write_json(run.folder / "args.json", asdict(arguments))
+        while trainer.epoch < arguments.epochs:
+            listener.phase(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps)
+            row = trainer.run_epoch(listener.advance)
+            progress["history"].append(row)
+            _save(run, trainer, progress)
+            listener.row(row)
+        summary = _summary(trainer, progress)
+        _write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def read_results(folder: Path) -> list[Row]:
+    """Return a run's `results.csv` as rows of numbers. Raises InputError where there is none."""
+    try:
+        with (folder / "results.csv").open(newline="") as file:
+            return [
+                {key: int(value) if key == "epoch" else float(value) for key, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a run's folder (no readable results.csv)") from error
+
+
+def network_with_weights(arguments: Arguments, classes: int) -> nn.Module:
+    """Return the fresh network of a run, with the tensors of its `weights` file where it names one."""
+    model = build_network(arguments.arch, classes, arguments.seed)
+    if arguments.weights:
+        load_weights(model, open_checkpoint(Path(arguments.weights)))
+    return model
+
+
+def sample_maps(model: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float | None]:
+    """Return `fm_cos` per layer on the first test images."""
+    images = dataset.normalise(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
+    kernels = module_kernels(model).kernels
+    return {name: figures["fm_cos"] for name, figures in feature_maps(model, kernels, [images]).items()}
+
+
+def _start(run: Run, data: Dataset, listener: Listener) -> tuple[Trainer, dict[str, Any]]:
+    arguments, device = run.arguments, torch.device(run.arguments.device)
+    model = network_with_weights(arguments, data.classes).to(device)
+    torch.manual_seed(arguments.seed)
+    steps = preparation_steps(model, arguments)
+    if steps:
+        listener.phase("init", steps)
+        prepare_(model, arguments, listener.advance)
+    trainer = Trainer(model, data, arguments, device)
+    progress: dict[str, Any] = {"history": [], "fm_cos_start": sample_maps(model, data, device)}
+    _save(run, trainer, progress)
+    return trainer, progress
+
+
+def _resume(run: Run, data: Dataset, state: dict[str, Any]) -> tuple[Trainer, dict[str, Any]]:
+    arguments, device = run.arguments, torch.device(run.arguments.device)
+    trainer = Trainer(build_network(arguments.arch, data.classes, arguments.seed), data, arguments, device)
+    trainer.load_state(state["trainer"])
+    _write_results(run.folder, state["progress"]["history"])
+    return trainer, state["progress"]
+
+
+def _save(run: Run, trainer: Trainer, progress: dict[str, Any]) -> None:
+    history: list[Row] = progress["history"]
+    record = {
+        "convsim.epoch": str(trainer.epoch),
+        "convsim.mode": run.arguments.mode,
+        "convsim.arch": run.arguments.arch,
+    }
+    weights = trainer.model.state_dict()
+    save_state_dict(weights, run.folder / "last.safetensors", record)
+    if history and history[-1]["test_accuracy"] > max((row["test_accuracy"] for row in history[:-1]), default=-1.0):
+        save_state_dict(weights, run.folder / "best.safetensors", record)
+    _write_results(run.folder, history)
+    state = {"arguments": asdict(run.arguments), "progress": progress, "trainer": trainer.state()}
+    replace_file(run.folder / "state.pt", lambda file: torch.save(state, file))
+
+
+def _read_state(run: Run) -> dict[str, Any] | None:
+    path = run.folder / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        former = state["arguments"]
+    except Exception as error:  # whatever a torn pickle raises
+        raise InputError(
+            f"{path}: damaged ({type(error).__name__}); the run cannot go on, its last.safetensors may be whole"
+        ) from error
+    for key, value in asdict(run.arguments).items():
+        if key != "epochs" and former.get(key) != value:
+            raise InputError(f"{path}: belongs to a run with {key} = {former.get(key)!r}, args.json says {value!r}")
+    if run.arguments.epochs < state["trainer"]["epoch"]:
+        raise InputError(
+            f"{run.folder}: has done {state['trainer']['epoch']} epochs, --epochs {run.arguments.epochs} is fewer"
+        )
+    return state
+
+
+def _summary(trainer: Trainer, progress: dict[str, Any]) -> dict[str, Any]:
+    history: list[Row] = progress["history"]
+    best = max(history, key=lambda row: row["test_accuracy"])
+    seconds = sum(row["seconds"] for row in history)
+    return {
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "last_test_accuracy": history[-1]["test_accuracy"],
+        "mean_last5_test_accuracy": mean(row["test_accuracy"] for row in history[-5:]),
+        "last_train_accuracy": history[-1]["train_accuracy"],
+        "cs": history[-1]["cs"],
+        "fm_cos": {
+            "start": progress["fm_cos_start"],
+            "end": sample_maps(trainer.model, trainer.dataset, trainer.device),
+        },
+        "parameters": count_parameters(trainer.model),
+        "epochs": len(history),
+        "seconds": seconds,
+        "images_per_second": len(history) * len(trainer.dataset.train) / seconds,
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder itself locked: the lock goes with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is working on this run") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_results(folder: Path, history: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    _write_text(folder / "results.csv", text.getvalue())
+
+
+def _write_json(path: Path, document: Any) -> None:
+    _write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    data = text.encode()
+    replace_file(path, lambda file: file.write(data))

@@ -1,0 +1,47 @@
+"""Where kernels come from: a checkpoint by itself, a checkpoint with its network, or a fresh network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from convsim_cli.checkpoint import Checkpoint, StateDict, open_checkpoint
+from convsim_cli.errors import InputError
+from convsim_cli.experiments.networks import build_network, load_weights
+from convsim_cli.kernels import Patterns, Selection, file_kernels, module_kernels
+
+
+@dataclass
+class Source:
+    """A checkpoint, the kernels chosen in it, and the network with the checkpoint's weights where `--arch` named
+    one."""
+
+    checkpoint: Checkpoint
+    selection: Selection
+    model: nn.Module | None = None
+    names: dict[str, str] | None = None  # the network's name → the checkpoint's, of every tensor
+
+
+def open_source(path: Path | None, arch: str | None, patterns: Patterns | None = None, seed: int = 0) -> Source:
+    """Open a checkpoint, a network by name, or a checkpoint into a network.
+
+    Raises CheckpointError for a file that cannot be read, InputError for an unknown network, a checkpoint that does
+    not fit it, patterns that match nothing, or neither path nor arch.
+    """
+    patterns = patterns or Patterns()
+    if arch is None:
+        if path is None:
+            raise InputError("name a CHECKPOINT, or a fresh network with --arch")
+        checkpoint = open_checkpoint(path)
+        return Source(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.shared))
+    if patterns.groups or patterns.transposed:
+        raise InputError("--groups and --transposed correct what a file leaves open; with --arch the network tells")
+    model = build_network(arch, seed=seed)
+    if path is None:
+        checkpoint = StateDict(Path(arch), model.state_dict())
+        return Source(checkpoint, module_kernels(model, patterns), model)
+    checkpoint = open_checkpoint(path)
+    names = load_weights(model, checkpoint)
+    return Source(checkpoint, module_kernels(model, patterns, names), model, names)

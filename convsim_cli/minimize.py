@@ -1,0 +1,184 @@
+"""Algorithm 1: minimise L_CS of the kernels alone, before training.
+
+Layers are independent under Adam and SGD, so each is minimised by itself and one layer's state is held at a time.
+Kernels stay in the layout that the products like; the loop never waits for the device but for a look at the loss every
+50 iterations.
+
+Raw, as in the paper, the objective is homogeneous of degree 4 and mostly shrinks the filters. `preserve_norm` holds
+every filter at its own L2 norm: the gradient is projected onto the tangent space before the optimiser sees it, and the
+filter rescaled after the step; rescaling alone does not work under Adam, whose steps do not depend on the gradient's
+length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.kernels import Kernel, Patterns, Selection, module_kernels, weight_of
+from convsim_cli.precision import full_precision
+from convsim_cli.report import Record, describe, kernel_figures
+from convsim_cli.similarity import Taps, similarity, similarity_gradient
+
+LOOK_EVERY = 50  # iterations between looks at the loss
+
+Advance = Callable[[int], None]  # told how many iterations have been done since the last call
+
+
+@dataclass(frozen=True)
+class Minimisation:
+    """How to minimise: the paper's settings (section 4.2) unless given.
+
+    iterations: ≥ 0; lr: step size, > 0; preserve_norm: hold every filter at its own L2 norm; tol: stop a layer when 50
+    iterations lower its loss by less than this share, 0 to never stop.
+    """
+
+    iterations: int = 500
+    lr: float = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    preserve_norm: bool = False
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0 or self.lr <= 0 or self.tol < 0 or self.optimizer not in ("adam", "sgd"):
+            raise InputError(
+                "expected iterations ≥ 0, lr > 0, tol ≥ 0 and optimizer adam or sgd, "
+                f"got {self.iterations}, {self.lr}, {self.tol} and {self.optimizer!r}"
+            )
+
+    @property
+    def objective(self) -> str:
+        return "norm-preserving" if self.preserve_norm else "raw"
+
+    def select(self, selection: Selection) -> Selection:
+        """Leave out what this objective cannot act on: under `preserve_norm`, kernels whose L_CS is pure norm."""
+        if not self.preserve_norm:
+            return selection
+        kept = Selection(skipped=list(selection.skipped))
+        for kernel in selection.kernels:
+            kept.add(kernel, "1×1: its L_CS is pure norm, which --preserve-norm holds" if kernel.pointwise else None)
+        return kept
+
+
+def minimize_(
+    model: nn.Module,
+    iterations: int = 500,
+    *,
+    lr: float = 1e-3,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    preserve_norm: bool = False,
+    tol: float = 0.0,
+    advance: Advance | None = None,
+) -> list[Record]:
+    """Minimise L_CS of every convolution of a module, in place, and return a record per layer (Algorithm 1).
+
+    iterations ≥ 0, lr > 0, tol ≥ 0: see `Minimisation`. advance: called with the number of iterations done since the
+    last call. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
+    `norm`. Raises InputError for a kernel with NaN or Inf and DivergedError for a loss that stops being finite; the
+    model is then untouched.
+
+    >>> from torch import nn
+    >>> record = minimize_(nn.Sequential(nn.Conv2d(3, 8, 3)), iterations=100)[0]
+    >>> record["after"]["cs"] < record["before"]["cs"]
+    True
+    """
+    how = Minimisation(iterations, lr, optimizer, preserve_norm, tol)
+    kernels = how.select(module_kernels(model, Patterns())).kernels
+    done = [(kernel, *minimize_kernel(kernel, weight_of(model, kernel).detach(), how, advance)) for kernel in kernels]
+    with torch.no_grad():
+        for kernel, weight, _ in done:
+            weight_of(model, kernel).copy_(weight)
+    return [record for _, _, record in done]
+
+
+def minimize_kernel(
+    kernel: Kernel, weight: Tensor, how: Minimisation, advance: Advance | None = None
+) -> tuple[Tensor, Record]:
+    """Return the minimised weight, in the stored shape and dtype, on its device, and the layer's record.
+
+    weight: as stored, untouched. Half types are minimised in float32 and cast back. Raises InputError, DivergedError.
+    """
+    before = _figures(kernel, weight)
+    filters = kernel.to_filters(weight.detach().clone())
+    with full_precision(weight.device):
+        minimize_filters_(filters, kernel.taps, how, kernel.name, advance)
+    minimised = kernel.to_stored(filters, weight.dtype)
+    if not bool(torch.isfinite(minimised).all()):
+        raise DivergedError(
+            f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower --lr"
+        )
+    return minimised, {**describe(kernel), "before": before, "after": _figures(kernel, minimised)}
+
+
+def minimize_filters_(
+    filters: Tensor, taps: Taps, how: Minimisation, name: str, advance: Advance | None = None
+) -> None:
+    """Minimise L_CS of filters `[groups, S / groups, N, C]` in place. Raises DivergedError with the layer's name."""
+    filters.requires_grad_()  # what optimisers take; no graph is ever built
+    optimiser = _optimiser(filters, how)
+    former = math.inf
+    with torch.no_grad():
+        norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+        done = 0
+        while done < how.iterations:
+            block = min(LOOK_EVERY, how.iterations - done)
+            for _ in range(block):
+                filters.grad = similarity_gradient(filters, taps)
+                if how.preserve_norm:
+                    _project_(filters.grad, filters, norms)
+                optimiser.step()
+                if how.preserve_norm:
+                    _rescale_(filters, norms)
+            done += block
+            loss = similarity(filters, taps).item()
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"{name}: L_CS is {loss} after {done} iterations at lr {how.lr:g}; nothing was written, lower --lr"
+                )
+            if advance:
+                advance(block)
+            if former - loss < how.tol * former < math.inf:
+                break
+            former = loss
+    if advance and done < how.iterations:
+        advance(how.iterations - done)
+    filters.requires_grad_(False).grad = None
+
+
+def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
+    """Return `weight` with each filter scaled to the L2 norm that it has in `norms_of`, both as stored.
+
+    The control for what shrinking alone does: directions of one, norms of the other. A zero filter stays zero.
+    """
+    filters, target = kernel.to_filters(weight.detach().clone()), kernel.to_filters(norms_of.detach())
+    _rescale_(filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
+    return kernel.to_stored(filters, weight.dtype)
+
+
+def _optimiser(filters: Tensor, how: Minimisation) -> torch.optim.Optimizer:
+    fused = filters.device.type in ("cpu", "cuda", "mps")
+    if how.optimizer == "sgd":
+        return torch.optim.SGD([filters], lr=how.lr, fused=fused)
+    return torch.optim.Adam([filters], lr=how.lr, fused=fused)
+
+
+def _project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
+    """g −= ⟨g, K_i⟩ K_i / ‖K_i‖²: what is left moves the filter along its sphere."""
+    along = (gradient * filters).sum(dim=(-2, -1), keepdim=True) / torch.where(norms > 0, norms.square(), 1)
+    gradient.addcmul_(along, filters, value=-1)
+
+
+def _rescale_(filters: Tensor, norms: Tensor) -> None:
+    present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    filters.mul_(torch.where(present > 0, norms / present, 0))
+
+
+def _figures(kernel: Kernel, weight: Tensor) -> dict[str, Any]:
+    figures = kernel_figures(kernel, weight)
+    return {key: figures[key] for key in ("cs", "ncs", "norm")}

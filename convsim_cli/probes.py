@@ -1,0 +1,127 @@
+"""Inputs to probe layers with, and the similarity of the feature maps that come out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.kernels import Kernel
+from convsim_cli.precision import full_precision
+
+ProbeName = Literal["white", "uniform", "natural"]
+PROBES: tuple[str, ...] = get_args(ProbeName)
+
+_SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
+_GRAM_ELEMENTS = 1 << 24  # inputs are taken in chunks so that maps and their Gram product stay below this
+
+
+def make_inputs(probe: str, samples: int, channels: int, space: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Return synthetic inputs `[samples, channels, *space]` in float32, the same for the same seed on every device.
+
+    probe: `white` N(0, 1); `uniform` U(0, 1), the paper's; `natural`: independent channels of random phase whose
+    amplitude falls as 1/f, each of zero mean and unit variance. Raises InputError for another name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (samples, channels, *space)
+    if probe == "white":
+        return torch.randn(shape, generator=generator)
+    if probe == "uniform":
+        return torch.rand(shape, generator=generator)
+    if probe == "natural":
+        return _natural(torch.randn(shape, generator=generator))
+    raise InputError(f"unknown input {probe!r}: {did_you_mean(probe, PROBES)}")
+
+
+def probe_kernel(
+    kernel: Kernel, weight: Tensor, probe: str = "white", samples: int = 16, side: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Return the feature-map figures of a layer by itself: inputs of its own channels, stride 1, full padding.
+
+    weight: as stored, on the device to compute on. side: pixels along each axis, 32 for 2-D kernels unless given.
+    """
+    axes = len(kernel.taps)
+    space = (side or _SIDE[axes],) * axes
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[axes - 1]
+    filters = kernel.to_convolution(weight).float()
+    padding = tuple(k - 1 for k in kernel.taps)
+    similarity = FeatureMapSimilarity(kernel.groups)
+    inputs = make_inputs(probe, samples, kernel.channels, space, seed)
+    for images in inputs.split(similarity.chunk(kernel.filters, *inputs.shape[2:])):
+        with full_precision(weight.device), torch.inference_mode():
+            similarity.update(convolve(images.to(weight.device), filters, padding=padding, groups=kernel.groups))
+    return similarity.result()
+
+
+class FeatureMapSimilarity:
+    """Running similarity of feature maps over inputs: `fm_cos`, `fm_inner2` and the count of `dead` filters.
+
+    fm_cos: mean over inputs and pairs of |cos(F_i, F_j)|, None at a single output position or without a pair of maps;
+    fm_inner2: the paper's, mean over inputs and pairs of ⟨F_i, F_j⟩². Pairs are i < j within a group; a map that is
+    zero has no angle and is left out of the cosines; dead are the filters whose map is zero on every input.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        self._groups = groups
+        self._positions = 0
+        self._inputs = 0
+        self._cosines: Tensor | float = 0.0
+        self._angles: Tensor | float = 0.0
+        self._products: Tensor | float = 0.0
+        self._seen: Tensor | None = None
+
+    def chunk(self, filters: int, *space: int) -> int:
+        """Return how many inputs to take at once, so that memory stays bounded whatever the layer."""
+        positions = 1
+        for side in space:
+            positions *= side
+        return max(1, _GRAM_ELEMENTS // max(filters * filters // self._groups, filters * positions))
+
+    def update(self, maps: Tensor) -> None:
+        """Add maps `[inputs, S, *space]`, the convolution's output without its bias. Waits for no device."""
+        maps = maps.detach().float().unflatten(1, (self._groups, -1)).flatten(3)
+        inputs, _, count, self._positions = maps.shape
+        peak = maps.abs().amax(-1, keepdim=True)  # squares of very small or large maps leave float32's range
+        unit = maps / torch.where(peak > 0, peak, 1)
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        unit = unit / torch.where(norm > 0, norm, 1)
+        with full_precision(maps.device):
+            cosines = unit @ unit.mT
+        cosines.diagonal(dim1=-2, dim2=-1).zero_()
+        live = (peak > 0).squeeze(-1)
+        pairs = live.sum(-1)
+        wide = torch.float32 if maps.device.type == "mps" else torch.float64
+        length = (norm.to(wide) * peak.to(wide)).square()
+        self._cosines = self._cosines + cosines.abs().sum(dtype=wide) / 2
+        self._angles = self._angles + (pairs * (pairs - 1)).sum() / 2
+        self._products = self._products + (cosines.to(wide).square() * length * length.mT).sum() / 2
+        self._inputs += inputs * self._groups * count * (count - 1) // 2
+        alive = live.any(0)
+        self._seen = alive if self._seen is None else self._seen | alive
+
+    def result(self) -> dict[str, Any]:
+        """Return the figures so far; None where no number can be given."""
+        angles = float(self._angles)
+        defined = self._positions > 1 and angles > 0
+        return {
+            "fm_cos": float(self._cosines) / angles if defined else None,
+            "fm_inner2": float(self._products) / self._inputs if self._inputs else None,
+            "dead": int((~self._seen).sum()) if self._seen is not None else None,
+        }
+
+
+def _natural(noise: Tensor) -> Tensor:
+    """Give white noise the amplitude 1/f at its own random phases."""
+    space = noise.shape[2:]
+    axes = tuple(range(2, noise.ndim))
+    frequency = torch.zeros(())
+    for axis, side in enumerate(space):
+        steps = torch.fft.rfftfreq(side) if axis == len(space) - 1 else torch.fft.fftfreq(side)
+        frequency = frequency.unsqueeze(-1) + steps.square()
+    amplitude = frequency.sqrt().reciprocal()
+    amplitude[(0,) * len(space)] = 0  # zero mean
+    spectrum = torch.fft.rfftn(noise, dim=axes)
+    images = torch.fft.irfftn(spectrum / spectrum.abs().clamp_min(1e-12) * amplitude, s=space, dim=axes)
+    return images / images.std(dim=axes, keepdim=True, correction=0)

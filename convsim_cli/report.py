@@ -1,0 +1,193 @@
+"""The per-layer report: what scaling moves, and what it cannot move.
+
+Keys of a record: `cs` L_CS (Eq. 10); `ncs` L_CS free of scale; `kernel_cos` mean |cos| of filter pairs; `fm_cos` mean
+|cos| of feature-map pairs; `fm_inner2` the paper's feature-map similarity; `norm` ‖W‖; `dead` filters that are zero or
+whose map is zero on every input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import Kernel, Selection, is_convolution, module_kernels, weight_of
+from convsim_cli.precision import full_precision
+from convsim_cli.probes import FeatureMapSimilarity, probe_kernel
+from convsim_cli.similarity import normalised_similarity, similarity
+
+Record = dict[str, Any]
+
+
+def measure(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Record]:
+    """Return a record per convolution of a network, its feature maps taken from running the images through it.
+
+    images: one batch `[B, C, …]`, or several, on the model's device. The model is run in evaluation mode, without
+    autocast or TF32, and left as it was. A layer that was never called has null feature-map figures. Raises InputError
+    for a kernel with NaN or Inf. Source: the keys' formulas in this module's head.
+
+    >>> from torch import nn
+    >>> record = measure(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 32, 32))[0]
+    >>> record["name"], record["shape"], record["dead"]
+    ('0.weight', [8, 3, 3, 3], 0)
+    """
+    kernels = module_kernels(model).kernels
+    maps = feature_maps(model, kernels, [images] if isinstance(images, Tensor) else images)
+    return [layer_record(kernel, weight_of(model, kernel).detach(), maps[kernel.name]) for kernel in kernels]
+
+
+def measure_file(
+    selection: Selection,
+    load: Callable[[str], Tensor],
+    probe: str = "white",
+    samples: int = 16,
+    side: int | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> Iterator[Record]:
+    """Yield a record per selected kernel, each layer probed by itself (see `probes.probe_kernel`).
+
+    load: gives a tensor by its name. Raises InputError for a kernel with NaN or Inf.
+    """
+    for kernel in selection.kernels:
+        weight = load(kernel.name).to(device or torch.device("cpu"))
+        check_finite(kernel, weight)
+        yield layer_record(kernel, weight, probe_kernel(kernel, weight, probe, samples, side, seed))
+
+
+def layer_record(kernel: Kernel, weight: Tensor, maps: Mapping[str, Any]) -> Record:
+    """Join what a layer is, its kernel figures and its feature-map figures (`fm_cos`, `fm_inner2`, `dead`)."""
+    figures = kernel_figures(kernel, weight)
+    zero = figures.pop("zero")
+    dead = zero if maps["dead"] is None else max(zero, maps["dead"])
+    return {
+        **describe(kernel),
+        **figures,
+        **{k: maps[k] for k in ("fm_cos", "fm_inner2")},
+        "norm": figures["norm"],
+        "dead": dead,
+    }
+
+
+def describe(kernel: Kernel) -> Record:
+    """Return the keys that say which layer a record is of."""
+    return {"name": kernel.name, "shape": list(kernel.shape), "groups": kernel.groups, "assumed": kernel.assumed}
+
+
+def kernel_figures(kernel: Kernel, weight: Tensor) -> Record:
+    """Return `cs`, `ncs`, `kernel_cos`, `norm` and the number of `zero` filters of a stored weight, in float64.
+
+    `ncs` and `kernel_cos` are None where fewer than two filters of a group are non-zero. Raises InputError for NaN or
+    Inf.
+    """
+    check_finite(kernel, weight)
+    weight = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
+    filters = kernel.to_filters(weight)
+    unit, live = _unit_filters(filters)
+    pairs = (live * (live - 1)).sum().item() / 2
+    dense = kernel.to_convolution(weight)
+    with full_precision(weight.device):
+        cosines = unit @ unit.mT
+        cosines.diagonal(dim1=-2, dim2=-1).zero_()
+        value = similarity(filters, kernel.taps).item()
+    ncs = 1.0 if kernel.pointwise else normalised_similarity(dense, kernel.groups).item()
+    return {
+        "cs": _finite(value),
+        "ncs": ncs if pairs else None,
+        "kernel_cos": cosines.abs().sum().item() / 2 / pairs if pairs else None,
+        "norm": _finite(torch.linalg.vector_norm(weight).item()),
+        "zero": int(filters.shape[0] * filters.shape[1] - live.sum().item()),
+    }
+
+
+def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> None:
+    """Raise InputError, naming the tensor (and the file it is in), where a kernel holds NaN or Inf."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        file = f"{where}: " if where else ""
+        raise InputError(
+            f"{file}{kernel.name} {list(kernel.shape)}: {bad} of {weight.numel()} values are NaN or Inf; "
+            "mend it, or leave it out (--exclude)"
+        )
+
+
+def feature_maps(
+    model: nn.Module, kernels: Iterable[Kernel], batches: Iterable[Tensor], names: Mapping[str, str] | None = None
+) -> dict[str, Record]:
+    """Run batches through a network and return the feature-map figures of each kernel's layer, by the kernel's name.
+
+    names: the model's name of a tensor → the kernel's, where they differ. The network runs in evaluation mode and is
+    left in the mode it was in. One layer's maps are held at a time.
+    """
+    kernels = list(kernels)
+    similarities = {kernel.name: FeatureMapSimilarity(kernel.groups) for kernel in kernels}
+    with _evaluation(model), _hooks(model, similarities, names or {}), torch.inference_mode():
+        for images in batches:
+            with full_precision(images.device):
+                model(images)
+    return {name: similarity.result() for name, similarity in similarities.items()}
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, similarities: Mapping[str, FeatureMapSimilarity], names: Mapping[str, str]
+) -> Iterator[None]:
+    weights = {id(weight): similarities.get(names.get(name, name)) for name, weight in model.named_parameters()}
+    handles = []
+    for layer in model.modules():
+        found = weights.get(id(layer.weight)) if is_convolution(layer) else None
+        if found is not None:
+            handles.append(layer.register_forward_hook(_hook(found)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(similarity: FeatureMapSimilarity) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
+    def collect(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        maps = output if layer.bias is None else _without_bias(layer, inputs)
+        for chunk in maps.split(similarity.chunk(*maps.shape[1:])):
+            similarity.update(chunk)
+
+    return collect
+
+
+def _without_bias(layer: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    """Convolve again: subtracting the bias would leave rounding in maps that are small beside it."""
+    bias: Any = layer.bias
+    layer.bias = None  # type: ignore[assignment]
+    try:
+        maps: Tensor = layer.forward(*inputs)
+        return maps
+    finally:
+        layer.bias = bias
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _unit_filters(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Flattened filters of length one, `[groups, S / groups, N·C]`, and how many per group are not zero."""
+    flat = filters.flatten(2)
+    norms = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
+    return flat / torch.where(norms > 0, norms, 1), (norms > 0).sum(dim=1).flatten()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,213 @@
+"""Convolutional Similarity: value, gradient and normalised form, exact, in time linear in the channels.
+
+Eq. 10 of the paper: L_CS = Σ_{i<j} Σ_{c1,c2} ‖K_i[c1] ⋆ K_j[c2]‖², over all pairs of filters that see the same input.
+Since ‖a ⋆ b‖² = ⟨a ⋆ a, b ⋆ b⟩, with A_i = Σ_c K_i[c] ⋆ K_i[c] (one small array of lags per filter) and
+R_i = Σ_{j≠i} A_j within the group:
+
+    L_CS = ½ Σ_i ⟨A_i, R_i⟩                 ∂L_CS/∂K_i[c][n] = 2 Σ_m K_i[c][m] · R_i[m − n]
+
+Cost: two batched matrix products of N·N·C per filter (N taps, C channels) and S·N² of extra memory; or FFTs of the
+2k − 1 lags of each axis, where those are cheaper. 1×1 kernels need no case of their own: L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖².
+Stride, dilation and padding do not enter. Where Eq. 10 is exact for feature maps: stride 1, full padding (Eq. 3).
+
+Lags are kept in FFT order: entry d of an axis is lag d for d < k and lag d − (2k − 1) above.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import log2, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convsim_cli.precision import full_precision
+
+Taps = tuple[int, ...]
+
+
+def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+    """Return the Convolutional Similarity L_CS of a layer's kernels, differentiable to any order.
+
+    weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups, pairs counted
+    within each. Half types are computed in float32. Returns a scalar ≥ 0 (float32, or float64 for a float64 weight).
+    Raises ValueError for another shape, type or number of groups. Source: Eq. 10, by the identity in this module's
+    head.
+
+    >>> convolutional_similarity(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])).item()  # ‖(1, 2) ⋆ (3, 0)‖² = 3² + 6²
+    45.0
+    """
+    filters, taps = to_filters(weight, groups)
+    value: Tensor = _ConvolutionalSimilarity.apply(filters, taps)
+    return value
+
+
+def normalised_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+    """Return L_CS free of scale: the mean over pairs of ⟨A_i, A_j⟩ / (‖K_i‖²‖K_j‖²).
+
+    weight, errors: as `convolutional_similarity`. Filters that are zero form no pairs; without any pair the result is
+    NaN. Below 1 the filters share the spectrum out, above 1 they crowd the same frequencies; kernels of one tap give
+    1.
+    """
+    filters, taps = to_filters(weight, groups)
+    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    live = (norms > 0).sum(dim=1).flatten()
+    value: Tensor = _ConvolutionalSimilarity.apply(filters / torch.where(norms > 0, norms, 1), taps)
+    return value / (live * (live - 1) / 2).sum()
+
+
+def neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+    """Return what the authors' public code sums instead of Eq. 10: neighbouring filters of one channel only.
+
+    Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖², for comparison. weight, errors, result: as `convolutional_similarity`.
+    """
+    filters, taps = to_filters(weight, groups)
+    with full_precision(weight.device):
+        spectrum = _spectrum(filters, taps)
+        power = spectrum.real.square() + spectrum.imag.square()
+        lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
+        return (lags[:, :-1] * lags[:, 1:]).sum()
+
+
+def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
+    """Lay a weight `[S, C, *taps]` out as filters `[groups, S / groups, N, C]`, contiguous, and return its taps.
+
+    This is the layout that the batched products like (and no copy of a channels_last weight). Half types become
+    float32.
+    """
+    if not weight.is_floating_point() or not 3 <= weight.ndim <= 5:
+        raise ValueError(
+            "expected a floating convolution weight [S, C, taps…] of 3 to 5 axes, "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"{groups} groups do not divide the {weight.shape[0]} filters of a weight {list(weight.shape)}"
+        )
+    taps = tuple(weight.shape[2:])
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    filters = weight.movedim(1, -1).reshape(groups, weight.shape[0] // groups, prod(taps), weight.shape[1])
+    return filters.contiguous(), taps
+
+
+def to_weight(filters: Tensor, taps: Taps) -> Tensor:
+    """Undo `to_filters`: a view `[S, C, *taps]` of filters `[groups, S / groups, N, C]`."""
+    return filters.reshape(-1, *taps, filters.shape[-1]).movedim(-1, 1)
+
+
+def similarity(filters: Tensor, taps: Taps) -> Tensor:
+    """Return L_CS of filters in the layout of `to_filters`, by plain differentiable operations."""
+    autocorrelations = autocorrelation(filters, taps)
+    return _half_product(autocorrelations, sum_of_others(autocorrelations))
+
+
+def similarity_gradient(filters: Tensor, taps: Taps) -> Tensor:
+    """Return ∂L_CS/∂filters, in the layout of `to_filters`. The value itself is not needed for it."""
+    return _gradient(filters, sum_of_others(autocorrelation(filters, taps)), taps)
+
+
+def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
+    """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
+    groups, count, size, _ = filters.shape
+    if _fft_is_cheaper(filters, taps):
+        spectrum = _spectrum(filters, taps)
+        power = (spectrum.real.square() + spectrum.imag.square()).sum(-1, keepdim=True)
+        return torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps)).reshape(groups, count, -1)
+    gram = (filters @ filters.mT).reshape(groups, count, size * size)
+    if filters.device.type == "cpu":
+        return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(
+            -1, _lag_index(taps, filters.device), gram
+        )
+    return gram @ _lag_matrix(taps, filters.device, filters.dtype)  # index_add is not deterministic there
+
+
+def sum_of_others(autocorrelations: Tensor) -> Tensor:
+    """Return R_i = Σ_{j≠i} A_j within each group, of the same shape.
+
+    As exclusive prefix plus exclusive suffix: total − A_i would cancel where one filter dominates.
+    """
+    zero = torch.zeros_like(autocorrelations[:, :1])
+    before = torch.cat([zero, autocorrelations[:, :-1]], dim=1).cumsum(1)
+    after = torch.cat([autocorrelations[:, 1:], zero], dim=1).flip(1).cumsum(1).flip(1)
+    return before + after
+
+
+def _gradient(filters: Tensor, others: Tensor, taps: Taps) -> Tensor:
+    """2 Σ_m K_i[c][m] · R_i[m − n]: each filter times the symmetric Toeplitz matrix of its R_i."""
+    groups, count, size, _ = filters.shape
+    if size == 1:
+        return 2 * others.unsqueeze(-1) * filters
+    if _fft_is_cheaper(filters, taps):
+        weights = torch.fft.rfftn(others.reshape(groups, count, *_lag_shape(taps), 1), dim=_tap_axes(taps)).real
+        full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=_lag_shape(taps), dim=_tap_axes(taps))
+        return full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
+    toeplitz = (2 * others).index_select(-1, _lag_index(taps, filters.device)).reshape(groups, count, size, size)
+    return toeplitz @ filters
+
+
+def _half_product(autocorrelations: Tensor, others: Tensor) -> Tensor:
+    return (autocorrelations * others).sum() / 2
+
+
+class _ConvolutionalSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, filters: Tensor, taps: Taps) -> Tensor:
+        with full_precision(filters.device):
+            autocorrelations = autocorrelation(filters, taps)
+            others = sum_of_others(autocorrelations)
+            ctx.taps = taps
+            ctx.save_for_backward(filters, others)
+            return _half_product(autocorrelations, others)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        filters, others = ctx.saved_tensors
+        with full_precision(filters.device):
+            if torch.is_grad_enabled():  # create_graph: the second derivative flows through R_i as well
+                return upstream * similarity_gradient(filters, ctx.taps), None
+            return upstream * _gradient(filters, others, ctx.taps), None
+
+
+def _lag_shape(taps: Taps) -> Taps:
+    return tuple(2 * k - 1 for k in taps)
+
+
+def _tap_axes(taps: Taps) -> Taps:
+    return tuple(range(2, 2 + len(taps)))
+
+
+def _spectrum(filters: Tensor, taps: Taps) -> Tensor:
+    groups, count, _, channels = filters.shape
+    return torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lag_shape(taps), dim=_tap_axes(taps))
+
+
+def _fft_is_cheaper(filters: Tensor, taps: Taps) -> bool:
+    """Nanoseconds per filter of either route, fitted on two CPU cores (kernels from 3×3 to 31×31, 3 to 64 channels)."""
+    size, channels = filters.shape[-2:]
+    lags = prod(_lag_shape(taps))
+    if (
+        filters.device.type != "cpu" and size * size * lags > 1 << 20
+    ):  # the matrix that folds the Gram product onto lags
+        return True
+    return 1.8 * channels * lags * log2(2 * lags) < size * size * (4 + 0.023 * channels)
+
+
+@lru_cache(maxsize=64)
+def _lag_index(taps: Taps, device: torch.device) -> Tensor:
+    """For each pair of taps (m, n), row by row, the position of the lag m − n."""
+    with torch.inference_mode(False):
+        position = torch.zeros(1, 1, dtype=torch.long)
+        for k in taps:
+            tap = torch.arange(k)
+            lag = (tap[:, None] - tap[None, :]) % (2 * k - 1)
+            rows, columns = position.shape[0] * k, position.shape[1] * k
+            position = (position[:, None, :, None] * (2 * k - 1) + lag[None, :, None, :]).reshape(rows, columns)
+        return position.flatten().to(device)
+
+
+@lru_cache(maxsize=64)
+def _lag_matrix(taps: Taps, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[N², lags]`, one where the pair of taps has the lag: folds a Gram product onto lags."""
+    with torch.inference_mode(False):
+        return torch.nn.functional.one_hot(_lag_index(taps, device), prod(_lag_shape(taps))).to(dtype)
