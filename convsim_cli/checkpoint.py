@@ -201,8 +201,9 @@ def _unpickle(path: Path, zipped: bool) -> Any:
     except (pickle.UnpicklingError, zipfile.BadZipFile, *_TORN) as error:
         refused = re.search(r"GLOBAL (\S+)|global (\S+)|Unsupported \w+", str(error))
         if refused and isinstance(error, pickle.UnpicklingError):
+            found = refused[1] or refused[2] or refused[0]
             raise CheckpointError(
-                f"{path}: holds Python objects beside tensors ({refused[1] or refused[2] or refused[0]}), which could run "
+                f"{path}: holds Python objects beside tensors ({found}), which could run "
                 'code, and is not loaded; if you trust it: python -c "import torch; '
                 "torch.save(torch.load('OLD', weights_only=False).state_dict(), 'NEW.pt')\""
             ) from error

@@ -23,6 +23,7 @@ from convsim_cli.probes import FeatureMapSimilarity, probe_kernel
 from convsim_cli.similarity import normalised_similarity, similarity
 
 Record = dict[str, Any]
+FIGURES = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead")
 
 
 def measure(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Record]:
@@ -64,15 +65,8 @@ def measure_file(
 def layer_record(kernel: Kernel, weight: Tensor, maps: Mapping[str, Any]) -> Record:
     """Join what a layer is, its kernel figures and its feature-map figures (`fm_cos`, `fm_inner2`, `dead`)."""
     figures = kernel_figures(kernel, weight)
-    zero = figures.pop("zero")
-    dead = zero if maps["dead"] is None else max(zero, maps["dead"])
-    return {
-        **describe(kernel),
-        **figures,
-        **{k: maps[k] for k in ("fm_cos", "fm_inner2")},
-        "norm": figures["norm"],
-        "dead": dead,
-    }
+    found = {**figures, **maps, "dead": max(figures["zero"], maps["dead"] or 0)}
+    return describe(kernel) | {key: found[key] for key in FIGURES}
 
 
 def describe(kernel: Kernel) -> Record:

@@ -39,8 +39,6 @@ Examples:
   convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
   convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
 
-FIGURES = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead")
-
 
 def measure(
     checkpoints: Annotated[
@@ -121,6 +119,8 @@ def _report(source: Source, probe: Probe, device: torch.device, console: Console
 
 
 def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
+    from convsim_cli.report import FIGURES
+
     several = len(reports) > 1
     columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *FIGURES]
     rows = [
