@@ -100,8 +100,10 @@ def save_state_dict(
         address = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if address in memory else tensor
         memory.add(address)
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt", **record})
-    replace_file(target, lambda file: file.write(content), backup)
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = _make_header({"format": "pt", **record}, json.loads(content[8:start]))  # metadata in an order that stays
+    replace_file(target, lambda file: file.writelines((header, memoryview(content)[start:])), backup)
 
 
 class StateDict(Checkpoint):
@@ -145,17 +147,14 @@ class _SafetensorsCheckpoint(Checkpoint):
     def _write(self, file: BinaryIO, changes: Changes, record: Mapping[str, str]) -> None:
         """A new header, the old data byte for byte, then the changed tensors over it: offsets stay as they were."""
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
-        header = json.dumps(
-            {"__metadata__": metadata, **self._header}, separators=(",", ":"), ensure_ascii=False
-        ).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(len(header).to_bytes(8, "little") + header)
+        header = _make_header(metadata, self._header)
+        file.write(header)
         with self.path.open("rb") as former:
             former.seek(self._data_start)
             copyfileobj(former, file, _COPY_BUFFER)
         for name, tensor in changes:
-            file.seek(8 + len(header) + self._header[name]["data_offsets"][0])
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            file.seek(len(header) + self._header[name]["data_offsets"][0])
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 class _PickledCheckpoint(Checkpoint):
@@ -225,6 +224,13 @@ def _state_dicts(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple
 def _preference(where: tuple[str, ...], state: dict[str, Any]) -> tuple[int, int]:
     rank = len(_CONTAINERS) if where and where[-1] not in _CONTAINERS else _CONTAINERS.index(where[-1]) if where else -1
     return rank, -len(state)
+
+
+def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> bytes:
+    """The start of a safetensors file: its length, then the JSON that says where each tensor's bytes are."""
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def _tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

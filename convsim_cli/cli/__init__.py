@@ -66,19 +66,17 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; an error is one line on stderr (CONVSIM_DEBUG=1: the
     traceback)."""
     try:
-        return app(arguments, standalone_mode=False) or 0
+        code = app(arguments, standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        print("convsim: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = 130
     except Exception as error:
         if os.environ.get("CONVSIM_DEBUG") == "1":
             raise
         message, code = _explain(error)
         print(f"convsim: error: {message}", file=sys.stderr)
-        return code
+    if code == 130:
+        print("convsim: interrupted", file=sys.stderr)
+    return code
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -35,7 +35,8 @@ class Console:
 
     def document(self, command: str, content: dict[str, Any]) -> None:
         """Print the one JSON document of a command."""
-        print(json.dumps({"schema": 1, "command": command, **content}, indent=2, allow_nan=False))
+        with _while_read():
+            print(json.dumps({"schema": 1, "command": command, **content}, indent=2, allow_nan=False))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str | None = None) -> None:
         """Print a table: TSV with a header line where stdout is no terminal."""
@@ -45,9 +46,10 @@ class Console:
 
     def delimited(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], delimiter: str) -> None:
         """Print a header line and rows, their numbers in six digits."""
-        writer = csv.writer(sys.stdout, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([printable(show(cell, digits=6)) for cell in row] for row in rows)
+        with _while_read():
+            writer = csv.writer(sys.stdout, delimiter=delimiter, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([printable(show(cell, digits=6)) for cell in row] for row in rows)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Advance]:
@@ -142,6 +144,16 @@ class _PlainProgress:
             left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
             share = 100 * self._done / self._total
             print(f"{self._description}: {share:.0f} %, {duration(left)} left", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _while_read() -> Iterator[None]:
+    """Write to stdout for as long as somebody reads it: `convsim … | head` has had enough, which is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(cell: Cell, digits: int) -> str:

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Convsim
+from safetensors.torch import save_file
+from typer.main import get_command
+
+from convsim_cli.cli import app, run
+from convsim_cli.cli.console import duration, printable, shape, show
+
+COMMANDS = ("init", "measure", "train")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([command, "-h"] for command in COMMANDS)], ids=" ".join
+)
+def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        f"import sys; from convsim_cli.cli import run; assert run({arguments}) == 0; assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_is_documented_with_examples_that_parse(command: str, convsim: Convsim) -> None:
+    text = convsim(command, "--help").out
+    examples = re.findall(r"convsim (\w+) (.*?)(?:  +#.*| \| .*)?$", text.split("Examples:")[1], re.MULTILINE)
+    assert len(examples) >= 4
+    options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
+    for name, arguments in examples:
+        assert name == command
+        assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", arguments)) <= options
+    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    assert all(parameter.help for parameter in parameters)
+
+
+def test_unknown_commands_and_options_get_a_suggestion_in_one_line(convsim: Convsim) -> None:
+    outcome = convsim("mesure")
+    assert outcome.code == 2
+    assert "measure" in outcome.error
+    outcome = convsim("measure", "--inptu", "white")
+    assert outcome.code == 2
+    assert "--input" in outcome.error
+
+
+def test_an_unforeseen_failure_is_one_line_and_exit_1_and_a_traceback_on_demand(
+    convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("convsim_cli.experiments.source.open_source", fail)
+    outcome = convsim("measure", "--arch", "cnn1")
+    assert outcome.code == 1
+    assert "RuntimeError: first line second line" in outcome.error
+    monkeypatch.setenv("CONVSIM_DEBUG", "1")
+    with pytest.raises(RuntimeError):
+        run(["measure", "--arch", "cnn1"])
+
+
+def on_a_terminal(arguments: list[str], **environment: str) -> str:
+    """Run convsim with both streams on a pseudo-terminal and return what it drew."""
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convsim_cli", *arguments], stdout=child, stderr=child, env=os.environ | environment
+    )
+    os.close(child)
+    drawn = b""
+    while True:
+        try:
+            piece = os.read(parent, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not piece:
+            break
+        drawn += piece
+    os.close(parent)
+    assert process.wait() == 0
+    return drawn.decode()
+
+
+def test_a_narrow_terminal_cuts_neither_names_nor_numbers(tmp_path: Path) -> None:
+    name = "a.very.long.name." * 6 + "[bold]weight\x1b[31m"
+    save_file({name: torch.randn(4, 3, 3, 3)}, tmp_path / "m.safetensors")
+    drawn = on_a_terminal(["measure", "-q", str(tmp_path / "m.safetensors")], COLUMNS="40", NO_COLOR="1", TERM="xterm")
+    assert "a.very.long.name." * 6 + "[bold]weight\\x1b[31m" in drawn
+    assert "…" not in drawn
+    assert "4×3×3×3" in drawn
+    plain = on_a_terminal(["measure", str(tmp_path / "m.safetensors")], TERM="dumb")
+    assert "\x1b[" not in plain
+
+
+def test_whoever_stops_reading_ends_the_command_quietly(tmp_path: Path) -> None:
+    save_file({f"{i}.weight": torch.randn(2, 2, 1, 1) for i in range(2000)}, tmp_path / "m.safetensors")
+    file = tmp_path / "m.safetensors"
+    command = f"{sys.executable} -m convsim_cli measure {file} --samples 1 --input-size 2 -q | head -n 1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("name\t")
+
+
+def test_cells_and_durations_read_as_people_write_them() -> None:
+    cells = [show(cell, 4) for cell in (None, True, 3, 1234567.0, 0.000123456, "x")]
+    assert cells == ["", "true", "3", "1.235e+06", "0.0001235", "x"]
+    assert [duration(seconds) for seconds in (0.4, 59, 61, 3700)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
+    assert shape([64, 3, 3]) == "64×3×3"
+    assert printable("a\tb\x1b") == "a\\tb\\x1b"

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHECKPOINTS, Convsim
+from references import literal_similarity
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_checkpoint import same_bits
+from torch import Tensor
+
+from convsim_cli.checkpoint import open_checkpoint
+
+DOCUMENT = (
+    "schema",
+    "command",
+    "checkpoint",
+    "output",
+    "backup",
+    "objective",
+    "iterations",
+    "lr",
+    "device",
+    "seconds",
+    "layers",
+    "skipped",
+    "total",
+)
+
+
+def make(path: Path) -> dict[str, Tensor]:
+    state = {
+        "stem.weight": torch.randn(8, 3, 3, 3),
+        "point.weight": torch.randn(8, 8, 1, 1).half(),
+        "audio.weight": torch.randn(4, 4, 5),
+        "bn.num_batches_tracked": torch.tensor(0),
+        "head.weight": torch.randn(10, 8),
+    }
+    save_file(state, path, {"format": "pt"})
+    return state
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_in_place_changes_the_kernels_alone_and_keeps_the_former_file(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    before = make(path)
+    former = digest(path)
+    outcome = convsim("init", path, "--iterations", 20, "--json")
+    assert outcome.code == 0
+    assert tuple(outcome.document) == DOCUMENT
+    assert outcome.document["backup"] == f"{path}.bak"
+    assert digest(tmp_path / "model.safetensors.bak") == former
+    after = load_file(path)
+    changed = {name for name in before if not same_bits(before[name], after[name])}
+    assert changed == {"stem.weight", "point.weight"}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert metadata["convsim.objective"] == "raw"
+    assert metadata["convsim.iterations"] == "20"
+
+
+def test_the_json_document_tells_every_layer_in_full_precision(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    before = make(path)
+    found = convsim("init", path, "-o", tmp_path / "out.safetensors", "--iterations", 20, "--probe", "white", "--json")
+    document = found.document
+    after = load_file(tmp_path / "out.safetensors")
+    assert (document["checkpoint"], document["output"], document["backup"]) == (
+        str(path),
+        str(tmp_path / "out.safetensors"),
+        None,
+    )
+    assert [layer["name"] for layer in document["layers"]] == ["stem.weight", "point.weight"]
+    for layer in document["layers"]:
+        assert tuple(layer) == ("name", "shape", "groups", "assumed", "before", "after")
+        assert tuple(layer["before"]) == tuple(layer["after"]) == ("cs", "ncs", "norm", "fm_cos")
+        for moment, state in (("before", before), ("after", after)):
+            weight = state[layer["name"]].double()
+            assert layer[moment]["cs"] == pytest.approx(literal_similarity(weight).item(), rel=1e-12)
+            assert layer[moment]["norm"] == pytest.approx(weight.norm().item(), rel=1e-12)
+    assert document["total"]["after"] == pytest.approx(sum(layer["after"]["cs"] for layer in document["layers"]))
+    assert [entry["name"] for entry in document["skipped"]] == ["audio.weight"]
+
+
+def test_a_dry_run_gives_the_same_without_after_and_writes_nothing(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    make(path)
+    former = digest(path)
+    document = convsim("init", path, "--dry-run", "--json").document
+    assert tuple(document) == DOCUMENT
+    assert tuple(document["total"]) == ("before",)
+    assert all("after" not in layer for layer in document["layers"])
+    assert digest(path) == former
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_pipe_gets_tsv_on_stdout_and_all_else_on_stderr(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    make(path)
+    outcome = convsim("init", path, "--iterations", 1, "--include", "stem*", "--no-backup")
+    assert [row["name"] for row in outcome.rows] == ["stem.weight"]
+    assert float(outcome.rows[0]["cs_after"]) < float(outcome.rows[0]["cs_before"])
+    assert "skipped 2 (not matched by --include): audio.weight, point.weight" in outcome.err
+    assert f"wrote {path}" in outcome.err
+    assert not (tmp_path / "model.safetensors.bak").exists()
+
+
+def test_quiet_says_nothing_on_stderr(tmp_path: Path, convsim: Convsim) -> None:
+    make(tmp_path / "model.safetensors")
+    assert convsim("init", tmp_path / "model.safetensors", "-q", "--iterations", 1).err == ""
+
+
+def test_preserve_norm_holds_norms_and_skips_pointwise_layers(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    before = make(path)
+    document = convsim("init", path, "--preserve-norm", "--iterations", 50, "--json").document
+    assert document["objective"] == "norm-preserving"
+    assert "pure norm" in {entry["name"]: entry["reason"] for entry in document["skipped"]}["point.weight"]
+    after = load_file(path)
+    torch.testing.assert_close(
+        after["stem.weight"].flatten(1).norm(dim=1), before["stem.weight"].flatten(1).norm(dim=1), rtol=1e-5, atol=0
+    )
+    assert document["layers"][0]["after"]["ncs"] < document["layers"][0]["before"]["ncs"]
+
+
+def test_a_fresh_network_needs_no_checkpoint_and_repeats_with_its_seed(tmp_path: Path, convsim: Convsim) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        out = tmp_path / f"{name}.safetensors"
+        outcome = convsim("init", "--arch", "cnn:8", "-o", out, "--iterations", 5, "--seed", seed, "--json")
+        assert outcome.code == 0
+        assert outcome.document["checkpoint"] is None
+        assert not any(layer["assumed"] for layer in outcome.document["layers"])
+    assert digest(tmp_path / "a.safetensors") == digest(tmp_path / "b.safetensors")
+    assert digest(tmp_path / "a.safetensors") != digest(tmp_path / "c.safetensors")
+
+
+def test_with_arch_a_checkpoint_is_told_exactly_under_its_own_names(tmp_path: Path, convsim: Convsim) -> None:
+    convsim("init", "--arch", "cnn:8", "-o", tmp_path / "a.pt", "--iterations", 0)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "b.pt")
+    document = convsim("init", tmp_path / "b.pt", "--arch", "cnn:8", "--iterations", 1, "--json").document
+    assert [layer["name"] for layer in document["layers"]] == [f"module.{i}.weight" for i in (0, 4, 8, 12)]
+    outcome = convsim("init", tmp_path / "b.pt", "--arch", "cnn:4")
+    assert outcome.code == 2
+    assert "of another shape (0.weight is [8, 3, 3, 3], expected [4, 3, 3, 3]" in outcome.error
+
+
+def test_a_checkpoint_that_looks_trained_is_warned_about(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(make(path) | {"bn.num_batches_tracked": torch.tensor(9)}, path)
+    outcome = convsim("init", path, "--iterations", 1, "-q")
+    assert "looks trained" in outcome.err
+    assert f"{path}.bak keeps the old ones" in outcome.err
+
+
+def test_nan_in_a_kernel_is_named_before_any_work_and_the_file_stays(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    state = make(path)
+    state["stem.weight"][1, 2, 0, 0] = torch.inf
+    save_file(state, path)
+    former = digest(path)
+    outcome = convsim("init", path)
+    assert outcome.code == 2
+    assert f"{path}: stem.weight [8, 3, 3, 3]: 1 of 216 values are NaN or Inf" in outcome.error
+    assert digest(path) == former
+    assert convsim("init", path, "--exclude", "stem*", "--iterations", 1).code == 0
+
+
+def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    make(path)
+    former = digest(path)
+    outcome = convsim("init", path, "--optimizer", "sgd", "--lr", 1e8)
+    assert outcome.code == 1
+    assert "stem.weight: L_CS is" in outcome.error
+    assert digest(path) == former
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing.pt"], "no such file"),
+        ([], "name a CHECKPOINT, or a fresh network with --arch"),
+        (["--arch", "cnn1"], "say with -o where to write it"),
+        (["--arch", "resnet81", "-o", "x.pt"], "did you mean 'resnet18'"),
+        (["--arch", "cnn1", "-o", "."], "a folder"),
+        (["--arch", "cnn1", "-o", "x.pt", "--device", "cuda:7"], "cuda"),
+        (["--arch", "cnn1", "-o", "x.pt", "--device", "cpuu"], "did you mean 'cpu'"),
+        (["--arch", "cnn1", "-o", "x.pt", "--lr", "0"], "lr > 0"),
+        (["--arch", "cnn1", "-o", "x.pt", "--groups", "a=b"], "expected GLOB=N"),
+        (["--arch", "cnn1", "-o", "x.pt", "--groups", "0.weight=2"], "with --arch the network tells"),
+        (["--arch", "cnn1", "-o", "x.pt", "--include", "conv9*"], "matches no tensor"),
+        (["--arch", "cnn1", "-o", "x.pt", "--optimizer", "lion"], "lion"),
+        (["--iteration", "5"], "--iterations"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(
+    arguments: list[str], said: str, convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = convsim("init", *arguments)
+    assert outcome.code == 2
+    assert said in outcome.error
+    assert outcome.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupting_leaves_the_file_as_it_was_and_exits_130(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"conv.weight": torch.randn(256, 256, 3, 3)}, path)
+    former = digest(path)
+    command = [sys.executable, "-m", "convsim_cli", "init", str(path), "--iterations", "1000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".convsim-*")):  # the new file is being written while layers are minimised
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "convsim: interrupted"
+    assert digest(path) == former
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_real_checkpoints_keep_their_structure_and_every_other_tensor(
+    name: str, checkpoint_dir: Path, tmp_path: Path, convsim: Convsim
+) -> None:
+    out = tmp_path / name
+    outcome = convsim("init", checkpoint_dir / name, "-o", out, "--iterations", 50, "--json")
+    assert outcome.code == 0
+    touched = {layer["name"] for layer in outcome.document["layers"]}
+    assert touched
+    assert all(layer["after"]["cs"] < layer["before"]["cs"] for layer in outcome.document["layers"])
+    if name.endswith(".safetensors"):
+        before, after = load_file(checkpoint_dir / name), load_file(out)
+        for key in touched:
+            before[key] = after[key]
+    else:
+        before, after = (
+            torch.load(path, weights_only=True, map_location="cpu") for path in (checkpoint_dir / name, out)
+        )
+        state, other = (node.get("state_dict", node) for node in (before, after))
+        for key in touched:
+            assert not torch.equal(state[key], other[key])
+            state[key].copy_(other[key])
+    assert same_bits(before, after)
+    measured = convsim("measure", out, "--samples", 2, "--json")
+    assert measured.code == 0
+    assert {layer["name"] for layer in measured.document["layers"]} == touched
+    assert json.dumps(measured.document, allow_nan=False)
+    assert open_checkpoint(out).tensors == open_checkpoint(checkpoint_dir / name).tensors

@@ -1,0 +1,86 @@
+"""What several tests share: the real data and checkpoints beside the project, and the command line run in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+CHECKPOINTS = (
+    "aliked_n16.pth",
+    "espnet_decoder.pth",
+    "minifasnet_v2.pth",
+    "resnet20_cifar10.safetensors",
+    "resnet20_cifar10.th",
+    "rfb320_face.pth",
+)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder that holds the real CIFAR-10."""
+    if not (SHARED / "data" / "cifar-10-batches-py").is_dir():
+        pytest.skip("the real CIFAR-10 is not in ../shared/data")
+    return SHARED / "data"
+
+
+@pytest.fixture
+def checkpoint_dir() -> Path:
+    """The folder of real trained checkpoints."""
+    if not (SHARED / "checkpoints").is_dir():
+        pytest.skip("the real checkpoints are not in ../shared/checkpoints")
+    return SHARED / "checkpoints"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@dataclass
+class Outcome:
+    """How a command ended: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        header, *lines = (line.split("\t") for line in self.out.splitlines())
+        return [dict(zip(header, line, strict=True)) for line in lines]
+
+    @property
+    def error(self) -> str:
+        """The one line that an error is."""
+        lines = [line for line in self.err.splitlines() if line.startswith("convsim: error: ")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+Convsim = Callable[..., Outcome]
+
+
+@pytest.fixture
+def convsim(capsys: pytest.CaptureFixture[str]) -> Convsim:
+    """Run the command line in this process: `convsim("init", path, "--json")`."""
+    from convsim_cli.cli import run
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
+
+    return call

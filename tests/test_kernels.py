@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import Kernel, Patterns, Selection, TensorInfo, file_kernels, module_kernels
+
+
+def infos(**shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo("float32", shape) for name, shape in shapes.items()}
+
+
+def taken(selection: Selection) -> list[str]:
+    return [kernel.name for kernel in selection.kernels]
+
+
+def reasons(selection: Selection) -> dict[str, str]:
+    return {skipped.name: skipped.reason for skipped in selection.skipped}
+
+
+def test_a_file_gives_its_4d_floating_tensors_as_assumed_dense_kernels() -> None:
+    tensors = infos(conv=(8, 3, 3, 3), linear=(10, 8), bias=(8,)) | {"codes": TensorInfo("int8", (8, 3, 3, 3))}
+    found = file_kernels(tensors)
+    assert found.kernels == [Kernel("conv", (8, 3, 3, 3), 1, False, assumed=True)]
+    assert reasons(found) == {"codes": "its type int8 cannot be optimised"}
+
+
+def test_of_single_channel_tensors_one_is_dense_and_several_are_depthwise() -> None:
+    assert file_kernels(infos(stem=(8, 1, 3, 3))).kernels[0].groups == 1
+    found = file_kernels(infos(a=(8, 1, 3, 3), b=(16, 1, 3, 3)))
+    assert not found.kernels
+    assert all("depthwise" in reason and "assumed" in reason for reason in reasons(found).values())
+
+
+def test_patterns_correct_the_guesses_and_a_corrected_kernel_is_not_assumed() -> None:
+    tensors = infos(a=(8, 1, 3, 3), b=(8, 4, 3, 3), up=(6, 4, 2, 2))
+    found = file_kernels(tensors, Patterns(groups=[("a", 4), ("b", 2)], transposed=["up"]))
+    assert [(k.name, k.groups, k.transposed, k.assumed) for k in found.kernels] == [
+        ("a", 4, False, False),
+        ("b", 2, False, False),
+        ("up", 1, True, False),
+    ]
+    assert found.kernels[2].filters == 4
+
+
+def test_include_restricts_and_lets_3d_and_5d_tensors_join() -> None:
+    tensors = infos(audio=(8, 4, 5), image=(8, 4, 3, 3), video=(8, 4, 3, 3, 3))
+    assert taken(file_kernels(tensors)) == ["image"]
+    assert "--include" in reasons(file_kernels(tensors))["audio"]
+    assert taken(file_kernels(tensors, Patterns(include=["audio", "video"]))) == ["audio", "video"]
+    assert taken(file_kernels(tensors, Patterns(include=["*"], exclude=["v*"]))) == ["audio", "image"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(InputError, match="matches no tensor"):
+        file_kernels(infos(conv=(8, 3, 3, 3)), Patterns(exclude=["layer9.*"]))
+
+
+def test_groups_that_do_not_divide_the_filters_are_an_error() -> None:
+    with pytest.raises(InputError, match="3 groups do not divide the 8 filters of conv"):
+        file_kernels(infos(conv=(8, 3, 3, 3)), Patterns(groups=[("conv", 3)]))
+
+
+def test_factors_of_parametrised_weights_and_shared_tensors_are_skipped_with_a_reason() -> None:
+    tensors = {"a.weight_v": TensorInfo("float32", (8, 3, 3, 3)), "b": TensorInfo("float32", (8, 3, 3, 3))}
+    found = file_kernels(tensors | {"c": tensors["b"]}, shared={"c": "b"})
+    assert taken(found) == ["b"]
+    assert reasons(found)["c"] == "shared with b"
+    assert "factor" in reasons(found)["a.weight_v"]
+
+
+def test_a_module_tells_groups_and_transposition_exactly() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(4, 8, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Conv3d(2, 4, 2), nn.ConvTranspose2d(6, 8, 2, groups=2)
+    )
+    found = module_kernels(model).kernels
+    assert [(k.name, k.groups, k.transposed, k.assumed, k.filters, k.channels) for k in found] == [
+        ("0.weight", 1, False, False, 8, 4),
+        ("1.weight", 2, False, False, 8, 4),
+        ("2.weight", 1, False, False, 4, 2),
+        ("3.weight", 2, True, False, 8, 6),
+    ]
+    assert [kernel.pairs for kernel in found] == [28, 12, 6, 12]
+
+
+def test_a_module_lists_depthwise_single_shared_lazy_and_parametrised_layers_as_skipped() -> None:
+    shared = nn.Conv2d(4, 4, 3)
+    model = nn.ModuleDict(
+        {
+            "depthwise": nn.Conv2d(4, 4, 3, groups=4),
+            "single": nn.Conv2d(4, 1, 3),
+            "first": shared,
+            "second": nn.Conv2d(4, 4, 3),
+            "lazy": nn.LazyConv2d(4, 3),
+            "spectral": nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)),
+        }
+    )
+    model["second"].weight = shared.weight
+    found = module_kernels(model)
+    assert taken(found) == ["first.weight"]
+    told = reasons(found)
+    assert "depthwise" in told["depthwise.weight"]
+    assert "single filter" in told["single.weight"]
+    assert told["second.weight"] == "shared with first.weight"
+    assert "lazy" in told["lazy.weight"]
+    assert "parametrised" in told["spectral.weight"]
+
+
+@pytest.mark.parametrize(("groups", "shape"), [(1, (6, 4, 3, 2)), (2, (6, 4, 3, 3)), (3, (6, 2, 5))])
+def test_transposed_kernels_swap_their_axes_per_group_and_come_back(groups: int, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    kernel = Kernel("up", shape, groups, transposed=True)
+    convolution = kernel.to_convolution(weight)
+    each_in, each_out = shape[0] // groups, shape[1]
+    for g in range(groups):
+        for i in range(each_in):
+            for o in range(each_out):
+                assert torch.equal(convolution[g * each_out + o, i], weight[g * each_in + i, o])
+    assert torch.equal(kernel.to_stored(kernel.to_filters(weight), weight.dtype), weight)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convsim_cli import probes
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import Kernel
+from convsim_cli.probes import FeatureMapSimilarity, make_inputs, probe_kernel
+
+
+def literal(maps: Tensor, groups: int) -> tuple[float, float]:
+    """Mean over inputs and pairs of |cos(F_i, F_j)| and of ⟨F_i, F_j⟩², by loops in float64."""
+    cosines, products = [], []
+    for image in maps.double().flatten(2):
+        for group in image.chunk(groups):
+            for i, j in combinations(range(group.shape[0]), 2):
+                product = group[i] @ group[j]
+                products.append(product**2)
+                if group[i].any() and group[j].any():
+                    cosines.append((product / group[i].norm() / group[j].norm()).abs())
+    return torch.stack(cosines).mean().item(), torch.stack(products).mean().item()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_feature_map_figures_match_loops_over_inputs_and_pairs(groups: int) -> None:
+    maps = torch.randn(5, 6, 4, 3)
+    maps[2, 1] = 0
+    similarity = FeatureMapSimilarity(groups)
+    for chunk in maps.split(2):
+        similarity.update(chunk)
+    found = similarity.result()
+    assert (found["fm_cos"], found["fm_inner2"]) == pytest.approx(literal(maps, groups), rel=1e-5)
+    assert found["dead"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_cosines_do_not_move_with_scale_even_at_the_ends_of_float32(scale: float) -> None:
+    maps = torch.randn(2, 4, 8, 8)
+    similarity = FeatureMapSimilarity()
+    similarity.update(maps * scale)
+    assert similarity.result()["fm_cos"] == pytest.approx(literal(maps, 1)[0], rel=1e-5)
+    assert similarity.result()["dead"] == 0
+
+
+def test_dead_filters_are_counted_and_left_out_of_the_cosines() -> None:
+    maps = torch.randn(3, 4, 5, 5)
+    maps[:, 2] = 0
+    similarity = FeatureMapSimilarity()
+    similarity.update(maps)
+    assert similarity.result()["dead"] == 1
+    assert similarity.result()["fm_cos"] == pytest.approx(literal(maps[:, [0, 1, 3]], 1)[0], rel=1e-5)
+
+
+def test_a_single_position_has_no_angle_and_no_inputs_give_null() -> None:
+    similarity = FeatureMapSimilarity()
+    assert similarity.result() == {"fm_cos": None, "fm_inner2": None, "dead": None}
+    similarity.update(torch.randn(3, 4, 1, 1))
+    assert similarity.result()["fm_cos"] is None
+    assert similarity.result()["fm_inner2"] is not None
+
+
+@pytest.mark.parametrize(("groups", "taps"), [(1, (3, 3)), (2, (5, 2)), (1, (4,)), (1, (2, 3, 2))])
+def test_a_layer_by_itself_is_probed_under_full_padding_on_inputs_of_its_own_channels(
+    groups: int, taps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layer = layers[len(taps) - 1](4, 6, taps, groups=groups, padding=tuple(k - 1 for k in taps), bias=False)  # type: ignore[arg-type]
+    kernel = Kernel("k", tuple(layer.weight.shape), groups)
+    inputs = make_inputs("white", 16, 4, (8,) * len(taps), seed=3)
+    with torch.no_grad():
+        expected = literal(layer(inputs), groups)
+    monkeypatch.setattr(probes, "_GRAM_ELEMENTS", 6 * 400)  # several chunks
+    found = probe_kernel(kernel, layer.weight.detach(), "white", side=8, seed=3)
+    assert (found["fm_cos"], found["fm_inner2"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_inputs_are_what_their_names_say_and_repeat_with_their_seed() -> None:
+    white, uniform, natural = (make_inputs(name, 64, 3, (32, 32), seed=1) for name in ("white", "uniform", "natural"))
+    assert abs(white.mean()) < 0.02
+    assert abs(white.std() - 1) < 0.02
+    assert 0 <= uniform.min() < 0.01
+    assert 0.99 < uniform.max() <= 1
+    torch.testing.assert_close(natural.mean((2, 3)), torch.zeros(64, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(natural.std((2, 3), correction=0), torch.ones(64, 3))
+    assert torch.equal(natural, make_inputs("natural", 64, 3, (32, 32), seed=1))
+    assert not torch.equal(natural, make_inputs("natural", 64, 3, (32, 32), seed=2))
+
+
+def test_the_amplitude_of_natural_inputs_falls_as_one_over_f() -> None:
+    spectrum = torch.fft.fft2(make_inputs("natural", 4, 2, (32, 32))).abs()
+    frequency = (torch.fft.fftfreq(32)[:, None] ** 2 + torch.fft.fftfreq(32)[None, :] ** 2).sqrt()
+    product = (spectrum * frequency)[..., frequency > 0]
+    torch.testing.assert_close(product, product.mean(-1, keepdim=True).expand_as(product), rtol=1e-3, atol=0)
+
+
+def test_an_unknown_input_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(InputError, match="did you mean 'natural'"):
+        make_inputs("naturel", 1, 1, (4, 4))

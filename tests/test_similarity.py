@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from references import (
+    literal_neighbouring_similarity,
+    literal_normalised_similarity,
+    literal_similarity,
+    pairwise_similarity,
+)
+from torch import Tensor
+
+from convsim_cli import convolutional_similarity, similarity
+from convsim_cli.precision import _switches, full_precision
+from convsim_cli.similarity import neighbouring_similarity, normalised_similarity, similarity_gradient, to_filters
+
+TAPS = [(1,), (2,), (3,), (5,), (7,), (1, 1), (2, 2), (3, 1), (3, 3), (5, 3), (4, 2), (1, 1, 1), (2, 3, 2)]
+LAYERS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (3, 2, 1), (5, 3, 1), (4, 1, 2), (4, 2, 2), (3, 1, 3)]
+
+
+@pytest.fixture(params=[None, False, True], ids=["by cost", "Gram", "FFT"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is not None:
+        monkeypatch.setattr(similarity, "_fft_is_cheaper", lambda *_: request.param)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    scale = expected.norm().item()
+    return (found - expected).norm().item() / scale if scale else found.norm().item()
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("taps", TAPS, ids=str)
+@pytest.mark.parametrize(("filters", "channels", "groups"), LAYERS)
+def test_value_and_gradient_match_the_literal_equation_10(
+    taps: tuple[int, ...], filters: int, channels: int, groups: int
+) -> None:
+    weight = torch.randn(filters, channels, *taps, dtype=torch.float64, requires_grad=True)
+    expected = literal_similarity(weight, groups)
+    value = convolutional_similarity(weight, groups)
+    assert relative(value, expected) < 1e-10
+    expected_gradient = torch.zeros_like(weight)
+    if expected.requires_grad:  # a single filter has no pairs, and no graph
+        (expected_gradient,) = torch.autograd.grad(expected, weight)
+    (gradient,) = torch.autograd.grad(value, weight)
+    assert relative(gradient, expected_gradient) < 1e-10
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("taps", [(3,), (2, 2), (3, 1), (2, 1, 2)], ids=str)
+def test_first_and_second_derivatives_pass_torchs_own_checks(taps: tuple[int, ...]) -> None:
+    weight = torch.randn(4, 2, *taps, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: convolutional_similarity(w, 2), weight)
+    assert torch.autograd.gradgradcheck(lambda w: convolutional_similarity(w, 2), weight)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("count", [2, 20])
+def test_float32_holds_when_one_filter_is_a_million_times_larger(count: int) -> None:
+    weight = torch.randn(count, 3, 3, 3) * torch.logspace(-3, 3, count).reshape(-1, 1, 1, 1)
+    weight = weight[torch.randperm(count)].requires_grad_()
+    expected, expected_gradient = pairwise_similarity(weight.detach())
+    value = convolutional_similarity(weight)
+    value.backward()
+    assert weight.grad is not None
+    assert relative(value.double(), expected) < 1e-5
+    for found, exact in zip(weight.grad.double(), expected_gradient, strict=True):
+        assert relative(found, exact) < 1e-5
+
+
+def test_both_routes_and_both_layouts_give_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(16, 8, 5, 5, dtype=torch.float64)
+    values = []
+    for cheaper in (True, False):
+        monkeypatch.setattr(similarity, "_fft_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
+        values += [
+            convolutional_similarity(weight),
+            convolutional_similarity(weight.contiguous(memory_format=torch.channels_last)),
+        ]
+    assert all(relative(value, values[0]) < 1e-12 for value in values)
+
+
+def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
+    def fft(*shape: int) -> bool:
+        filters, taps = to_filters(torch.empty(shape))
+        return similarity._fft_is_cheaper(filters, taps)
+
+    assert fft(8, 8, 31, 31)
+    assert fft(64, 3, 11, 11)
+    assert not fft(64, 64, 3, 3)
+    assert not fft(512, 2048, 1, 1)
+
+
+def test_folding_by_a_matrix_as_accelerators_do_matches_folding_by_index() -> None:
+    filters, taps = to_filters(torch.randn(4, 3, 3, 2, dtype=torch.float64))
+    gram = (filters @ filters.mT).flatten(-2)
+    folded = gram @ similarity._lag_matrix(taps, filters.device, filters.dtype)
+    torch.testing.assert_close(folded, similarity.autocorrelation(filters, taps), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32_and_their_gradients_come_back_in_kind(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 4, 3, 3).to(dtype).requires_grad_()
+    value = convolutional_similarity(weight)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert torch.equal(value, convolutional_similarity(weight.detach().float()))
+    assert weight.grad is not None
+    assert weight.grad.dtype == dtype
+
+
+def test_autocast_does_not_touch_value_or_gradient() -> None:
+    weight = torch.randn(16, 16, 3, 3, requires_grad=True)
+    (plain,) = torch.autograd.grad(convolutional_similarity(weight), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = convolutional_similarity(weight)
+        (cast,) = torch.autograd.grad(value, weight)
+    assert torch.equal(value, convolutional_similarity(weight))
+    assert torch.equal(cast, plain)
+
+
+def test_tf32_is_off_inside_and_back_as_it_was_outside() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        switches = _switches()
+        before = [getattr(owner, name) for owner, name, _ in switches]
+        with full_precision(torch.device("cpu")):
+            inside = [getattr(owner, name) for owner, name, _ in switches]
+        assert inside == [exact for _, _, exact in switches]
+        assert inside != before
+        assert [getattr(owner, name) for owner, name, _ in switches] == before
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_normalised_form_matches_its_definition_and_does_not_move_with_scale() -> None:
+    weight = torch.randn(6, 3, 3, 3, dtype=torch.float64)
+    expected = literal_normalised_similarity(weight, 2)
+    assert relative(normalised_similarity(weight, 2), expected) < 1e-12
+    scaled = weight * torch.logspace(-8, 8, 6, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    assert relative(normalised_similarity(scaled, 2), expected) < 1e-12
+
+
+def test_normalised_form_of_one_tap_is_one_and_zero_filters_are_left_out() -> None:
+    weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
+    assert normalised_similarity(weight).item() == pytest.approx(1, abs=1e-12)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    padded = torch.cat([weight, torch.zeros(2, 3, 3, 3, dtype=torch.float64)])
+    assert relative(normalised_similarity(padded), normalised_similarity(weight)) < 1e-12
+
+
+def test_neighbouring_form_matches_what_the_authors_code_sums() -> None:
+    weight = torch.randn(5, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    expected = literal_neighbouring_similarity(weight)
+    value = neighbouring_similarity(weight)
+    assert relative(value, expected) < 1e-12
+    assert relative(*(torch.autograd.grad(v, weight)[0] for v in (value, expected))) < 1e-12
+
+
+def test_layout_has_no_copy_for_channels_last_weights() -> None:
+    weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    assert to_filters(weight)[0].data_ptr() == weight.data_ptr()
+
+
+def test_gradient_needs_no_graph() -> None:
+    filters, taps = to_filters(torch.randn(4, 3, 3, 3, requires_grad=True))
+    with torch.no_grad():
+        assert not similarity_gradient(filters, taps).requires_grad
+
+
+def test_constants_made_in_inference_mode_serve_training_too() -> None:
+    similarity._lag_index.cache_clear()
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    with torch.inference_mode():
+        convolutional_similarity(weight)
+    convolutional_similarity(weight).backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "said"),
+    [
+        (torch.zeros(4, 4), 1, r"\[4, 4\]"),
+        (torch.zeros(4, 4, 3, dtype=torch.int8), 1, "int8"),
+        (torch.zeros(4, 4, 3), 3, "3 groups do not divide the 4 filters"),
+    ],
+)
+def test_wrong_input_is_refused_with_what_was_got(weight: Tensor, groups: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        convolutional_similarity(weight, groups)
