@@ -13,6 +13,7 @@ from convsim_cli.cli.console import Console, duration
 from convsim_cli.cli.options import DeviceOption, JsonOption, QuietOption, SeedOption, start
 
 if TYPE_CHECKING:
+    from convsim_cli.experiments.datasets import Dataset
     from convsim_cli.experiments.runs import Run
     from convsim_cli.experiments.training import Arguments
 
@@ -96,14 +97,18 @@ def train(
     The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. Stopped at any moment, a
     run goes on with --resume, to the same result.
     """
+    from convsim_cli.experiments.runs import load_inputs
+
     console = Console(quiet, as_json)
     if resume is not None:
         runs = [_resumed(context, resume, epochs)]
         start(runs[0].arguments.device, console)
+        data = load_inputs(runs[0].arguments)
     else:
         arguments = _arguments(context.params, str(start(device, console)))
+        data = load_inputs(arguments)
         runs = _new_runs(arguments, run_dir, name, seeds)
-    summaries = [_execute(run, console) for run in runs]
+    summaries = [_execute(run, data, console) for run in runs]
     _show(runs, summaries, console)
 
 
@@ -115,9 +120,7 @@ def _arguments(given: dict[str, Any], device: str) -> Arguments:
     values = given | {"compile": given["compile_"], "device": device}
     for key in ("data_dir", "weights"):
         values[key] = None if values[key] is None else str(values[key])
-    arguments = Arguments(**{field.name: values[field.name] for field in fields(Arguments)})
-    arguments.check()
-    return arguments
+    return Arguments(**{field.name: values[field.name] for field in fields(Arguments)})
 
 
 def _new_runs(arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None) -> list[Run]:
@@ -146,14 +149,14 @@ def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
     return run
 
 
-def _execute(run: Run, console: Console) -> dict[str, Any]:
+def _execute(run: Run, dataset: Dataset, console: Console) -> dict[str, Any]:
     from convsim_cli.experiments.runs import execute
 
     how = run.arguments
     console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")
     with console.epochs(how.epochs) as listener:
         try:
-            return execute(run, listener)
+            return execute(run, listener, dataset)
         except KeyboardInterrupt:
             console.note(f"stopped; go on with: convsim train --resume {run.folder}")
             raise

@@ -89,7 +89,7 @@ def _cifar10(data_dir: Path) -> Dataset:
             f"CIFAR-10 in {folder} {found}; put the unpacked {_CIFAR10_URL} there or name its parent with --data-dir; "
             "--dataset digits needs no download"
         ) from error
-    train, test = (Split(torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits)
+    train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
     return Dataset("cifar10", train, test, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 

@@ -97,6 +97,19 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
     raise InputError(f"{run_dir}: holds 9,999 runs called {stem}; take another --name")
 
 
+def load_inputs(arguments: Arguments) -> Dataset:
+    """Return a run's data set, having tried its network and weights too: what is wrong shows before a folder is made.
+
+    Raises InputError.
+    """
+    arguments.check()
+    build_network(arguments.arch)
+    dataset = load_dataset(arguments.dataset, Path(arguments.data_dir))
+    dataset.limited(arguments.limit_train, arguments.limit_test)
+    network_with_weights(arguments, dataset.classes)
+    return dataset
+
+
 def open_run(folder: Path, epochs: int | None = None) -> Run:
     """Open a run's folder to go on with it, to more epochs where given.
 

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Convsim
+
+SMALL = (
+    "--arch",
+    "cnn:4",
+    "--dataset",
+    "digits",
+    "--limit-train",
+    60,
+    "--limit-test",
+    30,
+    "--batch-size",
+    20,
+    "--iterations",
+    5,
+)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "init", "reg", "rescale"])
+def test_every_mode_trains_and_its_epochs_are_plain_lines(mode: str, tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim("train", "--mode", mode, *SMALL, "--epochs", 2, "--run-dir", tmp_path)
+    assert outcome.code == 0
+    assert [row["run"] for row in outcome.rows] == [str(tmp_path / f"cnn4-{mode}-s0")]
+    lines = [line for line in outcome.err.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 2
+    assert "epoch 2/2" in lines[1]
+
+
+def test_json_gives_the_summaries_and_seeds_give_runs_of_their_own(tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim(
+        "train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "x", "--seeds", 2, "--json", "-q"
+    )
+    document = outcome.document
+    assert (document["schema"], document["command"]) == (1, "train")
+    assert [run["run"] for run in document["runs"]] == [str(tmp_path / "x-s0"), str(tmp_path / "x-s1")]
+    accuracies = [run["best_test_accuracy"] for run in document["runs"]]
+    assert document["mean"]["best_test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert outcome.err == ""
+
+
+def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, convsim: Convsim) -> None:
+    convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "x")
+    outcome = convsim("train", "--resume", tmp_path / "x", "--lr", 0.5)
+    assert outcome.code == 2
+    assert "--lr 0.5: the run" in outcome.error
+    assert "only --epochs may differ" in outcome.error
+    assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2, "--batch-size", 20).code == 0
+    assert len((tmp_path / "x" / "results.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode", "regularise"], "regularise"),
+        (["--arch", "cnn9"], "did you mean"),
+        (["--dataset", "cifra10"], "did you mean 'cifar10'"),
+        (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
+        (["--rescale"], "--rescale goes with"),
+        (["--lr", "-1"], "--lr"),
+        (["--resume", "nowhere"], "not a run's folder"),
+        (["--dataset", "digits", "--name", "a/b"], "plain folder name"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(
+    arguments: list[str], said: str, convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = convsim("train", *arguments)
+    assert outcome.code == 2
+    assert said in outcome.error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_interrupting_says_how_to_go_on_and_going_on_ends_the_run(tmp_path: Path, convsim: Convsim) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "convsim_cli",
+        "train",
+        *map(str, SMALL),
+        "--epochs",
+        "100000",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    run = tmp_path / "cnn4-baseline-s0"
+    assert f"go on with: convsim train --resume {run}" in said
+    done = len((run / "results.csv").read_text().splitlines()) - 1
+    assert convsim("train", "--resume", run, "--epochs", done + 1).code == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] == done + 1
+
+
+def test_real_cifar10_is_learned_within_a_few_steps(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim(
+        *("train", "--mode", "init", "--arch", "cnn:16", "--data-dir", data_dir, "--epochs", 2, "--batch-size", 50),
+        *(
+            "--limit-train",
+            2000,
+            "--limit-test",
+            500,
+            "--lr",
+            0.1,
+            "--iterations",
+            100,
+            "--run-dir",
+            tmp_path,
+            "--json",
+        ),
+    )
+    assert outcome.code == 0
+    assert outcome.document["runs"][0]["best_test_accuracy"] > 20  # chance is 10
+    best = tmp_path / "cnn16-init-s0" / "best.safetensors"
+    measured = convsim(
+        "measure", best, "--arch", "cnn:16", "--input", "cifar10", "--data-dir", data_dir, "--json"
+    ).document
+    assert measured["total"]["accuracy"] > 20
