@@ -131,7 +131,8 @@ class _SafetensorsCheckpoint(Checkpoint):
             self._header: dict[str, Any] = json.loads(file.read(length))
         self._data_start = 8 + length
         self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
-        super().__init__(path, {name: _tensor_info(entry) for name, entry in self._header.items()})
+        names = sorted(self._header, key=_natural)  # the format keeps no order of layers
+        super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
 
     def load(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
@@ -242,6 +243,11 @@ def _tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
 
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(_SAFETENSORS_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sorting key under which layer2 comes before layer10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _first_bytes(path: Path) -> bytes:

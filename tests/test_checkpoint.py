@@ -69,6 +69,15 @@ def test_safetensors_keep_every_other_byte_and_their_metadata(tmp_path: Path) ->
         assert file.metadata() == {"format": "pt", "author": "ü", "convsim.version": "test"}
 
 
+def test_layers_of_a_safetensors_file_come_in_their_natural_order(tmp_path: Path) -> None:
+    save_file(
+        {name: torch.zeros(1) for name in ("layer10.a", "layer2.b", "layer2.a", "9.a", "stem")},
+        tmp_path / "a.safetensors",
+    )
+    tensors = open_checkpoint(tmp_path / "a.safetensors").tensors
+    assert list(tensors) == ["9.a", "layer2.a", "layer2.b", "layer10.a", "stem"]
+
+
 def test_in_place_a_mapped_file_is_rewritten_and_the_mapped_tensors_stay_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(state_dict(), path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +39,20 @@ class Console:
         with _while_read():
             print(json.dumps({"schema": 1, "command": command, **content}, indent=2, allow_nan=False))
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str | None = None) -> None:
-        """Print a table: TSV with a header line where stdout is no terminal."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], **usual: Cell) -> None:
+        """Print a table: TSV with a header line where stdout is no terminal.
+
+        usual: columns that a terminal is spared where every row has this value.
+        """
         if not is_terminal(sys.stdout):
             return self.delimited(columns, rows, "\t")
-        self._rich_table(columns, rows, title)
+        plain = [
+            index
+            for index, column in enumerate(columns)
+            if column in usual and all(row[index] == usual[column] for row in rows)
+        ]
+        kept = [index for index in range(len(columns)) if index not in plain]
+        self._rich_table([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
     def delimited(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], delimiter: str) -> None:
         """Print a header line and rows, their numbers in six digits."""
@@ -72,17 +82,18 @@ class Console:
         finally:
             screen.close()
 
-    def _rich_table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str | None) -> None:
+    def _rich_table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         from rich import box
         from rich.console import Console as RichConsole
         from rich.measure import Measurement
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, title=title and Text(printable(title)), title_justify="left", pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             numeric = any(isinstance(row[index], int | float) for row in rows)
-            table.add_column(Text(column.replace("_", " ")), justify="right" if numeric else "left", no_wrap=True)
+            header = Text(re.sub("_(before|after)$", r"\n\1", column))
+            table.add_column(header, justify="right" if numeric else "left", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(printable(show(cell, digits=4))) for cell in row))
         screen = RichConsole()

@@ -22,6 +22,7 @@ from convsim_cli.cli.options import (
     TransposedOption,
     make_patterns,
     note_choice,
+    show_layers,
     show_skipped,
     skipped_entries,
     start,
@@ -187,7 +188,7 @@ def _show(content: dict[str, Any], console: Console) -> None:
         ]
         for layer in layers
     ]
-    console.table(columns, rows)
+    show_layers(columns, rows, console)
     show_skipped(content["skipped"], console)
     total = content["total"]
     if "after" not in total:

@@ -20,6 +20,7 @@ from convsim_cli.cli.options import (
     TransposedOption,
     make_patterns,
     note_choice,
+    show_layers,
     show_skipped,
     skipped_entries,
     start,
@@ -137,7 +138,7 @@ def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None
     ]
     order = {name: place for place, name in enumerate(dict.fromkeys(row[0] for row in rows))}
     rows.sort(key=lambda row: order[row[0]])  # the rows of one layer stand together
-    console.delimited(columns, rows, ",") if as_csv else console.table(columns, rows)
+    console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, console)
     for report in reports:
         show_skipped(report["skipped"], console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""

@@ -74,6 +74,15 @@ def note_choice(checkpoint: Checkpoint, console: Console) -> None:
         console.note(checkpoint.note)
 
 
+def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> None:
+    """Print the table of layers; where groups were guessed from shapes, say so."""
+    assumed = [row[columns.index("assumed")] for row in rows]
+    console.table(columns, rows, groups=1, assumed=all(assumed))
+    if any(assumed):
+        which = "groups are" if all(assumed) else "groups marked assumed are"
+        console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")
+
+
 def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
     """Return the `skipped` list of a JSON document."""
     return [{"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in selection.skipped]

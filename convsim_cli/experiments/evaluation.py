@@ -106,8 +106,8 @@ def evaluate(
             logits, labels = forward(dataset.normalise(images.to(device))).float(), labels.to(device)
             totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
-    loss, correct = (totals / len(split)).tolist()
-    return loss, 100 * correct
+    loss, correct = totals.tolist()
+    return loss / len(split), 100 * correct / len(split)
 
 
 def _sum(layers: list[Record]) -> float:

@@ -203,8 +203,8 @@ class Trainer:
             if advance:
                 advance(1)
         synchronize(self.device)
-        loss_sum, correct = (totals / len(data)).tolist()
-        return loss_sum, 100 * correct
+        loss_sum, correct = totals.tolist()
+        return loss_sum / len(data), 100 * correct / len(data)
 
     def _regularise(self, loss: Tensor) -> None:
         """Algorithm 2: β·∂L_CS straight into the gradients. With the schedule `loss`, β falls with the task loss."""
