@@ -174,7 +174,8 @@ def test_constants_made_in_inference_mode_serve_training_too() -> None:
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     with torch.inference_mode():
         convolutional_similarity(weight)
-    convolutional_similarity(weight).backward()
+    (gradient,) = torch.autograd.grad(convolutional_similarity(weight), weight, create_graph=True)
+    gradient.square().sum().backward()  # keeps the constants for its own backward pass
     assert weight.grad is not None
 
 

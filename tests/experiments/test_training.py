@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,18 +109,20 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_state_taken_up_again_continues_to_the_bit(data: Dataset, precision: str) -> None:
+def test_state_taken_up_again_continues_to_the_bit_dropout_included(data: Dataset, precision: str) -> None:
+    def trainer(seed: int) -> Trainer:
+        model = nn.Sequential(build_network("cnn:4", seed=seed), nn.Dropout(0.3))
+        return Trainer(model, data, arguments, CPU)
+
     arguments = Arguments(mode="reg", beta_schedule="loss", momentum=0.9, batch_size=20, precision=precision)  # type: ignore[arg-type]
-    whole = Trainer(build_network("cnn:4"), data, arguments, CPU)
+    whole = trainer(seed=0)
     whole.run_epoch()
-    state = whole.state()
-    state["model"] = {name: tensor.clone() for name, tensor in state["model"].items()}
-    state["optimizer"] = Trainer(build_network("cnn:4"), data, arguments, CPU).optimiser.state_dict() | {
-        "state": {k: {n: t.clone() for n, t in v.items()} for k, v in state["optimizer"]["state"].items()}
-    }
+    stored = io.BytesIO()
+    torch.save(whole.state(), stored)
     expected = whole.run_epoch()
-    resumed = Trainer(build_network("cnn:4", seed=9), data, arguments, CPU)
-    resumed.load_state(state)
+    resumed = trainer(seed=9)
+    stored.seek(0)
+    resumed.load_state(torch.load(stored, weights_only=True))
     found = resumed.run_epoch()
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
