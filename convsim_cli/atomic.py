@@ -38,9 +38,8 @@ def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path
             temporary.replace(real)
         _flush_folder(real.parent)
     except OSError as error:
-        raise WriteError(
-            f"{target}: cannot be written ({error.strerror or error}); the former file is intact"
-        ) from error
+        intact = "; the former file is intact" if real.exists() else ""
+        raise WriteError(f"{target}: cannot be written ({error.strerror or error}){intact}") from error
     finally:
         if temporary is not None:
             with suppress(OSError):

@@ -24,7 +24,7 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")  # the types that kerne
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FACTORS = ("_g", "_v", "_orig", ".original", ".original0", ".original1")  # of weight_norm and spectral_norm
+_PARTS = ("_g", "_v", "_orig", "_mask", ".original", ".original0", ".original1")  # of parametrised weights
 
 
 @dataclass(frozen=True)
@@ -146,23 +146,27 @@ class Selection:
 
 
 def file_kernels(
-    tensors: Mapping[str, TensorInfo], patterns: Patterns | None = None, shared: Mapping[str, str] | None = None
+    tensors: Mapping[str, TensorInfo], patterns: Patterns | None = None, unfit: Mapping[str, str] | None = None
 ) -> Selection:
     """Return the kernels of a state dict, from names and shapes.
 
-    tensors: name → dtype and shape. shared: name → the name before it that holds the same memory. Raises InputError
-    for a pattern that matches nothing or a number of groups that does not fit. Source: the table of kernel families in
-    this module's head.
+    tensors: name → dtype and shape. unfit: name → why the tensor cannot be worked on by itself, such as memory that it
+    shares with one before it. Raises InputError for a pattern that matches nothing or a number of groups that does not
+    fit. Source: the table of kernel families in this module's head.
     """
-    patterns = patterns or Patterns()
+    patterns, unfit = patterns or Patterns(), unfit or {}
     candidates = {name: info for name, info in tensors.items() if 3 <= len(info.shape) <= 5}
     patterns.check(candidates)
-    single_channel = [n for n, i in candidates.items() if len(i.shape) == 4 and i.shape[1] == 1 and i.dtype in FLOATING]
+    included = bool(patterns.include)
+    reasons = {
+        name: unfit.get(name) or patterns.refusal(name) or _not_a_kernel(name, info, included)
+        for name, info in candidates.items()
+    }
+    single_channel = [name for name, info in candidates.items() if info.shape[1] == 1 and not reasons[name]]
     selection = Selection()
     for name, info in candidates.items():
-        kernel = _assume(name, info.shape, patterns, depthwise=len(single_channel) > 1)
-        reason = f"shared with {shared[name]}" if shared and name in shared else patterns.refusal(name)
-        selection.add(kernel, reason or _not_a_kernel(name, info, included=bool(patterns.include)))
+        depthwise = len(single_channel) > 1 and name in single_channel
+        selection.add(_assume(name, info.shape, patterns, depthwise), reasons[name])
     return selection
 
 
@@ -209,10 +213,10 @@ def weight_of(model: nn.Module, kernel: Kernel) -> nn.Parameter:
 def _assume(name: str, shape: tuple[int, ...], patterns: Patterns, depthwise: bool) -> Kernel:
     transposed = _matches([name], patterns.transposed)
     given = [groups for glob, groups in patterns.groups if fnmatchcase(name, glob)]
-    groups = given[-1] if given else shape[0] if depthwise and shape[1] == 1 and not transposed else 1
+    groups = given[-1] if given else shape[0] if depthwise and not transposed else 1
     if groups < 1 or shape[0] % groups:
         raise InputError(f"--groups: {groups} groups do not divide the {shape[0]} filters of {name} {list(shape)}")
-    return Kernel(name, shape, groups, transposed, assumed=not (given or transposed))
+    return Kernel(name, shape, groups, transposed, assumed=not given)
 
 
 def _not_a_kernel(name: str, info: TensorInfo, included: bool) -> str | None:
@@ -220,8 +224,8 @@ def _not_a_kernel(name: str, info: TensorInfo, included: bool) -> str | None:
         return f"its type {info.dtype} cannot be optimised"
     if 0 in info.shape:
         return "empty"
-    if name.endswith(_FACTORS):
-        return "a factor of a parametrised weight (weight_norm, spectral_norm), not the kernel itself"
+    if name.endswith(_PARTS):
+        return "a part of a parametrised weight (weight_norm, spectral_norm, pruning), not the kernel itself"
     if len(info.shape) != 4 and not included:
         return f"{len(info.shape)}-D: taken for a kernel only by --include"
     return None

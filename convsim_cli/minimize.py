@@ -46,7 +46,8 @@ class Minimisation:
     tol: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.iterations < 0 or self.lr <= 0 or self.tol < 0 or self.optimizer not in ("adam", "sgd"):
+        in_range = self.iterations >= 0 and 0 < self.lr < math.inf and 0 <= self.tol < math.inf
+        if not in_range or self.optimizer not in ("adam", "sgd"):
             raise InputError(
                 "expected iterations ≥ 0, lr > 0, tol ≥ 0 and optimizer adam or sgd, "
                 f"got {self.iterations}, {self.lr}, {self.tol} and {self.optimizer!r}"
@@ -131,19 +132,20 @@ def minimize_filters_(
             for _ in range(block):
                 filters.grad = similarity_gradient(filters, taps)
                 if how.preserve_norm:
-                    _project_(filters.grad, filters, norms)
+                    project_(filters.grad, filters, norms)
                 optimiser.step()
                 if how.preserve_norm:
-                    _rescale_(filters, norms)
+                    rescale_(filters, norms)
             done += block
             loss = similarity(filters, taps).item()
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"{name}: L_CS is {loss} after {done} iterations at lr {how.lr:g}; nothing was written, lower --lr"
+                    f"{name}: L_CS is {loss} after {done} iterations at lr {how.lr:g}; nothing was written, "
+                    "lower --lr, or scale kernels this large down first"
                 )
             if advance:
                 advance(block)
-            if former - loss < how.tol * former < math.inf:
+            if how.tol > 0 and former - loss < how.tol * former < math.inf:
                 break
             former = loss
     if advance and done < how.iterations:
@@ -157,7 +159,7 @@ def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
     The control for what shrinking alone does: directions of one, norms of the other. A zero filter stays zero.
     """
     filters, target = kernel.to_filters(weight.detach().clone()), kernel.to_filters(norms_of.detach())
-    _rescale_(filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
+    rescale_(filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
     return kernel.to_stored(filters, weight.dtype)
 
 
@@ -168,13 +170,17 @@ def _optimiser(filters: Tensor, how: Minimisation) -> torch.optim.Optimizer:
     return torch.optim.Adam([filters], lr=how.lr, fused=fused)
 
 
-def _project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
-    """g −= ⟨g, K_i⟩ K_i / ‖K_i‖²: what is left moves the filter along its sphere."""
+def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
+    """Project a gradient, in place, onto the tangent space of each filter's sphere: g −= ⟨g, K_i⟩ K_i / ‖K_i‖².
+
+    gradient, filters: `[groups, S / groups, N, C]`; norms: the filters' L2 norms `[groups, S / groups, 1, 1]`.
+    """
     along = (gradient * filters).sum(dim=(-2, -1), keepdim=True) / torch.where(norms > 0, norms.square(), 1)
     gradient.addcmul_(along, filters, value=-1)
 
 
-def _rescale_(filters: Tensor, norms: Tensor) -> None:
+def rescale_(filters: Tensor, norms: Tensor) -> None:
+    """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero."""
     present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
     filters.mul_(torch.where(present > 0, norms / present, 0))
 

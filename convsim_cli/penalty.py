@@ -70,6 +70,8 @@ class ConvSimPenalty:
         """
         with full_precision(self._layers[0][1].device):
             for kernel, weight in self._layers:
+                if not weight.requires_grad:  # frozen: backward() would leave it alone as well
+                    continue
                 gradient = self._gradient(kernel, weight).to(weight.dtype)
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,14 +46,18 @@ def probe_kernel(
     axes = len(kernel.taps)
     space = (side or _SIDE[axes],) * axes
     convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[axes - 1]
-    filters = kernel.to_convolution(weight).float()
+    peak = weight.abs().amax().double().item() or 1.0
+    filters = (kernel.to_convolution(weight) / peak).float()  # maps of very large or small kernels leave float32
     padding = tuple(k - 1 for k in kernel.taps)
     similarity = FeatureMapSimilarity(kernel.groups)
     inputs = make_inputs(probe, samples, kernel.channels, space, seed)
     for images in inputs.split(similarity.chunk(kernel.filters, *inputs.shape[2:])):
         with full_precision(weight.device), torch.inference_mode():
             similarity.update(convolve(images.to(weight.device), filters, padding=padding, groups=kernel.groups))
-    return similarity.result()
+    found = similarity.result()
+    if found["fm_inner2"] is not None:
+        found["fm_inner2"] = finite(found["fm_inner2"] * peak**2 * peak**2)
+    return found
 
 
 class FeatureMapSimilarity:
@@ -106,10 +111,15 @@ class FeatureMapSimilarity:
         angles = float(self._angles)
         defined = self._positions > 1 and angles > 0
         return {
-            "fm_cos": float(self._cosines) / angles if defined else None,
-            "fm_inner2": float(self._products) / self._inputs if self._inputs else None,
+            "fm_cos": finite(float(self._cosines) / angles) if defined else None,
+            "fm_inner2": finite(float(self._products) / self._inputs) if self._inputs else None,
             "dead": int((~self._seen).sum()) if self._seen is not None else None,
         }
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None where it is no number: what JSON can say."""
+    return value if math.isfinite(value) else None
 
 
 def _natural(noise: Tensor) -> Tensor:
@@ -124,4 +134,5 @@ def _natural(noise: Tensor) -> Tensor:
     amplitude[(0,) * len(space)] = 0  # zero mean
     spectrum = torch.fft.rfftn(noise, dim=axes)
     images = torch.fft.irfftn(spectrum / spectrum.abs().clamp_min(1e-12) * amplitude, s=space, dim=axes)
-    return images / images.std(dim=axes, keepdim=True, correction=0)
+    spread = images.std(dim=axes, keepdim=True, correction=0)
+    return images / torch.where(spread > 0, spread, 1)

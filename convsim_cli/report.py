@@ -7,7 +7,6 @@ whose map is zero on every input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, Selection, is_convolution, module_kernels, weight_of
 from convsim_cli.precision import full_precision
-from convsim_cli.probes import FeatureMapSimilarity, probe_kernel
+from convsim_cli.probes import FeatureMapSimilarity, finite, probe_kernel
 from convsim_cli.similarity import normalised_similarity, similarity
 
 Record = dict[str, Any]
@@ -92,10 +91,10 @@ def kernel_figures(kernel: Kernel, weight: Tensor) -> Record:
         value = similarity(filters, kernel.taps).item()
     ncs = 1.0 if kernel.pointwise else normalised_similarity(dense, kernel.groups).item()
     return {
-        "cs": _finite(value),
+        "cs": finite(value),
         "ncs": ncs if pairs else None,
         "kernel_cos": cosines.abs().sum().item() / 2 / pairs if pairs else None,
-        "norm": _finite(torch.linalg.vector_norm(weight).item()),
+        "norm": finite(torch.linalg.vector_norm(weight).item()),
         "zero": int(filters.shape[0] * filters.shape[1] - live.sum().item()),
     }
 
@@ -137,7 +136,7 @@ def _hooks(
     for layer in model.modules():
         found = weights.get(id(layer.weight)) if is_convolution(layer) else None
         if found is not None:
-            handles.append(layer.register_forward_hook(_hook(found)))
+            handles.append(layer.register_forward_hook(_hook(found), with_kwargs=True))
     try:
         yield
     finally:
@@ -145,21 +144,21 @@ def _hooks(
             handle.remove()
 
 
-def _hook(similarity: FeatureMapSimilarity) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
-    def collect(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        maps = output if layer.bias is None else _without_bias(layer, inputs)
+def _hook(similarity: FeatureMapSimilarity) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], None]:
+    def collect(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
+        maps = output if layer.bias is None else _without_bias(layer, inputs, options)
         for chunk in maps.split(similarity.chunk(*maps.shape[1:])):
             similarity.update(chunk)
 
     return collect
 
 
-def _without_bias(layer: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+def _without_bias(layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     """Convolve again: subtracting the bias would leave rounding in maps that are small beside it."""
     bias: Any = layer.bias
     layer.bias = None  # type: ignore[assignment]
     try:
-        maps: Tensor = layer.forward(*inputs)
+        maps: Tensor = layer.forward(*inputs, **options)
         return maps
     finally:
         layer.bias = bias
@@ -181,7 +180,3 @@ def _unit_filters(filters: Tensor) -> tuple[Tensor, Tensor]:
     flat = filters.flatten(2)
     norms = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
     return flat / torch.where(norms > 0, norms, 1), (norms > 0).sum(dim=1).flatten()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import warnings
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convsim_cli.checkpoint import Checkpoint, StateDict, open_checkpoint, save_state_dict
+from convsim_cli.checkpoint import Checkpoint, open_checkpoint
 from convsim_cli.errors import CheckpointError, InputError
+from convsim_cli.state_dict import StateDict, save_state_dict
 
 DTYPES = (
     torch.float64,
@@ -98,7 +101,7 @@ def test_pickles_keep_format_structure_sharing_and_every_other_tensor(tmp_path: 
     optimizer = {"state": {0: {"exp_avg": torch.randn(8, 3, 3, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     torch.save({"epoch": 3, "state_dict": weights, "optimizer": optimizer}, path, _use_new_zipfile_serialization=zipped)
     before = torch.load(path, weights_only=True)
-    assert open_checkpoint(path).shared == {"module.tied": "module.conv.weight"}
+    assert open_checkpoint(path).unfit == {"module.tied": "shared with module.conv.weight"}
     twos = rewrite(path, out, "module.conv.weight")
     after = torch.load(out, weights_only=True)
     before["state_dict"]["module.conv.weight"].copy_(twos)
@@ -116,6 +119,33 @@ def test_nested_state_dicts_are_found_and_a_choice_between_several_is_said(tmp_p
     assert checkpoint.note is not None
     assert "took the tensors under nested.state_dict" in checkpoint.note
     assert "ema" in checkpoint.note
+
+
+def test_a_state_dict_with_kernels_goes_before_one_with_other_tensors(tmp_path: Path) -> None:
+    weights = {"conv.weight": torch.randn(8, 3, 3, 3)}
+    endless: dict[str, Any] = {"mean_image": torch.zeros(3, 32, 32), "model_ema": weights}
+    endless["itself"] = endless
+    torch.save(endless, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt").tensors) == ["conv.weight"]
+
+
+def test_kernels_that_share_memory_in_part_or_within_themselves_cannot_be_changed_alone(tmp_path: Path) -> None:
+    whole = torch.randn(8, 3, 3, 3)
+    expanded = torch.randn(1, 3, 3, 3).expand(4, 3, 3, 3)
+    sparse = torch.eye(4).to_sparse()
+    torch.save({"all": whole, "half": whole[:4], "other": whole[4:], "wide": expanded, "s": sparse}, tmp_path / "a.pt")
+    unfit = open_checkpoint(tmp_path / "a.pt").unfit
+    assert set(unfit) == {"half", "other", "wide"}
+    assert unfit["half"] == "shared with all"
+    assert "expanded" in unfit["wide"]
+
+
+def test_empty_metadata_is_no_obstacle(tmp_path: Path) -> None:
+    header = json.dumps(
+        {"__metadata__": None, "a": {"dtype": "F32", "shape": [2, 1, 1, 1], "data_offsets": [0, 8]}}
+    ).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "a").sum() == 4
 
 
 def test_training_shows_in_counters_or_where_there_are_none_in_running_means(tmp_path: Path) -> None:
@@ -148,6 +178,13 @@ def zip_bytes(content: object, folder: Path) -> bytes:
     return (folder / "made").read_bytes()
 
 
+def script_bytes(folder: Path) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)), folder / "made")
+    return (folder / "made").read_bytes()
+
+
 def bad_files(folder: Path) -> dict[str, tuple[str, bytes, str]]:
     pickled = zip_bytes({"a": torch.randn(4, 4, 3, 3)}, folder)
     save_file({"a": torch.randn(4, 4, 3, 3)}, folder / "made")
@@ -166,6 +203,8 @@ def bad_files(folder: Path) -> dict[str, tuple[str, bytes, str]]:
         "truncated legacy": ("a.pt", b"\x80\x02", "cut short"),
         "objects": ("a.pt", zip_bytes({"a": Payload()}, folder), "could run code"),
         "whole module": ("a.pt", zip_bytes(torch.nn.Conv2d(3, 4, 3), folder), "weights_only=False"),
+        "script": ("a.pt", script_bytes(folder), "a TorchScript program"),
+        "namespace": ("a.pt", zip_bytes({"a": torch.zeros(2), "args": Namespace()}, folder), "argparse.Namespace"),
         "no tensors": ("a.pt", zip_bytes({"lr": 0.1}, folder), "no dictionary of named tensors"),
     }
 
@@ -183,6 +222,8 @@ BAD = (
     "truncated legacy",
     "objects",
     "whole module",
+    "script",
+    "namespace",
     "no tensors",
 )
 

@@ -34,13 +34,23 @@ def test_of_single_channel_tensors_one_is_dense_and_several_are_depthwise() -> N
     assert all("depthwise" in reason and "assumed" in reason for reason in reasons(found).values())
 
 
-def test_patterns_correct_the_guesses_and_a_corrected_kernel_is_not_assumed() -> None:
+def test_only_tensors_that_would_be_taken_count_for_the_depthwise_guess() -> None:
+    others = {"a.weight_g": (32, 1, 1, 1), "b.weight_mask": (32, 1, 3, 3), "c": (8, 1, 5)}
+    found = file_kernels(infos(stem=(32, 1, 3, 3), tied=(32, 1, 3, 3), **others), unfit={"tied": "shared with stem"})
+    assert [(kernel.name, kernel.groups) for kernel in found.kernels] == [("stem", 1)]
+    assert "pruning" in reasons(found)["b.weight_mask"]
+    audio = file_kernels(infos(a=(16, 1, 31), b=(16, 1, 31)), Patterns(include=["*"]))
+    assert not audio.kernels
+    assert "depthwise" in reasons(audio)["a"]
+
+
+def test_patterns_correct_the_guesses_and_given_groups_are_not_assumed() -> None:
     tensors = infos(a=(8, 1, 3, 3), b=(8, 4, 3, 3), up=(6, 4, 2, 2))
     found = file_kernels(tensors, Patterns(groups=[("a", 4), ("b", 2)], transposed=["up"]))
     assert [(k.name, k.groups, k.transposed, k.assumed) for k in found.kernels] == [
         ("a", 4, False, False),
         ("b", 2, False, False),
-        ("up", 1, True, False),
+        ("up", 1, True, True),
     ]
     assert found.kernels[2].filters == 4
 
@@ -65,10 +75,10 @@ def test_groups_that_do_not_divide_the_filters_are_an_error() -> None:
 
 def test_factors_of_parametrised_weights_and_shared_tensors_are_skipped_with_a_reason() -> None:
     tensors = {"a.weight_v": TensorInfo("float32", (8, 3, 3, 3)), "b": TensorInfo("float32", (8, 3, 3, 3))}
-    found = file_kernels(tensors | {"c": tensors["b"]}, shared={"c": "b"})
+    found = file_kernels(tensors | {"c": tensors["b"]}, unfit={"c": "shared with b"})
     assert taken(found) == ["b"]
     assert reasons(found)["c"] == "shared with b"
-    assert "factor" in reasons(found)["a.weight_v"]
+    assert "weight_norm" in reasons(found)["a.weight_v"]
 
 
 def test_a_module_tells_groups_and_transposition_exactly() -> None:

@@ -60,6 +60,14 @@ def test_gradients_accumulate_and_missing_ones_are_made() -> None:
         torch.testing.assert_close(both, 2 * first)
 
 
+def test_frozen_kernels_get_no_gradient() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    ConvSimPenalty(model).add_gradient_(1.0)
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is not None
+
+
 def test_the_logged_value_is_equation_10_whatever_pairs_the_penalty_sums() -> None:
     model = network()
     value = ConvSimPenalty(model, "neighbours").value()

@@ -97,6 +97,20 @@ def test_the_amplitude_of_natural_inputs_falls_as_one_over_f() -> None:
     torch.testing.assert_close(product, product.mean(-1, keepdim=True).expand_as(product), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e38), (torch.float32, 1e-38), (torch.float64, 1e-60)])
+def test_a_layer_of_any_scale_is_probed(dtype: torch.dtype, scale: float) -> None:
+    kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3, dtype=dtype)
+    exact, found = probe_kernel(kernel, weight), probe_kernel(kernel, weight * scale)
+    assert found["fm_cos"] == pytest.approx(exact["fm_cos"], rel=1e-5)
+    assert found["dead"] == 0
+    assert found["fm_inner2"] == pytest.approx(exact["fm_inner2"] * scale**4, rel=1e-4)
+
+
+def test_a_single_pixel_has_no_spectrum_and_gives_no_nan() -> None:
+    assert make_inputs("natural", 2, 1, (1, 1)).isfinite().all()
+    assert probe_kernel(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3), "natural", side=1)["fm_cos"] is None
+
+
 def test_an_unknown_input_is_refused_with_a_suggestion() -> None:
     with pytest.raises(InputError, match="did you mean 'natural'"):
         make_inputs("naturel", 1, 1, (4, 4))

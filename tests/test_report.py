@@ -121,6 +121,19 @@ def test_a_shared_weight_sees_the_maps_of_both_its_layers() -> None:
     assert measure(model, images)[0]["fm_cos"] == pytest.approx(both.result()["fm_cos"], rel=1e-4)
 
 
+def test_layers_called_by_keyword_or_with_an_output_size_are_measured() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 4, 3, stride=2), nn.ConvTranspose2d(4, 3, 3, stride=2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.up(input=self.down(input=images), output_size=[8, 8])
+            return result
+
+    assert all(record["fm_cos"] is not None for record in measure(Keyword(), torch.randn(2, 3, 8, 8)))
+
+
 def test_autocast_outside_does_not_reach_the_measurement() -> None:
     model, images = network(), torch.randn(2, 3, 16, 16)
     plain = feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from convsim_cli import __version__
+from convsim_cli.cli.console import say
 from convsim_cli.cli.init import init
 from convsim_cli.cli.measure import measure
+from convsim_cli.cli.reproduce import reproduce
 from convsim_cli.cli.train import train
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -20,7 +23,6 @@ app = typer.Typer(
     context_settings=SETTINGS,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     help="Measure how similar a convolutional network's feature maps are, and lower it by acting on the kernels alone.",
     epilog="""\b
 Examples:
@@ -53,29 +55,32 @@ def root(
     """Hold the options that come before a command."""
 
 
-for command in (init, measure, train):
+for command in (init, measure, train, reproduce):
     app.command(context_settings=SETTINGS, epilog=command.__globals__["EXAMPLES"])(command)
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed while running, 2 bad usage or input, 130 interrupted."""
-    sys.exit(run())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the encoding has no ×
+    sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code; an error is one line on stderr (CONVSIM_DEBUG=1: the
     traceback)."""
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = app(arguments or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         if os.environ.get("CONVSIM_DEBUG") == "1":
             raise
         message, code = _explain(error)
-        print(f"convsim: error: {message}", file=sys.stderr)
+        say(f"convsim: error: {message}")
     if code == 130:
-        print("convsim: interrupted", file=sys.stderr)
+        say("convsim: interrupted")
     return code
 
 

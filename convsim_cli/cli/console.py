@@ -28,16 +28,19 @@ class Console:
     def note(self, message: str) -> None:
         """Say something in passing, on stderr."""
         if not self.quiet:
-            print(printable(message), file=sys.stderr)
+            say(message)
 
     def warn(self, message: str) -> None:
         """Say something that must not be missed, on stderr, even when quiet."""
-        print(f"convsim: warning: {printable(message)}", file=sys.stderr)
+        say(f"convsim: warning: {message}")
 
-    def document(self, command: str, content: dict[str, Any]) -> None:
-        """Print the one JSON document of a command."""
-        with _while_read():
-            print(json.dumps({"schema": 1, "command": command, **content}, indent=2, allow_nan=False))
+    def document(self, command: str, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the one JSON document of a command, printed where it was asked for."""
+        document = {"schema": 1, "command": command, **content}
+        if self.as_json:
+            with _while_read():
+                print(json.dumps(document, indent=2, allow_nan=False))
+        return document
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], **usual: Cell) -> None:
         """Print a table: TSV with a header line where stdout is no terminal.
@@ -92,7 +95,7 @@ class Console:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             numeric = any(isinstance(row[index], int | float) for row in rows)
-            header = Text(re.sub("_(before|after)$", r"\n\1", column))
+            header = Text(re.sub("_(before|after|published|measured|fixed_norms)$", r"\n\1", column))
             table.add_column(header, justify="right" if numeric else "left", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(printable(show(cell, digits=4))) for cell in row))
@@ -154,7 +157,15 @@ class _PlainProgress:
             self._said = now
             left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
             share = 100 * self._done / self._total
-            print(f"{self._description}: {share:.0f} %, {duration(left)} left", file=sys.stderr, flush=True)
+            say(f"{self._description}: {share:.0f} %, {duration(left)} left")
+
+
+def say(message: str) -> None:
+    """Print a line on stderr for as long as somebody reads it; work goes on without a listener."""
+    try:
+        print(printable(message), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager

@@ -93,35 +93,50 @@ def init(
     source.selection = how.select(source.selection)
     place = start(device, console)
     began = time.perf_counter()
+    backup = None if no_backup else _backup(checkpoint, target)
+    _warn(source, backup, console)
     if dry_run:
-        layers, backup = _describe(source, probe, seed), None
+        layers = _describe(source, probe, seed)
     else:
-        backup = None if no_backup else _backup(checkpoint, target)
         layers = _minimise(source, how, target, backup, probe, seed, place, console)
     content = {
-        **{"checkpoint": _text(checkpoint), "output": None if dry_run else _text(target), "backup": _text(backup)},
+        **{"checkpoint": _text(checkpoint), "output": _text(target), "backup": _text(backup)},
         **{"objective": how.objective, "iterations": iterations, "lr": lr, "device": str(place)},
         **{"seconds": time.perf_counter() - began, "layers": layers, "skipped": skipped_entries(source.selection)},
-        "total": {when: sum(layer[when]["cs"] for layer in layers) for when in _moments(layers)},
+        "total": {when: sum(layer[when]["cs"] or 0.0 for layer in layers) for when in _moments(layers)},
     }
-    console.document("init", content) if as_json else _show(content, console)
+    console.document("init", content)
+    if not as_json:
+        _show(content, console)
 
 
-def _target(checkpoint: Path | None, output: Path | None, arch: str | None, dry_run: bool) -> Path:
+def _target(checkpoint: Path | None, output: Path | None, arch: str | None, dry_run: bool) -> Path | None:
     from convsim_cli.errors import InputError
 
-    if output is not None and output.is_dir():
-        raise InputError(f"{output}: a folder; name the file to write in it")
+    if output is not None and output.exists() and not output.is_file():
+        raise InputError(f"{output}: {'a folder' if output.is_dir() else 'not a regular file'}; name the file to write")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.parent}; make it first")
     if output is None and checkpoint is None and arch and not dry_run:
         raise InputError(f"--arch {arch} makes a fresh network: say with -o where to write it")
-    return output or checkpoint or Path("model.safetensors")
+    return output or checkpoint
 
 
-def _backup(checkpoint: Path | None, target: Path) -> Path | None:
+def _backup(checkpoint: Path | None, target: Path | None) -> Path | None:
     """In place, whatever the way it is spelled, the former file is kept."""
-    if checkpoint is None or not target.exists() or not target.samefile(checkpoint):
+    if checkpoint is None or target is None or not target.exists() or not target.samefile(checkpoint):
         return None
     return target.with_name(target.name + ".bak")
+
+
+def _warn(source: Source, backup: Path | None, console: Console) -> None:
+    if source.checkpoint.looks_trained():
+        kept = f"; {backup} keeps the old ones" if backup else ""
+        console.warn(
+            f"{source.checkpoint.path} looks trained, and init is for weights that are going to be trained: "
+            f"evaluated as it is, the network will have lost what it learned{kept}"
+        )
+    note_choice(source.checkpoint, console)
 
 
 def _describe(source: Source, probe: str | None, seed: int) -> list[dict[str, Any]]:
@@ -133,7 +148,7 @@ def _describe(source: Source, probe: str | None, seed: int) -> list[dict[str, An
 def _minimise(
     source: Source,
     how: Minimisation,
-    target: Path,
+    target: Path | None,
     backup: Path | None,
     probe: str | None,
     seed: int,
@@ -144,13 +159,7 @@ def _minimise(
 
     from convsim_cli.initialize import minimize_checkpoint
 
-    if source.checkpoint.looks_trained():
-        kept = f"; {backup} keeps the old ones" if backup else ""
-        console.warn(
-            f"{source.checkpoint.path} looks trained, and init is for weights that are going to be trained: "
-            f"evaluated as it is, the network will have lost what it learned{kept}"
-        )
-    note_choice(source.checkpoint, console)
+    assert target is not None  # only a dry run does without
     kernels = source.selection.kernels
     with console.progress("init", sum(how.iterations * prod(kernel.shape) for kernel in kernels)) as advance:
         return minimize_checkpoint(

@@ -90,9 +90,8 @@ def measure(
     probe = Probe(input_, samples, input_size, data_dir, seed)
     place = start(device, console)
     reports = [_report(source, probe, place, console) for source in sources]
-    if as_json:
-        console.document("measure", reports[0] if len(reports) == 1 else {"checkpoints": reports})
-    else:
+    console.document("measure", reports[0] if len(reports) == 1 else {"checkpoints": reports})
+    if not as_json:
         _show(reports, console, as_csv)
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from convsim_cli.kernels import Patterns, Selection
 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but warnings and errors.")]
 
 IncludeOption = Annotated[
     list[str],

@@ -72,7 +72,8 @@ def train(
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Full float32, or bfloat16 autocast.")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, …", min=1, show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, … from --seed.", min=1, show_default=False),
     ] = None,
     limit_train: Annotated[
         int | None, typer.Option("--limit-train", help="Only the first N training images.", min=1)
@@ -103,7 +104,7 @@ def train(
     if resume is not None:
         runs = [_resumed(context, resume, epochs)]
         start(runs[0].arguments.device, console)
-        data = load_inputs(runs[0].arguments)
+        data = None  # the run's own state says the rest
     else:
         arguments = _arguments(context.params, str(start(device, console)))
         data = load_inputs(arguments)
@@ -129,7 +130,8 @@ def _new_runs(arguments: Arguments, run_dir: Path, name: str | None, seeds: int 
     if seeds is None:
         return [create_run(arguments, run_dir, name)]
     stem = name or f"{arguments.arch}-{arguments.mode}".replace(":", "")
-    return [create_run(replace(arguments, seed=seed), run_dir, f"{stem}-s{seed}") for seed in range(seeds)]
+    numbers = range(arguments.seed, arguments.seed + seeds)
+    return [create_run(replace(arguments, seed=seed), run_dir, f"{stem}-s{seed}") for seed in numbers]
 
 
 def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
@@ -149,7 +151,7 @@ def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
     return run
 
 
-def _execute(run: Run, dataset: Dataset, console: Console) -> dict[str, Any]:
+def _execute(run: Run, dataset: Dataset | None, console: Console) -> dict[str, Any]:
     from convsim_cli.experiments.runs import execute
 
     how = run.arguments
@@ -173,8 +175,9 @@ def _show(runs: list[Run], summaries: list[dict[str, Any]], console: Console) ->
         }
         for run, summary in zip(runs, summaries, strict=True)
     ]
+    console.document("train", {"runs": documents, "mean": _spread(documents)})
     if console.as_json:
-        return console.document("train", {"runs": documents, "mean": _spread(documents)})
+        return
     keys = ("best_test_accuracy", "best_epoch", "last_test_accuracy", "last_train_accuracy", "cs", "images_per_second")
     rows = [
         [document["run"], *(document[key] for key in keys), duration(document["seconds"])] for document in documents

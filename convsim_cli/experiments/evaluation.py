@@ -13,11 +13,13 @@ from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.experiments import datasets
 from convsim_cli.experiments.datasets import Dataset, Split, load_dataset
 from convsim_cli.experiments.source import Source
+from convsim_cli.initialize import check_kernels
 from convsim_cli.precision import full_precision
 from convsim_cli.probes import PROBES, make_inputs
 from convsim_cli.report import Record, feature_maps, layer_record, measure_file
 
 BATCH = 1000
+MAP_BATCH = 32  # images at once where feature maps are kept for their Gram product
 NETWORK_INPUT = 32  # pixels along each axis of the built-in networks' images
 
 
@@ -42,12 +44,14 @@ class Probe:
     def measure(self, source: Source, device: torch.device, advance: Callable[[int], None]) -> Report:
         """Return the report of a source; `advance` is told of each layer. Raises InputError as `load_dataset` and
         `measure_file`."""
+        check_kernels(source.checkpoint, source.selection)
         if source.model is None:
             return self._measure_file(source, device, advance)
         model = source.model.to(device)
         kernels = source.selection.kernels
         data = None if self.name in PROBES else self._load_dataset()
-        maps = feature_maps(model, kernels, [self._images(data).to(device)], source.names)
+        batches = (images.to(device) for images in self._images(data).split(MAP_BATCH))
+        maps = feature_maps(model, kernels, batches, source.names)
         layers = []
         for kernel in kernels:
             layers.append(layer_record(kernel, source.checkpoint.load(kernel.name), maps[kernel.name]))

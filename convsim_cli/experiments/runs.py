@@ -23,13 +23,15 @@ import torch
 from torch import nn
 
 from convsim_cli.atomic import replace_file
-from convsim_cli.checkpoint import open_checkpoint, save_state_dict
+from convsim_cli.checkpoint import open_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.experiments.datasets import Dataset, load_dataset
 from convsim_cli.experiments.networks import build_network, count_parameters, load_weights
 from convsim_cli.experiments.training import Arguments, Trainer, preparation_steps, prepare_
 from convsim_cli.kernels import module_kernels
+from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.report import feature_maps
+from convsim_cli.state_dict import save_state_dict
 
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
 FEATURE_MAP_IMAGES = 16  # test images that the summary's fm_cos is taken over
@@ -92,7 +94,7 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
                 ) from None
             continue
         run = Run(folder, arguments)
-        _write_json(folder / "args.json", asdict(arguments))
+        write_json(folder / "args.json", asdict(arguments))
         return run
     raise InputError(f"{run_dir}: holds 9,999 runs called {stem}; take another --name")
 
@@ -106,7 +108,7 @@ def load_inputs(arguments: Arguments) -> Dataset:
     build_network(arguments.arch)
     dataset = load_dataset(arguments.dataset, Path(arguments.data_dir))
     dataset.limited(arguments.limit_train, arguments.limit_test)
-    network_with_weights(arguments, dataset.classes)
+    ConvSimPenalty(network_with_weights(arguments, dataset.classes))
     return dataset
 
 
@@ -141,8 +143,8 @@ def execute(run: Run, listener: Listener | None = None, dataset: Dataset | None 
         data = data.limited(arguments.limit_train, arguments.limit_test)
         state = _read_state(run)
         trainer, progress = _resume(run, data, state) if state else _start(run, data, listener)
-        if state and arguments.epochs != state["arguments"]["epochs"]:
-            _write_json(run.folder / "args.json", asdict(arguments))
+        if open_run(run.folder).arguments != arguments:
+            write_json(run.folder / "args.json", asdict(arguments))
         while trainer.epoch < arguments.epochs:
             listener.phase(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps)
             row = trainer.run_epoch(listener.advance)
@@ -150,7 +152,7 @@ def execute(run: Run, listener: Listener | None = None, dataset: Dataset | None 
             _save(run, trainer, progress)
             listener.row(row)
         summary = _summary(trainer, progress)
-        _write_json(run.folder / "summary.json", summary)
+        write_json(run.folder / "summary.json", summary)
     return summary
 
 
@@ -284,7 +286,8 @@ def _write_results(folder: Path, history: Sequence[Row]) -> None:
     _write_text(folder / "results.csv", text.getvalue())
 
 
-def _write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: Any) -> None:
+    """Replace a file by a JSON document."""
     _write_text(path, json.dumps(document, indent=2) + "\n")
 
 

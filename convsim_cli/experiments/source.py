@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from convsim_cli.checkpoint import Checkpoint, StateDict, open_checkpoint
+from convsim_cli.checkpoint import Checkpoint, open_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.experiments.networks import build_network, load_weights
 from convsim_cli.kernels import Patterns, Selection, file_kernels, module_kernels
+from convsim_cli.state_dict import StateDict
 
 
 @dataclass
@@ -35,7 +36,7 @@ def open_source(path: Path | None, arch: str | None, patterns: Patterns | None =
         if path is None:
             raise InputError("name a CHECKPOINT, or a fresh network with --arch")
         checkpoint = open_checkpoint(path)
-        return Source(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.shared))
+        return Source(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
     if patterns.groups or patterns.transposed:
         raise InputError("--groups and --transposed correct what a file leaves open; with --arch the network tells")
     model = build_network(arch, seed=seed)

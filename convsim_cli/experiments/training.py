@@ -22,8 +22,6 @@ from convsim_cli.minimize import Advance, Minimisation, minimize_kernel, rescale
 from convsim_cli.penalty import ConvSimPenalty, Pairs
 from convsim_cli.precision import full_precision
 
-MODES = ("baseline", "init", "reg", "rescale")
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -55,13 +53,13 @@ class Arguments:
     device: str = "cpu"
 
     def check(self) -> None:
-        """Raise InputError for values out of range and for options that the mode would ignore."""
+        """Raise InputError for values out of range and for options that contradict the mode."""
         positive = {"epochs": self.epochs, "batch-size": self.batch_size, "lr": self.lr, "init-lr": self.init_lr}
         for name, value in positive.items():
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise InputError(f"--{name} {value}: expected a number above 0")
         for name, value in {"momentum": self.momentum, "weight-decay": self.weight_decay, "beta": self.beta}.items():
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise InputError(f"--{name} {value}: expected a number of 0 or above")
         if self.rescale and not (self.mode == "init" and self.preserve_norm):
             raise InputError("--rescale goes with --mode init --preserve-norm; the control by itself is --mode rescale")

@@ -16,7 +16,7 @@ from typer.main import get_command
 from convsim_cli.cli import app, run
 from convsim_cli.cli.console import duration, printable, shape, show
 
-COMMANDS = ("init", "measure", "train")
+COMMANDS = ("init", "measure", "train", "reproduce")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,39 @@ def test_whoever_stops_reading_ends_the_command_quietly(tmp_path: Path) -> None:
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("name\t")
+
+
+def test_work_goes_on_when_nobody_reads_stderr(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(4, 3, 3, 3)}, tmp_path / "m.safetensors")
+    command = (
+        f"{sys.executable} -m convsim_cli init {tmp_path / 'm.safetensors'} --iterations 1 2> >(exec 0<&-; sleep 0.1)"
+    )
+    result = subprocess.run(["bash", "-c", f"{command}"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert (tmp_path / "m.safetensors.bak").exists()
+
+
+def test_without_a_command_the_help_is_shown_as_it_is(convsim: Convsim) -> None:
+    assert convsim().out == convsim("--help").out
+    assert convsim().code == 0
+
+
+def test_a_terminal_without_unicode_still_gets_its_table(tmp_path: Path) -> None:
+    save_file({"a\x1b\nb": torch.full((4, 3, 3, 3), torch.nan)}, tmp_path / "m.safetensors")
+    result = subprocess.run(
+        [sys.executable, "-m", "convsim_cli", "measure", "--arch", "cnn:2", "--samples", "1", "-q"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "2\\xd73\\xd73\\xd73" in result.stdout
+
+
+def test_an_error_spells_out_control_characters(tmp_path: Path, convsim: Convsim) -> None:
+    save_file({"a\x1b\nb": torch.full((4, 3, 3, 3), torch.nan)}, tmp_path / "m.safetensors")
+    assert "a\\x1b\\nb" in convsim("measure", tmp_path / "m.safetensors").error
 
 
 def test_cells_and_durations_read_as_people_write_them() -> None:

@@ -100,6 +100,7 @@ def test_a_dry_run_gives_the_same_without_after_and_writes_nothing(tmp_path: Pat
     former = digest(path)
     document = convsim("init", path, "--dry-run", "--json").document
     assert tuple(document) == DOCUMENT
+    assert (document["output"], document["backup"]) == (str(path), f"{path}.bak")
     assert tuple(document["total"]) == ("before",)
     assert all("after" not in layer for layer in document["layers"])
     assert digest(path) == former
@@ -197,6 +198,10 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
         (["--arch", "cnn1"], "say with -o where to write it"),
         (["--arch", "resnet81", "-o", "x.pt"], "did you mean 'resnet18'"),
         (["--arch", "cnn1", "-o", "."], "a folder"),
+        (["--arch", "cnn1", "-o", "/dev/null"], "not a regular file"),
+        (["--arch", "cnn1", "-o", "nowhere/x.pt"], "there is no folder nowhere"),
+        (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "lr > 0"),
+        (["--arch", "cnn1", "-o", "x.pt", "--device", "cpu:"], "--device cpu:"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cuda:7"], "cuda"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpuu"], "did you mean 'cpu'"),
         (["--arch", "cnn1", "-o", "x.pt", "--lr", "0"], "lr > 0"),

@@ -84,6 +84,26 @@ def test_a_data_set_gives_real_activations_and_the_test_accuracy(convsim: Convsi
     assert all(layer["fm_cos"] is not None for layer in document["layers"])
 
 
+def test_a_file_without_kernels_or_with_nan_is_named(tmp_path: Path, convsim: Convsim) -> None:
+    torch.save({"linear.weight": torch.randn(4, 4)}, tmp_path / "linear.pt")
+    outcome = convsim("measure", tmp_path / "linear.pt")
+    assert outcome.code == 2
+    assert f"{tmp_path / 'linear.pt'}: no convolution kernels" in outcome.error
+    save_file({"a": torch.full((4, 3, 3, 3), torch.nan)}, tmp_path / "nan.safetensors")
+    outcome = convsim("measure", tmp_path / "nan.safetensors")
+    assert outcome.code == 2
+    assert f"{tmp_path / 'nan.safetensors'}: a [4, 3, 3, 3]: 108 of 108 values" in outcome.error
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-38])
+def test_kernels_at_the_ends_of_float32_are_measured_in_valid_json(
+    scale: float, tmp_path: Path, convsim: Convsim
+) -> None:
+    save_file({"a": torch.rand(4, 3, 3, 3) * scale}, tmp_path / "m.safetensors")
+    document = convsim("measure", tmp_path / "m.safetensors", "--json").document
+    assert all(document["layers"][0][key] is not None for key in ("cs", "ncs", "kernel_cos", "fm_cos", "norm"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

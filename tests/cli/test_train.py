@@ -57,6 +57,14 @@ def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, conv
     assert len((tmp_path / "x" / "results.csv").read_text().splitlines()) == 3
 
 
+def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, convsim: Convsim) -> None:
+    weights = tmp_path / "w.safetensors"
+    convsim("init", "--arch", "cnn:4", "-o", weights, "--iterations", 1)
+    assert convsim("train", *SMALL, "--weights", weights, "--epochs", 1, "--run-dir", tmp_path, "--name", "x").code == 0
+    weights.unlink()
+    assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2).code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -66,6 +74,9 @@ def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, conv
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
         (["--rescale"], "--rescale goes with"),
         (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--dataset", "digits", "--arch", "cnn:1"], "no convolution kernels"),
+        (["--seed", "99999999999999999999"], "--seed"),
         (["--resume", "nowhere"], "not a run's folder"),
         (["--dataset", "digits", "--name", "a/b"], "plain folder name"),
     ],

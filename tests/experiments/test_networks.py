@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_cli.checkpoint import StateDict
 from convsim_cli.errors import InputError
 from convsim_cli.experiments.networks import build_network, count_parameters, load_weights
 from convsim_cli.kernels import module_kernels
+from convsim_cli.state_dict import StateDict
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, mode="init"), tmp_path, "one")
     with pytest.raises(KeyboardInterrupt):
         execute(run, Kill(15))
-    assert len(execute(open_run(run.folder))["fm_cos"]["start"]) == 4
+    assert len(execute(open_run(run.folder, epochs=4))["fm_cos"]["start"]) == 4
+    assert open_run(run.folder).arguments.epochs == 4
 
 
 def test_weights_of_a_checkpoint_are_where_a_run_starts(tmp_path: Path) -> None:

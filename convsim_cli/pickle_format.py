@@ -1,0 +1,118 @@
+"""Checkpoints pickled by `torch.save`, in today's zip or the older stream, unpickled with `weights_only=True` alone."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from convsim_cli.atomic import replace_file
+from convsim_cli.checkpoint import Changes, Checkpoint, tensor_infos
+from convsim_cli.errors import CheckpointError, InputError
+
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+_TORN = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)  # of torch.load
+_DEEPEST = 8  # dictionaries within dictionaries that are searched
+
+
+class PickledCheckpoint(Checkpoint):
+    """A pickle of `torch.save`. Raises CheckpointError where it is damaged or holds more than plain data."""
+
+    def __init__(self, path: Path) -> None:
+        self._zipped = zipfile.is_zipfile(path)
+        self._root = _unpickle(path, self._zipped)
+        found = sorted(_state_dicts(self._root), key=lambda item: _preference(*item))
+        if not found:
+            raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
+        self._state = found[0][1]
+        strided = {name: t for name, t in self._state.items() if isinstance(t, Tensor) and t.layout is torch.strided}
+        super().__init__(path, tensor_infos(strided))
+        if len(found) > 1:
+            taken, *others = (".".join(place) or "the top level" for place, _ in found)
+            self.note = f"{path}: took the tensors under {taken}; there are others under {', '.join(others)}"
+        self.unfit = _shared_memory(strided)
+
+    def load(self, name: str) -> Tensor:
+        tensor: Tensor = self._state[name].detach()
+        return tensor
+
+    def write(self, target: Path, changes: Changes, record: Mapping[str, str], backup: Path | None = None) -> None:
+        if target.suffix == ".safetensors":
+            raise InputError(
+                f"{target}: the checkpoint is a pickle and is written back as one; name it {self.path.suffix or '.pt'}"
+            )
+        replace_file(target, lambda file: self._write(file, changes), backup)
+
+    def _write(self, file: BinaryIO, changes: Changes) -> None:
+        for name, tensor in changes:
+            self._state[name].detach().copy_(tensor)  # into its own memory: whoever shares it, and the structure, stay
+        torch.save(self._root, file, _use_new_zipfile_serialization=self._zipped)
+
+
+def _unpickle(path: Path, zipped: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said below, in one line
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, *_TORN) as error:
+        raise CheckpointError(f"{path}: {_why_not(str(error))}") from error
+
+
+def _why_not(error: str) -> str:
+    if "TorchScript" in error:
+        return "a TorchScript program, not a state dict; save torch.jit.load(FILE).state_dict()"
+    refused = re.search(r"GLOBAL (\S+)", error) or re.search(r"(Unsupported \w+)", error)
+    if refused:
+        return (
+            f"holds Python objects beside tensors ({refused[1]}), which could run code, and is not loaded; "
+            "if you trust it: python -c \"import torch; m = torch.load('OLD', weights_only=False); "
+            "torch.save(m['state_dict'] if isinstance(m, dict) else m.state_dict(), 'NEW.pt')\""
+        )
+    return f"damaged or cut short ({' '.join(error.split())[:120]}); fetch it again"
+
+
+def _state_dicts(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The dictionaries with tensors under names, the optimiser's state left aside."""
+    if not isinstance(node, dict) or len(where) > _DEEPEST or not all(isinstance(key, str) for key in node):
+        return
+    if any(isinstance(value, Tensor) for value in node.values()):
+        yield where, node
+    for key, value in node.items():
+        if "optim" not in key.lower():
+            yield from _state_dicts(value, (*where, key))
+
+
+def _preference(where: tuple[str, ...], state: dict[str, Any]) -> tuple[bool, int, int]:
+    """Where there are several: one with kernels, then the top level and the usual names, then the largest."""
+    kernels = any(isinstance(value, Tensor) and value.ndim == 4 for value in state.values())
+    known = where[-1] in _CONTAINERS if where else True
+    rank = (_CONTAINERS.index(where[-1]) if where else -1) if known else len(_CONTAINERS)
+    return not kernels, rank, -len(state)
+
+
+def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which kernels share memory with one before them, or within themselves: changing one would change the other."""
+    reasons: dict[str, str] = {}
+    owners: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 3 or not tensor.numel():
+            continue
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        first = int(tensor.storage_offset())
+        last = first + extent
+        placed = owners.setdefault(tensor.untyped_storage().data_ptr(), [])
+        other = next((owner for start, end, owner in placed if start < last and first < end), None)
+        if other:
+            reasons[name] = f"shared with {other}"
+        elif extent < tensor.numel():
+            reasons[name] = "its elements share memory (an expanded tensor)"
+        else:
+            placed.append((first, last, name))
+    return reasons
