@@ -98,7 +98,7 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError("--dataset digits needs scikit-learn; pip install 'convsim[demo]'") from error
+        raise InputError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)  # 0 to 16 as shipped
     images = grey.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(-1).repeat(1, 1, 1, 3)
