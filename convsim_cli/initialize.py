@@ -60,8 +60,7 @@ def minimize_checkpoint(
 def describe_checkpoint(
     checkpoint: Checkpoint, selection: Selection, probe: str | None = None, seed: int = 0
 ) -> list[Record]:
-    """Return the records of a dry run: what would be touched, with its `before` figures. Raises as
-    `minimize_checkpoint`."""
+    """Return the records of a dry run, with their `before` figures alone. Raises as `minimize_checkpoint`."""
     check_kernels(checkpoint, selection)
     records = []
     for kernel in selection.kernels:

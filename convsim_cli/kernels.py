@@ -81,8 +81,7 @@ class Kernel:
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def to_filters(self, weight: Tensor) -> Tensor:
-        """Return the stored weight as `[groups, S / groups, N, C]` in float32 or float64 (see
-        `similarity.to_filters`)."""
+        """Return the stored weight as `[groups, S / groups, N, C]`, float32 or float64 (`similarity.to_filters`)."""
         return to_filters(self.to_convolution(weight), self.groups)[0]
 
     def to_stored(self, filters: Tensor, dtype: torch.dtype) -> Tensor:

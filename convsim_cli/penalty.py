@@ -62,11 +62,11 @@ class ConvSimPenalty:
 
     @torch.no_grad()
     def add_gradient_(self, beta: float | Tensor) -> None:
-        """Add β·∂penalty to the gradients that the parameters hold, without a graph: cheaper than
-        `(β·penalty()).backward()`.
+        """Add β·∂penalty to the gradients that the parameters hold, as `(β·penalty()).backward()` would, without a
+        graph.
 
-        beta: weight on L_CS, dimensionless, ≥ 0; a scalar tensor stays on its device. Call it between `backward()`
-        (with a gradient scaler: after `unscale_`) and the optimiser's step.
+        Frozen parameters are left alone. beta: weight on L_CS, dimensionless, ≥ 0; a scalar tensor stays on its
+        device. Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimiser's step.
         """
         with full_precision(self._layers[0][1].device):
             for kernel, weight in self._layers:

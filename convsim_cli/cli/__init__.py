@@ -68,8 +68,10 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit code; an error is one line on stderr (CONVSIM_DEBUG=1: the
-    traceback)."""
+    """Run the command line and return its exit code.
+
+    An error is one line on stderr; CONVSIM_DEBUG=1 lets the traceback through.
+    """
     try:
         code = app(arguments or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):

@@ -100,9 +100,16 @@ def init(
     else:
         layers = _minimise(source, how, target, backup, probe, seed, place, console)
     content = {
-        **{"checkpoint": _text(checkpoint), "output": _text(target), "backup": _text(backup)},
-        **{"objective": how.objective, "iterations": iterations, "lr": lr, "device": str(place)},
-        **{"seconds": time.perf_counter() - began, "layers": layers, "skipped": skipped_entries(source.selection)},
+        "checkpoint": _text(checkpoint),
+        "output": _text(target),
+        "backup": _text(backup),
+        "objective": how.objective,
+        "iterations": iterations,
+        "lr": lr,
+        "device": str(place),
+        "seconds": time.perf_counter() - began,
+        "layers": layers,
+        "skipped": skipped_entries(source.selection),
         "total": {when: sum(layer[when]["cs"] or 0.0 for layer in layers) for when in _moments(layers)},
     }
     console.document("init", content)

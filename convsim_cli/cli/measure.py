@@ -96,8 +96,11 @@ def measure(
 
 
 def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[Path | None], str | None]:
-    if paths or arch:
-        return list(paths) or [None], arch
+    if paths:
+        return list(paths), arch
+    if arch:
+        console.note(f"no CHECKPOINT given: measuring a fresh {arch}")
+        return [None], arch
     if Path("model.safetensors").exists():
         console.note("no CHECKPOINT given: measuring model.safetensors of this folder")
         return [Path("model.safetensors")], None

@@ -1,9 +1,9 @@
-"""Image data sets, resident in memory as uint8 and normalised where they are used: no worker processes for 32×32
-images."""
+"""Image data sets, resident in memory as uint8 and normalised where they are used: no worker processes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from convsim_cli.errors import InputError, did_you_mean
 
 NAMES = ("cifar10", "digits")
+
+Channels = tuple[float, float, float]
 
 _CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
@@ -39,15 +41,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set and the mean and standard deviation per channel, in units of the full range (0 to 1), to normalise
-    by."""
+    """A data set, and the mean and standard deviation per channel to normalise by (the full range is 0 to 1)."""
 
     name: str
     train: Split
     test: Split
     classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
 
     def limited(self, train: int | None, test: int | None) -> Dataset:
         """Return the first images of either split."""
@@ -57,17 +58,23 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return uint8 images `[B, height, width, 3]` as a float32 batch `[B, 3, height, width]` in channels_last
-        memory."""
-        scale = 1 / (255 * torch.tensor(self.std, device=images.device))
-        shift = -torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
+        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, channels_last in memory."""
+        scale, shift = _scale_and_shift(self.mean, self.std, images.device)
         return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
 
 
-def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Read a data set: `cifar10` (downloaded through torchvision when it is not in `data_dir`) or `digits` (needs no
-    file).
+@lru_cache(maxsize=8)
+def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on the device: making them for every batch would wait for it."""
+    with torch.inference_mode(False):
+        mean_, std_ = torch.tensor(mean), torch.tensor(std)
+        return (1 / (255 * std_)).to(device), (-mean_ / std_).to(device)
 
+
+def load_dataset(name: str, data_dir: Path) -> Dataset:
+    """Read a data set by its name.
+
+    name: `cifar10`, downloaded through torchvision when it is not in `data_dir`, or `digits`, which needs no file.
     Raises InputError for an unknown name, and where data cannot be had: it says which file to get and where to put it.
     """
     if name == "cifar10":

@@ -42,8 +42,10 @@ class Probe:
     seed: int = 0
 
     def measure(self, source: Source, device: torch.device, advance: Callable[[int], None]) -> Report:
-        """Return the report of a source; `advance` is told of each layer. Raises InputError as `load_dataset` and
-        `measure_file`."""
+        """Return the report of a source; `advance` is told of each layer.
+
+        Raises InputError where there are no kernels or one holds NaN or Inf, and as `load_dataset` and `make_inputs`.
+        """
         check_kernels(source.checkpoint, source.selection)
         if source.model is None:
             return self._measure_file(source, device, advance)
@@ -84,11 +86,9 @@ class Probe:
             side = self.side or NETWORK_INPUT
             return make_inputs(self.name, self.samples, 3, (side, side), self.seed)
         images = data.normalise(data.test.images[: self.samples])
-        return (
-            images
-            if self.side is None
-            else nn.functional.interpolate(images, size=(self.side, self.side), mode="bilinear")
-        )
+        if self.side is None:
+            return images
+        return nn.functional.interpolate(images, size=(self.side, self.side), mode="bilinear")
 
 
 def evaluate(

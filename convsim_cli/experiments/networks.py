@@ -27,10 +27,10 @@ def build_network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
 
 
 def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return model name → file name for every tensor of a network, a common prefix such as `module.` taken off by
-    itself.
+    """Return model name → file name for every tensor of a network.
 
-    Raises InputError that lists what is missing and what has another shape (got and expected).
+    A common prefix in the file, such as `module.`, is found by itself. Raises InputError that lists what is missing
+    and what has another shape (got and expected).
     """
     state = model.state_dict()
     prefix = _common_prefix(state, checkpoint.tensors)

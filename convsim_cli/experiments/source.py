@@ -16,8 +16,7 @@ from convsim_cli.state_dict import StateDict
 
 @dataclass
 class Source:
-    """A checkpoint, the kernels chosen in it, and the network with the checkpoint's weights where `--arch` named
-    one."""
+    """A checkpoint, the kernels chosen in it, and the network with its weights where `--arch` named one."""
 
     checkpoint: Checkpoint
     selection: Selection

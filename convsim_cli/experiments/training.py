@@ -223,8 +223,7 @@ class Trainer:
 
 
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """An order that depends on the seed and the epoch alone: a run resumed at an epoch draws what it would have
-    drawn."""
+    """An order that seed and epoch alone decide: a run resumed at an epoch draws what it would have drawn."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
