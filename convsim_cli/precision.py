@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+
+Switch = tuple[
+    Callable[[], Any], Callable[[Any], object], Any
+]  # how to read it, how to set it, its value in full float32
 
 
 @contextmanager
@@ -16,40 +21,27 @@ def full_precision(device: torch.device) -> Iterator[None]:
     The switches are process-wide and are put back on leaving. `device` is where the enclosed products run.
     """
     switches = _switches()
-    former = [getattr(owner, name) for owner, name, _ in switches]
+    former = [read() for read, _, _ in switches]
     with torch.autocast(device.type, enabled=False):
         try:
-            for owner, name, exact in switches:
-                setattr(owner, name, exact)
+            for _, write, exact in switches:
+                write(exact)
             yield
         finally:
-            for (owner, name, _), value in zip(switches, former, strict=True):
-                setattr(owner, name, value)
+            for (_, write, _), value in zip(switches, former, strict=True):
+                write(value)
 
 
-def _switches() -> list[tuple[Any, str, Any]]:
+def _switches() -> list[Switch]:
     backends: Any = torch.backends
     if hasattr(backends, "fp32_precision"):  # torch >= 2.9: reading the older switches fails once these have been used
         owners = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-        return [(owner, "fp32_precision", "ieee") for owner in owners]
+        return [(*_attribute(owner, "fp32_precision"), "ieee") for owner in owners]
     return [
-        (backends.cuda.matmul, "allow_tf32", False),
-        (backends.cudnn, "allow_tf32", False),
-        (_MatmulPrecision, "value", "highest"),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (*_attribute(backends.cudnn, "allow_tf32"), False),
     ]
 
 
-class _MatmulPrecisionType(type):
-    """`torch.set_float32_matmul_precision` as an attribute, as the other switches are (it also governs the CPU)."""
-
-    @property
-    def value(cls) -> str:
-        return torch.get_float32_matmul_precision()
-
-    @value.setter
-    def value(cls, precision: str) -> None:
-        torch.set_float32_matmul_precision(precision)
-
-
-class _MatmulPrecision(metaclass=_MatmulPrecisionType):
-    pass
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    return partial(getattr, owner, name), partial(setattr, owner, name)

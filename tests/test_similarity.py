@@ -123,12 +123,12 @@ def test_tf32_is_off_inside_and_back_as_it_was_outside() -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         switches = _switches()
-        before = [getattr(owner, name) for owner, name, _ in switches]
+        before = [read() for read, _, _ in switches]
         with full_precision(torch.device("cpu")):
-            inside = [getattr(owner, name) for owner, name, _ in switches]
+            inside = [read() for read, _, _ in switches]
         assert inside == [exact for _, _, exact in switches]
         assert inside != before
-        assert [getattr(owner, name) for owner, name, _ in switches] == before
+        assert [read() for read, _, _ in switches] == before
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
