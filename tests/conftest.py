@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,24 @@ class Outcome:
 
 
 Convsim = Callable[..., Outcome]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start the command line in a process of its own, one that Ctrl-C reaches whoever started the tests."""
+    started: list[subprocess.Popen[str]] = []
+
+    def call(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "convsim_cli", *map(str, arguments)]
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default))
+        return started[-1]
+
+    yield call
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, Convsim
+from conftest import CHECKPOINTS, Convsim, Start
 from references import literal_similarity
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -223,12 +221,11 @@ def test_bad_usage_is_one_line_and_exit_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupting_leaves_the_file_as_it_was_and_exits_130(tmp_path: Path) -> None:
+def test_interrupting_leaves_the_file_as_it_was_and_exits_130(tmp_path: Path, start: Start) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"conv.weight": torch.randn(256, 256, 3, 3)}, path)
     former = digest(path)
-    command = [sys.executable, "-m", "convsim_cli", "init", str(path), "--iterations", "1000000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start("init", path, "-q", "--iterations", 1_000_000)
     while not list(tmp_path.glob(".convsim-*")):  # the new file is being written while layers are minimised
         assert process.poll() is None
         time.sleep(0.05)

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import Convsim
+from conftest import Convsim, Start
 
 SMALL = (
     "--arch",
@@ -91,19 +89,10 @@ def test_bad_usage_is_one_line_and_exit_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_interrupting_says_how_to_go_on_and_going_on_ends_the_run(tmp_path: Path, convsim: Convsim) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "convsim_cli",
-        "train",
-        *map(str, SMALL),
-        "--epochs",
-        "100000",
-        "--run-dir",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_interrupting_says_how_to_go_on_and_going_on_ends_the_run(
+    tmp_path: Path, convsim: Convsim, start: Start
+) -> None:
+    process = start("train", *SMALL, "--epochs", 100_000, "--run-dir", tmp_path)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("epoch"):
