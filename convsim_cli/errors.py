@@ -22,6 +22,10 @@ class CheckpointError(InputError):
     """A file that cannot be read as a checkpoint, or holds nothing to work on."""
 
 
+class BusyError(InputError):
+    """Another process is working on it."""
+
+
 class DivergedError(ConvsimError):
     """A loss stopped being a finite number."""
 

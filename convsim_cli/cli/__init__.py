@@ -14,6 +14,7 @@ from convsim_cli import __version__
 from convsim_cli.cli.console import say
 from convsim_cli.cli.init import init
 from convsim_cli.cli.measure import measure
+from convsim_cli.cli.plot import plot
 from convsim_cli.cli.reproduce import reproduce
 from convsim_cli.cli.train import train
 
@@ -55,7 +56,7 @@ def root(
     """Hold the options that come before a command."""
 
 
-for command in (init, measure, train, reproduce):
+for command in (init, measure, train, reproduce, plot):
     app.command(context_settings=SETTINGS, epilog=command.__globals__["EXAMPLES"])(command)
 
 

@@ -8,12 +8,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 Cell = str | int | float | bool | None
-Advance = Callable[[int], None]
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
@@ -64,26 +63,21 @@ class Console:
             writer.writerow(columns)
             writer.writerows([printable(show(cell, digits=6)) for cell in row] for row in rows)
 
-    @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Advance]:
-        """Show how far a loop of `total` steps has come, with the time left; give the function that advances it."""
-        if self.quiet or not total:
-            yield lambda steps: None
-        elif is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
-            with _bar() as bar:
-                task = bar.add_task(printable(description), total=total)
-                yield lambda steps: bar.advance(task, steps)
-        else:
-            yield _PlainProgress(printable(description), total)
+    @property
+    def live(self) -> bool:
+        """Whether a bar can be drawn: stderr is a terminal that can move its cursor."""
+        return not self.quiet and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
     @contextmanager
-    def epochs(self, total: int) -> Iterator[EpochScreen]:
-        """Show a training run: its phases as a bar, its epochs as lines."""
-        screen = EpochScreen(self, total)
-        try:
-            yield screen
-        finally:
-            screen.close()
+    def progress(self, description: str, total: float) -> Iterator[Progress]:
+        """Show how far a loop of `total` steps has come, with the time left; give what advances it."""
+        if self.quiet or not total:
+            yield Progress()
+        elif self.live:
+            with _bar() as bar:
+                yield _Bar(bar, printable(description), total)
+        else:
+            yield _PlainProgress(printable(description), total)
 
     def _rich_table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         from rich import box
@@ -107,57 +101,39 @@ class Console:
         screen.print(table)
 
 
-class EpochScreen:
-    """What a training run tells: a bar per phase on a terminal, and a line per epoch with the time left."""
+class Progress:
+    """How far something has come: called with the steps that were done. This one says nothing."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total = console, total
-        self._seconds: list[float] = []
-        self._stack = ExitStack()
-        self._advance: Advance = lambda steps: None
+    def __call__(self, steps: float) -> None: ...
 
-    def phase(self, name: str, steps: int) -> None:
-        """Begin a phase of so many steps."""
-        self.close()
-        live = is_terminal(sys.stderr) or name == "init"  # elsewhere an epoch is one line, when it has ended
-        self._advance = self._stack.enter_context(self._console.progress(name, steps if live else 0))
-
-    def advance(self, steps: int) -> None:
-        """Advance the phase."""
-        self._advance(steps)
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Say how an epoch ended."""
-        self.close()
-        self._seconds.append(row["seconds"])
-        left = duration((self._total - row["epoch"]) * sum(self._seconds) / len(self._seconds))
-        self._console.note(
-            f"epoch {row['epoch']:>{len(str(self._total))}}/{self._total}  "
-            f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %  "
-            f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:5.2f} %  "
-            f"L_CS {row['cs']:.4g}  {row['seconds']:.1f} s, {left} left"
-        )
-
-    def close(self) -> None:
-        """End the phase that is shown."""
-        self._stack.close()
+    def describe(self, description: str) -> None:
+        """Say what is being done."""
 
 
-class _PlainProgress:
+class _Bar(Progress):
+    def __init__(self, bar: Any, description: str, total: float) -> None:
+        self._bar, self._task = bar, bar.add_task(description, total=total)
+
+    def __call__(self, steps: float) -> None:
+        self._bar.advance(self._task, steps)
+
+    def describe(self, description: str) -> None:
+        self._bar.update(self._task, description=printable(description))
+
+
+class _PlainProgress(Progress):
     """One line per ten seconds."""
 
-    def __init__(self, description: str, total: int) -> None:
-        self._description, self._total, self._done = description, total, 0
+    def __init__(self, description: str, total: float) -> None:
+        self._description, self._total, self._done = description, total, 0.0
         self._start = self._said = time.monotonic()
 
-    def __call__(self, steps: int) -> None:
+    def __call__(self, steps: float) -> None:
         self._done += steps
         now = time.monotonic()
         if now - self._said >= PLAIN_EVERY:
             self._said = now
-            left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
-            share = 100 * self._done / self._total
-            say(f"{self._description}: {share:.0f} %, {duration(left)} left")
+            say(f"{self._description}: {remaining(self._done, self._total, now - self._start)}")
 
 
 def say(message: str) -> None:
@@ -199,6 +175,12 @@ def duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+
+
+def remaining(done: float, total: float, seconds: float) -> str:
+    """Return how far something has come in so many seconds, and the time left at this pace."""
+    left = f", {duration(seconds * (total - done) / done)} left" if done else ""
+    return f"{100 * done / total:.0f} %{left}"
 
 
 def printable(text: str) -> str:

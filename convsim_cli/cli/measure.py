@@ -10,6 +10,7 @@ import typer
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
     ArchOption,
+    DataDirOption,
     DeviceOption,
     ExcludeOption,
     GroupsOption,
@@ -65,9 +66,7 @@ def measure(
     exclude: ExcludeOption = [],  # noqa: B006
     groups: GroupsOption = [],  # noqa: B006
     transposed: TransposedOption = [],  # noqa: B006
-    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")] = Path(
-        "data"
-    ),
+    data_dir: DataDirOption = Path("data"),
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV on stdout.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,

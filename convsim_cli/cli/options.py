@@ -20,6 +20,15 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but warnings and errors.")]
 
+DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")]
+RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")]
+LimitTrainOption = Annotated[
+    int | None, typer.Option("--limit-train", metavar="N", help="Only the first N training images.", min=1)
+]
+LimitTestOption = Annotated[
+    int | None, typer.Option("--limit-test", metavar="N", help="Only the first N test images.", min=1)
+]
+
 IncludeOption = Annotated[
     list[str],
     typer.Option(

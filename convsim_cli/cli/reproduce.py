@@ -2,72 +2,205 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from convsim_cli.cli.console import Console
-from convsim_cli.cli.options import JsonOption, QuietOption, SeedOption
+from convsim_cli.cli.options import (
+    DataDirOption,
+    DeviceOption,
+    JsonOption,
+    LimitTestOption,
+    LimitTrainOption,
+    QuietOption,
+    RunDirOption,
+    SeedOption,
+    start,
+)
+from convsim_cli.cli.tables import TABLES, numerical_table
+from convsim_cli.cli.watching import CampaignScreen
+
+if TYPE_CHECKING:
+    from convsim_cli.experiments.trained import Choices
 
 EXAMPLES = """\b
 Examples:
-  convsim reproduce table1                      # kernel orthogonality and feature maps
-  convsim reproduce table2 --episodes 200       # Convolutional Similarity and feature maps, a quick look
-  convsim reproduce table6 --seed 1 -q > table6.tsv
-  convsim reproduce table1 --json | jq '.rows[].measured.cos_after'"""
+  convsim reproduce table1                      # kernel orthogonality and feature maps: half a minute, no data
+  convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
+  convsim reproduce table5 --archs cnn1 --arms baseline,init,rescale --epochs 10 --data-dir data
+  convsim reproduce figure3 --archs cnn1 --arms baseline,init,rescale --epochs 10   # of the same runs
+  convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5 --limit-train 5000
+  convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
+
+T = TypeVar("T")
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="table1, table2, table3 or table6.")],
-    episodes: Annotated[int, typer.Option(help="Episodes per row; the paper's are 1000.", min=2)] = 1000,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where NAME.json is saved.")] = Path("runs"),
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="table1, 2, 3, 5 or 6, or figure1 to figure5.")],
+    episodes: Annotated[
+        int | None,
+        typer.Option(help="table1, 2, 3, 6: episodes per row; 1000 unless given.", min=2, show_default=False),
+    ] = None,
+    archs: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="table5, figure1 to 3: networks; cnn1,cnn2 unless given.", show_default=False),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="table5, figure1 to 3: of baseline, init, reg, rescale, init-norm, init-norm-rescaled, "
+            "reg-neighbours, baseline-lr0.1; all unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    lrs: Annotated[str | None, typer.Option(metavar="A,B", help="figure4: learning rates.", show_default=False)] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option("--batch-sizes", metavar="A,B", help="figure4: batch sizes.", show_default=False)
+    ] = None,
+    iterations: Annotated[
+        str | None, typer.Option(metavar="A,B", help="figure5: iterations of Algorithm 1.", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs per configuration, from --seed.", min=1, show_default="1")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a run; the paper's unless given.", min=1, show_default=False)
+    ] = None,
+    limit_train: LimitTrainOption = None,
+    limit_test: LimitTestOption = None,
+    data_dir: DataDirOption = Path("data"),
+    run_dir: RunDirOption = Path("runs"),
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run an experiment of the paper again and show published and measured numbers side by side.
 
-    Beside each row stands what the paper does not show: mean |cos| of the two feature maps before and after, which
-    scale cannot move, and the same experiment with every kernel held at its norm. Decrease and increase are in per
-    cent of the start.
+    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Runs that are in RUN_DIR already are
+    reused, and unfinished ones go on. Per cent throughout, but for correlations, cosines and L_CS. What the paper does
+    not show stands beside what it does: in the numerical tables mean |cos| of the two feature maps, which scale cannot
+    move, and the same with every kernel held at its norm; in Table 5 arms that say where a gain comes from.
     """
-    from convsim_cli.experiments.numerical import find_table, numerical_steps, numerical_table
-    from convsim_cli.experiments.runs import write_json
+    from convsim_cli.experiments.paper import TABLES
 
     console = Console(quiet, as_json)
-    table = find_table(name)
-    with console.progress(name, numerical_steps(name)) as advance:
-        rows = numerical_table(name, episodes, seed, advance)
+    if any(table.name == name for table in TABLES):
+        _refuse(context.params, name, _OF_RUNS)
+        _numerical(name, episodes or 1000, seed, run_dir, console)
+    else:
+        _trained(name, context.params, console)
+
+
+_OF_RUNS = ("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test")
+
+
+def _refuse(given: dict[str, Any], name: str, useless: Sequence[str]) -> None:
+    from convsim_cli.errors import InputError
+
+    for key in useless:
+        if given[key] is not None:
+            raise InputError(f"{name} has no --{key.replace('_', '-')}")
+
+
+def _numerical(name: str, episodes: int, seed: int, run_dir: Path, console: Console) -> None:
+    from convsim_cli.experiments import numerical
+
+    table = numerical.find_table(name)
+    with console.progress(name, numerical.numerical_steps(name)) as advance:
+        rows = numerical.numerical_table(name, episodes, seed, advance)
     content = {"name": name, "title": table.title, "claim": table.claim or None, "episodes": episodes, "seed": seed}
-    document = console.document("reproduce", content | {"rows": rows})
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / f"{name}.json", document)
-    if not as_json:
-        _show(rows, console)
+    _save(content | {"rows": rows}, run_dir, console)
+    if not console.as_json:
+        console.table(*numerical_table(rows))
         console.note(
             f"{table.title}; {episodes} episodes a row" + (f"; published: {table.claim}" if table.claim else "")
         )
         console.note(f"saved {run_dir / f'{name}.json'}")
 
 
-def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    figures = ("correlation", "reduction", "decrease", "increase")
-    columns = ["N", "optimizer", *(f"{figure}_{side}" for figure in figures for side in ("published", "measured"))]
-    columns += ["cos_before", "cos_after", "cos_after_fixed_norms", "reduction_fixed_norms"]
-    table = []
-    for row in rows:
-        cells: list[Any] = [row["N"], row["optimizer"]]
-        cells += [_cell(row[side], figure) for figure in figures for side in ("published", "measured")]
-        cells += [row["measured"]["cos_before"], row["measured"]["cos_after"]]
-        table.append([*cells, row["fixed_norms"]["cos_after"], row["fixed_norms"]["reduction_frequency"]])
-    console.table(columns, table)
+def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
+    from convsim_cli.experiments.runs import write_json
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / f"{content['name']}.json", console.document("reproduce", content))
 
 
-def _cell(found: dict[str, float | None], figure: str) -> str | float | None:
-    if figure == "reduction":
-        return found["reduction_frequency"]
-    mean, spread = found[f"{figure}_mean"], found[f"{figure}_std"]
-    if mean is None:
+def _trained(name: str, given: dict[str, Any], console: Console) -> None:
+    from convsim_cli.experiments.campaign import carry_out
+    from convsim_cli.experiments.datasets import load_dataset
+    from convsim_cli.experiments.paper import CLAIMS
+    from convsim_cli.experiments.plots import draw_experiment, require_matplotlib, save_figure
+    from convsim_cli.experiments.trained import find_experiment, group, plan, reductions
+
+    experiment = find_experiment(name)
+    _refuse(given, name, ["episodes"])
+    drawn = name.startswith("figure")
+    if drawn:
+        require_matplotlib()
+    choices = _choices(given, str(start(given["device"], console)))
+    cells = plan(experiment, choices)
+    dataset = load_dataset(choices.base.dataset, Path(choices.base.data_dir))
+    reduced = reductions(experiment, choices, dataset)
+    with CampaignScreen(console, name) as screen:
+        outcomes = carry_out([job for cell in cells for job in cell.jobs], given["run_dir"], dataset, screen)
+    rows = experiment.rows(group(cells, outcomes))
+    title = experiment.title + (f" (reduced: {'; '.join(reduced)})" if reduced else "")
+    content = {
+        "name": name,
+        "title": title,
+        "claim": CLAIMS.get(name),
+        "reduced": reduced,
+        "device": choices.base.device,
+    }
+    _save(content | {"rows": rows}, given["run_dir"], console)
+    if drawn:
+        save_figure(draw_experiment(name, rows, title), given["run_dir"] / f"{name}.png")
+    if not console.as_json:
+        console.table(*TABLES[name](rows))
+        console.note(title + (f"; published: {CLAIMS[name]}" if name in CLAIMS else ""))
+    console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if drawn else ""))
+
+
+def _choices(given: dict[str, Any], device: str) -> Choices:
+    from convsim_cli.experiments.trained import Choices
+    from convsim_cli.experiments.training import Arguments
+
+    base = Arguments(
+        data_dir=str(given["data_dir"]),
+        limit_train=given["limit_train"],
+        limit_test=given["limit_test"],
+        seed=given["seed"],
+        device=device,
+    )
+    return Choices(
+        base,
+        given["seeds"] or 1,
+        given["epochs"],
+        _list("--archs", given["archs"], str),
+        _list("--arms", given["arms"], str),
+        _list("--lrs", given["lrs"], float),
+        _list("--batch-sizes", given["batch_sizes"], int, least=1),
+        _list("--iterations", given["iterations"], int, least=0),
+    )
+
+
+def _list(option: str, text: str | None, kind: Callable[[str], T], least: int | None = None) -> tuple[T, ...] | None:
+    """What a comma-separated option lists, each once. Raises InputError."""
+    from convsim_cli.errors import InputError
+
+    if text is None:
         return None
-    return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
+    try:
+        found = tuple(dict.fromkeys(kind(item.strip()) for item in text.split(",") if item.strip()))
+    except ValueError:
+        found = ()
+    if not found or (least is not None and any(item < least for item in found)):  # type: ignore[operator]
+        what = {str: "names", float: "numbers", int: f"whole numbers of {least} or above"}[kind]  # type: ignore[index]
+        raise InputError(f"{option} {text!r}: expected {what} separated by commas")
+    return found

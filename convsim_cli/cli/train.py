@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from convsim_cli.cli.console import Console, duration
-from convsim_cli.cli.options import DeviceOption, JsonOption, QuietOption, SeedOption, start
+from convsim_cli.cli.options import (
+    DataDirOption,
+    DeviceOption,
+    JsonOption,
+    LimitTestOption,
+    LimitTrainOption,
+    QuietOption,
+    RunDirOption,
+    SeedOption,
+    start,
+)
+from convsim_cli.cli.watching import RunScreen
 
 if TYPE_CHECKING:
     from convsim_cli.experiments.datasets import Dataset
@@ -38,9 +49,7 @@ def train(
     ] = "baseline",
     arch: Annotated[str, typer.Option(metavar="NAME", help="cnn1, cnn2, cnn:WIDTH or resnet18.")] = "cnn1",
     dataset: Annotated[str, typer.Option(metavar="NAME", help="cifar10 or digits.")] = "cifar10",
-    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")] = Path(
-        "data"
-    ),
+    data_dir: DataDirOption = Path("data"),
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start from this checkpoint.", show_default=False)
     ] = None,
@@ -75,11 +84,9 @@ def train(
         int | None,
         typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, … from --seed.", min=1, show_default=False),
     ] = None,
-    limit_train: Annotated[
-        int | None, typer.Option("--limit-train", help="Only the first N training images.", min=1)
-    ] = None,
-    limit_test: Annotated[int | None, typer.Option("--limit-test", help="Only the first N test images.", min=1)] = None,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")] = Path("runs"),
+    limit_train: LimitTrainOption = None,
+    limit_test: LimitTestOption = None,
+    run_dir: RunDirOption = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.", show_default=False)] = None,
     resume: Annotated[
         Path | None,
@@ -156,7 +163,7 @@ def _execute(run: Run, dataset: Dataset | None, console: Console) -> dict[str, A
 
     how = run.arguments
     console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")
-    with console.epochs(how.epochs) as listener:
+    with RunScreen(console, how.epochs) as listener:
         try:
             return execute(run, listener, dataset)
         except KeyboardInterrupt:

@@ -12,9 +12,10 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from torch import nn
 
 from convsim_cli.atomic import replace_file
 from convsim_cli.checkpoint import open_checkpoint
-from convsim_cli.errors import InputError
+from convsim_cli.errors import BusyError, InputError
 from convsim_cli.experiments.datasets import Dataset, load_dataset
 from convsim_cli.experiments.networks import build_network, count_parameters, load_weights
 from convsim_cli.experiments.training import Arguments, Trainer, preparation_steps, prepare_
@@ -79,24 +80,49 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
 
     Raises InputError where the given name is taken; never shares a folder with another process.
     """
-    stem = name or f"{arguments.arch}-{arguments.mode}-s{arguments.seed}".replace(":", "").replace("/", "-")
+    stem = name or plain_name(f"{arguments.arch}-{arguments.mode}-s{arguments.seed}")
     if Path(stem).name != stem or stem in (".", ".."):
         raise InputError(f"--name {stem!r}: expected a plain folder name; its place is --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 10_000):
-        folder = run_dir / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            if name:
-                raise InputError(
-                    f"{folder}: there already; go on with --resume {folder}, or take another --name"
-                ) from None
-            continue
-        run = Run(folder, arguments)
-        write_json(folder / "args.json", asdict(arguments))
-        return run
-    raise InputError(f"{run_dir}: holds 9,999 runs called {stem}; take another --name")
+    run = _first_free(arguments, run_dir, [stem] if name else _numbered(stem))
+    if run is None:
+        folder = run_dir / stem
+        raise InputError(f"{folder}: there already; go on with --resume {folder}, or take another --name")
+    return run
+
+
+def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
+    """Return the run in `run_dir` that was given these arguments, or None.
+
+    Where the data is does not matter, nor a number of epochs beyond the one asked for once it has done those: nothing
+    that a run does in an epoch depends on how many are to follow. A run with more done comes before one with less.
+    """
+    found = [run for run in map(_readable_run, sorted(run_dir.glob("*/args.json"))) if run and _fits(run, arguments)]
+    return max(found, key=epochs_done, default=None)
+
+
+def find_or_create_run(arguments: Arguments, run_dir: Path, stem: str) -> Run:
+    """Return the run with these arguments, made if need be; two processes that ask at once get the same."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(run_dir, wait=True):
+        run = find_run(arguments, run_dir) or _first_free(arguments, run_dir, _numbered(stem))
+    assert run is not None  # the names are endless
+    return run
+
+
+def epochs_done(run: Run) -> int:
+    """Return how many whole epochs stand in a run's results."""
+    return len(read_results(run.folder)) if (run.folder / "results.csv").exists() else 0
+
+
+def is_finished(run: Run, epochs: int) -> bool:
+    """Return whether a run has nothing left to do for so many epochs."""
+    return epochs_done(run) >= epochs and (run.arguments.epochs > epochs or (run.folder / "summary.json").exists())
+
+
+def plain_name(text: str) -> str:
+    """Return a text as a folder's name."""
+    return text.replace(":", "").replace("/", "-")
 
 
 def load_inputs(arguments: Arguments) -> Dataset:
@@ -133,7 +159,7 @@ def execute(run: Run, listener: Listener | None = None, dataset: Dataset | None 
     """Train a run to its number of epochs, from its last whole epoch where it has any, and return its summary.
 
     Raises DivergedError (the last good checkpoint is kept), InputError for a `state.pt` that is torn or another run's,
-    and for a run that another process is working on.
+    and BusyError for a run that another process is working on.
     """
     listener = listener or Silence()
     arguments = run.arguments
@@ -181,6 +207,38 @@ def sample_maps(model: nn.Module, dataset: Dataset, device: torch.device) -> dic
     images = dataset.normalise(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
     kernels = module_kernels(model).kernels
     return {name: figures["fm_cos"] for name, figures in feature_maps(model, kernels, [images]).items()}
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
+
+
+def _first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:
+    """Make the first folder of these names that is not there: whoever makes it has it to itself."""
+    for name in names:
+        folder = run_dir / name
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        write_json(folder / "args.json", asdict(arguments))
+        return Run(folder, arguments)
+    return None
+
+
+def _readable_run(path: Path) -> Run | None:
+    """The run of an args.json, or None for one of another version or one just being written."""
+    try:
+        return open_run(path.parent)
+    except InputError:
+        return None
+
+
+def _fits(run: Run, wanted: Arguments) -> bool:
+    if replace(run.arguments, epochs=wanted.epochs, data_dir=wanted.data_dir) != wanted:
+        return False
+    return run.arguments.epochs == wanted.epochs or epochs_done(run) >= wanted.epochs
 
 
 def _start(run: Run, data: Dataset, listener: Listener) -> tuple[Trainer, dict[str, Any]]:
@@ -265,14 +323,14 @@ def _summary(trainer: Trainer, progress: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder itself locked: the lock goes with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is working on this run") from None
+            raise BusyError(f"{folder}: another process is working on this run") from None
         yield
     finally:
         os.close(descriptor)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Convsim
+
+SMALL = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", 60, "--limit-test", 30, "--batch-size", 20)
+
+
+def test_runs_are_drawn_as_a_png(tmp_path: Path, convsim: Convsim) -> None:
+    for name in ("a", "b"):
+        convsim("train", *SMALL, "--epochs", 2, "--run-dir", tmp_path, "--name", name, "-q")
+    outcome = convsim("plot", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "x.png", "--json")
+    assert outcome.document["output"] == str(tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {tmp_path / 'x.png'}" in outcome.err
+
+
+def test_a_folder_that_is_no_run_and_a_missing_extra_are_one_line(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = convsim("plot", tmp_path, "-o", tmp_path / "x.png")
+    assert (outcome.code, "not a run's folder" in outcome.error) == (2, True)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for arguments in (("plot", tmp_path), ("reproduce", "figure1", "--run-dir", tmp_path)):
+        outcome = convsim(*arguments)
+        assert outcome.code == 2
+        assert "pip install 'convsim[plot]'" in outcome.error
+    assert not list(tmp_path.iterdir())
