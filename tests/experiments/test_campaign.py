@@ -47,6 +47,18 @@ class Notes(Silence):
         self.said.append(f"waiting for {name}")
 
 
+class Stop(Silence):
+    """Stops a run after so many epochs, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset("digits", Path())
@@ -73,10 +85,12 @@ def test_finished_runs_are_reused_whoever_made_them_and_whatever_they_are_called
 
 def test_a_longer_run_serves_with_its_first_epochs_and_is_left_as_it_is(tmp_path: Path, digits: Dataset) -> None:
     longer = create_run(replace(SMALL, epochs=3), tmp_path, "longer")
-    execute(longer, dataset=digits)
+    with pytest.raises(KeyboardInterrupt):
+        execute(longer, Stop(after=2), digits)
     (outcome,) = carry_out(JOBS[:1], tmp_path, digits, Notes())
     assert outcome.run.folder == longer.folder
     assert [row["epoch"] for row in outcome.rows] == [1, 2]
+    assert epochs_done(longer) == 2
     (alone,) = carry_out(JOBS[:1], tmp_path / "alone", digits, Notes())
     assert accuracies([outcome]) == accuracies([alone])
 

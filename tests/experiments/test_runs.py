@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.experiments.networks import build_network
-from convsim_cli.experiments.runs import COLUMNS, Run, Silence, create_run, execute, open_run, read_results
+from convsim_cli.experiments.runs import (
+    COLUMNS,
+    Run,
+    Silence,
+    create_run,
+    execute,
+    find_or_create_run,
+    open_run,
+    read_results,
+)
 from convsim_cli.experiments.training import Arguments, Trainer
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
@@ -153,6 +162,16 @@ def test_folders_are_never_shared(tmp_path: Path) -> None:
         create_run(SMALL, tmp_path, "mine")
     with pytest.raises(InputError, match="plain folder name"):
         create_run(SMALL, tmp_path, "../mine")
+
+
+def test_those_who_ask_for_one_run_at_once_get_one_folder(tmp_path: Path) -> None:
+    for seed in range(5):
+        wanted = replace(SMALL, seed=seed)
+        with ThreadPoolExecutor(8) as pool:
+            runs = list(pool.map(find_or_create_run, 8 * [wanted], 8 * [tmp_path], 8 * ["run"]))
+        assert len({run.folder for run in runs}) == 1
+        assert all(run.arguments == wanted for run in runs)
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
