@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 Cell = str | int | float | bool | None
 
+_SECOND_LINE = re.compile("_(before|after|published|measured|fixed_norms|accuracy|last5|to_99)$")  # of a header
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -89,7 +90,7 @@ class Console:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             numeric = any(isinstance(row[index], int | float) for row in rows)
-            header = Text(re.sub("_(before|after|published|measured|fixed_norms)$", r"\n\1", column))
+            header = Text(_SECOND_LINE.sub(r"\n\1", column))
             table.add_column(header, justify="right" if numeric else "left", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(printable(show(cell, digits=4))) for cell in row))

@@ -163,7 +163,8 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
         save_figure(draw_experiment(name, rows, title), given["run_dir"] / f"{name}.png")
     if not console.as_json:
         console.table(*TABLES[name](rows))
-        console.note(title + (f"; published: {CLAIMS[name]}" if name in CLAIMS else ""))
+        seeds = f"; {choices.seeds} seeds" if choices.seeds > 1 else "; 1 seed"
+        console.note(title + seeds + (f"; published: {CLAIMS[name]}" if name in CLAIMS else ""))
     console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if drawn else ""))
 
 

@@ -38,7 +38,7 @@ def _spread(mean: float | None, std: float | None, digits: int) -> str | None:
 
 def _arms_table(rows: list[dict[str, Any]]) -> Table:
     columns = ["arch", "arm", "published", "best_test_accuracy", "last_test_accuracy", "mean_last5", "train_accuracy"]
-    return [*columns, "epochs_to_99", "cs", "seeds", "epochs", "time"], [
+    return [*columns, "epochs_to_99", "cs", "time"], [
         [row["arch"], row["arm"], row["published"]["test_accuracy"], *_measured(row["measured"])] for row in rows
     ]
 
@@ -47,7 +47,7 @@ def _measured(found: dict[str, Any]) -> list[Any]:
     keys = ("best_test_accuracy", "last_test_accuracy", "mean_last5_test_accuracy", "last_train_accuracy")
     spreads = [_spread(found[key], found[f"{key}_std"], 4) for key in keys]
     time = None if found["seconds"] is None else duration(found["seconds"])
-    return [*spreads, found["epochs_to_99"], found["cs"], found["seeds"], found["epochs"], time]
+    return [*spreads, found["epochs_to_99"], found["cs"], time]
 
 
 def _curves_table(rows: list[dict[str, Any]]) -> Table:
@@ -78,9 +78,7 @@ def _grid_table(rows: list[dict[str, Any]]) -> Table:
 
 def _iterations_table(rows: list[dict[str, Any]]) -> Table:
     columns = ["iterations", "best_test_accuracy", "last_test_accuracy", "mean_last5", "train_accuracy"]
-    return [*columns, "epochs_to_99", "cs", "seeds", "epochs", "time"], [
-        [row["iterations"], *_measured(row["measured"])] for row in rows
-    ]
+    return [*columns, "epochs_to_99", "cs", "time"], [[row["iterations"], *_measured(row["measured"])] for row in rows]
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
