@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from convsim_cli.errors import WriteError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PREFIX, _SUFFIX = ".convsim-", ".tmp"
 
@@ -23,27 +26,73 @@ def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path
     under this name (a hard link; a copy where links cannot be made). Raises WriteError naming the file, with the
     former one intact; whatever `write` raises passes through, with the temporary file removed.
     """
-    real = Path(os.path.realpath(target))
-    temporary: Path | None = None
-    try:
-        _sweep(real.parent)
-        temporary, descriptor = _create(real)
-        with os.fdopen(descriptor, "w+b") as file:
+    with Replacement(target) as replacement:
+        with replacement.writing() as file:
             write(file)
-            file.flush()
-            _copy_ownership(real, descriptor)
-            os.fsync(descriptor)
-            if backup is not None:
-                _keep(real, backup)
-            temporary.replace(real)
-        _flush_folder(real.parent)
-    except OSError as error:
-        intact = "; the former file is intact" if real.exists() else ""
-        raise WriteError(f"{target}: cannot be written ({error.strerror or error}){intact}") from error
-    finally:
-        if temporary is not None:
+        replacement.flush()
+        replacement.commit(backup)
+
+
+class Replacement:
+    """A file in the making, beside the one that it is to replace: a context manager that removes it unless committed.
+
+    `writing`, `flush` and `commit` in this order, and all of one group's files flushed before any is committed, for
+    files that belong together. Each raises WriteError naming the target, whose former file is then intact.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target, self._real = target, Path(os.path.realpath(target))
+        self._temporary: Path | None = None
+
+    def __enter__(self) -> Self:
+        with self._explained():
+            _sweep(self._real.parent)
+            self._temporary, descriptor = _create(self._real)
+            self._file = os.fdopen(descriptor, "w+b")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is not None:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                self._file.close()
+            with suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[BinaryIO]:
+        """Give the file to write to; can be asked for again."""
+        with self._explained():
+            yield self._file
+
+    def flush(self) -> None:
+        """Give the file the mode and owner of the former one, and have it all on disk."""
+        with self._explained():
+            self._file.flush()
+            _copy_ownership(self._real, self._file.fileno())
+            os.fsync(self._file.fileno())
+
+    def commit(self, backup: Path | None = None) -> None:
+        """Put the file in the place of the former one, which is kept as `backup` where that is given."""
+        assert self._temporary is not None
+        with self._explained():
+            if backup is not None:
+                _keep(self._real, backup)
+            self._temporary.replace(self._real)
+        try:
+            _flush_folder(self._real.parent)
+        except OSError as error:
+            raise WriteError(
+                f"{self._target}: written, but its folder could not be flushed to disk ({error.strerror or error}); "
+                "if the power fails now the former file may come back"
+            ) from error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            intact = "; the former file is intact" if self._real.exists() else ""
+            raise WriteError(f"{self._target}: cannot be written ({error.strerror or error}){intact}") from error
 
 
 def _create(real: Path) -> tuple[Path, int]:

@@ -1,7 +1,7 @@
 """Read any checkpoint without its model's code, and write it back with nothing changed but the kernels.
 
-Two formats, told apart by their content: safetensors (`safetensors_format`) and pickles of `torch.save`
-(`pickle_format`).
+Three formats, told apart by their content: safetensors (`safetensors_format`), an index of safetensors shards
+(`sharded_format`) and pickles of `torch.save` (`pickle_format`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convsim_cli.errors import CheckpointError
+from convsim_cli.errors import CheckpointError, InputError
 from convsim_cli.kernels import TensorInfo
 
+INDEX = ".index.json"  # how the names of Hugging Face's indices of shards end
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt")
 
 Changes = Iterable[tuple[str, Tensor]]
@@ -45,6 +46,15 @@ class Checkpoint(ABC):
         written.
         """
 
+    def target(self, output: Path) -> Path:
+        """Return the file to write where the user says `output`. Raises InputError where it cannot be written there."""
+        if output.exists() and not output.is_file():
+            what = "a folder" if output.is_dir() else "not a regular file"
+            raise InputError(f"{output}: {what}; name the file to write")
+        if not output.parent.is_dir():
+            raise InputError(f"{output}: there is no folder {output.parent}; make it first")
+        return output
+
     def looks_trained(self) -> bool:
         """Return whether batch normalisation has seen data: a counter above zero, else a running mean not zero."""
         counters = [name for name in self.tensors if name.endswith("num_batches_tracked")]
@@ -52,23 +62,33 @@ class Checkpoint(ABC):
         return any(bool((self.load(name) != 0).any()) for name in names)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint for reading.
+def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
+    """Open a checkpoint for reading: a file, or a folder that holds an index of shards.
 
-    Raises CheckpointError, in one line that says what was found and what to do, for anything that is not a checkpoint.
+    key: which of a pickle's dictionaries of tensors to take, names joined by dots (`ema.state_dict`). Raises
+    CheckpointError, in one line that says what was found and what to do, for anything that is not a checkpoint.
     """
     from convsim_cli.pickle_format import PickledCheckpoint
     from convsim_cli.safetensors_format import SafetensorsCheckpoint
+    from convsim_cli.sharded_format import ShardedCheckpoint
 
+    indices = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
+    if len(indices) == 1:
+        path = indices[0]
     start = _first_bytes(path)
+    pickled = start.startswith((b"PK", b"\x80"))
+    if key is not None and not pickled:
+        raise InputError(f"--key {key}: {path} is no pickle, all of its tensors are in one place")
+    if path.name.endswith(INDEX):
+        return ShardedCheckpoint(path)
     if len(start) > 8 and start[8:9] == b"{":
         return SafetensorsCheckpoint(path)
-    if start.startswith((b"PK", b"\x80")):
+    if pickled:
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"{path}: named .safetensors but holds a pickle; rename it .pt if you trust where it came from"
             )
-        return PickledCheckpoint(path)
+        return PickledCheckpoint(path, key)
     raise CheckpointError(f"{path}: {_what_it_is(start)}, not a checkpoint ({', '.join(SUFFIXES)})")
 
 

@@ -49,7 +49,7 @@ def minimize_checkpoint(
             minimised, record = minimize_kernel(kernel, weight, how, steps)
             if probe:
                 for moment, tensor in (("before", weight), ("after", minimised)):
-                    record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed)["fm_cos"]
+                    record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed).result()["fm_cos"]
             records.append(record)
             yield kernel.name, minimised.to(CPU)
 
@@ -68,7 +68,7 @@ def describe_checkpoint(
         figures = kernel_figures(kernel, weight)
         before = {key: figures[key] for key in ("cs", "ncs", "norm")}
         if probe:
-            before["fm_cos"] = probe_kernel(kernel, weight, probe, seed=seed)["fm_cos"]
+            before["fm_cos"] = probe_kernel(kernel, weight, probe, seed=seed).result()["fm_cos"]
         records.append({**describe(kernel), "before": before})
     return records
 

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
 from convsim_cli.atomic import replace_file
 from convsim_cli.checkpoint import Changes, Checkpoint, tensor_infos
-from convsim_cli.errors import CheckpointError, InputError
+from convsim_cli.errors import CheckpointError, InputError, did_you_mean
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
-_TORN = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)  # of torch.load
 _DEEPEST = 8  # dictionaries within dictionaries that are searched
 
 
 class PickledCheckpoint(Checkpoint):
-    """A pickle of `torch.save`. Raises CheckpointError where it is damaged or holds more than plain data."""
+    """A pickle of `torch.save`, of which one dictionary of tensors is worked on and all else is carried along.
 
-    def __init__(self, path: Path) -> None:
+    key: where that dictionary is, names joined by dots; found by itself unless given. Raises CheckpointError where the
+    file is damaged, holds more than plain data, or has nothing under the key.
+    """
+
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self._zipped = zipfile.is_zipfile(path)
         self._root = _unpickle(path, self._zipped)
         found = sorted(_state_dicts(self._root), key=lambda item: _preference(*item))
         if not found:
             raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
+        if key is not None:
+            found = [item for item in found if ".".join(item[0]) == key] or _no_such(path, key, found)
         self._state = found[0][1]
         strided = {name: t for name, t in self._state.items() if isinstance(t, Tensor) and t.layout is torch.strided}
         super().__init__(path, tensor_infos(strided))
         if len(found) > 1:
             taken, *others = (".".join(place) or "the top level" for place, _ in found)
-            self.note = f"{path}: took the tensors under {taken}; there are others under {', '.join(others)}"
+            self.note = f"{path}: took the tensors under {taken}; there are others under {', '.join(others)} (--key)"
         self.unfit = _shared_memory(strided)
 
     def load(self, name: str) -> Tensor:
@@ -61,7 +65,7 @@ def _unpickle(path: Path, zipped: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said below, in one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, *_TORN) as error:
+    except Exception as error:  # whatever a torn pickle makes an unpickler raise
         raise CheckpointError(f"{path}: {_why_not(str(error))}") from error
 
 
@@ -87,6 +91,13 @@ def _state_dicts(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple
     for key, value in node.items():
         if "optim" not in key.lower():
             yield from _state_dicts(value, (*where, key))
+
+
+def _no_such(path: Path, key: str, found: Iterable[tuple[tuple[str, ...], object]]) -> NoReturn:
+    known = [".".join(place) for place, _ in found if place]
+    raise CheckpointError(
+        f"{path}: has no tensors under {key!r}: {did_you_mean(key, known) if known else 'all are at its top level'}"
+    )
 
 
 def _preference(where: tuple[str, ...], state: dict[str, Any]) -> tuple[bool, int, int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,24 +18,29 @@ Switch = tuple[
 def full_precision(device: torch.device) -> Iterator[None]:
     """Keep autocast, TF32 and reduced-precision float32 products out of the enclosed block.
 
-    The switches are process-wide and are put back on leaving. `device` is where the enclosed products run.
+    The switches are process-wide and are put back on leaving; those that are off already cost a look. `device` is where
+    the enclosed products run.
     """
-    switches = _switches()
-    former = [read() for read, _, _ in switches]
-    with torch.autocast(device.type, enabled=False):
+    changed = [(write, value) for read, write, exact in _switches(device.type) if (value := read()) != exact]
+    autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    with autocast:
         try:
-            for _, write, exact in switches:
-                write(exact)
+            if changed:
+                for _, write, exact in _switches(device.type):
+                    write(exact)
             yield
         finally:
-            for (_, write, _), value in zip(switches, former, strict=True):
+            for write, value in changed:
                 write(value)
 
 
-def _switches() -> list[Switch]:
+@cache
+def _switches(kind: str) -> list[Switch]:
     backends: Any = torch.backends
     if hasattr(backends, "fp32_precision"):  # torch >= 2.9: reading the older switches fails once these have been used
-        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+        owners = [backends.mkldnn.matmul, backends.mkldnn.conv]
+        if kind != "cpu":
+            owners += [backends.cuda.matmul, backends.cudnn.conv]
         return [(*_attribute(owner, "fp32_precision"), "ieee") for owner in owners]
     return [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),

@@ -15,7 +15,8 @@ from convsim_cli.precision import full_precision
 ProbeName = Literal["white", "uniform", "natural"]
 PROBES: tuple[str, ...] = get_args(ProbeName)
 
-_SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
+SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
+REDUNDANT = 0.95  # mean |cos| above which a filter says what another one says already
 _GRAM_ELEMENTS = 1 << 24  # inputs are taken in chunks so that maps and their Gram product stay below this
 
 
@@ -38,40 +39,43 @@ def make_inputs(probe: str, samples: int, channels: int, space: tuple[int, ...],
 
 def probe_kernel(
     kernel: Kernel, weight: Tensor, probe: str = "white", samples: int = 16, side: int | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Return the feature-map figures of a layer by itself: inputs of its own channels, stride 1, full padding.
+) -> FeatureMapSimilarity:
+    """Return the similarity of a layer's maps by itself: inputs of its own channels, stride 1, full padding.
 
     weight: as stored, on the device to compute on. side: pixels along each axis, 32 for 2-D kernels unless given.
     """
     axes = len(kernel.taps)
-    space = (side or _SIDE[axes],) * axes
+    space = (side or SIDE[axes],) * axes
     convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[axes - 1]
     peak = weight.abs().amax().double().item() or 1.0
     filters = (kernel.to_convolution(weight) / peak).float()  # maps of very large or small kernels leave float32
     padding = tuple(k - 1 for k in kernel.taps)
-    similarity = FeatureMapSimilarity(kernel.groups)
+    similarity = FeatureMapSimilarity(kernel.groups, peak)
     inputs = make_inputs(probe, samples, kernel.channels, space, seed)
     for images in inputs.split(similarity.chunk(kernel.filters, *inputs.shape[2:])):
         with full_precision(weight.device), torch.inference_mode():
             similarity.update(convolve(images.to(weight.device), filters, padding=padding, groups=kernel.groups))
-    found = similarity.result()
-    if found["fm_inner2"] is not None:
-        found["fm_inner2"] = finite(found["fm_inner2"] * peak**2 * peak**2)
-    return found
+    return similarity
 
 
 class FeatureMapSimilarity:
-    """Running similarity of feature maps over inputs: `fm_cos`, `fm_inner2` and the count of `dead` filters.
+    """Running similarity of feature maps over inputs.
 
     fm_cos: mean over inputs and pairs of |cos(F_i, F_j)|, None at a single output position or without a pair of maps;
-    fm_inner2: the paper's, mean over inputs and pairs of ⟨F_i, F_j⟩². Pairs are i < j within a group; a map that is
-    zero has no angle and is left out of the cosines; dead are the filters whose map is zero on every input.
+    fm_cos_random: what maps of independent normal values give, √(2 / (π·positions)); fm_inner2: the paper's, mean over
+    inputs and pairs of ⟨F_i, F_j⟩²; redundant: filters with a partner of mean |cos| above `REDUNDANT`; dead: filters
+    whose map is zero on every input. Pairs are i < j within a group; a map that is zero has no angle and is left out of
+    the cosines. A layer that is called several times counts them all; positions are then those of its last call.
     """
 
-    def __init__(self, groups: int = 1) -> None:
-        self._groups = groups
+    def __init__(self, groups: int = 1, scale: float = 1.0) -> None:
+        """Start with nothing seen. scale: what the maps were divided by before they are given to `update`."""
+        self.calls = 0
+        self._groups, self._scale = groups, scale
         self._positions = 0
         self._inputs = 0
+        self._by_pair: Tensor | None = None  # sums over inputs of |cos|, and how many there were
+        self._counts: Tensor | None = None
         self._cosines: Tensor | float = 0.0
         self._angles: Tensor | float = 0.0
         self._products: Tensor | float = 0.0
@@ -96,6 +100,7 @@ class FeatureMapSimilarity:
             cosines = unit @ unit.mT
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
         live = (peak > 0).squeeze(-1)
+        self._add_pairs(cosines.abs().sum(0), live.float())
         pairs = live.sum(-1)
         wide = torch.float32 if maps.device.type == "mps" else torch.float64
         length = (norm.to(wide) * peak.to(wide)).square()
@@ -112,9 +117,44 @@ class FeatureMapSimilarity:
         defined = self._positions > 1 and angles > 0
         return {
             "fm_cos": finite(float(self._cosines) / angles) if defined else None,
-            "fm_inner2": finite(float(self._products) / self._inputs) if self._inputs else None,
+            "fm_cos_random": math.sqrt(2 / (math.pi * self._positions)) if defined else None,
+            "fm_inner2": finite(float(self._products) / self._inputs * self._scale**2 * self._scale**2)
+            if self._inputs
+            else None,
+            "redundant": int((self.matrix().amax(-1) > REDUNDANT).sum()) if defined else None,
             "dead": int((~self._seen).sum()) if self._seen is not None else None,
         }
+
+    def matrix(self) -> Tensor:
+        """Return the mean over inputs of |cos(F_i, F_j)|, `[groups, S / groups, S / groups]`, zero on the diagonal.
+
+        Zero as well where two maps were never both alive.
+        """
+        assert self._by_pair is not None
+        assert self._counts is not None
+        return self._by_pair / self._counts.clamp_min(1)
+
+    def most_similar(self, count: int) -> list[dict[str, Any]]:
+        """Return the most similar pairs of filters, `{"filters": [i, j], "cos": |cos|}`, the most similar first.
+
+        Empty where maps have a single position, or there are none.
+        """
+        if self._positions <= 1:
+            return []
+        mean = self.matrix().triu(1)
+        values, places = mean.flatten().topk(min(count, mean.numel()))
+        each = mean.shape[-1]
+        found = []
+        for value, place in zip(values.tolist(), places.tolist(), strict=True):
+            group, pair = divmod(place, each * each)
+            if value > 0:
+                found.append({"filters": [group * each + pair // each, group * each + pair % each], "cos": value})
+        return found
+
+    def _add_pairs(self, cosines: Tensor, live: Tensor) -> None:
+        counts = torch.einsum("bgi,bgj->gij", live, live)
+        self._by_pair = cosines if self._by_pair is None else self._by_pair + cosines
+        self._counts = counts if self._counts is None else self._counts + counts
 
 
 def finite(value: float) -> float | None:

@@ -1,8 +1,9 @@
 """The per-layer report: what scaling moves, and what it cannot move.
 
 Keys of a record: `cs` L_CS (Eq. 10); `ncs` L_CS free of scale; `kernel_cos` mean |cos| of filter pairs; `fm_cos` mean
-|cos| of feature-map pairs; `fm_inner2` the paper's feature-map similarity; `norm` ‖W‖; `dead` filters that are zero or
-whose map is zero on every input.
+|cos| of feature-map pairs; `fm_cos_random` what it would be by chance; `fm_inner2` the paper's feature-map similarity;
+`norm` ‖W‖; `dead` filters that are zero or whose map is zero on every input; `redundant` filters with a partner of mean
+|cos| above 0.95.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Selection, is_convolution, module_kernels, weight_of
+from convsim_cli.kernels import Kernel, is_convolution, module_kernels, weight_of
 from convsim_cli.precision import full_precision
-from convsim_cli.probes import FeatureMapSimilarity, finite, probe_kernel
+from convsim_cli.probes import FeatureMapSimilarity, finite
 from convsim_cli.similarity import normalised_similarity, similarity
 
 Record = dict[str, Any]
-FIGURES = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead")
+FIGURES = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead", "fm_cos_random", "redundant")
 
 
 def measure(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Record]:
@@ -39,30 +40,11 @@ def measure(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Record]
     """
     kernels = module_kernels(model).kernels
     maps = feature_maps(model, kernels, [images] if isinstance(images, Tensor) else images)
-    return [layer_record(kernel, weight_of(model, kernel).detach(), maps[kernel.name]) for kernel in kernels]
-
-
-def measure_file(
-    selection: Selection,
-    load: Callable[[str], Tensor],
-    probe: str = "white",
-    samples: int = 16,
-    side: int | None = None,
-    seed: int = 0,
-    device: torch.device | None = None,
-) -> Iterator[Record]:
-    """Yield a record per selected kernel, each layer probed by itself (see `probes.probe_kernel`).
-
-    load: gives a tensor by its name. Raises InputError for a kernel with NaN or Inf.
-    """
-    for kernel in selection.kernels:
-        weight = load(kernel.name).to(device or torch.device("cpu"))
-        check_finite(kernel, weight)
-        yield layer_record(kernel, weight, probe_kernel(kernel, weight, probe, samples, side, seed))
+    return [layer_record(kernel, weight_of(model, kernel).detach(), maps[kernel.name].result()) for kernel in kernels]
 
 
 def layer_record(kernel: Kernel, weight: Tensor, maps: Mapping[str, Any]) -> Record:
-    """Join what a layer is, its kernel figures and its feature-map figures (`fm_cos`, `fm_inner2`, `dead`)."""
+    """Join what a layer is, its kernel figures and those of its feature maps (`FeatureMapSimilarity.result`)."""
     figures = kernel_figures(kernel, weight)
     found = {**figures, **maps, "dead": max(figures["zero"], maps["dead"] or 0)}
     return describe(kernel) | {key: found[key] for key in FIGURES}
@@ -112,11 +94,11 @@ def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> N
 
 def feature_maps(
     model: nn.Module, kernels: Iterable[Kernel], batches: Iterable[Tensor], names: Mapping[str, str] | None = None
-) -> dict[str, Record]:
-    """Run batches through a network and return the feature-map figures of each kernel's layer, by the kernel's name.
+) -> dict[str, FeatureMapSimilarity]:
+    """Run batches through a network and return the similarity of the maps of each kernel's layer, by the kernel's name.
 
     names: the model's name of a tensor → the kernel's, where they differ. The network runs in evaluation mode and is
-    left in the mode it was in. One layer's maps are held at a time.
+    left in the mode it was in. One layer's maps are held at a time; their `calls` counts how often a layer was called.
     """
     kernels = list(kernels)
     similarities = {kernel.name: FeatureMapSimilarity(kernel.groups) for kernel in kernels}
@@ -124,7 +106,7 @@ def feature_maps(
         for images in batches:
             with full_precision(images.device):
                 model(images)
-    return {name: similarity.result() for name, similarity in similarities.items()}
+    return similarities
 
 
 @contextmanager
@@ -146,6 +128,7 @@ def _hooks(
 
 def _hook(similarity: FeatureMapSimilarity) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], None]:
     def collect(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
+        similarity.calls += 1
         maps = output if layer.bias is None else _without_bias(layer, inputs, options)
         for chunk in maps.split(similarity.chunk(*maps.shape[1:])):
             similarity.update(chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import copyfileobj
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self._header: dict[str, Any] = json.loads(file.read(length))
         self._data_start = 8 + length
         self.metadata: dict[str, str] = self._header.pop("__metadata__", None) or {}
-        names = sorted(self._header, key=_natural)  # the format keeps no order of layers
+        names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
         super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
 
     def load(self, name: str) -> Tensor:
@@ -48,19 +48,31 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InputError(
                 f"{target}: the checkpoint is a safetensors file and is written back as one; name it .safetensors"
             )
-        replace_file(target, lambda file: self._write(file, changes, record), backup)
 
-    def _write(self, file: BinaryIO, changes: Changes, record: Mapping[str, str]) -> None:
-        """A new header, the old data byte for byte, then the changed tensors over it: offsets stay as they were."""
+        def write(file: BinaryIO) -> None:
+            put = self.copy_to(file, record)
+            for name, tensor in changes:
+                put(name, tensor)
+
+        replace_file(target, write, backup)
+
+    def copy_to(self, file: BinaryIO, record: Mapping[str, str]) -> Callable[[str, Tensor], None]:
+        """Write the file as it is, but for the record, and return what writes a changed tensor over the old one.
+
+        A new header, then the old data byte for byte: the tensors' offsets stay as they were.
+        """
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
         header = _make_header(metadata, self._header)
         file.write(header)
         with self.path.open("rb") as former:
             former.seek(self._data_start)
             copyfileobj(former, file, _COPY_BUFFER)
-        for name, tensor in changes:
+
+        def put(name: str, tensor: Tensor) -> None:
             file.seek(len(header) + self._header[name]["data_offsets"][0])
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+        return put
 
 
 def write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:
@@ -91,6 +103,6 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """A sorting key under which layer2 comes before layer10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import log2, prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch import Tensor
 from convsim_cli.precision import full_precision
 
 Taps = tuple[int, ...]
+
+_FEW_FILTERS = 128  # up to which everyone else's sum is one product with a matrix
+_FEW_TAPS = 25  # up to which taps are folded onto lags by a product with a matrix
 
 
 def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
@@ -39,8 +42,7 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     45.0
     """
     filters, taps = to_filters(weight, groups)
-    value: Tensor = _ConvolutionalSimilarity.apply(filters, taps)
-    return value
+    return _similarity(filters, taps)
 
 
 def normalised_similarity(weight: Tensor, groups: int = 1) -> Tensor:
@@ -53,7 +55,7 @@ def normalised_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     filters, taps = to_filters(weight, groups)
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
     live = (norms > 0).sum(dim=1).flatten()
-    value: Tensor = _ConvolutionalSimilarity.apply(filters / torch.where(norms > 0, norms, 1), taps)
+    value = _similarity(filters / torch.where(norms > 0, norms, 1), taps)
     return value / (live * (live - 1) / 2).sum()
 
 
@@ -63,11 +65,11 @@ def neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖², for comparison. weight, errors, result: as `convolutional_similarity`.
     """
     filters, taps = to_filters(weight, groups)
-    with full_precision(weight.device):
-        spectrum = _spectrum(filters, taps)
-        power = spectrum.real.square() + spectrum.imag.square()
-        lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
-        return (lags[:, :-1] * lags[:, 1:]).sum()
+    if torch.compiler.is_compiling():
+        from convsim_cli.eager import call
+
+        return cast(Tensor, call(_neighbouring, filters, taps))
+    return _neighbouring(filters, taps)
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
@@ -115,18 +117,20 @@ def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
         power = (spectrum.real.square() + spectrum.imag.square()).sum(-1, keepdim=True)
         return torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps)).reshape(groups, count, -1)
     gram = (filters @ filters.mT).reshape(groups, count, size * size)
-    if filters.device.type == "cpu":
-        return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(
-            -1, _lag_index(taps, filters.device), gram
-        )
-    return gram @ _lag_matrix(taps, filters.device, filters.dtype)  # index_add is not deterministic there
+    if _folds_by_matrix(taps, filters.device):
+        return gram @ _lag_matrix(taps, filters.device, filters.dtype)
+    return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(taps, filters.device), gram)
 
 
 def sum_of_others(autocorrelations: Tensor) -> Tensor:
     """Return R_i = Σ_{j≠i} A_j within each group, of the same shape.
 
-    As exclusive prefix plus exclusive suffix: total − A_i would cancel where one filter dominates.
+    Total − A_i would cancel where one filter dominates. A few filters are summed by a matrix that has zeros on its
+    diagonal, which is one product; many as exclusive prefix plus exclusive suffix, which is linear in their number.
     """
+    count = autocorrelations.shape[1]
+    if count <= _FEW_FILTERS:
+        return _all_but_one(count, autocorrelations.device, autocorrelations.dtype) @ autocorrelations
     zero = torch.zeros_like(autocorrelations[:, :1])
     before = torch.cat([zero, autocorrelations[:, :-1]], dim=1).cumsum(1)
     after = torch.cat([autocorrelations[:, 1:], zero], dim=1).flip(1).cumsum(1).flip(1)
@@ -142,12 +146,38 @@ def _gradient(filters: Tensor, others: Tensor, taps: Taps) -> Tensor:
         weights = torch.fft.rfftn(others.reshape(groups, count, *_lag_shape(taps), 1), dim=_tap_axes(taps)).real
         full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=_lag_shape(taps), dim=_tap_axes(taps))
         return full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
-    toeplitz = (2 * others).index_select(-1, _lag_index(taps, filters.device)).reshape(groups, count, size, size)
-    return toeplitz @ filters
+    if _folds_by_matrix(taps, filters.device):
+        toeplitz = others @ _lag_matrix(taps, filters.device, filters.dtype, 2.0).mT
+    else:
+        toeplitz = (2 * others).index_select(-1, _lag_index(taps, filters.device))
+    return toeplitz.reshape(groups, count, size, size) @ filters
+
+
+def _neighbouring(filters: Tensor, taps: Taps) -> Tensor:
+    with full_precision(filters.device):
+        spectrum = _spectrum(filters, taps)
+        power = spectrum.real.square() + spectrum.imag.square()
+        lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
+        return (lags[:, :-1] * lags[:, 1:]).sum()
 
 
 def _half_product(autocorrelations: Tensor, others: Tensor) -> Tensor:
     return (autocorrelations * others).sum() / 2
+
+
+def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
+    """Whether pairs of taps meet their lags by a product with zeros and ones: fast while that matrix is small, and off
+    the CPU in any case, where index_add is not deterministic."""
+    return device.type != "cpu" or prod(taps) <= _FEW_TAPS
+
+
+def _similarity(filters: Tensor, taps: Taps) -> Tensor:
+    """L_CS by its own gradient. torch.compile goes around it: it cannot follow the precision switches."""
+    if torch.compiler.is_compiling():
+        from convsim_cli.eager import call
+
+        return cast(Tensor, call(_ConvolutionalSimilarity.apply, filters, taps))
+    return cast(Tensor, _ConvolutionalSimilarity.apply(filters, taps))
 
 
 class _ConvolutionalSimilarity(torch.autograd.Function):
@@ -207,7 +237,14 @@ def _lag_index(taps: Taps, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _lag_matrix(taps: Taps, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`[N², lags]`, one where the pair of taps has the lag: folds a Gram product onto lags."""
+def _lag_matrix(taps: Taps, device: torch.device, dtype: torch.dtype, value: float = 1.0) -> Tensor:
+    """`[N², lags]`, `value` where the pair of taps has the lag: folds a Gram product onto lags."""
     with torch.inference_mode(False):
-        return torch.nn.functional.one_hot(_lag_index(taps, device), prod(_lag_shape(taps))).to(dtype)
+        return value * torch.nn.functional.one_hot(_lag_index(taps, device), prod(_lag_shape(taps))).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _all_but_one(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[count, count]`, one everywhere but on the diagonal."""
+    with torch.inference_mode(False):
+        return 1 - torch.eye(count, device=device, dtype=dtype)

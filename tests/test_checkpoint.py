@@ -260,3 +260,27 @@ def test_a_target_named_after_the_other_format_is_refused(tmp_path: Path) -> Non
         with pytest.raises(InputError, match="written back as one"):
             checkpoint.write(tmp_path / target, [], {})
         assert not (tmp_path / target).exists()
+
+
+def test_the_key_chooses_among_nested_dictionaries_and_the_others_are_carried_along(tmp_path: Path) -> None:
+    kernels = {name: torch.randn(4, 3, 3, 3) for name in ("plain", "ema")}
+    whole = {
+        "state_dict": {"a.weight": kernels["plain"]},
+        "ema": {"shadow": {"a.weight": kernels["ema"]}},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    path = tmp_path / "model.pt"
+    torch.save(whole, path)
+    usual = open_checkpoint(path)
+    assert usual.note is not None
+    assert "took the tensors under state_dict; there are others under ema.shadow (--key)" in usual.note
+    chosen = open_checkpoint(path, "ema.shadow")
+    assert torch.equal(chosen.load("a.weight"), kernels["ema"])
+    assert chosen.note is None
+    chosen.write(path, [("a.weight", torch.zeros(4, 3, 3, 3))], {})
+    written = torch.load(path, weights_only=True)
+    assert not written["ema"]["shadow"]["a.weight"].any()
+    assert torch.equal(written["state_dict"]["a.weight"], kernels["plain"])
+    assert torch.equal(written["optimizer"]["state"][0]["exp_avg"], torch.ones(3))
+    with pytest.raises(CheckpointError, match=r"has no tensors under 'ema\.shadw': did you mean 'ema\.shadow'"):
+        open_checkpoint(path, "ema.shadw")

@@ -54,7 +54,9 @@ def test_preserve_norm_lowers_feature_map_similarity_where_subtracting_means_doe
     torch.testing.assert_close(minimised.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
     for probe, fold in (("white", 1.3), ("natural", 2.0)):
-        before, after, control = (probe_kernel(kernel, w, probe)["fm_cos"] for w in (weight, minimised, centred))
+        before, after, control = (
+            probe_kernel(kernel, w, probe).result()["fm_cos"] for w in (weight, minimised, centred)
+        )
         assert before > fold * after
         assert before < 1.05 * control
 

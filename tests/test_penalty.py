@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from convsim_cli import ConvSimPenalty, convolutional_similarity
 from convsim_cli.errors import InputError
+from convsim_cli.penalty import Pairs
 
 
 def network() -> nn.Sequential:
@@ -100,3 +101,37 @@ def test_a_model_without_pairs_and_unknown_pairs_are_refused() -> None:
         ConvSimPenalty(nn.Linear(3, 3))
     with pytest.raises(InputError, match="'some'"):
         ConvSimPenalty(network(), "some")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, as it resumes after a break
+@pytest.mark.parametrize("pairs", ["all", "neighbours"])
+def test_a_compiled_model_has_the_same_penalty_and_a_compiled_loss_can_hold_it(pairs: Pairs) -> None:
+    model = network()
+    plain = ConvSimPenalty(model, pairs)
+    compiled = ConvSimPenalty(torch.compile(model, backend="eager"), pairs)  # type: ignore[arg-type]
+    torch.testing.assert_close(compiled().detach(), plain().detach())
+
+    @torch.compile(backend="aot_eager")
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        return model(images).square().mean() + 1e-3 * plain()
+
+    images = torch.randn(2, 3, 8, 8)
+    loss(images).backward()
+    found = grown(model)
+    model.zero_grad()
+    (model(images).square().mean() + 1e-3 * plain()).backward()
+    for ours, expected in zip(found, grown(model), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_accumulated_gradients_take_the_penalty_once_a_step() -> None:
+    model, images = network(), torch.randn(4, 3, 8, 8)
+    penalty = ConvSimPenalty(model)
+    (model(images).square().mean() + 1e-2 * penalty()).backward()
+    expected = grown(model)
+    model.zero_grad()
+    for part in images.split(2):
+        (model(part).square().mean() / 2).backward()
+    penalty.add_gradient_(1e-2)
+    for ours, whole in zip(grown(model), expected, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)

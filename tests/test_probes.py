@@ -57,9 +57,11 @@ def test_dead_filters_are_counted_and_left_out_of_the_cosines() -> None:
 
 def test_a_single_position_has_no_angle_and_no_inputs_give_null() -> None:
     similarity = FeatureMapSimilarity()
-    assert similarity.result() == {"fm_cos": None, "fm_inner2": None, "dead": None}
+    assert set(similarity.result().values()) == {None}
     similarity.update(torch.randn(3, 4, 1, 1))
     assert similarity.result()["fm_cos"] is None
+    assert similarity.result()["redundant"] is None
+    assert similarity.most_similar(3) == []
     assert similarity.result()["fm_inner2"] is not None
 
 
@@ -74,7 +76,7 @@ def test_a_layer_by_itself_is_probed_under_full_padding_on_inputs_of_its_own_cha
     with torch.no_grad():
         expected = literal(layer(inputs), groups)
     monkeypatch.setattr(probes, "_GRAM_ELEMENTS", 6 * 400)  # several chunks
-    found = probe_kernel(kernel, layer.weight.detach(), "white", side=8, seed=3)
+    found = probe_kernel(kernel, layer.weight.detach(), "white", side=8, seed=3).result()
     assert (found["fm_cos"], found["fm_inner2"]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_the_amplitude_of_natural_inputs_falls_as_one_over_f() -> None:
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e38), (torch.float32, 1e-38), (torch.float64, 1e-60)])
 def test_a_layer_of_any_scale_is_probed(dtype: torch.dtype, scale: float) -> None:
     kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3, dtype=dtype)
-    exact, found = probe_kernel(kernel, weight), probe_kernel(kernel, weight * scale)
+    exact, found = (probe_kernel(kernel, w).result() for w in (weight, weight * scale))
     assert found["fm_cos"] == pytest.approx(exact["fm_cos"], rel=1e-5)
     assert found["dead"] == 0
     assert found["fm_inner2"] == pytest.approx(exact["fm_inner2"] * scale**4, rel=1e-4)
@@ -108,9 +110,42 @@ def test_a_layer_of_any_scale_is_probed(dtype: torch.dtype, scale: float) -> Non
 
 def test_a_single_pixel_has_no_spectrum_and_gives_no_nan() -> None:
     assert make_inputs("natural", 2, 1, (1, 1)).isfinite().all()
-    assert probe_kernel(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3), "natural", side=1)["fm_cos"] is None
+    assert probe_kernel(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3), "natural", side=1).result()["fm_cos"] is None
 
 
 def test_an_unknown_input_is_refused_with_a_suggestion() -> None:
     with pytest.raises(InputError, match="did you mean 'natural'"):
         make_inputs("naturel", 1, 1, (4, 4))
+
+
+def test_filters_that_say_the_same_are_redundant_and_come_first_among_the_most_similar() -> None:
+    maps = torch.randn(5, 6, 8, 8)
+    maps[:, 4] = -3 * maps[:, 1]  # of the same angle, whatever scale and sign
+    maps[:, 2] = maps[:, 0] + 0.1 * maps[:, 3]
+    similarity = FeatureMapSimilarity()
+    for part in maps.split(2):
+        similarity.update(part)
+    assert similarity.result()["redundant"] == 4
+    first, second = similarity.most_similar(2)
+    assert (first["filters"], second["filters"]) == ([1, 4], [0, 2])
+    assert first["cos"] == pytest.approx(1)
+    flat = nn.functional.normalize(maps.flatten(2), dim=-1)
+    torch.testing.assert_close(similarity.matrix()[0], (flat @ flat.mT).abs().mean(0) - torch.eye(6))
+
+
+def test_pairs_of_a_grouped_layer_are_named_by_their_filters_and_dead_maps_make_none() -> None:
+    maps = torch.randn(3, 4, 6, 6)
+    maps[0, 3] = 0  # no angle on the first input; the mean is over the others
+    similarity = FeatureMapSimilarity(groups=2)
+    similarity.update(maps)
+    pairs = {tuple(pair["filters"]): pair["cos"] for pair in similarity.most_similar(9)}
+    assert set(pairs) == {(0, 1), (2, 3)}
+    expected = nn.functional.cosine_similarity(maps[1:, 2].flatten(1), maps[1:, 3].flatten(1)).abs().mean().item()
+    assert pairs[2, 3] == pytest.approx(expected, rel=1e-5)
+
+
+def test_white_maps_are_as_similar_as_chance_says() -> None:
+    similarity = FeatureMapSimilarity()
+    similarity.update(torch.randn(8, 40, 20, 20))
+    found = similarity.result()
+    assert found["fm_cos"] == pytest.approx(found["fm_cos_random"], rel=0.02)

@@ -9,8 +9,8 @@ from conftest import Convsim
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_librarys_example_runs_as_it_stands() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_librarys_examples_run_as_they_stand(code: str) -> None:
     found: dict[str, object] = {}
     exec(code, found)
     records = found["records"]
@@ -24,7 +24,7 @@ def test_the_main_command_is_the_one_of_the_help(convsim: Convsim) -> None:
     assert command in convsim("--help").out
 
 
-@pytest.mark.parametrize("command", ["init", "measure", "train", "reproduce"])
+@pytest.mark.parametrize("command", ["init", "measure", "train", "reproduce", "plot"])
 def test_every_option_that_the_readme_names_exists(command: str, convsim: Convsim) -> None:
     known = set(re.findall(r"--[a-z][\w-]*", convsim(command, "--help").out))
     for line in re.findall(rf"convsim {command} ([^`|\n]*)", README):

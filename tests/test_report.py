@@ -136,6 +136,6 @@ def test_layers_called_by_keyword_or_with_an_output_size_are_measured() -> None:
 
 def test_autocast_outside_does_not_reach_the_measurement() -> None:
     model, images = network(), torch.randn(2, 3, 16, 16)
-    plain = feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])
+    plain = feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"].result()
     with torch.autocast("cpu", torch.bfloat16):
-        assert feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images]) == plain
+        assert feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"].result() == plain

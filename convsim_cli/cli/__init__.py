@@ -56,8 +56,15 @@ def root(
     """Hold the options that come before a command."""
 
 
-for command in (init, measure, train, reproduce, plot):
-    app.command(context_settings=SETTINGS, epilog=command.__globals__["EXAMPLES"])(command)
+COMMANDS = {
+    init: "Minimise L_CS of a checkpoint's kernels.",
+    measure: "Measure similarity, per layer.",
+    train: "Train a network, and keep its results.",
+    reproduce: "Run the paper's experiments again.",
+    plot: "Draw the curves of runs.",
+}
+for command, summary in COMMANDS.items():
+    app.command(context_settings=SETTINGS, short_help=summary, epilog=command.__globals__["EXAMPLES"])(command)
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ from typing import Any, TextIO
 
 Cell = str | int | float | bool | None
 
-_SECOND_LINE = re.compile("_(before|after|published|measured|fixed_norms|accuracy|last5|to_99)$")  # of a header
+_SECOND_LINE = re.compile(
+    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change)$"
+)  # of a header
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -63,6 +65,11 @@ class Console:
             writer = csv.writer(sys.stdout, delimiter=delimiter, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows([printable(show(cell, digits=6)) for cell in row] for row in rows)
+
+    @property
+    def is_screen(self) -> bool:
+        """Whether tables go to a terminal."""
+        return is_terminal(sys.stdout)
 
     @property
     def live(self) -> bool:

@@ -12,11 +12,13 @@ from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
     ArchOption,
     CheckpointArgument,
+    ClassesOption,
     DeviceOption,
     ExcludeOption,
     GroupsOption,
     IncludeOption,
     JsonOption,
+    KeyOption,
     QuietOption,
     SeedOption,
     TransposedOption,
@@ -49,6 +51,8 @@ def init(
         Path | None, typer.Option("-o", "--output", help="Write there instead of over CHECKPOINT.", show_default=False)
     ] = None,
     arch: ArchOption = None,
+    num_classes: ClassesOption = None,
+    key: KeyOption = None,
     iterations: Annotated[int, typer.Option(help="Optimisation steps per layer.", min=0)] = 500,
     lr: Annotated[float, typer.Option(help="Step size, above 0.")] = 0.001,
     optimizer: Annotated[Literal["adam", "sgd"], typer.Option(help="Optimiser of the kernels.")] = "adam",
@@ -88,12 +92,12 @@ def init(
 
     console = Console(quiet, as_json)
     how = Minimisation(iterations, lr, optimizer, preserve_norm, tol)
-    target = _target(checkpoint, output, arch, dry_run)
-    source = open_source(checkpoint, arch, make_patterns(include, exclude, groups, transposed), seed)
+    source = open_source(checkpoint, arch, make_patterns(include, exclude, groups, transposed), seed, num_classes, key)
     source.selection = how.select(source.selection)
+    target = _target(source, checkpoint, output, dry_run)
     place = start(device, console)
     began = time.perf_counter()
-    backup = None if no_backup else _backup(checkpoint, target)
+    backup = None if no_backup or checkpoint is None else _backup(source.checkpoint.path, target)
     _warn(source, backup, console)
     if dry_run:
         layers = _describe(source, probe, seed)
@@ -117,21 +121,19 @@ def init(
         _show(content, console)
 
 
-def _target(checkpoint: Path | None, output: Path | None, arch: str | None, dry_run: bool) -> Path | None:
+def _target(source: Source, checkpoint: Path | None, output: Path | None, dry_run: bool) -> Path | None:
     from convsim_cli.errors import InputError
 
-    if output is not None and output.exists() and not output.is_file():
-        raise InputError(f"{output}: {'a folder' if output.is_dir() else 'not a regular file'}; name the file to write")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"{output}: there is no folder {output.parent}; make it first")
-    if output is None and checkpoint is None and arch and not dry_run:
-        raise InputError(f"--arch {arch} makes a fresh network: say with -o where to write it")
-    return output or checkpoint
+    if output is not None:
+        return source.checkpoint.target(output)
+    if checkpoint is None and not dry_run:
+        raise InputError("--arch makes a fresh network: say with -o where to write it")
+    return None if checkpoint is None else source.checkpoint.path
 
 
-def _backup(checkpoint: Path | None, target: Path | None) -> Path | None:
+def _backup(former: Path, target: Path | None) -> Path | None:
     """In place, whatever the way it is spelled, the former file is kept."""
-    if checkpoint is None or target is None or not target.exists() or not target.samefile(checkpoint):
+    if target is None or not target.exists() or not target.samefile(former):
         return None
     return target.with_name(target.name + ".bak")
 

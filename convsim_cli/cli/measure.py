@@ -10,14 +10,18 @@ import typer
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
     ArchOption,
+    ClassesOption,
     DataDirOption,
     DeviceOption,
     ExcludeOption,
     GroupsOption,
     IncludeOption,
     JsonOption,
+    KeyOption,
+    MeanOption,
     QuietOption,
     SeedOption,
+    StdOption,
     TransposedOption,
     make_patterns,
     note_choice,
@@ -30,8 +34,11 @@ from convsim_cli.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from convsim_cli.experiments.evaluation import Probe
+    from convsim_cli.experiments.evaluation import Probe, Report
     from convsim_cli.experiments.source import Source
+
+SHOWN = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_inner2", "norm", "dead", "redundant")
+CHANGES = ("ncs", "fm_cos")  # of what scale cannot move, shown from checkpoint to checkpoint
 
 EXAMPLES = """\b
 Examples:
@@ -39,6 +46,8 @@ Examples:
   convsim measure before.pth after.pth --input natural # side by side
   convsim measure --arch cnn1                          # a fresh network, each convolution's real output
   convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
+  convsim measure --arch torchvision:resnet50 --input photos/ --plot resnet50.png   # on a folder of images
+  convsim measure model.pth --top 3                    # each layer's three most similar pairs of filters
   convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
 
 
@@ -51,14 +60,23 @@ def measure(
         ),
     ] = None,
     arch: ArchOption = None,
+    num_classes: ClassesOption = None,
+    key: KeyOption = None,
     input_: Annotated[
         str,
-        typer.Option("--input", metavar="INPUT", help="white, uniform, natural; with --arch also cifar10 or digits."),
+        typer.Option(
+            "--input",
+            metavar="INPUT",
+            help="white, uniform or natural; with --arch also cifar10, cifar100, digits, folder:PATH, or a folder.",
+        ),
     ] = "white",
     input_size: Annotated[
         int | None,
         typer.Option(
-            "--input-size", help="Pixels along each axis of an input; 32 unless given.", min=1, show_default=False
+            "--input-size",
+            help="Pixels along each axis of an input: 32 unless given, 224 with an --arch that is not built in.",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Number of inputs.", min=1)] = 16,
@@ -67,6 +85,13 @@ def measure(
     groups: GroupsOption = [],  # noqa: B006
     transposed: TransposedOption = [],  # noqa: B006
     data_dir: DataDirOption = Path("data"),
+    mean: MeanOption = None,
+    std: StdOption = None,
+    top: Annotated[int, typer.Option(metavar="N", help="List each layer's N most similar filter pairs.", min=0)] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw |cos| of each layer's feature maps there.", show_default=False),
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV on stdout.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -77,18 +102,27 @@ def measure(
 
     cs is the paper's L_CS (Eq. 10) and grows with the fourth power of the weights' scale; ncs (below 1: filters share
     the spectrum out), kernel_cos and fm_cos (mean |cos| over pairs) do not move with scale. norm is ‖W‖, dead counts
-    filters without output.
+    filters without output, redundant those with a partner of mean |cos| above 0.95; fm_cos_random is what fm_cos would
+    be by chance.
     """
+    from convsim_cli.experiments.datasets import parse_channels
     from convsim_cli.experiments.evaluation import Probe
+    from convsim_cli.experiments.plots import require_matplotlib
     from convsim_cli.experiments.source import open_source
 
     console = Console(quiet, as_json)
     paths, arch = _what(checkpoints or [], arch, console)
     patterns = make_patterns(include, exclude, groups, transposed)
-    sources = [open_source(path, arch, patterns, seed) for path in paths]
-    probe = Probe(input_, samples, input_size, data_dir, seed)
+    sources = [open_source(path, arch, patterns, seed, num_classes, key) for path in paths]
+    normal = parse_channels("--mean", mean), parse_channels("--std", std)
+    probe = Probe(input_, samples, input_size, data_dir, seed, *normal, top, plot is not None)
+    if plot is not None:
+        require_matplotlib()
     place = start(device, console)
-    reports = [_report(source, probe, place, console) for source in sources]
+    measured = [_measure(source, probe, place, console) for source in sources]
+    reports = [_report(source, probe, report) for source, report in zip(sources, measured, strict=True)]
+    if plot is not None:
+        _plot(reports, measured, plot, console)
     console.document("measure", reports[0] if len(reports) == 1 else {"checkpoints": reports})
     if not as_json:
         _show(reports, console, as_csv)
@@ -107,10 +141,16 @@ def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[P
     return [None], "cnn1"
 
 
-def _report(source: Source, probe: Probe, device: torch.device, console: Console) -> dict[str, Any]:
+def _measure(source: Source, probe: Probe, device: torch.device, console: Console) -> Report:
     note_choice(source.checkpoint, console)
     with console.progress(f"measure {source.checkpoint.path}", len(source.selection.kernels)) as advance:
         report = probe.measure(source, device, advance)
+    for note in report.notes:
+        console.note(f"{source.checkpoint.path}: {note}")
+    return report
+
+
+def _report(source: Source, probe: Probe, report: Report) -> dict[str, Any]:
     return {
         "source": str(source.checkpoint.path),
         "input": probe.name,
@@ -120,27 +160,58 @@ def _report(source: Source, probe: Probe, device: torch.device, console: Console
     }
 
 
-def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
-    from convsim_cli.report import FIGURES
+def _plot(reports: list[dict[str, Any]], measured: list[Report], path: Path, console: Console) -> None:
+    """A page per network: FILE.png, or FILE-1.png and so on for several."""
+    from convsim_cli.experiments.plots import draw_heat, save_figure
 
+    for number, (report, found) in enumerate(zip(reports, measured, strict=True), 1):
+        page = path if len(reports) == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        cosines = {layer["name"]: layer["fm_cos"] for layer in report["layers"]}
+        title = f"{report['source']}: mean |cos| of feature maps, filter by filter ({report['input']} inputs)"
+        save_figure(draw_heat(found.heat, cosines, title), page)
+        console.note(f"wrote {page}")
+
+
+def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
     several = len(reports) > 1
-    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *FIGURES]
+    first = {layer["name"]: layer for layer in reports[0]["layers"]}
+    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *SHOWN]
+    columns += [f"{key}_change" for key in CHANGES if several]
     rows = [
-        [
-            layer["name"],
-            *([report["source"]] if several else []),
-            shape(layer["shape"]),
-            layer["groups"],
-            layer["assumed"],
-        ]
-        + [layer[key] for key in FIGURES]
+        [layer["name"], *([report["source"]] if several else []), shape(layer["shape"]), layer["groups"]]
+        + [layer["assumed"], *(layer[key] for key in SHOWN)]
+        + [_change(first.get(layer["name"]), layer, key) for key in CHANGES if several]
         for report in reports
         for layer in report["layers"]
     ]
     order = {name: place for place, name in enumerate(dict.fromkeys(row[0] for row in rows))}
     rows.sort(key=lambda row: order[row[0]])  # the rows of one layer stand together
     console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, console)
+    _show_pairs(reports, console, as_csv)
     for report in reports:
         show_skipped(report["skipped"], console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
+
+
+def _change(first: dict[str, Any] | None, layer: dict[str, Any], key: str) -> float | None:
+    """What a layer's figure has changed by since the first checkpoint; empty for that one itself."""
+    if first is None or first is layer or None in (first[key], layer[key]):
+        return None
+    return float(layer[key] - first[key])
+
+
+def _show_pairs(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
+    """The most similar pairs, a table of its own after an empty line."""
+    rows = [
+        [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["cos"]]
+        for report in reports
+        for layer in report["layers"]
+        for pair in layer.get("top", [])
+    ]
+    if not rows:
+        return
+    columns = ["name", *(["source"] if len(reports) > 1 else []), "filter", "most_similar_to", "cos"]
+    if not console.is_screen or as_csv:
+        print()
+    console.delimited(columns, rows, ",") if as_csv else console.table(columns, rows)

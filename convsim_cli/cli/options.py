@@ -22,6 +22,13 @@ QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on
 
 DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")]
 RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")]
+MeanOption = Annotated[
+    str | None,
+    typer.Option("--mean", metavar="R,G,B", help="Normalise images by this mean (full range 0 to 1), not their own."),
+]
+StdOption = Annotated[
+    str | None, typer.Option("--std", metavar="R,G,B", help="Normalise images by this standard deviation.")
+]
 LimitTrainOption = Annotated[
     int | None, typer.Option("--limit-train", metavar="N", help="Only the first N training images.", min=1)
 ]
@@ -49,7 +56,24 @@ CheckpointArgument = Annotated[
 ]
 ArchOption = Annotated[
     str | None,
-    typer.Option("--arch", metavar="NAME", help="The network: cnn1, cnn2, cnn:WIDTH or resnet18.", show_default=False),
+    typer.Option(
+        "--arch",
+        metavar="NAME",
+        help="The network: cnn1, cnn2, cnn:WIDTH, resnet18, torchvision:NAME, timm:NAME or package.module:callable.",
+        show_default=False,
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key", metavar="KEY", help="Which of a pickle's nested dictionaries to take, such as ema.state_dict."
+    ),
+]
+ClassesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes", metavar="N", help="Classes of the --arch network; its own number unless given.", min=1
+    ),
 ]
 
 
@@ -98,9 +122,10 @@ def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
 
 
 def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:
-    """Say what was left out, a line per reason."""
+    """Say what was left out, a line per reason; what the user left out is counted, not listed."""
     reasons: dict[str, list[str]] = {}
     for entry in skipped:
         reasons.setdefault(entry["reason"], []).append(entry["name"])
     for reason, names in reasons.items():
-        console.note(f"skipped {len(names)} ({reason}): {', '.join(names)}")
+        listed = "" if "--include" in reason or "--exclude" in reason else f": {', '.join(names)}"
+        console.note(f"skipped {len(names)} ({reason}){listed}")

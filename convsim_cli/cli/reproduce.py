@@ -134,6 +134,7 @@ def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
 def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.experiments.campaign import carry_out
     from convsim_cli.experiments.datasets import load_dataset
+    from convsim_cli.experiments.memory import keep_freed_memory
     from convsim_cli.experiments.paper import CLAIMS
     from convsim_cli.experiments.plots import draw_experiment, require_matplotlib, save_figure
     from convsim_cli.experiments.trained import find_experiment, group, plan, reductions
@@ -143,7 +144,10 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     drawn = name.startswith("figure")
     if drawn:
         require_matplotlib()
-    choices = _choices(given, str(start(given["device"], console)))
+    place = start(given["device"], console)
+    if place.type == "cpu":
+        keep_freed_memory()
+    choices = _choices(given, str(place))
     cells = plan(experiment, choices)
     dataset = load_dataset(choices.base.dataset, Path(choices.base.data_dir))
     reduced = reductions(experiment, choices, dataset)

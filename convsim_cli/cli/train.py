@@ -16,15 +16,18 @@ from convsim_cli.cli.options import (
     JsonOption,
     LimitTestOption,
     LimitTrainOption,
+    MeanOption,
     QuietOption,
     RunDirOption,
     SeedOption,
+    StdOption,
     start,
 )
 from convsim_cli.cli.watching import RunScreen
 
 if TYPE_CHECKING:
     from convsim_cli.experiments.datasets import Dataset
+    from convsim_cli.experiments.processes import Processes
     from convsim_cli.experiments.runs import Run
     from convsim_cli.experiments.training import Arguments
 
@@ -34,7 +37,8 @@ Examples:
   convsim train --mode init --data-dir data                      # the paper's best arm, CNN1 on CIFAR-10
   convsim train --mode reg --beta 0.001 --epochs 20 --name reg20
   convsim train --mode init --preserve-norm --seeds 3            # similarity without the scale
-  convsim train --resume runs/reg20 --epochs 40"""
+  convsim train --resume runs/reg20 --epochs 40
+  torchrun --nproc-per-node 2 -m convsim_cli train --mode init   # two processes share each batch"""
 
 _RESUMABLE = {"resume", "epochs", "as_json", "quiet"}
 
@@ -47,9 +51,29 @@ def train(
             help="Nothing; Algorithm 1 before training; Algorithm 2 during it; only the scaling that init would do."
         ),
     ] = "baseline",
-    arch: Annotated[str, typer.Option(metavar="NAME", help="cnn1, cnn2, cnn:WIDTH or resnet18.")] = "cnn1",
-    dataset: Annotated[str, typer.Option(metavar="NAME", help="cifar10 or digits.")] = "cifar10",
+    arch: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cnn1, cnn2, cnn:WIDTH, resnet18, torchvision:NAME, timm:NAME or package.module:callable.",
+        ),
+    ] = "cnn1",
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help="cifar10, cifar100, digits, or folder:PATH with a folder per class.")
+    ] = "cifar10",
     data_dir: DataDirOption = Path("data"),
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            metavar="N",
+            help="folder:PATH: pixels along each axis; 32 for the built-in networks, else 224, unless given.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start from this checkpoint.", show_default=False)
     ] = None,
@@ -92,6 +116,10 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Go on with this run's folder; only --epochs may differ.", show_default=False),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take what is not given here from a run's args.json.", show_default=False),
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Bit-exact on CUDA too; the CPU always is.")
     ] = False,
@@ -105,19 +133,26 @@ def train(
     The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. Stopped at any moment, a
     run goes on with --resume, to the same result.
     """
+    from convsim_cli.experiments.memory import keep_freed_memory
+    from convsim_cli.experiments.processes import joined, leads
     from convsim_cli.experiments.runs import load_inputs
 
-    console = Console(quiet, as_json)
-    if resume is not None:
-        runs = [_resumed(context, resume, epochs)]
-        start(runs[0].arguments.device, console)
-        data = None  # the run's own state says the rest
-    else:
-        arguments = _arguments(context.params, str(start(device, console)))
-        data = load_inputs(arguments)
-        runs = _new_runs(arguments, run_dir, name, seeds)
-    summaries = [_execute(run, data, console) for run in runs]
-    _show(runs, summaries, console)
+    console = Console(quiet or not leads(), as_json and leads())
+    resumed = None if resume is None else _resumed(context, resume, epochs)
+    given = context.params | ({} if config is None else _from_config(context, config))
+    place = start(given["device"] if resumed is None else resumed.arguments.device, console)
+    if place.type == "cpu":
+        keep_freed_memory()
+    with joined(place) as (processes, _):
+        if resumed is not None:
+            runs, data = [resumed], None  # the run's own arguments say the rest
+        else:
+            arguments = _arguments(given, str(place))
+            data = processes.leader_first(lambda: load_inputs(arguments))
+            runs = processes.from_leader(_new_runs(arguments, run_dir, name, seeds) if processes.leads else [])
+        summaries = [_execute(run, data, console, processes) for run in runs]
+    if processes.leads:
+        _show(runs, summaries, console)
 
 
 def _arguments(given: dict[str, Any], device: str) -> Arguments:
@@ -129,6 +164,27 @@ def _arguments(given: dict[str, Any], device: str) -> Arguments:
     for key in ("data_dir", "weights"):
         values[key] = None if values[key] is None else str(values[key])
     return Arguments(**{field.name: values[field.name] for field in fields(Arguments)})
+
+
+def _from_config(context: typer.Context, path: Path) -> dict[str, Any]:
+    """What a run's args.json says of the options that the command line leaves open."""
+    import json
+    from dataclasses import asdict
+
+    from convsim_cli.errors import InputError
+    from convsim_cli.experiments.runs import make_arguments
+
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: not a readable args.json ({error})") from error
+    found = asdict(make_arguments(values, path)) | {"compile_": values.get("compile", False)}
+    return {key: found[key] for key in found if (key in values or key == "compile_") and key not in _typed(context)}
+
+
+def _typed(context: typer.Context) -> set[str]:
+    """The options that were given on the command line."""
+    return {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}  # type: ignore[union-attr]
 
 
 def _new_runs(arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None) -> list[Run]:
@@ -146,7 +202,7 @@ def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
     from convsim_cli.errors import InputError
     from convsim_cli.experiments.runs import open_run
 
-    given = {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    given = _typed(context)
     run = open_run(folder, epochs if "epochs" in given else None)
     for key in sorted(given - _RESUMABLE):
         wanted, had = context.params[key], getattr(run.arguments, key.rstrip("_"), None)
@@ -158,14 +214,14 @@ def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
     return run
 
 
-def _execute(run: Run, dataset: Dataset | None, console: Console) -> dict[str, Any]:
+def _execute(run: Run, dataset: Dataset | None, console: Console, processes: Processes) -> dict[str, Any]:
     from convsim_cli.experiments.runs import execute
 
     how = run.arguments
     console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")
     with RunScreen(console, how.epochs) as listener:
         try:
-            return execute(run, listener, dataset)
+            return execute(run, listener, dataset, processes)
         except KeyboardInterrupt:
             console.note(f"stopped; go on with: convsim train --resume {run.folder}")
             raise

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 
-NAMES = ("cifar10", "digits")
+NAMES = ("cifar10", "cifar100", "digits", "folder:PATH")
 
 Channels = tuple[float, float, float]
 
-_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # what networks for photographs are usually trained with
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+_CIFAR = {  # the class of torchvision, mean and standard deviation of the training images
+    "cifar10": ("CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ("CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,33 +78,111 @@ def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tup
         return (1 / (255 * std_)).to(device), (-mean_ / std_).to(device)
 
 
-def load_dataset(name: str, data_dir: Path) -> Dataset:
+def load_dataset(
+    name: str, data_dir: Path, side: int = 32, mean: Channels | None = None, std: Channels | None = None
+) -> Dataset:
     """Read a data set by its name.
 
-    name: `cifar10`, downloaded through torchvision when it is not in `data_dir`, or `digits`, which needs no file.
-    Raises InputError for an unknown name, and where data cannot be had: it says which file to get and where to put it.
+    name: `cifar10` or `cifar100`, downloaded through torchvision when it is not in `data_dir`; `digits`, which needs no
+    file; or `folder:PATH`, a folder of images per class, in PATH/train and PATH/val (or test) or else with every fifth
+    image for testing, side × side pixels cut from the middle. mean, std: instead of the data set's own. Raises
+    InputError for an unknown name, and where data cannot be had: it says which file to get and where to put it.
     """
-    if name == "cifar10":
-        return _cifar10(data_dir)
-    if name == "digits":
-        return _digits()
-    raise InputError(f"unknown data set {name!r}: {did_you_mean(name, NAMES)}")
+    if name in _CIFAR:
+        found = _cifar(name, data_dir)
+    elif name == "digits":
+        found = _digits()
+    elif name.startswith("folder:"):
+        found = _folder(Path(name.removeprefix("folder:")), side)
+    else:
+        raise InputError(f"unknown data set {name!r}: {did_you_mean(name, NAMES)}")
+    return replace(found, mean=mean or found.mean, std=std or found.std)
 
 
-def _cifar10(data_dir: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10
-
-    folder = data_dir / CIFAR10.base_folder
+def parse_channels(option: str, text: str | None) -> Channels | None:
+    """Return what --mean or --std lists. Raises InputError for anything but three numbers, of a --std above 0."""
+    if text is None:
+        return None
     try:
-        splits = [CIFAR10(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
+        red, green, blue = (float(item) for item in text.replace(",", " ").split())
+    except ValueError:
+        raise InputError(f"{option} {text!r}: expected three numbers, for instance 0.485,0.456,0.406") from None
+    if option == "--std" and min(red, green, blue) <= 0:
+        raise InputError(f"{option} {text!r}: expected numbers above 0")
+    return red, green, blue
+
+
+def load_images(
+    folder: Path, samples: int, side: int, mean: Channels | None = None, std: Channels | None = None
+) -> Tensor:
+    """Return images of a folder and those in it, evenly picked: float32 `[samples, 3, side, side]`, normalised.
+
+    mean, std: ImageNet's unless given. Raises InputError for a folder without images and for one that cannot be read.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
+    count = min(samples, len(files))
+    images = torch.stack([_decode(files[i * len(files) // count], side) for i in range(count)])
+    split = Split(images, torch.zeros(count, dtype=torch.long))
+    return Dataset(str(folder), split, split, 1, mean or IMAGENET_MEAN, std or IMAGENET_STD).normalise(images)
+
+
+def _cifar(name: str, data_dir: Path) -> Dataset:
+    from torchvision import datasets
+
+    kind, classes, mean, std = _CIFAR[name]
+    source = getattr(datasets, kind)
+    folder = data_dir / source.base_folder
+    try:
+        splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
         found = "is damaged or incomplete" if folder.is_dir() else f"is not there and cannot be downloaded ({error})"
         raise InputError(
-            f"CIFAR-10 in {folder} {found}; put the unpacked {_CIFAR10_URL} there or name its parent with --data-dir; "
+            f"{kind} in {folder} {found}; put the unpacked {source.url} there or name its parent with --data-dir; "
             "--dataset digits needs no download"
         ) from error
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
-    return Dataset("cifar10", train, test, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    return Dataset(name, train, test, classes, mean, std)
+
+
+def _folder(path: Path, side: int) -> Dataset:
+    """ImageFolder's layout, decoded once."""
+    train = path / "train" if (path / "train").is_dir() else path
+    test = next((path / name for name in ("val", "test", "valid") if (path / name).is_dir() and train != path), None)
+    classes, split = _labelled(train, side)
+    if test is not None:
+        named, held_out = _labelled(test, side)
+        if named != classes:
+            raise InputError(f"{test}: its classes ({', '.join(named[:3])}, …) are not those of {train}")
+    else:
+        fifth = torch.arange(len(split)) % 5 == 0
+        split, held_out = (Split(split.images[where], split.labels[where]) for where in (~fifth, fifth))
+    return Dataset(f"folder:{path}", split, held_out, len(classes), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _labelled(path: Path, side: int) -> tuple[list[str], Split]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(path), loader=lambda file: _decode(Path(file), side))
+    except (FileNotFoundError, OSError) as error:
+        raise InputError(f"{path}: expected a folder of images for each class ({error})") from error
+    images, labels = zip(*(found[index] for index in range(len(found))), strict=True)
+    return found.classes, Split(torch.stack(images), torch.tensor(labels))
+
+
+def _decode(path: Path, side: int) -> Tensor:
+    """An image file as uint8 `[side, side, 3]`: its shorter side brought to that length, the middle kept."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error})") from error
+    return torch.from_numpy(numpy.array(fitted))
 
 
 def _digits() -> Dataset:

@@ -1,94 +1,144 @@
-"""Measure a source: its layers by themselves, or a whole network on synthetic inputs or a data set's test images."""
+"""Measure a source: its layers by themselves, or a whole network on synthetic inputs, a data set or a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.experiments import datasets
-from convsim_cli.experiments.datasets import Dataset, Split, load_dataset
+from convsim_cli.experiments.datasets import Channels, Dataset, Split, load_dataset, load_images
+from convsim_cli.experiments.networks import BUILT_IN_SIDE, OTHER_SIDE, is_built_in
+from convsim_cli.experiments.processes import ALONE, Processes
 from convsim_cli.experiments.source import Source
 from convsim_cli.initialize import check_kernels
+from convsim_cli.kernels import Kernel, is_convolution
 from convsim_cli.precision import full_precision
-from convsim_cli.probes import PROBES, make_inputs
-from convsim_cli.report import Record, feature_maps, layer_record, measure_file
+from convsim_cli.probes import PROBES, SIDE, FeatureMapSimilarity, make_inputs, probe_kernel
+from convsim_cli.report import Record, feature_maps, layer_record
 
-BATCH = 1000
+BATCH_PIXELS = 1000 * 32 * 32  # of the images that are evaluated at once
 MAP_BATCH = 32  # images at once where feature maps are kept for their Gram product
-NETWORK_INPUT = 32  # pixels along each axis of the built-in networks' images
+HEAT = 128  # filters along each axis of a layer's heat map, beyond which neighbours are averaged
 
 
 @dataclass(frozen=True)
 class Report:
-    """The records of a source's layers, and its totals: `cs`, and `accuracy` in per cent where there are labels."""
+    """The records of a source's layers; its totals: `cs`, and `accuracy` in per cent where there are labels; and notes.
+
+    heat: mean |cos| of feature maps by filter pairs, `[groups, side, side]` per layer, where it was asked for.
+    """
 
     layers: list[Record]
     total: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    heat: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What to measure with: a synthetic input or a data set, how many samples, and of which size."""
+    """What to measure with, and what beside the figures.
+
+    name: a synthetic input, a data set, or a folder of images; side: pixels along each axis, the usual for None; mean,
+    std: to normalise images by, the data set's own for None; top: how many of the most similar filter pairs to list;
+    heat: whether to keep what heat maps are drawn from.
+    """
 
     name: str = "white"
     samples: int = 16
     side: int | None = None
     data_dir: Path = Path("data")
     seed: int = 0
+    mean: Channels | None = None
+    std: Channels | None = None
+    top: int = 0
+    heat: bool = False
 
     def measure(self, source: Source, device: torch.device, advance: Callable[[int], None]) -> Report:
         """Return the report of a source; `advance` is told of each layer.
 
-        Raises InputError where there are no kernels or one holds NaN or Inf, and as `load_dataset` and `make_inputs`.
+        Raises InputError where there are no kernels or one holds NaN or Inf, where the network cannot be run on such
+        inputs, and as `load_dataset` and `make_inputs`.
         """
         check_kernels(source.checkpoint, source.selection)
+        report = Report([], {})
         if source.model is None:
-            return self._measure_file(source, device, advance)
-        model = source.model.to(device)
-        kernels = source.selection.kernels
-        data = None if self.name in PROBES else self._load_dataset()
-        batches = (images.to(device) for images in self._images(data).split(MAP_BATCH))
-        maps = feature_maps(model, kernels, batches, source.names)
-        layers = []
-        for kernel in kernels:
-            layers.append(layer_record(kernel, source.checkpoint.load(kernel.name), maps[kernel.name]))
+            self._check_synthetic()
+            for kernel in source.selection.kernels:
+                weight = source.checkpoint.load(kernel.name).to(device)
+                maps = probe_kernel(kernel, weight, self.name, self.samples, self.side, self.seed)
+                self._add(report, kernel, weight, maps)
+                advance(1)
+        else:
+            self._measure_network(report, source, source.model.to(device), device, advance)
+        report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
+        return report
+
+    def _measure_network(
+        self, report: Report, source: Source, model: nn.Module, device: torch.device, advance: Callable[[int], None]
+    ) -> None:
+        data = self._dataset()
+        images = self._inputs(model, source.arch or "", data)
+        try:
+            batches = (batch.to(device) for batch in images.split(MAP_BATCH))
+            maps = feature_maps(model, source.selection.kernels, batches, source.names)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"--arch {source.arch}: does not run on inputs {list(images.shape)} "
+                f"({' '.join(str(error).split())[:160]}); try another --input-size or --input"
+            ) from error
+        for kernel in source.selection.kernels:
+            found = maps.pop(kernel.name)
+            self._add(report, kernel, source.checkpoint.load(kernel.name), found)
+            report.layers[-1]["calls"] = found.calls // -(-len(images) // MAP_BATCH)
             advance(1)
-        accuracy = {}
+        report.notes.extend(_notes(report.layers))
         if data is not None:
             with full_precision(device):
-                accuracy["accuracy"] = evaluate(model, data, data.test, device)[1]
-        return Report(layers, {"cs": _sum(layers)} | accuracy)
+                report.total["accuracy"] = evaluate(model, data, data.test, device, side=self.side)[1]
 
-    def _measure_file(self, source: Source, device: torch.device, advance: Callable[[int], None]) -> Report:
+    def _add(self, report: Report, kernel: Kernel, weight: Tensor, maps: FeatureMapSimilarity) -> None:
+        record = layer_record(kernel, weight, maps.result())
+        if self.top:
+            record["top"] = maps.most_similar(self.top)
+        report.layers.append(record)
+        if self.heat and record["fm_cos"] is not None:
+            matrix = maps.matrix().cpu()
+            side = min(HEAT, matrix.shape[-1])
+            report.heat[kernel.name] = nn.functional.adaptive_avg_pool2d(matrix, side)
+
+    def _check_synthetic(self) -> None:
         if self.name not in PROBES:
-            hint = "needs --arch: a checkpoint alone is probed layer by layer" if self.name in datasets.NAMES else ""
+            known = self.name in datasets.NAMES or self.name.startswith("folder:") or Path(self.name).is_dir()
+            hint = "needs --arch: a checkpoint alone is probed layer by layer" if known else ""
             raise InputError(f"--input {self.name}: {hint or did_you_mean(self.name, (*PROBES, *datasets.NAMES))}")
-        layers = []
-        for record in measure_file(
-            source.selection, source.checkpoint.load, self.name, self.samples, self.side, self.seed, device
-        ):
-            layers.append(record)
-            advance(1)
-        return Report(layers, {"cs": _sum(layers)})
 
-    def _load_dataset(self) -> Dataset:
-        if self.name not in datasets.NAMES:
-            raise InputError(f"--input {self.name!r}: {did_you_mean(self.name, (*PROBES, *datasets.NAMES))}")
-        return load_dataset(self.name, self.data_dir)
+    def _dataset(self) -> Dataset | None:
+        """The labelled images to take, or None for synthetic ones and a folder of images."""
+        if self.name in PROBES or Path(self.name).is_dir():
+            return None
+        if self.name not in datasets.NAMES and not self.name.startswith("folder:"):
+            raise InputError(
+                f"--input {self.name!r}: {did_you_mean(self.name, (*PROBES, *datasets.NAMES))}, or a folder"
+            )
+        return load_dataset(self.name, self.data_dir, self.side or OTHER_SIDE, self.mean, self.std)
 
-    def _images(self, data: Dataset | None) -> Tensor:
-        if data is None:
-            side = self.side or NETWORK_INPUT
-            return make_inputs(self.name, self.samples, 3, (side, side), self.seed)
-        images = data.normalise(data.test.images[: self.samples])
-        if self.side is None:
-            return images
-        return nn.functional.interpolate(images, size=(self.side, self.side), mode="bilinear")
+    def _inputs(self, model: nn.Module, arch: str, data: Dataset | None) -> Tensor:
+        if data is not None:
+            return resize(data.normalise(data.test.images[: self.samples]), self.side)
+        first = next((layer for layer in model.modules() if is_convolution(layer)), None)
+        assert first is not None  # there are kernels
+        axes, channels = len(first.kernel_size), int(first.in_channels)  # type: ignore[arg-type]
+        usual = (BUILT_IN_SIDE if is_built_in(arch) else OTHER_SIDE) if axes == 2 else SIDE[axes]
+        side = self.side or usual
+        if self.name in PROBES:
+            return make_inputs(self.name, self.samples, channels, (side,) * axes, self.seed)
+        return load_images(Path(self.name), self.samples, side, self.mean, self.std)
 
 
 def evaluate(
@@ -97,22 +147,40 @@ def evaluate(
     split: Split,
     device: torch.device,
     forward: Callable[[Tensor], Tensor] | None = None,
+    processes: Processes = ALONE,
+    side: int | None = None,
 ) -> tuple[float, float]:
     """Return mean cross entropy and accuracy in per cent over a split, in evaluation mode.
 
-    forward: what to call instead of the model (its compiled form). The split may be on the CPU or on the device.
+    forward: what to call instead of the model (its compiled form). The split may be on the CPU or on the device; of
+    several processes each does its share. side: pixels to resize the images to.
     """
     forward = forward or model
     model.eval()
     totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     with torch.inference_mode():
-        for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
-            logits, labels = forward(dataset.normalise(images.to(device))).float(), labels.to(device)
+        ours = Split(processes.share(split.images), processes.share(split.labels))
+        height, width = split.images.shape[1:3]
+        batch = max(1, BATCH_PIXELS // (side * side if side else height * width))
+        for images, labels in zip(ours.images.split(batch), ours.labels.split(batch), strict=True):
+            logits = forward(resize(dataset.normalise(images.to(device)), side)).float()
+            labels = labels.to(device)
             totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
-    loss, correct = totals.tolist()
+    loss, correct = processes.add_up(totals).tolist()
     return loss / len(split), 100 * correct / len(split)
 
 
-def _sum(layers: list[Record]) -> float:
-    return float(sum(layer["cs"] or 0.0 for layer in layers))
+def resize(images: Tensor, side: int | None) -> Tensor:
+    """Return images `[B, C, height, width]` of side × side pixels, untouched where that is None or what they have."""
+    if side is None or tuple(images.shape[-2:]) == (side, side):
+        return images
+    return nn.functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+
+
+def _notes(layers: list[dict[str, Any]]) -> list[str]:
+    """What a reader has to know of layers that the network does not call once."""
+    never = [layer["name"] for layer in layers if layer["calls"] == 0]
+    often = [f"{layer['name']} ({layer['calls']} times)" for layer in layers if layer["calls"] > 1]
+    notes = [f"never called, so without feature maps: {', '.join(never)}"] if never else []
+    return notes + ([f"called more than once, all of their maps counted: {', '.join(often)}"] if often else [])

@@ -10,20 +10,30 @@ from torch import nn
 
 from convsim_cli.checkpoint import Checkpoint
 from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.experiments.libraries import find_network
 
-NAMES = ("cnn1", "cnn2", "cnn:WIDTH", "resnet18")
+NAMES = ("cnn1", "cnn2", "cnn:WIDTH", "resnet18", "torchvision:NAME", "timm:NAME", "package.module:callable")
+CLASSES = 10  # of the built-in networks, unless given
+BUILT_IN_SIDE, OTHER_SIDE = 32, 224  # pixels along each axis of the images that networks are usually given
 
 
-def build_network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
-    """Return a freshly initialised network for 3-channel 32×32 images, the same for the same seed.
+def build_network(name: str, classes: int | None = None, seed: int = 0) -> nn.Module:
+    """Return a freshly initialised network, the same for the same seed.
 
-    name: `cnn1` (118,858 parameters with 10 classes), `cnn2` (458,890), `cnn:WIDTH` with any width ≥ 1 (Table 4), or
-    `resnet18` with a 3×3 stem of stride 1 and no pooling after it. Raises InputError for another name.
+    name: for 3-channel 32×32 images `cnn1` (118,858 parameters with 10 classes), `cnn2` (458,890), `cnn:WIDTH` with any
+    width ≥ 1 (Table 4), or `resnet18` with a 3×3 stem of stride 1 and no pooling after it; or one of another library
+    (`libraries.find_network`). classes: its own number for None, 10 for the built-in ones. Raises InputError for
+    another name.
     """
-    make = _find(name)
+    make = find_network(name) or _find(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(classes)
+
+
+def is_built_in(name: str) -> bool:
+    """Return whether a network is one of convsim's own, for 32×32 images."""
+    return name.startswith("cnn:") or ":" not in name
 
 
 def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
@@ -45,8 +55,10 @@ def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         if shapes[n] != tuple(state[n].shape)
     ]
     if missing or wrong:
+        unexpected = [name for name in checkpoint.tensors if name not in {prefix + name for name in state}]
         said = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
         said += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
+        said += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
         raise InputError(f"{checkpoint.path}: does not fit --arch: {'; '.join(said)}")
     return {name: prefix + name for name in shared}
 
@@ -63,14 +75,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _find(name: str) -> Callable[[int], nn.Module]:
+def _find(name: str) -> Callable[[int | None], nn.Module]:
     kind, _, width = name.partition(":")
     if kind == "cnn" and width.isdecimal() and int(width) > 0:
-        return lambda classes: _cnn(int(width), classes)
-    known: dict[str, Callable[[int], nn.Module]] = {
-        "cnn1": lambda classes: _cnn(64, classes),
-        "cnn2": lambda classes: _cnn(128, classes),
-        "resnet18": _resnet18,
+        return lambda classes: _cnn(int(width), classes or CLASSES)
+    known: dict[str, Callable[[int | None], nn.Module]] = {
+        "cnn1": lambda classes: _cnn(64, classes or CLASSES),
+        "cnn2": lambda classes: _cnn(128, classes or CLASSES),
+        "resnet18": lambda classes: _resnet18(classes or CLASSES),
     }
     if name not in known:
         raise InputError(f"unknown network {name!r}: {did_you_mean(name, NAMES)}")

@@ -6,7 +6,7 @@ own, every bar a hatching. matplotlib is imported here alone; it is the extra `p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
@@ -23,6 +23,7 @@ from convsim_cli.experiments.trained import CURVES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A00")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
@@ -144,6 +145,50 @@ def draw_iterations(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     axes.set_ylabel("test accuracy (%)")
     _finish(figure, axes, title)
     return figure
+
+
+def draw_heat(heat: Mapping[str, Tensor], cosines: Mapping[str, float | None], title: str) -> Figure:
+    """Draw |cos| of feature maps, filter by filter, a small square per layer; groups along its diagonal.
+
+    heat: `[groups, side, side]` by layer; cosines: each layer's fm_cos. Readable for 50 layers and more: eight in a
+    row.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(8, max(2, ceil(len(heat) ** 0.5)))
+    rows = max(1, ceil(len(heat) / columns))
+    lines = wrap(title, 17 * columns)
+    figure = Figure(figsize=(1.45 * columns + 0.6, 1.75 * rows + 0.3 + 0.17 * len(lines)), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    image = None
+    for panel, (name, matrix) in zip(axes, heat.items(), strict=False):
+        image = panel.imshow(_block_diagonal(matrix), vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
+        panel.set_title("\n".join([*wrap(name, 22), f"fm_cos {cosines[name]:.3g}"]), fontsize=6, pad=3)
+    for panel in axes:
+        panel.set_xticks([])
+        panel.set_yticks([])
+    for panel in axes[len(heat) :]:
+        panel.set_visible(False)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=12, label="mean |cos|, dimensionless")
+        bar.ax.tick_params(labelsize=6)
+        bar.ax.yaxis.label.set_fontsize(7)
+    figure.suptitle("\n".join(lines), fontsize=8)
+    return figure
+
+
+def _block_diagonal(matrix: Tensor) -> Any:
+    """Groups as blocks on a diagonal; filters of different groups form no pair, and their place is left empty."""
+    import torch
+
+    groups, side, _ = matrix.shape
+    if groups == 1:
+        return matrix[0].numpy()
+    whole = torch.full((groups * side, groups * side), float("nan"))
+    for group in range(groups):
+        part = slice(group * side, (group + 1) * side)
+        whole[part, part] = matrix[group]
+    return whole.numpy()
 
 
 def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:

@@ -13,21 +13,30 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import mean
-from typing import Any, Protocol
+from types import NoneType
+from typing import Any, Protocol, get_args, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convsim_cli.atomic import replace_file
 from convsim_cli.checkpoint import open_checkpoint
-from convsim_cli.errors import BusyError, InputError
-from convsim_cli.experiments.datasets import Dataset, load_dataset
-from convsim_cli.experiments.networks import build_network, count_parameters, load_weights
+from convsim_cli.errors import BusyError, InputError, did_you_mean
+from convsim_cli.experiments.datasets import Dataset, load_dataset, parse_channels
+from convsim_cli.experiments.networks import (
+    BUILT_IN_SIDE,
+    OTHER_SIDE,
+    build_network,
+    count_parameters,
+    is_built_in,
+    load_weights,
+)
+from convsim_cli.experiments.processes import ALONE, Processes
 from convsim_cli.experiments.training import Arguments, Trainer, preparation_steps, prepare_
 from convsim_cli.kernels import module_kernels
 from convsim_cli.penalty import ConvSimPenalty
@@ -132,9 +141,11 @@ def load_inputs(arguments: Arguments) -> Dataset:
     """
     arguments.check()
     build_network(arguments.arch)
-    dataset = load_dataset(arguments.dataset, Path(arguments.data_dir))
+    dataset = _load(arguments)
     dataset.limited(arguments.limit_train, arguments.limit_test)
-    ConvSimPenalty(network_with_weights(arguments, dataset.classes))
+    model = network_with_weights(arguments, dataset.classes)
+    ConvSimPenalty(model)
+    _try(model, dataset, arguments)
     return dataset
 
 
@@ -148,28 +159,52 @@ def open_run(folder: Path, epochs: int | None = None) -> Run:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run's folder (no readable args.json)") from error
-    known = {field.name for field in fields(Arguments)}
-    if not isinstance(values, dict) or set(values) - known:
-        raise InputError(f"{path}: unknown arguments {', '.join(sorted(set(values) - known))}")
-    arguments = Arguments(**values)
+    arguments = make_arguments(values, path)
     return Run(folder, arguments if epochs is None else replace(arguments, epochs=epochs))
 
 
-def execute(run: Run, listener: Listener | None = None, dataset: Dataset | None = None) -> dict[str, Any]:
+def make_arguments(values: Any, path: Path) -> Arguments:
+    """Return arguments from what an args.json holds. Raises InputError, naming the file, for a key or a value it has
+    not.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected the arguments of a run, by name")
+    kinds = get_type_hints(Arguments)
+    for name, value in values.items():
+        if name not in kinds:
+            raise InputError(f"{path}: unknown arguments {name}: {did_you_mean(name, kinds)}")
+        allowed = _allowed(kinds[name])
+        if not (type(value) in allowed or value in [choice for choice in allowed if isinstance(choice, str)]):
+            said = ", ".join("nothing" if a is NoneType else getattr(a, "__name__", str(a)) for a in allowed)
+            raise InputError(f"{path}: {name} = {value!r}, expected {said}")
+    return Arguments(**values)
+
+
+def _allowed(kind: Any) -> list[Any]:
+    """The types that a value may have, or the strings that it may be."""
+    if kind is float:
+        return [float, int]
+    return list(get_args(kind)) or [kind]
+
+
+def execute(
+    run: Run, listener: Listener | None = None, dataset: Dataset | None = None, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Train a run to its number of epochs, from its last whole epoch where it has any, and return its summary.
 
-    Raises DivergedError (the last good checkpoint is kept), InputError for a `state.pt` that is torn or another run's,
-    and BusyError for a run that another process is working on.
+    Of several processes the leading one alone touches the folder; the others return an empty summary. Raises
+    DivergedError (the last good checkpoint is kept), InputError for a `state.pt` that is torn or another run's, and
+    BusyError for a run that another process is working on.
     """
     listener = listener or Silence()
     arguments = run.arguments
     arguments.check()
-    with _locked(run.folder):
-        data = dataset or load_dataset(arguments.dataset, Path(arguments.data_dir))
+    with _locked(run.folder) if processes.leads else nullcontext():
+        data = dataset or _load(arguments)
         data = data.limited(arguments.limit_train, arguments.limit_test)
-        state = _read_state(run)
-        trainer, progress = _resume(run, data, state) if state else _start(run, data, listener)
-        if open_run(run.folder).arguments != arguments:
+        state = processes.from_leader(_read_state(run) if processes.leads else None)
+        trainer, progress = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
+        if processes.leads and open_run(run.folder).arguments != arguments:
             write_json(run.folder / "args.json", asdict(arguments))
         while trainer.epoch < arguments.epochs:
             listener.phase(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps)
@@ -177,6 +212,8 @@ def execute(run: Run, listener: Listener | None = None, dataset: Dataset | None 
             progress["history"].append(row)
             _save(run, trainer, progress)
             listener.row(row)
+        if not processes.leads:
+            return {}
         summary = _summary(trainer, progress)
         write_json(run.folder / "summary.json", summary)
     return summary
@@ -194,6 +231,31 @@ def read_results(folder: Path) -> list[Row]:
         raise InputError(f"{folder}: not a run's folder (no readable results.csv)") from error
 
 
+def _load(arguments: Arguments) -> Dataset:
+    side = arguments.image_size or (BUILT_IN_SIDE if is_built_in(arguments.arch) else OTHER_SIDE)
+    mean, std = parse_channels("--mean", arguments.mean), parse_channels("--std", arguments.std)
+    return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
+
+
+def _try(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
+    """Raise InputError for a network that cannot classify the images, before anything is trained."""
+    images = dataset.normalise(dataset.test.images[:1])
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(images)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"--arch {arguments.arch}: does not run on images {list(images.shape)} of {arguments.dataset} "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < dataset.classes:
+        gives = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"--arch {arguments.arch}: gives {gives} for one image, expected [1, {dataset.classes}] logits, "
+            f"for the classes of {arguments.dataset}"
+        )
+
+
 def network_with_weights(arguments: Arguments, classes: int) -> nn.Module:
     """Return the fresh network of a run, with the tensors of its `weights` file where it names one."""
     model = build_network(arguments.arch, classes, arguments.seed)
@@ -206,7 +268,7 @@ def sample_maps(model: nn.Module, dataset: Dataset, device: torch.device) -> dic
     """Return `fm_cos` per layer on the first test images."""
     images = dataset.normalise(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
     kernels = module_kernels(model).kernels
-    return {name: figures["fm_cos"] for name, figures in feature_maps(model, kernels, [images]).items()}
+    return {name: maps.result()["fm_cos"] for name, maps in feature_maps(model, kernels, [images]).items()}
 
 
 def _numbered(stem: str) -> Iterator[str]:
@@ -241,29 +303,41 @@ def _fits(run: Run, wanted: Arguments) -> bool:
     return run.arguments.epochs == wanted.epochs or epochs_done(run) >= wanted.epochs
 
 
-def _start(run: Run, data: Dataset, listener: Listener) -> tuple[Trainer, dict[str, Any]]:
-    arguments, device = run.arguments, torch.device(run.arguments.device)
+def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, dict[str, Any]]:
+    arguments, device = run.arguments, _device(run, processes)
     model = network_with_weights(arguments, data.classes).to(device)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(arguments.seed + processes.rank)  # the leader's is a single process's
     steps = preparation_steps(model, arguments)
-    if steps:
+    if steps and processes.leads:  # the others take its weights
         listener.phase("init", steps)
         prepare_(model, arguments, listener.advance)
-    trainer = Trainer(model, data, arguments, device)
-    progress: dict[str, Any] = {"history": [], "fm_cos_start": sample_maps(model, data, device)}
+    trainer = Trainer(model, data, arguments, device, processes)
+    maps = sample_maps(model, data, device) if processes.leads else {}
+    progress: dict[str, Any] = {"history": [], "fm_cos_start": maps}
     _save(run, trainer, progress)
     return trainer, progress
 
 
-def _resume(run: Run, data: Dataset, state: dict[str, Any]) -> tuple[Trainer, dict[str, Any]]:
-    arguments, device = run.arguments, torch.device(run.arguments.device)
-    trainer = Trainer(build_network(arguments.arch, data.classes, arguments.seed), data, arguments, device)
+def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> tuple[Trainer, dict[str, Any]]:
+    arguments, device = run.arguments, _device(run, processes)
+    model = build_network(arguments.arch, data.classes, arguments.seed)
+    trainer = Trainer(model, data, arguments, device, processes)
     trainer.load_state(state["trainer"])
-    _write_results(run.folder, state["progress"]["history"])
+    if processes.leads:
+        _write_results(run.folder, state["progress"]["history"])
     return trainer, state["progress"]
 
 
+def _device(run: Run, processes: Processes) -> torch.device:
+    """This process's device: of several on CUDA, the one that it has taken."""
+    device = torch.device(run.arguments.device)
+    return torch.device("cuda", torch.cuda.current_device()) if processes.size > 1 and device.type == "cuda" else device
+
+
 def _save(run: Run, trainer: Trainer, progress: dict[str, Any]) -> None:
+    state = {"arguments": asdict(run.arguments), "progress": progress, "trainer": trainer.state()}
+    if not trainer.processes.leads:
+        return
     history: list[Row] = progress["history"]
     record = {
         "convsim.epoch": str(trainer.epoch),
@@ -275,7 +349,6 @@ def _save(run: Run, trainer: Trainer, progress: dict[str, Any]) -> None:
     if history and history[-1]["test_accuracy"] > max((row["test_accuracy"] for row in history[:-1]), default=-1.0):
         save_state_dict(weights, run.folder / "best.safetensors", record)
     _write_results(run.folder, history)
-    state = {"arguments": asdict(run.arguments), "progress": progress, "trainer": trainer.state()}
     replace_file(run.folder / "state.pt", lambda file: torch.save(state, file))
 
 

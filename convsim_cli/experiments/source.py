@@ -21,10 +21,18 @@ class Source:
     checkpoint: Checkpoint
     selection: Selection
     model: nn.Module | None = None
+    arch: str | None = None
     names: dict[str, str] | None = None  # the network's name → the checkpoint's, of every tensor
 
 
-def open_source(path: Path | None, arch: str | None, patterns: Patterns | None = None, seed: int = 0) -> Source:
+def open_source(
+    path: Path | None,
+    arch: str | None,
+    patterns: Patterns | None = None,
+    seed: int = 0,
+    classes: int | None = None,
+    key: str | None = None,
+) -> Source:
     """Open a checkpoint, a network by name, or a checkpoint into a network.
 
     Raises CheckpointError for a file that cannot be read, InputError for an unknown network, a checkpoint that does
@@ -34,14 +42,14 @@ def open_source(path: Path | None, arch: str | None, patterns: Patterns | None =
     if arch is None:
         if path is None:
             raise InputError("name a CHECKPOINT, or a fresh network with --arch")
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, key)
         return Source(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
     if patterns.groups or patterns.transposed:
         raise InputError("--groups and --transposed correct what a file leaves open; with --arch the network tells")
-    model = build_network(arch, seed=seed)
+    model = build_network(arch, classes, seed)
     if path is None:
         checkpoint = StateDict(Path(arch), model.state_dict())
-        return Source(checkpoint, module_kernels(model, patterns), model)
-    checkpoint = open_checkpoint(path)
+        return Source(checkpoint, module_kernels(model, patterns), model, arch)
+    checkpoint = open_checkpoint(path, key)
     names = load_weights(model, checkpoint)
-    return Source(checkpoint, module_kernels(model, patterns, names), model, names)
+    return Source(checkpoint, module_kernels(model, patterns, names), model, arch, names)

@@ -17,6 +17,7 @@ from convsim_cli.device import synchronize
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.experiments.datasets import Dataset
 from convsim_cli.experiments.evaluation import evaluate
+from convsim_cli.experiments.processes import ALONE, Processes
 from convsim_cli.kernels import module_kernels, weight_of
 from convsim_cli.minimize import Advance, Minimisation, minimize_kernel, rescale_to
 from convsim_cli.penalty import ConvSimPenalty, Pairs
@@ -31,6 +32,9 @@ class Arguments:
     arch: str = "cnn1"
     dataset: str = "cifar10"
     data_dir: str = "data"
+    image_size: int | None = None
+    mean: str | None = None
+    std: str | None = None
     weights: str | None = None
     epochs: int = 100
     batch_size: int = 512
@@ -54,6 +58,10 @@ class Arguments:
 
     def check(self) -> None:
         """Raise InputError for values out of range and for options that contradict the mode."""
+        if self.mode not in ("baseline", "init", "reg", "rescale"):
+            raise InputError(f"--mode {self.mode}: expected baseline, init, reg or rescale")
+        if self.image_size is not None and not self.dataset.startswith("folder:"):
+            raise InputError(f"--image-size goes with --dataset folder:PATH, got --dataset {self.dataset}")
         positive = {"epochs": self.epochs, "batch-size": self.batch_size, "lr": self.lr, "init-lr": self.init_lr}
         for name, value in positive.items():
             if not 0 < value < math.inf:
@@ -110,23 +118,34 @@ class Trainer:
     """A network in training: one epoch at a time, and its whole state.
 
     The task loss is the cross entropy. Batches are drawn without replacement, in an order that the seed and the epoch
-    alone decide. Nothing in the loop waits for the device.
+    alone decide. Nothing in the loop waits for the device. Several processes each take their share of every batch, and
+    do together what one would: but for batch normalisation, which sees a share at a time.
     """
 
-    def __init__(self, model: nn.Module, dataset: Dataset, arguments: Arguments, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        arguments: Arguments,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ) -> None:
         if arguments.deterministic:
             _be_deterministic()
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dataset = dataset.to(device)
         self.arguments = arguments
         self.device = device
+        self.processes = processes
         self.penalty = ConvSimPenalty(model, arguments.pairs if arguments.mode == "reg" else "all")
         self.optimiser = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )
         self.epoch = 0
         self.first_loss: Tensor | None = None
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if arguments.compile else self.model
+        parallel = processes.parallel(self.model)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(parallel) if arguments.compile else parallel
+        self._evaluated = self._forward if processes.size == 1 else self.model  # what exchanges nothing
 
     @property
     def steps(self) -> int:
@@ -141,9 +160,10 @@ class Trainer:
         start = time.perf_counter()
         with full_precision(self.device):  # fp32 means fp32; bf16 is switched on inside
             loss, accuracy = self._train(advance)
+            self.processes.share_buffers(self.model)
             with self._autocast():
                 test_loss, test_accuracy = evaluate(
-                    self.model, self.dataset, self.dataset.test, self.device, self._forward
+                    self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
                 )
         row = {
             "epoch": self.epoch + 1,
@@ -163,14 +183,13 @@ class Trainer:
         return row
 
     def state(self) -> dict[str, Any]:
-        """Return all that a bit-exact continuation needs, beside the arguments."""
+        """Return all that a bit-exact continuation needs, beside the arguments; all processes are to ask at once."""
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimiser.state_dict(),
             "first_loss": self.first_loss,
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rng": self.processes.gather(self._random_states()),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -179,37 +198,49 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimizer"])
         self.first_loss = None if state["first_loss"] is None else state["first_loss"].to(self.device)
-        torch.set_rng_state(state["rng"])
-        if state["device_rng"] is not None:
-            torch.cuda.set_rng_state(state["device_rng"], self.device)
+        states = state["rng"]  # of fewer processes than there are now, perhaps
+        ours, on_device = states[min(self.processes.rank, len(states) - 1)]
+        torch.set_rng_state(ours)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, self.device)
+
+    def _random_states(self) -> tuple[Tensor, Tensor | None]:
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), on_device
 
     def _train(self, advance: Advance | None) -> tuple[float, float]:
         self.model.train()
         data = self.dataset.train
         totals = self._totals()
         order = _permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
-        for indices in order.split(self.arguments.batch_size):
+        for batch in order.split(self.arguments.batch_size):
+            indices = self.processes.share(batch)
+            weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
+            if not len(indices):
+                indices = batch[:1]  # a batch of fewer images than processes: one more look, that counts for nothing
             labels = data.labels[indices]
             with self._autocast():
                 logits = self._forward(self.dataset.normalise(data.images[indices]))
             loss = nn.functional.cross_entropy(logits.float(), labels)
             self.optimiser.zero_grad()
-            loss.backward()
-            self._regularise(loss.detach())
+            (loss if weight == 1 else weight * loss).backward()
+            self._regularise(loss.detach(), weight)
             self.optimiser.step()
-            totals += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
+            if weight:
+                totals += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
             if advance:
                 advance(1)
         synchronize(self.device)
-        loss_sum, correct = totals.tolist()
+        loss_sum, correct = self.processes.add_up(totals).tolist()
         return loss_sum / len(data), 100 * correct / len(data)
 
-    def _regularise(self, loss: Tensor) -> None:
+    def _regularise(self, loss: Tensor, weight: float) -> None:
         """Algorithm 2: β·∂L_CS straight into the gradients. With the schedule `loss`, β falls with the task loss."""
         if self.arguments.mode != "reg":
             return
         if self.arguments.beta_schedule == "constant":
             return self.penalty.add_gradient_(self.arguments.beta)
+        loss = self.processes.add_up(weight * loss) / self.processes.size
         if self.first_loss is None:
             self.first_loss = loss
         self.penalty.add_gradient_(self.arguments.beta * loss / self.first_loss)

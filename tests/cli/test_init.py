@@ -111,7 +111,7 @@ def test_a_pipe_gets_tsv_on_stdout_and_all_else_on_stderr(tmp_path: Path, convsi
     outcome = convsim("init", path, "--iterations", 1, "--include", "stem*", "--no-backup")
     assert [row["name"] for row in outcome.rows] == ["stem.weight"]
     assert float(outcome.rows[0]["cs_after"]) < float(outcome.rows[0]["cs_before"])
-    assert "skipped 2 (not matched by --include): audio.weight, point.weight" in outcome.err
+    assert "skipped 2 (not matched by --include)" in outcome.err.splitlines()
     assert f"wrote {path}" in outcome.err
     assert not (tmp_path / "model.safetensors.bak").exists()
 

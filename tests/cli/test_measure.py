@@ -14,6 +14,7 @@ from convsim_cli.experiments.networks import build_network
 from convsim_cli.probes import make_inputs
 
 LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead")
+LAYER += ("fm_cos_random", "redundant")
 
 
 def make(path: Path) -> None:
@@ -67,6 +68,7 @@ def test_with_arch_real_outputs_count_as_in_the_library(convsim: Convsim) -> Non
     document = convsim(
         "measure", "--arch", "cnn:8", "--input", "natural", "--samples", 4, "--seed", 5, "--json"
     ).document
+    assert [layer.pop("calls") for layer in document["layers"]] == [1] * 4
     assert document["layers"] == measure(build_network("cnn:8", seed=5), make_inputs("natural", 4, 3, (32, 32), seed=5))
 
 
@@ -126,3 +128,129 @@ def test_bad_usage_is_one_line_and_exit_2(
     outcome = convsim("measure", *arguments)
     assert outcome.code == 2
     assert said in outcome.error
+
+
+RESNET20 = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Block(nn.Module):
+    def __init__(self, channels, filters, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(filters)
+        self.conv2 = nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(filters)
+        self.stride, self.more = stride, filters - channels
+
+    def forward(self, x):
+        shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+class ResNet20(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        for stage, (channels, filters) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            first = Block(channels, filters, 1 if stage == 1 else 2)
+            setattr(self, f"layer{stage}", nn.Sequential(first, *(Block(filters, filters, 1) for _ in range(2))))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+"""
+
+
+def test_a_trained_network_of_the_users_own_module_classifies_as_its_authors_say(
+    checkpoint_dir: Path, data_dir: Path, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "their_resnet.py").write_text(RESNET20)
+    how = ("--arch", "their_resnet:ResNet20", "--input", "cifar10", "--data-dir", data_dir, "--json")
+    normal = ("--mean", "0.485 0.456 0.406", "--std", "0.229,0.224,0.225")
+    document = convsim("measure", checkpoint_dir / "resnet20_cifar10.th", *how, *normal).document
+    assert round(document["total"]["accuracy"], 2) == 91.73
+    assert len(document["layers"]) == 19
+    assert all(layer["name"].startswith("module.") and layer["calls"] == 1 for layer in document["layers"])
+
+
+def test_the_most_similar_pairs_are_a_table_of_their_own(tmp_path: Path, convsim: Convsim) -> None:
+    weight = torch.randn(6, 3, 3, 3)
+    weight[5] = -2 * weight[3]
+    save_file({"a.weight": weight, "b.weight": torch.randn(4, 6, 3, 3)}, tmp_path / "m.safetensors")
+    layers, pairs = convsim("measure", tmp_path / "m.safetensors", "--top", 2).out.split("\n\n")
+    assert len(layers.splitlines()) == 3
+    assert [line.split("\t")[0] for line in pairs.splitlines()] == [
+        "name",
+        "a.weight",
+        "a.weight",
+        "b.weight",
+        "b.weight",
+    ]
+    assert pairs.splitlines()[1].split("\t")[1:3] == ["3", "5"]
+    document = convsim("measure", tmp_path / "m.safetensors", "--top", 2, "--json").document
+    assert document["layers"][0]["redundant"] == 2
+    assert document["layers"][0]["top"][0] == {"filters": [3, 5], "cos": pytest.approx(1, abs=1e-5)}
+
+
+def test_the_second_of_two_checkpoints_is_shown_with_its_change(tmp_path: Path, convsim: Convsim) -> None:
+    paths = [tmp_path / "before.safetensors", tmp_path / "after.safetensors"]
+    make(paths[0])
+    convsim("init", paths[0], "-o", paths[1], "--preserve-norm", "--iterations", 50)
+    rows = convsim("measure", *paths).rows
+    assert [row["fm_cos_change"] for row in rows[::2]] == ["", ""]
+    for before, after in zip(rows[::2], rows[1::2], strict=True):
+        change = float(after["fm_cos"]) - float(before["fm_cos"])
+        assert float(after["fm_cos_change"]) == pytest.approx(change, abs=1e-5)
+    assert float(rows[1]["ncs_change"]) < 0
+
+
+def test_heat_maps_are_a_page_per_checkpoint(tmp_path: Path, convsim: Convsim) -> None:
+    make(tmp_path / "one.safetensors")
+    make(tmp_path / "two.safetensors")
+    both = (tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert convsim("measure", *both[:1], "--groups", "a*=2", "--plot", tmp_path / "x.png").code == 0
+    assert convsim("measure", *both, "--plot", tmp_path / "y.png").code == 0
+    pages = sorted(tmp_path.glob("*.png"))
+    assert [page.name for page in pages] == ["x.png", "y-1.png", "y-2.png"]
+    assert all(page.read_bytes().startswith(b"\x89PNG") for page in pages)
+
+
+def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: Convsim) -> None:
+    from PIL import Image
+
+    for name in ("b/one.png", "b/two.jpg", "three.PNG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise((40, 30), 64).convert("RGB").save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = convsim("measure", "--arch", "cnn:4", "--input", tmp_path, "--json")
+    assert found.code == 0, found.err
+    assert found.document["layers"][0]["fm_cos"] is not None
+    assert "accuracy" not in found.document["total"]
+    (tmp_path / "three.PNG").write_bytes(b"not one either")
+    assert "three.PNG: not a readable image" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path).error
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path / "empty").error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "cnn:4", "--input", "cifar1"], "did you mean 'cifar10'?"),
+        (["--arch", "cnn:4", "--mean", "0.5"], "--mean '0.5': expected three numbers, for instance 0.485,0.456,0.406"),
+        (["--arch", "cnn:4", "--std", "1,1,0"], "--std '1,1,0': expected numbers above 0"),
+        (["m.safetensors", "--key", "ema"], "--key ema: m.safetensors is no pickle"),
+        (["m.safetensors", "--input", "folder:x"], "needs --arch"),
+        (["--arch", "cnn:4", "--input", "folder:nowhere"], "nowhere: expected a folder of images for each class"),
+    ],
+)
+def test_mistakes_are_one_line_that_helps(
+    arguments: list[str], message: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "m.safetensors")
+    outcome = convsim("measure", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.error

@@ -131,3 +131,51 @@ def test_real_cifar10_is_learned_within_a_few_steps(data_dir: Path, tmp_path: Pa
         "measure", best, "--arch", "cnn:16", "--input", "cifar10", "--data-dir", data_dir, "--json"
     ).document
     assert measured["total"]["accuracy"] > 20
+
+
+def test_a_config_says_what_the_command_line_leaves_open(tmp_path: Path, convsim: Convsim) -> None:
+    convsim("train", *SMALL, "--mode", "reg", "--beta", 0.5, "--epochs", 1, "--run-dir", tmp_path, "--name", "first")
+    config = tmp_path / "first" / "args.json"
+    again = convsim("train", "--config", config, "--lr", 0.5, "--run-dir", tmp_path, "--name", "second")
+    assert again.code == 0, again.err
+    first, second = (json.loads((tmp_path / name / "args.json").read_text()) for name in ("first", "second"))
+    assert second == first | {"lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable args.json"),
+        ("[]", "expected the arguments of a run, by name"),
+        ('{"epoch": 3}', "unknown arguments epoch: did you mean 'epochs'?"),
+        ('{"epochs": "3"}', "epochs = '3', expected int"),
+        ('{"epochs": true}', "epochs = True, expected int"),
+        ('{"pairs": "most"}', "pairs = 'most', expected all, neighbours"),
+        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg or rescale"),
+    ],
+)
+def test_a_config_that_cannot_be_taken_is_one_line(
+    content: str, message: str, tmp_path: Path, convsim: Convsim
+) -> None:
+    (tmp_path / "c.json").write_text(content)
+    outcome = convsim("train", "--config", tmp_path / "c.json", "--dataset", "digits", "--run-dir", tmp_path / "runs")
+    assert outcome.code == 2
+    assert message in outcome.error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_networks_of_torchvision_train_on_a_folder_of_images(tmp_path: Path, convsim: Convsim) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            Image.effect_noise((70, 50), 64).convert("RGB").save(tmp_path / "images" / name / f"{index}.png")
+    how = ("--dataset", f"folder:{tmp_path / 'images'}", "--epochs", 1, "--batch-size", 4, "--run-dir", tmp_path)
+    outcome = convsim("train", "--arch", "torchvision:squeezenet1_1", *how, "--image-size", 64, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["runs"][0]["epochs"] == 1
+    mistake = convsim("train", "--arch", "torchvision:lraspp_mobilenet_v3_large", *how, "--image-size", 64)
+    assert "gives a OrderedDict for one image, expected [1, 2] logits" in mistake.error
+    size = convsim("train", "--dataset", "digits", "--image-size", 64)
+    assert "--image-size goes with --dataset folder:PATH" in size.error

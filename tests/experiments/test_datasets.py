@@ -75,3 +75,46 @@ def test_an_unknown_name_gets_a_suggestion_and_a_missing_extra_is_named(monkeypa
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(InputError, match="pip install scikit-learn"):
         load_dataset("digits", Path())
+
+
+def make_images(folder: Path, per_class: dict[str, int], shade: int = 0) -> None:
+    from PIL import Image
+
+    for number, (name, count) in enumerate(per_class.items()):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (60, 40), (50 * number + shade, index, 7)).save(folder / name / f"{index}.png")
+
+
+def test_a_folder_of_classes_is_decoded_once_to_the_size_asked_for(tmp_path: Path) -> None:
+    make_images(tmp_path, {"cat": 6, "dog": 4})
+    data = load_dataset(f"folder:{tmp_path}", Path(), side=24)
+    assert (data.classes, len(data.train), len(data.test)) == (2, 8, 2)
+    assert data.train.images.shape == (8, 24, 24, 3)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4  # the first and the sixth are for testing
+    assert data.train.images[-1, 0, 0].tolist() == [50, 3, 7]
+
+
+def test_folders_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
+    make_images(tmp_path / "train", {"cat": 3, "dog": 2})
+    make_images(tmp_path / "val", {"cat": 1, "dog": 1}, shade=9)
+    data = load_dataset(f"folder:{tmp_path}", Path())
+    assert (len(data.train), len(data.test)) == (5, 2)
+    assert data.test.images[0, 0, 0].tolist() == [9, 0, 7]
+    make_images(tmp_path / "other" / "train", {"cat": 1, "dog": 1})
+    make_images(tmp_path / "other" / "test", {"cat": 1, "elk": 1})
+    with pytest.raises(InputError, match=r"its classes \(cat, elk, …\) are not those"):
+        load_dataset(f"folder:{tmp_path / 'other'}", Path())
+
+
+def test_mean_and_standard_deviation_can_be_set() -> None:
+    data = load_dataset("digits", Path(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
+    white = data.normalise(torch.full((1, 1, 1, 3), 255, dtype=torch.uint8))
+    torch.testing.assert_close(white.flatten(), torch.tensor([2.0, 1.0, 0.5]))
+
+
+def test_cifar100_that_is_not_there_says_where_to_put_it(tmp_path: Path) -> None:
+    (tmp_path / "cifar-100-python").mkdir()
+    with pytest.raises(InputError, match=r"CIFAR100 in .*cifar-100-python is damaged or incomplete; put the unpacked"):
+        load_dataset("cifar100", tmp_path)

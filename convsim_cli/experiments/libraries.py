@@ -1,0 +1,104 @@
+"""Networks of other people by name: torchvision's, timm's, and the user's own by the callable that makes them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convsim_cli.errors import InputError, did_you_mean
+
+
+def find_network(name: str) -> Callable[[int | None], nn.Module] | None:
+    """Return what builds a network with so many classes (None: its own number), or None for a name of another kind.
+
+    name: `torchvision:NAME`, `timm:NAME` or `package.module:callable`, imported from the current folder too; the number
+    of classes goes to its `num_classes`, where it takes that. Raises InputError, with the closest known name, where
+    there is none such, or the library is missing.
+    """
+    library, separator, rest = name.partition(":")
+    if not separator or not rest:
+        return None
+    if library == "torchvision":
+        return _torchvision(rest)
+    if library == "timm":
+        return _timm(rest)
+    if library == "cnn":
+        return None
+    return _callable(library, rest)
+
+
+def _torchvision(name: str) -> Callable[[int | None], nn.Module]:
+    from torchvision import models
+
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError as error:
+        raise InputError(f"unknown network torchvision:{name}: {did_you_mean(name, models.list_models())}") from error
+    options = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+    return lambda classes: _quietly(builder, options | ({} if classes is None else {"num_classes": classes}))
+
+
+def _timm(name: str) -> Callable[[int | None], nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(
+            f"--arch timm:{name} needs timm, which is not installed: pip install 'convsim[timm]'"
+        ) from error
+    if not timm.is_model(name):
+        raise InputError(f"unknown network timm:{name}: {did_you_mean(name, timm.list_models())}")
+    return lambda classes: _quietly(
+        timm.create_model, {"model_name": name} | ({} if classes is None else {"num_classes": classes})
+    )
+
+
+def _callable(module_name: str, name: str) -> Callable[[int | None], nn.Module]:
+    where = f"--arch {module_name}:{name}"
+    with _current_folder():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise InputError(f"{where}: cannot import {module_name} ({error}); it is looked for here too") from error
+    make = getattr(module, name, None)
+    if not callable(make):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{where}: {module_name} has no callable {name}; {did_you_mean(name, known)}")
+
+    def build(classes: int | None) -> nn.Module:
+        model = _quietly(make, {"num_classes": classes} if classes is not None and _takes_classes(make) else {})
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{where}: gives a {type(model).__name__}; expected a torch.nn.Module")
+        return model
+
+    return build
+
+
+def _takes_classes(make: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(make).parameters.values()
+    return any(p.name == "num_classes" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _quietly(make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Build without the notes that libraries give on how they initialise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(**options)
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Import from the current folder too, as `python -m` would."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,63 @@
+"""One full `init` iteration (value, gradient, optimiser) against torch's fused Adam step alone on the same tensors.
+
+python tests/benchmarks/iteration.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timing import arguments, interleave, report
+
+from convsim_cli.experiments.networks import build_network
+from convsim_cli.kernels import module_kernels, weight_of
+from convsim_cli.minimize import Minimisation, project_, rescale_
+from convsim_cli.precision import full_precision
+from convsim_cli.similarity import similarity_gradient
+
+
+def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]:
+    """An Adam step over a network's kernels, an iteration of either objective, and an iteration's gradients alone."""
+    model = build_network(network).to(device)
+    layers = [(k, k.to_filters(weight_of(model, k).detach().clone())) for k in module_kernels(model).kernels]
+    optimisers = [torch.optim.Adam([filters.requires_grad_()], lr=1e-3, fused=True) for _, filters in layers]
+    norms = [torch.linalg.vector_norm(filters.detach(), dim=(-2, -1), keepdim=True) for _, filters in layers]
+    for _, filters in layers:
+        filters.grad = torch.randn_like(filters)
+
+    def adam() -> None:
+        for optimiser in optimisers:
+            optimiser.step()
+
+    @torch.no_grad()
+    def iteration(how: Minimisation) -> None:
+        with full_precision(device):
+            for (kernel, filters), optimiser, norm in zip(layers, optimisers, norms, strict=True):
+                filters.grad = similarity_gradient(filters, kernel.taps)
+                if how.preserve_norm:
+                    project_(filters.grad, filters, norm)
+                optimiser.step()
+                if how.preserve_norm:
+                    rescale_(filters, norm)
+
+    return {
+        "Adam": adam,
+        "raw": lambda: iteration(Minimisation()),
+        "norm-preserving": lambda: iteration(Minimisation(preserve_norm=True)),
+    }
+
+
+def main() -> None:
+    given = arguments(__doc__ or "")
+    rows = []
+    for network in ("cnn1", "resnet18"):
+        found = interleave(steps(network, given.device), given.device, given.repetitions)
+        milliseconds = [1e3 * timing.seconds for timing in found.values()]
+        rows.append([network, *milliseconds, found["raw"].ratio, found["norm-preserving"].ratio])
+    columns = ["network", "Adam_ms", "raw_ms", "norm-preserving_ms", "raw/Adam", "norm-preserving/Adam"]
+    report(given, columns, rows)
+
+
+if __name__ == "__main__":
+    main()

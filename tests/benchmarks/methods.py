@@ -1,0 +1,153 @@
+"""Value and gradient of L_CS against the other penalties, per layer and over whole networks.
+
+    python tests/benchmarks/methods.py            # layers of all widths, then networks
+
+Each column is seconds of that method over seconds of L_CS, in the same round: above 1, L_CS is faster.
+literal: Eq. 10 by conv2d, filter by filter; neighbours: what the authors' public code sums; OCNN: Wang et al. 2020,
+the self-convolution of the kernel; SRIP: Bansal et al. 2018, two power iterations on the smaller Gram matrix; floor:
+copy_ of the kernels, and again of what was copied, which is the least that any method has to read and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timing import arguments, interleave, report
+from torch import Tensor, nn
+
+from convsim_cli.precision import full_precision
+from convsim_cli.similarity import similarity, similarity_gradient, to_filters
+
+LAYERS = (
+    *((s, s, 3, 3) for s in (64, 128, 256, 512)),
+    (128, 64, 3, 3),
+    (256, 128, 3, 3),
+    (512, 256, 3, 3),
+    (64, 3, 7, 7),
+    (64, 3, 11, 11),
+    (512, 512, 1, 1),
+    (96, 1, 7, 7),
+    (96, 1, 31, 31),
+)
+NETWORKS = ("cnn1", "resnet18", "resnet50", "mobilenet_v3_large", "convnext_tiny")
+LITERAL_WORK = 3e9  # multiplications above which the literal equation is left out
+
+
+def kernels_of(network: str) -> list[Tensor]:
+    """The dense kernels of a network, and depthwise ones as if their channels saw one input."""
+    from convsim_cli.experiments.networks import build_network
+
+    if network in ("cnn1", "resnet18"):
+        model = build_network(network)
+    else:
+        import torchvision.models
+
+        model = getattr(torchvision.models, network)()
+    return [module.weight.detach() for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def ours(weights: Sequence[Tensor]) -> Callable[[], object]:
+    layers = [to_filters(weight) for weight in weights]
+
+    @torch.no_grad()
+    def run() -> None:
+        with full_precision(layers[0][0].device):
+            for filters, taps in layers:
+                similarity(filters, taps)
+                similarity_gradient(filters, taps)
+
+    return run
+
+
+def by_autograd(weights: Sequence[Tensor], value: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+
+    def run() -> None:
+        for leaf in leaves:
+            torch.autograd.grad(value(leaf), leaf)
+
+    return run
+
+
+def literal(weight: Tensor) -> Tensor:
+    """Eq. 10: every channel of every filter with every channel of every later one."""
+    s, c, h, w = weight.shape
+    total = weight.new_zeros(())
+    for i in range(s - 1):
+        rest = weight[i + 1 :].reshape(-1, 1, h, w)
+        maps = nn.functional.conv2d(rest, weight[i].reshape(c, 1, h, w), padding=(h - 1, w - 1))
+        total = total + maps.square().sum()
+    return total
+
+
+def neighbours(weight: Tensor) -> Tensor:
+    s, c, h, w = weight.shape
+    pairs = (s - 1) * c
+    first, second = weight[:-1].reshape(1, pairs, h, w), weight[1:].reshape(pairs, 1, h, w)
+    return nn.functional.conv2d(first, second, padding=(h - 1, w - 1), groups=pairs).square().sum()
+
+
+def ocnn(weight: Tensor) -> Tensor:
+    s, _, h, w = weight.shape
+    products = nn.functional.conv2d(weight, weight, padding=(h - 1, w - 1))
+    target = torch.zeros_like(products)
+    target[:, :, h - 1, w - 1] = torch.eye(s, device=weight.device)
+    return (products - target).square().sum()
+
+
+def srip(weight: Tensor) -> Tensor:
+    flat = weight.flatten(1)
+    rows = flat if flat.shape[0] <= flat.shape[1] else flat.T
+    excess = rows @ rows.T - torch.eye(rows.shape[0], device=weight.device)
+    vector = torch.rand(rows.shape[0], 1, device=weight.device)
+    for _ in range(2):
+        vector = nn.functional.normalize(excess @ vector, dim=0)
+    return (excess @ vector).norm()
+
+
+def floor(weights: Sequence[Tensor]) -> Callable[[], object]:
+    copies = [(weight.clone(), weight.clone()) for weight in weights]
+
+    def run() -> None:
+        for weight, (first, second) in zip(weights, copies, strict=True):
+            first.copy_(weight)
+            second.copy_(first)
+
+    return run
+
+
+def is_small(weight: Tensor) -> bool:
+    s, c, h, w = weight.shape
+    return s * s / 2 * c * c * (2 * h - 1) * (2 * w - 1) * h * w < LITERAL_WORK
+
+
+def methods(weights: list[Tensor]) -> dict[str, Callable[[], object]]:
+    return {
+        "L_CS": ours(weights),
+        "neighbours": by_autograd(weights, neighbours),
+        "OCNN": by_autograd(weights, ocnn),
+        "SRIP": by_autograd(weights, srip),
+        "floor": floor(weights),
+    }
+
+
+def main() -> None:
+    given = arguments(__doc__ or "")
+    columns = ["what", "L_CS_ms", "literal", "neighbours", "OCNN", "SRIP", "floor"]
+    rows = []
+    cases = [("×".join(map(str, shape)), [torch.randn(shape)]) for shape in LAYERS]
+    cases += [(name, kernels_of(name)) for name in NETWORKS]
+    for name, weights in cases:
+        weights = [weight.to(given.device) for weight in weights]
+        found = interleave(methods(weights), given.device, given.repetitions)
+        ratio = {key: timing.ratio for key, timing in found.items()}
+        if len(weights) == 1 and is_small(weights[0]):  # seconds each: a few rounds of its own are enough
+            pair = {"L_CS": ours(weights), "literal": by_autograd(weights, literal)}
+            ratio["literal"] = interleave(pair, given.device, 3)["literal"].ratio
+        rows.append([name, 1e3 * found["L_CS"].seconds, *(ratio.get(column) for column in columns[2:])])
+    report(given, columns, rows)
+
+
+if __name__ == "__main__":
+    main()

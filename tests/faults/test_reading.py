@@ -1,0 +1,181 @@
+"""Malformed, hostile and malicious files: one line that names the file, whatever is in it, and nothing executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import resource
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import cases
+from safetensors.torch import save
+
+from convsim_cli.checkpoint import Checkpoint, open_checkpoint
+from convsim_cli.errors import CheckpointError, ConvsimError
+from convsim_cli.kernels import file_kernels
+
+WHOLE = save({"a.weight": torch.randn(4, 3, 3, 3), "b.bias": torch.randn(4)}, {"format": "pt"})
+ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+def read_all(path: Path) -> Checkpoint:
+    """All that `init` and `measure` read of a file."""
+    checkpoint = open_checkpoint(path)
+    file_kernels(checkpoint.tensors, None, checkpoint.unfit)
+    checkpoint.looks_trained()
+    for name in checkpoint.tensors:
+        checkpoint.load(name)
+    return checkpoint
+
+
+def made(header: bytes | dict[str, Any], data: bytes = bytes(16), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+MALFORMED = {
+    "nothing but a length": struct.pack("<Q", 20),
+    "header longer than the file": made({"a": ENTRY}, length=10_000),
+    "header of a length beyond all": made({"a": ENTRY}, length=2**63),
+    "header of no length": struct.pack("<Q", 0) + b"{" + bytes(20),
+    "header that is no JSON": made(b'{"a": {"dtype": '),
+    "header that is no object": made(b"[1, 2, 3]"),
+    "header that is no UTF-8": made(b'{"\xff\xfe": 1}'),
+    "entry that is no object": made({"a": 3}),
+    "entry without a shape": made({"a": {"dtype": "F32", "data_offsets": [0, 16]}}),
+    "unknown dtype": made({"a": {**ENTRY, "dtype": "F33"}}),
+    "negative shape": made({"a": {**ENTRY, "shape": [-2, -2]}}),
+    "shape that overflows": made({"a": {**ENTRY, "shape": [2**40, 2**40]}}),
+    "shape that does not fit its bytes": made({"a": {**ENTRY, "shape": [3, 3]}}),
+    "offsets beyond the file": made({"a": {**ENTRY, "data_offsets": [16, 32]}}),
+    "offsets in the wrong order": made({"a": {**ENTRY, "data_offsets": [16, 0]}}),
+    "tensors that overlap": made({"a": ENTRY, "b": ENTRY}),
+    "a hole between tensors": made({"a": ENTRY, "b": {**ENTRY, "data_offsets": [24, 40]}}, bytes(40)),
+    "bytes after the last tensor": made({"a": ENTRY}, bytes(99)),
+    "data cut short": made({"a": ENTRY}, bytes(9)),
+    "the same name twice": made(
+        b'{"a": ' + json.dumps(ENTRY).encode() + b', "a": ' + json.dumps(ENTRY).encode() + b"}"
+    ),
+    "metadata that is no text": made({"__metadata__": {"a": 3}, "a": ENTRY}),
+    "braces within braces": made(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "no tensor at all": made({}, b""),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_safetensors_file_is_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(MALFORMED[name])
+    try:
+        read_all(path)
+    except ConvsimError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert name in ("the same name twice", "no tensor at all"), "was taken for a good file"
+
+
+def test_a_header_of_a_hundred_megabytes_is_refused_without_taking_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 100 << 20) + b"{")
+        file.truncate(101 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError):
+        read_all(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250 << 10  # kilobytes
+
+
+def mutated(whole: bytes, chance: random.Random) -> bytes:
+    """A file with one to four accidents: bytes changed, cut out, doubled, put in, or the end missing."""
+    data = bytearray(whole)
+    for _ in range(chance.randint(1, 4)):
+        place = chance.randrange(min(len(data), chance.choice([16, 300, 10**9])) or 1)
+        kind = chance.randrange(5)
+        if kind == 0 and data:
+            data[min(place, len(data) - 1)] = chance.randrange(256)
+        elif kind == 1:
+            del data[place : place + chance.randint(1, 40)]
+        elif kind == 2:
+            data[place:place] = data[place : place + chance.randint(1, 40)]
+        elif kind == 3:
+            data[place:place] = bytes(chance.randrange(256) for _ in range(chance.randint(1, 9)))
+        else:
+            del data[chance.randrange(len(data) + 1) :]
+    return bytes(data)
+
+
+def test_mutated_safetensors_files_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for seed in cases(2000):
+        path.write_bytes(mutated(WHOLE, random.Random(seed)))
+        try:
+            read_all(path)
+        except ConvsimError as error:
+            assert "\n" not in str(error), seed
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_mutated_pickles_are_read_or_refused_in_one_line(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": {"a.weight": torch.randn(4, 3, 3, 3)}}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for seed in cases(300):
+        path.write_bytes(mutated(whole, random.Random(seed)))
+        try:
+            read_all(path)
+        except ConvsimError as error:
+            assert "\n" not in str(error), seed
+
+
+class Payload:
+    """What a malicious pickle does on being loaded."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain.pt", "zip.pt", "legacy.pt", "named.safetensors", "zip.safetensors", "deep.ckpt"]
+)
+def test_a_malicious_pickle_is_never_executed(kind: str, tmp_path: Path) -> None:
+    witness, path = tmp_path / "executed", tmp_path / kind
+    payload = {"state_dict": {"a.weight": torch.randn(4, 3, 3, 3)}, "epoch": Payload(witness)}
+    if kind.startswith("zip") or kind.startswith("deep"):
+        torch.save({"outer": {"inner": payload}} if kind.startswith("deep") else payload, path)
+    elif kind.startswith("legacy"):
+        torch.save(payload, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps(payload))
+    with pytest.raises(CheckpointError):
+        read_all(path)
+    assert not witness.exists()
+    torch.load(path, weights_only=False) if not kind.endswith("safetensors") and kind != "plain.pt" else None
+    assert witness.exists() or kind.endswith("safetensors") or kind == "plain.pt"  # the payload does what it says
+
+
+def test_a_zip_with_a_payload_in_place_of_its_pickle_is_never_executed(tmp_path: Path) -> None:
+    witness, path = tmp_path / "executed", tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Payload(witness)))
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(CheckpointError):
+        read_all(path)
+    assert not witness.exists()
+
+
+def test_a_pickle_of_a_whole_module_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(torch.nn.Conv2d(3, 4, 3), path)
+    with pytest.raises(CheckpointError, match=r"could run code.*python -c"):
+        read_all(path)

@@ -1,0 +1,82 @@
+"""Many runs at once, and runs that are stopped by a signal at any moment."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import cases
+from conftest import Convsim, Start
+
+from convsim_cli.experiments.runs import read_results
+
+TRAIN = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", 400, "--limit-test", 60)
+TRAIN += ("--batch-size", 20, "--iterations", 20)
+
+START = """
+import sys
+from pathlib import Path
+from convsim_cli.experiments.runs import create_run
+from convsim_cli.experiments.training import Arguments
+for _ in range(10):
+    print(create_run(Arguments(), Path(sys.argv[1]), None).folder)
+"""
+
+
+def test_eight_processes_that_start_ten_runs_each_have_eighty_folders(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", START, str(tmp_path)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    folders = [line for child in children for line in child.communicate()[0].splitlines()]
+    assert len(folders) == len(set(folders)) == 80
+    assert len(list(tmp_path.glob("*/args.json"))) == 80
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [{**row, "seconds": 0} for row in read_results(folder)]
+
+
+@pytest.mark.parametrize("mode", ["baseline", "init", "reg", "rescale"])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
+    mode: str, stop: signal.Signals, tmp_path: Path, start: Start, convsim: Convsim
+) -> None:
+    how = (*TRAIN, "--mode", mode, "--momentum", 0.9, "--epochs", 6, "--run-dir", tmp_path)
+    assert convsim(*how, "--name", "whole", "-q").code == 0
+    chance = random.Random(f"{mode}{stop}")
+    for case in cases(1):
+        name = f"part{case}"
+        child = start(*how, "--name", name, "-q")
+        while child.poll() is None and not (tmp_path / name / "results.csv").exists():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.5))
+        child.send_signal(stop)
+        code = child.wait()
+        assert code in (0, 130 if stop == signal.SIGINT else -signal.SIGKILL)
+        assert convsim("train", "--resume", tmp_path / name, "-q").code == 0
+        assert results(tmp_path / name) == results(tmp_path / "whole")
+        for file in ("last.safetensors", "best.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert not list((tmp_path / name).glob(".convsim-*"))
+
+
+def test_the_same_seed_twice_is_the_same_to_the_bit(tmp_path: Path, convsim: Convsim) -> None:
+    first, second = (tmp_path / name for name in ("one", "two"))
+    for folder in (first, second):
+        folder.mkdir()
+        convsim("init", "--arch", "cnn:8", "-o", folder / "m.safetensors", "--iterations", 20, "--seed", 3)
+        convsim(*TRAIN, "--mode", "init", "--epochs", 2, "--run-dir", folder, "--name", "run", "--seed", 3)
+        for name, command in (
+            ("measured", ("measure", folder / "m.safetensors", "--seed", 3)),
+            ("reproduced", ("reproduce", "table2", "--episodes", 5, "--seed", 3, "--run-dir", folder)),
+        ):
+            text = convsim(*command, "--json").out
+            (folder / name).write_text(text.replace(str(folder), "FOLDER"))
+    for file in ("m.safetensors", "run/last.safetensors", "run/best.safetensors", "measured", "reproduced"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+    assert results(first / "run") == results(second / "run")

@@ -1,0 +1,203 @@
+"""A save that is killed, or meets a full disk: the old file or the new one, whole, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import cases
+from conftest import Convsim
+from safetensors.torch import load_file, save_file
+
+from convsim_cli import atomic
+from convsim_cli.atomic import replace_file
+from convsim_cli.checkpoint import open_checkpoint
+from convsim_cli.errors import WriteError
+
+SAVE = """
+import sys
+from pathlib import Path
+import torch
+from convsim_cli.checkpoint import open_checkpoint
+path = Path(sys.argv[1])
+print("ready", flush=True)
+for value in range(1, 10**9):
+    checkpoint = open_checkpoint(path)
+    checkpoint.write(path, [("a.weight", torch.full((64, 64, 9, 9), float(value)))], {}, path.with_name("model.bak"))
+"""
+
+
+def is_whole(path: Path) -> bool:
+    """One value throughout the kernel, and the other tensor as it was: the state between two saves."""
+    tensors = load_file(path)
+    return bool((tensors["a.weight"] == tensors["a.weight"].flatten()[0]).all()) and bool((tensors["b"] == 7).all())
+
+
+def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp_path: Path) -> None:
+    path, backup = tmp_path / "model.safetensors", tmp_path / "model.bak"
+    save_file({"a.weight": torch.zeros(64, 64, 9, 9), "b": torch.full((1000,), 7.0)}, path)
+    chance = random.Random(0)
+    for case in cases(20):
+        child = subprocess.Popen([sys.executable, "-c", SAVE, str(path)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(chance.uniform(0, 0.05))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        assert is_whole(path), case
+        assert not backup.exists() or is_whole(backup), case
+        names = {entry.name for entry in tmp_path.iterdir()} - {path.name, backup.name}
+        assert len(names) <= 2, case  # a file in the making, a link on its way to becoming the backup
+    replace_file(tmp_path / "other", lambda file: file.write(b"x"))
+    assert {entry.name for entry in tmp_path.iterdir()} <= {path.name, backup.name, "other"}  # the next save has swept
+
+
+def _failing(real: Callable[..., Any], number: int, once: bool) -> Callable[..., Any]:
+    left = [1 if once else 10**9]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **options)
+
+    return call
+
+
+class Broken:
+    """A file whose method fails."""
+
+    def __init__(self, file: Any, method: str, number: int, once: bool) -> None:
+        self._file = file
+        setattr(self, method, _failing(getattr(file, method), number, once))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+STEPS = ("open", "write", "flush", "mode", "sync", "backup", "rename", "folder")
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["once", "for ever"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
+    step: str, number: int, once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, backup = tmp_path / "model", tmp_path / "model.bak"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        if step == "open":
+            patch.setattr(atomic, "_create", _failing(atomic._create, number, once))
+        elif step in ("write", "flush"):
+            real = os.fdopen
+            patch.setattr(os, "fdopen", lambda *arguments: Broken(real(*arguments), step, number, once))
+        elif step == "mode":
+            patch.setattr(os, "fchmod", _failing(os.fchmod, number, once))
+        elif step == "sync":
+            patch.setattr(os, "fsync", _failing(os.fsync, number, once))
+        elif step == "backup":
+            patch.setattr(os, "link", _failing(os.link, number, False))
+            patch.setattr(shutil, "copy2", _failing(shutil.copy2, number, once))
+        elif step == "rename":
+            patch.setattr(Path, "replace", _failing(Path.replace, number, once))
+        else:
+            patch.setattr(atomic, "_flush_folder", _failing(atomic._flush_folder, number, once))
+        with pytest.raises(WriteError, match="model: written, but" if step == "folder" else "former file is intact"):
+            replace_file(path, lambda file: file.write(b"new"), backup)
+    if step == "folder":  # the rename is done, and only its being on disk is in doubt
+        assert path.read_bytes() == b"new"
+        assert backup.read_bytes() == b"old"
+    else:
+        assert path.read_bytes() == b"old"
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"model", "model.bak"}
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+from convsim_cli.cli import run
+sys.exit(run(["init", sys.argv[1], "--iterations", "1", "-q"]))
+"""
+
+
+def test_a_disk_that_is_really_full_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.randn(64, 64, 3, 3)}, path)
+    before = path.read_bytes()
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "error" in line] == [
+        f"convsim: error: {path}: cannot be written (File too large); the former file is intact"
+    ]
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
+@pytest.mark.parametrize("mode", [None, 0o400, 0o600, 0o644, 0o664, 0o755])
+def test_an_old_file_keeps_its_mode_and_a_new_one_follows_the_umask(
+    tmp_path: Path, umask: int, mode: int | None
+) -> None:
+    path = tmp_path / "model"
+    if mode is not None:
+        path.write_bytes(b"old")
+        path.chmod(mode)
+    former = os.umask(umask)
+    try:
+        replace_file(path, lambda file: file.write(b"new"))
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE(path.stat().st_mode) == (0o666 & ~umask if mode is None else mode)
+
+
+def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.randn(32, 32, 3, 3), "b": torch.ones(3)}, path)
+    kernel = load_file(path)["a.weight"]
+    results = []
+    for lr in ("0.001", "0.002"):
+        one = tmp_path / f"{lr}.safetensors"
+        command = [sys.executable, "-m", "convsim_cli", "init", str(path), "-q", "--iterations", "30", "--lr", lr]
+        subprocess.run([*command, "-o", str(one)], check=True, stdout=subprocess.DEVNULL)
+        results.append(load_file(one)["a.weight"])
+    commands = [
+        [sys.executable, "-m", "convsim_cli", "init", str(path), "-q", "--iterations", "30", "--lr", lr]
+        for lr in ("0.001", "0.002")
+    ]
+    children = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    assert [child.wait() for child in children] == [0, 0]
+    found = load_file(path)["a.weight"]
+    backup = load_file(tmp_path / "model.safetensors.bak")["a.weight"]
+    whole = [kernel, *results]
+    assert any(torch.equal(backup, tensor) for tensor in whole)
+    if torch.equal(backup, kernel):  # they read the same file, and the last to be written won
+        assert any(torch.equal(found, tensor) for tensor in results)
+    assert not list(tmp_path.glob(".convsim-*"))
+
+
+def test_ctrl_c_in_a_save_leaves_the_old_file(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.randn(8, 8, 3, 3)}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    outcome = convsim("init", path, "--iterations", 1)
+    assert (outcome.code, path.read_bytes()) == (130, before)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+    assert open_checkpoint(path).tensors
