@@ -166,8 +166,10 @@ def _half_product(autocorrelations: Tensor, others: Tensor) -> Tensor:
 
 
 def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
-    """Whether pairs of taps meet their lags by a product with zeros and ones: fast while that matrix is small, and off
-    the CPU in any case, where index_add is not deterministic."""
+    """Say whether pairs of taps meet their lags by a product with zeros and ones.
+
+    It is fast while that matrix is small. Off the CPU it is the way in any case: index_add is not deterministic there.
+    """
     return device.type != "cpu" or prod(taps) <= _FEW_TAPS
 
 

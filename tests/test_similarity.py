@@ -119,12 +119,13 @@ def test_autocast_does_not_touch_value_or_gradient() -> None:
     assert torch.equal(cast, plain)
 
 
-def test_tf32_is_off_inside_and_back_as_it_was_outside() -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_tf32_is_off_inside_and_back_as_it_was_outside(kind: str) -> None:
     torch.set_float32_matmul_precision("medium")
     try:
-        switches = _switches()
+        switches = _switches(kind)
         before = [read() for read, _, _ in switches]
-        with full_precision(torch.device("cpu")):
+        with full_precision(torch.device(kind)):
             inside = [read() for read, _, _ in switches]
         assert inside == [exact for _, _, exact in switches]
         assert inside != before

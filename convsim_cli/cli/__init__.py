@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from typing import Annotated
@@ -56,7 +57,7 @@ def root(
     """Hold the options that come before a command."""
 
 
-COMMANDS = {
+COMMANDS: dict[Callable[..., None], str] = {
     init: "Minimise L_CS of a checkpoint's kernels.",
     measure: "Measure similarity, per layer.",
     train: "Train a network, and keep its results.",
@@ -64,7 +65,8 @@ COMMANDS = {
     plot: "Draw the curves of runs.",
 }
 for command, summary in COMMANDS.items():
-    app.command(context_settings=SETTINGS, short_help=summary, epilog=command.__globals__["EXAMPLES"])(command)
+    examples = sys.modules[command.__module__].EXAMPLES
+    app.command(context_settings=SETTINGS, short_help=summary, epilog=examples)(command)
 
 
 def main() -> None:
