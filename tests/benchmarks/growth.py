@@ -29,14 +29,13 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 def main() -> None:
     given = arguments(__doc__ or "")
-    rows = []
-    for name, shapes in SERIES.items():
-        runs = {str(size): ours([torch.randn(shape, device=given.device)]) for size, shape in shapes}
-        found = interleave(runs, given.device, given.repetitions)
-        seconds = [timing.seconds for timing in found.values()]
-        said = ", ".join(f"{size}: {1e3 * timing.seconds:.3g}" for size, timing in found.items())
-        rows.append([name, exponent([float(size) for size, _ in shapes], seconds), said])
-    report(given, ["in", "exponent", "milliseconds"], rows)
+    with report(given, ["in", "exponent", "milliseconds"]) as add:
+        for name, shapes in SERIES.items():
+            runs = {str(size): ours([torch.randn(shape, device=given.device)]) for size, shape in shapes}
+            found = interleave(runs, given.device, given.repetitions)
+            seconds = [timing.seconds for timing in found.values()]
+            said = ", ".join(f"{size}: {1e3 * timing.seconds:.3g}" for size, timing in found.items())
+            add([name, exponent([float(size) for size, _ in shapes], seconds), said])
 
 
 if __name__ == "__main__":

@@ -50,13 +50,12 @@ def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]
 
 def main() -> None:
     given = arguments(__doc__ or "")
-    rows = []
-    for network in ("cnn1", "resnet18"):
-        found = interleave(steps(network, given.device), given.device, given.repetitions)
-        milliseconds = [1e3 * timing.seconds for timing in found.values()]
-        rows.append([network, *milliseconds, found["raw"].ratio, found["norm-preserving"].ratio])
     columns = ["network", "Adam_ms", "raw_ms", "norm-preserving_ms", "raw/Adam", "norm-preserving/Adam"]
-    report(given, columns, rows)
+    with report(given, columns) as add:
+        for network in ("cnn1", "resnet18"):
+            found = interleave(steps(network, given.device), given.device, given.repetitions)
+            milliseconds = [1e3 * timing.seconds for timing in found.values()]
+            add([network, *milliseconds, found["raw"].ratio, found["norm-preserving"].ratio])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from timing import arguments, interleave, report
 from torch import Tensor, nn
 
 from convsim_cli.precision import full_precision
-from convsim_cli.similarity import similarity, similarity_gradient, to_filters
+from convsim_cli.similarity import _gradient, _half_product, autocorrelation, sum_of_others, to_filters
 
 LAYERS = (
     *((s, s, 3, 3) for s in (64, 128, 256, 512)),
@@ -48,14 +48,17 @@ def kernels_of(network: str) -> list[Tensor]:
 
 
 def ours(weights: Sequence[Tensor]) -> Callable[[], object]:
+    """L_CS and its gradient, which share the autocorrelations, in the layout in which `init` keeps kernels."""
     layers = [to_filters(weight) for weight in weights]
 
     @torch.no_grad()
     def run() -> None:
         with full_precision(layers[0][0].device):
             for filters, taps in layers:
-                similarity(filters, taps)
-                similarity_gradient(filters, taps)
+                autocorrelations = autocorrelation(filters, taps)
+                others = sum_of_others(autocorrelations)
+                _half_product(autocorrelations, others)
+                _gradient(filters, others, taps)
 
     return run
 
@@ -134,19 +137,18 @@ def methods(weights: list[Tensor]) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     given = arguments(__doc__ or "")
-    columns = ["what", "L_CS_ms", "literal", "neighbours", "OCNN", "SRIP", "floor"]
-    rows = []
     cases = [("×".join(map(str, shape)), [torch.randn(shape)]) for shape in LAYERS]
     cases += [(name, kernels_of(name)) for name in NETWORKS]
-    for name, weights in cases:
-        weights = [weight.to(given.device) for weight in weights]
-        found = interleave(methods(weights), given.device, given.repetitions)
-        ratio = {key: timing.ratio for key, timing in found.items()}
-        if len(weights) == 1 and is_small(weights[0]):  # seconds each: a few rounds of its own are enough
-            pair = {"L_CS": ours(weights), "literal": by_autograd(weights, literal)}
-            ratio["literal"] = interleave(pair, given.device, 3)["literal"].ratio
-        rows.append([name, 1e3 * found["L_CS"].seconds, *(ratio.get(column) for column in columns[2:])])
-    report(given, columns, rows)
+    columns = ["what", "L_CS_ms", "literal", "neighbours", "OCNN", "SRIP", "floor"]
+    with report(given, columns) as add:
+        for name, weights in cases:
+            weights = [weight.to(given.device) for weight in weights]
+            found = interleave(methods(weights), given.device, given.repetitions)
+            ratio = {key: timing.ratio for key, timing in found.items()}
+            if len(weights) == 1 and is_small(weights[0]):  # by itself: it takes seconds, and would thin out the others
+                pair = {"L_CS": ours(weights), "literal": by_autograd(weights, literal)}
+                ratio["literal"] = interleave(pair, given.device, 3)["literal"].ratio
+            add([name, 1e3 * found["L_CS"].seconds, *(ratio.get(column) for column in columns[2:])])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -16,6 +18,9 @@ import torch
 from convsim_cli.device import resolve_device, synchronize
 
 WARM_UP = 3  # rounds that do not count
+FEWEST = 3  # rounds that do, of functions so slow that all rounds would take longer than
+PATIENCE = 30.0  # seconds
+SHORT = 0.005  # seconds under which a call is timed over many in a row
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,16 @@ class Timing:
 
 
 def interleave(functions: dict[str, Callable[[], object]], device: torch.device, repetitions: int) -> dict[str, Timing]:
-    """Run functions in turn and return the timing of each; ratios are to the first."""
-    rounds = [
-        {name: _seconds(function, device) for name, function in functions.items()} for _ in range(WARM_UP + repetitions)
-    ][WARM_UP:]
-    first = next(iter(functions))
+    """Run functions in turn and return the timing of each; ratios are to the first.
+
+    Fewer than `repetitions` rounds where they would take longer than half a minute, but three at least.
+    """
+    start, rounds = time.perf_counter(), []
+    while len(rounds) < WARM_UP + repetitions:
+        if len(rounds) >= WARM_UP + FEWEST and time.perf_counter() - start > PATIENCE:
+            break
+        rounds.append({name: _seconds(function, device) for name, function in functions.items()})
+    rounds, first = rounds[WARM_UP:], next(iter(functions))
     return {
         name: Timing(median(r[name] for r in rounds), median(r[name] / r[first] for r in rounds)) for name in functions
     }
@@ -41,15 +51,26 @@ def arguments(description: str) -> argparse.Namespace:
     """Parse what every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
-    parser.add_argument("--repetitions", type=int, default=21, help="rounds that count")
+    parser.add_argument("--repetitions", type=int, default=21, help="rounds that count, at most")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     found = parser.parse_args()
     found.device = resolve_device(found.device)
     return found
 
 
-def report(given: argparse.Namespace, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table as TSV, or as JSON with what it was measured on."""
+@contextmanager
+def report(given: argparse.Namespace, columns: Sequence[str]) -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Yield what takes rows: TSV, each as it comes, or one JSON document that says what they were measured on."""
+    rows: list[Sequence[Any]] = []
+
+    def add(row: Sequence[Any]) -> None:
+        rows.append(row)
+        if not given.json:
+            print("\t".join(_cell(cell) for cell in row), flush=True)
+
+    if not given.json:
+        print("\t".join(columns))
+    yield add
     if given.json:
         machine = {
             "device": torch.cuda.get_device_name(given.device) if given.device.type == "cuda" else platform.machine(),
@@ -58,17 +79,22 @@ def report(given: argparse.Namespace, columns: Sequence[str], rows: Sequence[Seq
             "repetitions": given.repetitions,
         }
         print(json.dumps(machine | {"rows": [dict(zip(columns, row, strict=True)) for row in rows]}, indent=2))
-        return
-    print("\t".join(columns))
-    for row in rows:
-        print(
-            "\t".join(f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row)
-        )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; of a short one the mean of many in a row, whose data is in the caches as in a loop's."""
+    taken = _timed(function, 1, device)
+    return taken if taken > SHORT else _timed(function, ceil(SHORT / taken), device)
+
+
+def _timed(function: Callable[[], object], calls: int, device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls

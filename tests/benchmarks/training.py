@@ -88,23 +88,23 @@ def main() -> None:
     given = arguments(__doc__ or "")
     if given.device.type == "cpu":
         keep_freed_memory()
-    rows = []
-    for arch, batch in (("cnn1", 512), ("resnet18", 128)):
-        data = noise(2 * batch)
-        found = interleave(
-            {
-                "train": trained(arch, "baseline", batch, data, given.device),
-                "reg": trained(arch, "reg", batch, data, given.device),
-                "bare": bare(arch, batch, data, given.device),
-                "DataLoader": loader(arch, batch, data, given.device),
-            },
-            given.device,
-            given.repetitions,
-        )
-        images = [2 * batch / timing.seconds for timing in found.values()]
-        rows.append([arch, batch, *images, *(found[name].ratio for name in ("reg", "bare", "DataLoader"))])
     columns = ["network", "batch", *(f"{name}_images/s" for name in ("train", "reg", "bare", "DataLoader"))]
-    report(given, [*columns, "reg/baseline step", "train/bare images/s", "train/DataLoader images/s"], rows)
+    columns += ["reg/baseline step", "train/bare images/s", "train/DataLoader images/s"]
+    with report(given, columns) as add:
+        for arch, batch in (("cnn1", 512), ("resnet18", 128)):
+            data = noise(2 * batch)
+            found = interleave(
+                {
+                    "train": trained(arch, "baseline", batch, data, given.device),
+                    "reg": trained(arch, "reg", batch, data, given.device),
+                    "bare": bare(arch, batch, data, given.device),
+                    "DataLoader": loader(arch, batch, data, given.device),
+                },
+                given.device,
+                given.repetitions,
+            )
+            images = [2 * batch / timing.seconds for timing in found.values()]
+            add([arch, batch, *images, *(found[name].ratio for name in ("reg", "bare", "DataLoader"))])
 
 
 if __name__ == "__main__":
