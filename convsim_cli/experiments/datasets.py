@@ -137,9 +137,13 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     try:
         splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
-        found = "is damaged or incomplete" if folder.is_dir() else f"is not there and cannot be downloaded ({error})"
+        if folder.is_dir():
+            raise InputError(
+                f"{kind} in {folder} is damaged or incomplete; remove that folder, and it comes anew"
+            ) from error
         raise InputError(
-            f"{kind} in {folder} {found}; put the unpacked {source.url} there or name its parent with --data-dir; "
+            f"{kind} in {folder} is not there and cannot be downloaded ({str(error).rstrip('.')}); "
+            f"put the unpacked {source.url} there or name its parent with --data-dir; "
             "--dataset digits needs no download"
         ) from error
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)

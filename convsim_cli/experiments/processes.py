@@ -6,6 +6,7 @@ elsewhere. A process that dies takes the others with it: their next exchange fai
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,4 +105,5 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
     try:
         yield Processes(distributed.get_rank(), size), device
     finally:
+        gc.collect()  # a DistributedDataParallel still alive would end its threads at interpreter exit, by an abort
         distributed.destroy_process_group()

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy
 import pytest
 import torch
 
@@ -62,6 +70,68 @@ def test_a_damaged_copy_is_never_trained_on(tmp_path: Path) -> None:
         load_dataset("cifar10", tmp_path)
 
 
+def make_archive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CIFAR-10 of one image a file, where torchvision will look for the real one, with its checksums."""
+    from torchvision.datasets import CIFAR10
+
+    def checksum(path: Path) -> str:
+        return hashlib.md5(path.read_bytes()).hexdigest()
+
+    source = folder / CIFAR10.base_folder
+    source.mkdir(parents=True)
+    batches = {name: {"data": numpy.full((1, 3072), 9, numpy.uint8), "labels": [3]} for name, _ in CIFAR10.train_list}
+    batches |= {"test_batch": batches["data_batch_1"], "batches.meta": {"label_names": list("abcdefghij")}}
+    for name, content in batches.items():
+        (source / name).write_bytes(pickle.dumps(content))
+    archive = folder / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(source, CIFAR10.base_folder)
+    for attribute in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(CIFAR10, attribute)]
+        monkeypatch.setattr(CIFAR10, attribute, [[name, checksum(source / name)] for name in names])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": checksum(source / "batches.meta")})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", checksum(archive))
+    return archive
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a server that torchvision takes for CIFAR-10's own."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{found.server_port}/cifar-10-python.tar.gz"
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", url)
+        yield folder
+        found.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("harm", ["cut short", "tampered with"])
+def test_a_download_cut_short_or_tampered_with_is_named_and_fetched_again(
+    harm: str, tmp_path: Path, server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_archive(server, monkeypatch)
+    whole = archive.read_bytes()
+    half = len(whole) // 2
+    archive.write_bytes(whole[:half] if harm == "cut short" else whole[:half] + b"x" + whole[half + 1 :])
+    data_dir = tmp_path / "data"
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"cannot be downloaded.*corrupted"):
+            load_dataset("cifar10", data_dir)
+        assert [path.name for path in data_dir.iterdir()] == [archive.name]  # nothing was unpacked
+    archive.write_bytes(whole)
+    assert load_dataset("cifar10", data_dir).train.images.shape == (5, 32, 32, 3)
+    (data_dir / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"torn while it was unpacked")
+    with pytest.raises(InputError, match="damaged or incomplete; remove that folder"):
+        load_dataset("cifar10", data_dir)
+
+
 def test_an_unknown_name_gets_a_suggestion_and_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="did you mean 'cifar10'"):
         load_dataset("cifar-10", Path())
@@ -116,5 +186,7 @@ def test_mean_and_standard_deviation_can_be_set() -> None:
 
 def test_cifar100_that_is_not_there_says_where_to_put_it(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python").mkdir()
-    with pytest.raises(InputError, match=r"CIFAR100 in .*cifar-100-python is damaged or incomplete; put the unpacked"):
+    with pytest.raises(
+        InputError, match=r"CIFAR100 in .*cifar-100-python is damaged or incomplete; remove that folder"
+    ):
         load_dataset("cifar100", tmp_path)
