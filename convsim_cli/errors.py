@@ -30,6 +30,14 @@ class DivergedError(ConvsimError):
     """A loss stopped being a finite number."""
 
 
+class FollowedError(ConvsimError):
+    """The leading process of a run has failed, and says why: this one ends as it does, without a word."""
+
+    def __init__(self, exit_code: int = 1) -> None:
+        super().__init__("the leading process failed")
+        self.exit_code = exit_code
+
+
 class WriteError(ConvsimError):
     """A file could not be written; the former one is intact."""
 

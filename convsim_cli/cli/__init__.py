@@ -90,15 +90,19 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("CONVSIM_DEBUG") == "1":
             raise
         message, code = _explain(error)
-        say(f"convsim: error: {message}")
+        if message:
+            say(f"convsim: error: {message}")
     if code == 130:
         say("convsim: interrupted")
     return code
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    from convsim_cli.errors import ConvsimError
+    """The line that says what was wrong, empty where another process says it, and the exit code."""
+    from convsim_cli.errors import ConvsimError, FollowedError
 
+    if isinstance(error, FollowedError):
+        return "", error.exit_code
     if isinstance(error, ConvsimError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # a usage error of the parser

@@ -82,16 +82,22 @@ def reproduce(
 ) -> None:
     """Run an experiment of the paper again and show published and measured numbers side by side.
 
-    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Runs that are in RUN_DIR already are
-    reused, and unfinished ones go on. Per cent throughout, but for correlations, cosines and L_CS. What the paper does
-    not show stands beside what it does: in the numerical tables mean |cos| of the two feature maps, which scale cannot
-    move, and the same with every kernel held at its norm; in Table 5 arms that say where a gain comes from.
+    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Runs of RUN_DIR with the same arguments
+    are reused, and go on where they have fewer epochs. Per cent throughout, but for correlations, cosines and L_CS.
+    What the paper does not show stands beside what it does: in the numerical tables mean |cos| of the two feature maps,
+    which scale cannot move, and the same with every kernel held at its norm; in Table 5 arms that say where a gain
+    comes from.
     """
+    from convsim_cli.errors import InputError
     from convsim_cli.experiments.paper import TABLES
+    from convsim_cli.experiments.runs import make_folder
 
     console = Console(quiet, as_json)
     if any(table.name == name for table in TABLES):
         _refuse(context.params, name, _OF_RUNS)
+        if device != "auto" and start(device, console).type != "cpu":
+            raise InputError(f"{name} is computed in float64 on the CPU, within a minute; leave --device out")
+        make_folder(run_dir)
         _numerical(name, episodes or 1000, seed, run_dir, console)
     else:
         _trained(name, context.params, console)
@@ -127,7 +133,6 @@ def _numerical(name: str, episodes: int, seed: int, run_dir: Path, console: Cons
 def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
     from convsim_cli.experiments.runs import write_json
 
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / f"{content['name']}.json", console.document("reproduce", content))
 
 
@@ -137,6 +142,7 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.experiments.memory import keep_freed_memory
     from convsim_cli.experiments.paper import CLAIMS
     from convsim_cli.experiments.plots import draw_experiment, require_matplotlib, save_figure
+    from convsim_cli.experiments.runs import check_network, make_folder
     from convsim_cli.experiments.trained import find_experiment, group, plan, reductions
 
     experiment = find_experiment(name)
@@ -151,6 +157,9 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     cells = plan(experiment, choices)
     dataset = load_dataset(choices.base.dataset, Path(choices.base.data_dir))
     reduced = reductions(experiment, choices, dataset)
+    for arguments in {job.arguments.arch: job.arguments for cell in cells for job in cell.jobs}.values():
+        check_network(arguments, dataset)
+    make_folder(given["run_dir"])
     with CampaignScreen(console, name) as screen:
         outcomes = carry_out([job for cell in cells for job in cell.jobs], given["run_dir"], dataset, screen)
     rows = experiment.rows(group(cells, outcomes))
@@ -166,7 +175,8 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     if drawn:
         save_figure(draw_experiment(name, rows, title), given["run_dir"] / f"{name}.png")
     if not console.as_json:
-        console.table(*TABLES[name](rows))
+        epochs = choices.epochs or experiment.epochs
+        console.table(*TABLES[name](rows), epochs=epochs, diverged=0)
         seeds = f"; {choices.seeds} seeds" if choices.seeds > 1 else "; 1 seed"
         console.note(title + seeds + (f"; published: {CLAIMS[name]}" if name in CLAIMS else ""))
     console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if drawn else ""))

@@ -36,9 +36,12 @@ def _spread(mean: float | None, std: float | None, digits: int) -> str | None:
     return f"{mean:.{digits}g}" + ("" if std is None else f" ± {std:.2g}")
 
 
+_LAST = ("epochs_to_99", "cs", "time", "epochs", "diverged")
+
+
 def _arms_table(rows: list[dict[str, Any]]) -> Table:
     columns = ["arch", "arm", "published", "best_test_accuracy", "last_test_accuracy", "mean_last5", "train_accuracy"]
-    return [*columns, "epochs_to_99", "cs", "time"], [
+    return [*columns, *_LAST], [
         [row["arch"], row["arm"], row["published"]["test_accuracy"], *_measured(row["measured"])] for row in rows
     ]
 
@@ -47,7 +50,7 @@ def _measured(found: dict[str, Any]) -> list[Any]:
     keys = ("best_test_accuracy", "last_test_accuracy", "mean_last5_test_accuracy", "last_train_accuracy")
     spreads = [_spread(found[key], found[f"{key}_std"], 4) for key in keys]
     time = None if found["seconds"] is None else duration(found["seconds"])
-    return [*spreads, found["epochs_to_99"], found["cs"], time]
+    return [*spreads, found["epochs_to_99"], found["cs"], time, found["epochs"], found["diverged"]]
 
 
 def _curves_table(rows: list[dict[str, Any]]) -> Table:
@@ -78,7 +81,7 @@ def _grid_table(rows: list[dict[str, Any]]) -> Table:
 
 def _iterations_table(rows: list[dict[str, Any]]) -> Table:
     columns = ["iterations", "best_test_accuracy", "last_test_accuracy", "mean_last5", "train_accuracy"]
-    return [*columns, "epochs_to_99", "cs", "time"], [[row["iterations"], *_measured(row["measured"])] for row in rows]
+    return [*columns, *_LAST], [[row["iterations"], *_measured(row["measured"])] for row in rows]
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {

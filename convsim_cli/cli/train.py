@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -145,22 +148,22 @@ def train(
         keep_freed_memory()
     with joined(place) as (processes, _):
         if resumed is not None:
-            runs, data = [resumed], None  # the run's own arguments say the rest
+            runs, data = iter([(resumed, "")]), None  # the run's own arguments say the rest
         else:
-            arguments = _arguments(given, str(place))
+            arguments = _arguments(given, str(place), processes.size)
             data = processes.leader_first(lambda: load_inputs(arguments))
-            runs = processes.from_leader(_new_runs(arguments, run_dir, name, seeds) if processes.leads else [])
-        summaries = [_execute(run, data, console, processes) for run in runs]
+            runs = _new_runs(arguments, run_dir, name, seeds, processes)
+        done = [(run, _execute(run, data, console, processes, left)) for run, left in runs]
     if processes.leads:
-        _show(runs, summaries, console)
+        _show(done, console)
 
 
-def _arguments(given: dict[str, Any], device: str) -> Arguments:
+def _arguments(given: dict[str, Any], device: str, processes: int) -> Arguments:
     from dataclasses import fields
 
     from convsim_cli.experiments.training import Arguments
 
-    values = given | {"compile": given["compile_"], "device": device}
+    values = given | {"compile": given["compile_"], "device": device, "processes": processes}
     for key in ("data_dir", "weights"):
         values[key] = None if values[key] is None else str(values[key])
     return Arguments(**{field.name: values[field.name] for field in fields(Arguments)})
@@ -179,7 +182,8 @@ def _from_config(context: typer.Context, path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"--config {path}: not a readable args.json ({error})") from error
     found = asdict(make_arguments(values, path)) | {"compile_": values.get("compile", False)}
-    return {key: found[key] for key in found if (key in values or key == "compile_") and key not in _typed(context)}
+    given = {*_typed(context), "processes"}  # which are as many as there are
+    return {key: found[key] for key in found if (key in values or key == "compile_") and key not in given}
 
 
 def _typed(context: typer.Context) -> set[str]:
@@ -187,14 +191,21 @@ def _typed(context: typer.Context) -> set[str]:
     return {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}  # type: ignore[union-attr]
 
 
-def _new_runs(arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None) -> list[Run]:
-    from convsim_cli.experiments.runs import create_run
+def _new_runs(
+    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
+) -> Iterator[tuple[Run, str]]:
+    """The runs, each made when its turn comes, with what is to be said of the seeds left should it be stopped."""
+    from convsim_cli.experiments.runs import create_run, free_stem
 
     if seeds is None:
-        return [create_run(arguments, run_dir, name)]
-    stem = name or f"{arguments.arch}-{arguments.mode}".replace(":", "")
+        yield processes.led(lambda: create_run(arguments, run_dir, name)), ""
+        return
     numbers = range(arguments.seed, arguments.seed + seeds)
-    return [create_run(replace(arguments, seed=seed), run_dir, f"{stem}-s{seed}") for seed in numbers]
+    stem = processes.led(lambda: free_stem(arguments, run_dir, name, numbers))
+    for seed in numbers:
+        one, left = replace(arguments, seed=seed), numbers[-1] - seed
+        run = processes.led(partial(create_run, one, run_dir, f"{stem}-s{seed}"))
+        yield run, f"; then the other seeds with: --name {quote(stem)} --seed {seed + 1} --seeds {left}" if left else ""
 
 
 def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
@@ -214,7 +225,7 @@ def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
     return run
 
 
-def _execute(run: Run, dataset: Dataset | None, console: Console, processes: Processes) -> dict[str, Any]:
+def _execute(run: Run, dataset: Dataset | None, console: Console, processes: Processes, left: str) -> dict[str, Any]:
     from convsim_cli.experiments.runs import execute
 
     how = run.arguments
@@ -223,11 +234,13 @@ def _execute(run: Run, dataset: Dataset | None, console: Console, processes: Pro
         try:
             return execute(run, listener, dataset, processes)
         except KeyboardInterrupt:
-            console.note(f"stopped; go on with: convsim train --resume {run.folder}")
+            if processes.leads:
+                folder = quote(str(run.folder))
+                console.warn(f"stopped; go on with: convsim train --resume {folder}{left}")
             raise
 
 
-def _show(runs: list[Run], summaries: list[dict[str, Any]], console: Console) -> None:
+def _show(done: list[tuple[Run, dict[str, Any]]], console: Console) -> None:
     documents = [
         {
             "run": str(run.folder),
@@ -236,7 +249,7 @@ def _show(runs: list[Run], summaries: list[dict[str, Any]], console: Console) ->
             "seed": run.arguments.seed,
             **summary,
         }
-        for run, summary in zip(runs, summaries, strict=True)
+        for run, summary in done
     ]
     console.document("train", {"runs": documents, "mean": _spread(documents)})
     if console.as_json:

@@ -90,7 +90,7 @@ def draw_arms(rows: Sequence[dict[str, Any]], column: str, title: str) -> Figure
     for panel, (arch, found) in zip(axes, by_arch, strict=True):
         by_arm = groupby(found, key=lambda row: row["arm"])
         _draw_curves(panel, [Curve(arm, [_history(row, column) for row in of_arm]) for arm, of_arm in by_arm], column)
-        panel.set_title(arch.upper() if arch.startswith("cnn") else arch, fontsize=9)
+        panel.set_title(_plain(arch.upper() if arch.startswith("cnn") else arch), fontsize=9)
     _finish(figure, axes[0], title)
     return figure
 
@@ -163,7 +163,7 @@ def draw_heat(heat: Mapping[str, Tensor], cosines: Mapping[str, float | None], t
     image = None
     for panel, (name, matrix) in zip(axes, heat.items(), strict=False):
         image = panel.imshow(_block_diagonal(matrix), vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
-        panel.set_title("\n".join([*wrap(name, 22), f"fm_cos {cosines[name]:.3g}"]), fontsize=6, pad=3)
+        panel.set_title("\n".join([*map(_plain, wrap(name, 22)), f"fm_cos {cosines[name]:.3g}"]), fontsize=6, pad=3)
     for panel in axes:
         panel.set_xticks([])
         panel.set_yticks([])
@@ -173,7 +173,7 @@ def draw_heat(heat: Mapping[str, Tensor], cosines: Mapping[str, float | None], t
         bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=12, label="mean |cos|, dimensionless")
         bar.ax.tick_params(labelsize=6)
         bar.ax.yaxis.label.set_fontsize(7)
-    figure.suptitle("\n".join(lines), fontsize=8)
+    figure.suptitle("\n".join(map(_plain, lines)), fontsize=8)
     return figure
 
 
@@ -213,10 +213,12 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
     for index, curve in enumerate(curves):
         round_ = index // len(COLOURS)  # beyond eight curves a colour comes again, with another dash pattern
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[(index + round_) % len(DASHES)]}
-        epochs = [row["epoch"] for row in min(curve.histories, key=len)]
-        values = list(zip(*([row[column] for row in rows[: len(epochs)]] for rows in curve.histories), strict=True))
+        points = sorted((row["epoch"], row[column]) for rows in curve.histories for row in rows)
+        by_epoch = {epoch: [v for _, v in found] for epoch, found in groupby(points, key=lambda point: point[0])}
+        epochs, values = list(by_epoch), list(by_epoch.values())  # a seed that diverged counts as far as it came
         marker = "o" if len(epochs) == 1 else None
-        axes.plot(epochs, [mean(seeds) for seeds in values], linewidth=1.4, marker=marker, label=curve.label, **style)
+        means, label = [mean(seeds) for seeds in values], _plain(curve.label)
+        axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
         if len(curve.histories) > 1:
             low, high = ([pick(seeds) for seeds in values] for pick in (min, max))
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -236,12 +238,17 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
     columns = max(1, min(len(labels), int(width / (0.75 + 0.065 * max(map(len, labels), default=1)))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, handlelength=4)
     lines = wrap(title, int(15 * width))
-    figure.suptitle("\n".join(lines), fontsize=9)
+    figure.suptitle("\n".join(map(_plain, lines)), fontsize=9)
     figure.set_figheight(height + 0.17 * (ceil(len(labels) / columns) + len(lines)))
 
 
 def _history(row: dict[str, Any], column: str) -> list[Row]:
     return [{"epoch": epoch, column: value} for epoch, value in zip(row["epoch"], row[column], strict=True)]
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib draws as it is: no formulas in it, and no name that keeps it out of the legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _number(value: float | None) -> float:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimError, FollowedError, InputError
 
 T = TypeVar("T")
 
@@ -53,11 +53,29 @@ class Processes:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def led(self, function: Callable[[], T]) -> T:
+        """Return what a function gives in the leading process, which alone calls it.
+
+        Raises there what the function raises, and FollowedError elsewhere.
+        """
+        found, failure = None, None
+        if self.leads:
+            try:
+                found = function()
+            except ConvsimError as error:
+                failure = error
+        found, code = self.from_leader((found, failure.exit_code if failure else None))
+        if failure is not None:
+            raise failure
+        if code is not None:
+            raise FollowedError(code)
+        return cast(T, found)
+
     def leader_first(self, function: Callable[[], T]) -> T:
         """Return what a function gives, called by the leading process before the others: it may fetch files."""
-        found = function() if self.leads else None
-        self.from_leader(None)
-        return function() if found is None else found
+        found: list[T] = []
+        self.led(lambda: found.append(function()))
+        return found[0] if found else function()
 
     def gather(self, value: T) -> list[T]:
         """Return what each process has here, by rank."""
@@ -90,7 +108,7 @@ def leads() -> bool:
 def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
     """Join the run that `torchrun` started this process for, if any; give its processes and this one's device.
 
-    Raises InputError for a device that all of them would share.
+    Raises InputError for a device that all of them would share, and for fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -100,6 +118,8 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
         if device.index is not None:
             raise InputError(f"--device {device}: torchrun gives each process a GPU of its own; take --device cuda")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if (count := torch.cuda.device_count()) <= device.index:
+            raise InputError(f"process {device.index} of this machine has no GPU of its own: there are {count}")
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -13,13 +13,13 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import mean
 from types import NoneType
-from typing import Any, Protocol, get_args, get_type_hints
+from typing import Any, NoReturn, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from convsim_cli.experiments.networks import (
     load_weights,
 )
 from convsim_cli.experiments.processes import ALONE, Processes
-from convsim_cli.experiments.training import Arguments, Trainer, preparation_steps, prepare_
+from convsim_cli.experiments.training import Arguments, Trainer, be_deterministic, preparation_steps, prepare_
 from convsim_cli.kernels import module_kernels
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.report import feature_maps
@@ -90,21 +90,50 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
     Raises InputError where the given name is taken; never shares a folder with another process.
     """
     stem = name or plain_name(f"{arguments.arch}-{arguments.mode}-s{arguments.seed}")
-    if Path(stem).name != stem or stem in (".", ".."):
-        raise InputError(f"--name {stem!r}: expected a plain folder name; its place is --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    check_name(stem)
+    make_folder(run_dir)
     run = _first_free(arguments, run_dir, [stem] if name else _numbered(stem))
-    if run is None:
-        folder = run_dir / stem
-        raise InputError(f"{folder}: there already; go on with --resume {folder}, or take another --name")
-    return run
+    return run or _refuse_taken(run_dir / stem)
+
+
+def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iterable[int]) -> str:
+    """Return what to call the runs STEM-sSEED of several seeds: `name`, or after the arguments a stem that is free.
+
+    Raises InputError where a folder of the given name is taken.
+    """
+    stem = name or plain_name(f"{arguments.arch}-{arguments.mode}")
+    check_name(stem)
+    for candidate in [stem] if name else _numbered(stem):
+        taken = [folder for seed in seeds if (folder := run_dir / f"{candidate}-s{seed}").exists()]
+        if not taken:
+            return candidate
+    return _refuse_taken(taken[0])
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for a name that is no plain folder name."""
+    if Path(name).name != name or name in (".", ".."):
+        raise InputError(f"--name {name!r}: expected a plain folder name; its place is --run-dir")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises InputError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {path}: cannot be made ({error.strerror})") from error
+
+
+def _refuse_taken(folder: Path) -> NoReturn:
+    raise InputError(f"{folder}: there already; go on with --resume {folder}, or take another --name")
 
 
 def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
     """Return the run in `run_dir` that was given these arguments, or None.
 
-    Where the data is does not matter, nor a number of epochs beyond the one asked for once it has done those: nothing
-    that a run does in an epoch depends on how many are to follow. A run with more done comes before one with less.
+    Where the data is does not matter, nor for how many epochs the run was meant: nothing that it does in an epoch
+    depends on how many are to follow, so that one of fewer goes on to those asked for. Only one that was meant for more
+    and has not done as many yet is left alone. A run with more done comes before one with less.
     """
     found = [run for run in map(_readable_run, sorted(run_dir.glob("*/args.json"))) if run and _fits(run, arguments)]
     return max(found, key=epochs_done, default=None)
@@ -112,11 +141,12 @@ def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
 
 def find_or_create_run(arguments: Arguments, run_dir: Path, stem: str) -> Run:
     """Return the run with these arguments, made if need be; two processes that ask at once get the same."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     with _locked(run_dir, wait=True):
         run = find_run(arguments, run_dir) or _first_free(arguments, run_dir, _numbered(stem))
     assert run is not None  # the names are endless
-    return run
+    epochs = max(run.arguments.epochs, arguments.epochs)
+    return replace(run, arguments=replace(run.arguments, epochs=epochs))
 
 
 def epochs_done(run: Run) -> int:
@@ -142,11 +172,18 @@ def load_inputs(arguments: Arguments) -> Dataset:
     arguments.check()
     build_network(arguments.arch)
     dataset = _load(arguments)
-    dataset.limited(arguments.limit_train, arguments.limit_test)
-    model = network_with_weights(arguments, dataset.classes)
-    ConvSimPenalty(model)
-    _try(model, dataset, arguments)
+    check_network(arguments, dataset)
     return dataset
+
+
+def check_network(arguments: Arguments, dataset: Dataset) -> None:
+    """Raise InputError for a network, or weights, that a run on this data set could not work with."""
+    model = network_with_weights(arguments, dataset.classes)
+    try:
+        ConvSimPenalty(model)
+    except InputError as error:
+        raise InputError(f"--arch {arguments.arch}: {error}") from error
+    _try(model, dataset.limited(arguments.limit_train, arguments.limit_test), arguments)
 
 
 def open_run(folder: Path, epochs: int | None = None) -> Run:
@@ -199,13 +236,22 @@ def execute(
     listener = listener or Silence()
     arguments = run.arguments
     arguments.check()
-    with _locked(run.folder) if processes.leads else nullcontext():
+    if arguments.processes != processes.size:
+        raise InputError(
+            f"{run.folder}: is trained by {arguments.processes} processes, these are {processes.size}; start as many"
+        )
+    if arguments.deterministic:
+        be_deterministic()
+    with ExitStack() as held:
+        processes.led(lambda: held.enter_context(_locked(run.folder)))
         data = dataset or _load(arguments)
         data = data.limited(arguments.limit_train, arguments.limit_test)
-        state = processes.from_leader(_read_state(run) if processes.leads else None)
+        state = processes.led(lambda: _read_state(run))
         trainer, progress = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
         if processes.leads and open_run(run.folder).arguments != arguments:
             write_json(run.folder / "args.json", asdict(arguments))
+        if processes.leads and trainer.epoch < arguments.epochs:
+            (run.folder / "summary.json").unlink(missing_ok=True)  # a summary stands for a finished run
         while trainer.epoch < arguments.epochs:
             listener.phase(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps)
             row = trainer.run_epoch(listener.advance)
@@ -223,12 +269,12 @@ def read_results(folder: Path) -> list[Row]:
     """Return a run's `results.csv` as rows of numbers. Raises InputError where there is none."""
     try:
         with (folder / "results.csv").open(newline="") as file:
-            return [
-                {key: int(value) if key == "epoch" else float(value) for key, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a run's folder (no readable results.csv)") from error
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"its columns are {reader.fieldnames}")
+            return [{key: int(row[key]) if key == "epoch" else float(row[key]) for key in COLUMNS} for row in reader]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{folder}: not a run's folder (no readable results.csv: {error})") from error
 
 
 def _load(arguments: Arguments) -> Dataset:
@@ -238,7 +284,7 @@ def _load(arguments: Arguments) -> Dataset:
 
 
 def _try(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
-    """Raise InputError for a network that cannot classify the images, before anything is trained."""
+    """Raise InputError for a network that cannot classify the images, or not train on the last batch."""
     images = dataset.normalise(dataset.test.images[:1])
     try:
         with torch.inference_mode():
@@ -254,6 +300,16 @@ def _try(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
             f"--arch {arguments.arch}: gives {gives} for one image, expected [1, {dataset.classes}] logits, "
             f"for the classes of {arguments.dataset}"
         )
+    last = len(dataset.train) % arguments.batch_size or arguments.batch_size
+    if last // arguments.processes <= 1:
+        try:
+            with torch.inference_mode():
+                model.train()(images)
+        except ValueError as error:  # batch normalisation of a single value
+            raise InputError(
+                f"--batch-size {arguments.batch_size}: leaves a process a batch of one image at the end of "
+                f"{len(dataset.train)}, on which {arguments.arch} cannot train ({error})"
+            ) from error
 
 
 def network_with_weights(arguments: Arguments, classes: int) -> nn.Module:
@@ -300,7 +356,7 @@ def _readable_run(path: Path) -> Run | None:
 def _fits(run: Run, wanted: Arguments) -> bool:
     if replace(run.arguments, epochs=wanted.epochs, data_dir=wanted.data_dir) != wanted:
         return False
-    return run.arguments.epochs == wanted.epochs or epochs_done(run) >= wanted.epochs
+    return run.arguments.epochs <= wanted.epochs or epochs_done(run) >= wanted.epochs
 
 
 def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, dict[str, Any]]:
@@ -308,9 +364,9 @@ def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) ->
     model = network_with_weights(arguments, data.classes).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # the leader's is a single process's
     steps = preparation_steps(model, arguments)
-    if steps and processes.leads:  # the others take its weights
+    if steps:  # the others take its weights
         listener.phase("init", steps)
-        prepare_(model, arguments, listener.advance)
+        processes.led(lambda: prepare_(model, arguments, listener.advance))
     trainer = Trainer(model, data, arguments, device, processes)
     maps = sample_maps(model, data, device) if processes.leads else {}
     progress: dict[str, Any] = {"history": [], "fm_cos_start": maps}
@@ -336,8 +392,10 @@ def _device(run: Run, processes: Processes) -> torch.device:
 
 def _save(run: Run, trainer: Trainer, progress: dict[str, Any]) -> None:
     state = {"arguments": asdict(run.arguments), "progress": progress, "trainer": trainer.state()}
-    if not trainer.processes.leads:
-        return
+    trainer.processes.led(lambda: _write(run, trainer, progress, state))
+
+
+def _write(run: Run, trainer: Trainer, progress: dict[str, Any], state: dict[str, Any]) -> None:
     history: list[Row] = progress["history"]
     record = {
         "convsim.epoch": str(trainer.epoch),
@@ -358,18 +416,18 @@ def _read_state(run: Run) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        former = state["arguments"]
+        former = {**asdict(Arguments()), **state["arguments"]}
+        done = int(state["trainer"]["epoch"])
     except Exception as error:  # whatever a torn pickle raises
         raise InputError(
-            f"{path}: damaged ({type(error).__name__}); the run cannot go on, its last.safetensors may be whole"
+            f"{path}: damaged ({type(error).__name__}); the run cannot go on, its last.safetensors may be whole; "
+            f"remove {run.folder} to train it anew"
         ) from error
     for key, value in asdict(run.arguments).items():
-        if key != "epochs" and former.get(key) != value:
-            raise InputError(f"{path}: belongs to a run with {key} = {former.get(key)!r}, args.json says {value!r}")
-    if run.arguments.epochs < state["trainer"]["epoch"]:
-        raise InputError(
-            f"{run.folder}: has done {state['trainer']['epoch']} epochs, --epochs {run.arguments.epochs} is fewer"
-        )
+        if key != "epochs" and former[key] != value:
+            raise InputError(f"{path}: belongs to a run with {key} = {former[key]!r}, args.json says {value!r}")
+    if run.arguments.epochs < done:
+        raise InputError(f"{run.folder}: has done {done} epochs, --epochs {run.arguments.epochs} is fewer")
     return state
 
 

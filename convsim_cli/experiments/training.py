@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.device import synchronize
-from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.errors import DivergedError, FollowedError, InputError
 from convsim_cli.experiments.datasets import Dataset
 from convsim_cli.experiments.evaluation import evaluate
 from convsim_cli.experiments.processes import ALONE, Processes
@@ -55,6 +55,7 @@ class Arguments:
     deterministic: bool = False
     seed: int = 0
     device: str = "cpu"
+    processes: int = 1
 
     def check(self) -> None:
         """Raise InputError for values out of range and for options that contradict the mode."""
@@ -66,9 +67,15 @@ class Arguments:
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise InputError(f"--{name} {value}: expected a number above 0")
-        for name, value in {"momentum": self.momentum, "weight-decay": self.weight_decay, "beta": self.beta}.items():
+        least = {"momentum": self.momentum, "weight-decay": self.weight_decay, "beta": self.beta}
+        for name, value in {**least, "iterations": self.iterations}.items():
             if not 0 <= value < math.inf:
                 raise InputError(f"--{name} {value}: expected a number of 0 or above")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"--seed {self.seed}: expected a number from 0 to {(1 << 32) - 1}")
+        for name, limit in {"limit-train": self.limit_train, "limit-test": self.limit_test}.items():
+            if limit is not None and limit < 1:
+                raise InputError(f"--{name} {limit}: expected a number above 0")
         if self.rescale and not (self.mode == "init" and self.preserve_norm):
             raise InputError("--rescale goes with --mode init --preserve-norm; the control by itself is --mode rescale")
         if self.preserve_norm and self.mode != "init":
@@ -130,8 +137,6 @@ class Trainer:
         device: torch.device,
         processes: Processes = ALONE,
     ) -> None:
-        if arguments.deterministic:
-            _be_deterministic()
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dataset = dataset.to(device)
         self.arguments = arguments
@@ -175,6 +180,8 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
         if not all(math.isfinite(value) for value in row.values()):
+            if not self.processes.leads:
+                raise FollowedError
             raise DivergedError(
                 f"epoch {self.epoch + 1}: the loss is {loss:g} in training and {test_loss:g} in testing; lower --lr"
                 + (" or --beta" if self.arguments.mode == "reg" else "")
@@ -198,8 +205,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimizer"])
         self.first_loss = None if state["first_loss"] is None else state["first_loss"].to(self.device)
-        states = state["rng"]  # of fewer processes than there are now, perhaps
-        ours, on_device = states[min(self.processes.rank, len(states) - 1)]
+        ours, on_device = state["rng"][self.processes.rank]
         torch.set_rng_state(ours)
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, self.device)
@@ -258,7 +264,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _be_deterministic() -> None:
+def be_deterministic() -> None:
+    """Let nothing but deterministic algorithms run from now on: before the first product on the device."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
