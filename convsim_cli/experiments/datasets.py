@@ -139,7 +139,8 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     except (URLError, OSError, RuntimeError) as error:
         if folder.is_dir():
             raise InputError(
-                f"{kind} in {folder} is damaged or incomplete; remove that folder, and it comes anew"
+                f"{kind} in {folder} is damaged or incomplete; remove that folder, and it is fetched anew, "
+                "or name the parent of a whole one with --data-dir"
             ) from error
         raise InputError(
             f"{kind} in {folder} is not there and cannot be downloaded ({str(error).rstrip('.')}); "

@@ -128,6 +128,28 @@ def test_mistakes_are_one_line_before_anything_is_run(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_network_that_cannot_be_used_is_named_before_anything_is_made(
+    data_dir: Path, tmp_path: Path, convsim: Convsim
+) -> None:
+    for arch, said in (
+        ("cnn:1", "no convolution kernels that form pairs"),
+        ("torchvision:inception_v3", "does not run"),
+    ):
+        outcome = convsim(
+            "reproduce", "table5", "--archs", arch, "--data-dir", data_dir, "--run-dir", tmp_path / "runs"
+        )
+        assert outcome.code == 2
+        assert f"--arch {arch}: " in outcome.error
+        assert said in outcome.error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_numerical_tables_take_no_other_device_than_the_cpu(tmp_path: Path, convsim: Convsim) -> None:
+    for device in ("cuda", "mps", "cpuu"):
+        assert convsim("reproduce", "table2", "--device", device, "--run-dir", tmp_path).code == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_diverging_arm_is_a_warning_and_an_empty_cell(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
     how = ("--epochs", 1, "--limit-train", 16, "--limit-test", 8, "--data-dir", data_dir, "--run-dir", tmp_path)
     outcome = convsim("reproduce", "figure4", "--lrs", 1e30, "--batch-sizes", 8, *how)

@@ -45,6 +45,30 @@ def test_json_gives_the_summaries_and_seeds_give_runs_of_their_own(tmp_path: Pat
     assert outcome.err == ""
 
 
+def test_seeds_that_were_stopped_go_on_one_by_one(tmp_path: Path, convsim: Convsim, start: Start) -> None:
+    how = (*SMALL, "--run-dir", tmp_path, "--mode", "init", "-q")
+    process = start("train", *how, "--epochs", 100_000, "--seeds", 3)
+    while not (tmp_path / "cnn4-init-s0" / "results.csv").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert f"--resume {tmp_path / 'cnn4-init-s0'}; then the other seeds with: --name cnn4-init --seed 1" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cnn4-init-s0"]
+    assert convsim("train", *how, "--epochs", 1, "--name", "cnn4-init", "--seed", 1, "--seeds", 2).code == 0
+    again = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--json").document
+    assert [run["run"] for run in again["runs"]] == [str(tmp_path / f"cnn4-init-2-s{seed}") for seed in (0, 1)]
+    taken = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--name", "cnn4-init")
+    assert "cnn4-init-s0: there already" in taken.error
+
+
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path, convsim: Convsim) -> None:
+    (tmp_path / "file").write_text("")
+    for command in (("train", *SMALL), ("reproduce", "table2", "--episodes", 4)):
+        outcome = convsim(*command, "--run-dir", tmp_path / "file")
+        assert outcome.code == 2
+        assert "cannot be made" in outcome.error
+
+
 def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, convsim: Convsim) -> None:
     convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "x")
     outcome = convsim("train", "--resume", tmp_path / "x", "--lr", 0.5)
@@ -151,6 +175,9 @@ def test_a_config_says_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"epochs": "3"}', "epochs = '3', expected int"),
         ('{"epochs": true}', "epochs = True, expected int"),
         ('{"pairs": "most"}', "pairs = 'most', expected all, neighbours"),
+        ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
+        ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
+        ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),
         ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg or rescale"),
     ],
 )

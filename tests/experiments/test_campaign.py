@@ -95,7 +95,17 @@ def test_a_longer_run_serves_with_its_first_epochs_and_is_left_as_it_is(tmp_path
     assert accuracies([outcome]) == accuracies([alone])
 
 
-@pytest.mark.parametrize("change", [{"epochs": 1}, {"seed": 1}, {"limit_test": 20}, {"lr": 0.02}, {"device": "mps"}])
+def test_a_shorter_run_goes_on_to_the_epochs_asked_for(tmp_path: Path, digits: Dataset) -> None:
+    shorter = create_run(replace(SMALL, epochs=1), tmp_path, "shorter")
+    execute(shorter, dataset=digits)
+    (outcome,) = carry_out(JOBS[:1], tmp_path, digits, Notes())
+    (alone,) = carry_out(JOBS[:1], tmp_path / "alone", digits, Notes())
+    assert outcome.run.folder == shorter.folder
+    assert accuracies([outcome]) == accuracies([alone])
+    assert open_run(shorter.folder).arguments == SMALL
+
+
+@pytest.mark.parametrize("change", [{"epochs": 9}, {"seed": 1}, {"limit_test": 20}, {"lr": 0.02}, {"device": "mps"}])
 def test_runs_with_other_arguments_are_not_taken_for_this_one(tmp_path: Path, change: dict[str, Any]) -> None:
     create_run(replace(SMALL, **change), tmp_path, None)
     assert find_run(SMALL, tmp_path) is None

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from convsim_cli.errors import InputError
-from convsim_cli.experiments.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs, require_matplotlib
+from convsim_cli.experiments.plots import (
+    Curve,
+    draw_arms,
+    draw_grid,
+    draw_iterations,
+    draw_runs,
+    require_matplotlib,
+    save_figure,
+)
 
 HISTORY = [
     {"epoch": e, "cs": 900 / e, "train_loss": 2 / e, "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e}
@@ -51,6 +59,19 @@ def test_seeds_of_an_arm_are_one_curve_with_their_range() -> None:
         assert len(axes.collections) == 2
 
 
+def test_a_seed_that_diverged_counts_as_far_as_it_came() -> None:
+    figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])])
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes] == [5] * 4  # type: ignore[arg-type]
+
+
+def test_any_name_is_drawn_as_it_is_and_stands_in_the_legend(tmp_path: Path) -> None:
+    names = ["a$b_$c", "a$x^^$", "_hidden"]
+    figure = draw_runs([Curve(name, [HISTORY]) for name in names])
+    save_figure(figure, tmp_path / "x.png")
+    said = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    assert said == names
+
+
 def test_a_run_that_diverged_leaves_a_gap_and_no_error() -> None:
     gone = dict.fromkeys(FIGURES)
     rows = [{"lr": 0.1, "batch_size": 64, "measured": {"baseline": FIGURES, "init": gone}}]
@@ -59,8 +80,6 @@ def test_a_run_that_diverged_leaves_a_gap_and_no_error() -> None:
 
 
 def test_a_long_title_stays_within_the_figure(tmp_path: Path) -> None:
-    from convsim_cli.experiments.plots import save_figure
-
     figure = draw_iterations([{"iterations": 0, "measured": FIGURES}], "a long title " * 30)
     save_figure(figure, tmp_path / "new" / "x.png")
     figure.draw_without_rendering()

@@ -94,6 +94,24 @@ def test_the_leading_process_alone_writes_and_talks_and_a_run_goes_on(
     ).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (("--dataset", "nodata"), "unknown data set 'nodata'"),
+        (("--lr", "1e30"), "epoch 1: the loss is nan"),
+    ],
+    ids=["bad input", "diverging"],
+)
+def test_what_is_wrong_is_said_once(
+    mistake: tuple[str, ...], said: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    command = [*TORCHRUN, "-m", "convsim_cli", "train", *SMALL, *mistake, "--run-dir", str(tmp_path), "-q"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    (line,) = (line for line in ended.stderr.splitlines() if "convsim: error" in line)
+    assert said in line
+
+
 def test_a_process_that_dies_ends_the_run_with_an_error(
     tmp_path: Path, environment: dict[str, str], torchrun: list[subprocess.Popen[str]]
 ) -> None:

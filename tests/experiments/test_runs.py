@@ -19,6 +19,7 @@ from convsim_cli.experiments.runs import (
     create_run,
     execute,
     find_or_create_run,
+    is_finished,
     open_run,
     read_results,
 )
@@ -139,6 +140,46 @@ def test_a_torn_or_foreign_state_is_refused_and_the_folder_stays(tmp_path: Path)
     with pytest.raises(InputError, match=r"seed = 5, args.json says 0"):
         execute(open_run(run.folder, epochs=9))
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_a_run_is_resumed_by_as_many_processes_as_began_it(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, processes=2), tmp_path, "two")
+    with pytest.raises(InputError, match="is trained by 2 processes, these are 1; start as many"):
+        execute(run)
+
+
+def test_a_state_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    del state["arguments"]["processes"]  # which had no such argument
+    torch.save(state, run.folder / "state.pt")
+    assert execute(open_run(run.folder, epochs=4))["epochs"] == 4
+
+
+def test_a_summary_stands_only_while_the_run_is_finished(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    with pytest.raises(KeyboardInterrupt):
+        execute(open_run(run.folder, epochs=5), Kill(4))
+    assert not (run.folder / "summary.json").exists()
+    assert not is_finished(open_run(run.folder), 5)
+    assert execute(open_run(run.folder))["epochs"] == 5
+
+
+@pytest.mark.parametrize("harm", ["a row cut short", "other columns", "nothing", "no number"])
+def test_a_torn_results_file_is_one_line(harm: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    head = ",".join(COLUMNS)
+    torn = {
+        "a row cut short": f"{head}\n1,2.0,3",
+        "other columns": "epoch,train_loss\n1,2.0\n",
+        "nothing": "",
+        "no number": f"{head}\n1,x,3,4,5,6,7\n",
+    }
+    (run.folder / "results.csv").write_text(torn[harm])
+    with pytest.raises(InputError, match="no readable results"):
+        read_results(run.folder)
 
 
 def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
