@@ -109,7 +109,7 @@ def test_two_reproductions_at_once_share_the_work_and_agree(data_dir: Path, tmp_
         (("table5", "--archs", "cnn3", "--data-dir", "DATA"), "unknown network 'cnn3'"),
         (("figure4", "--lrs", "0.1;0.2"), "--lrs '0.1;0.2': expected numbers separated by commas"),
         (("figure5", "--iterations", "10,-1"), "expected whole numbers of 0 or above separated by commas"),
-        (("figure1", "--data-dir", "nowhere"), "name its parent with --data-dir"),
+        (("figure1", "--data-dir", "nowhere"), "name the parent of a whole one with --data-dir"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_run(
