@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, module_kernels, weight_of
 from convsim_cli.precision import full_precision
-from convsim_cli.report import Record, describe, kernel_figures
+from convsim_cli.report import Record, describe, is_finite, kernel_figures
 from convsim_cli.similarity import Taps, similarity, similarity_gradient
 
 LOOK_EVERY = 50  # iterations between looks at the loss
@@ -106,11 +106,12 @@ def minimize_kernel(
     weight: as stored, untouched. Half types are minimised in float32 and cast back. Raises InputError, DivergedError.
     """
     before = _figures(kernel, weight)
-    filters = kernel.to_filters(weight.detach().clone())
+    filters = _own_filters(kernel, weight)
     with full_precision(weight.device):
         minimize_filters_(filters, kernel.taps, how, kernel.name, advance)
     minimised = kernel.to_stored(filters, weight.dtype)
-    if not bool(torch.isfinite(minimised).all()):
+    del filters  # a layer less while the figures are computed
+    if not is_finite(minimised):
         raise DivergedError(
             f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower --lr"
         )
@@ -130,6 +131,7 @@ def minimize_filters_(
         while done < how.iterations:
             block = min(LOOK_EVERY, how.iterations - done)
             for _ in range(block):
+                filters.grad = None  # the former one goes before the next one comes: a layer less
                 filters.grad = similarity_gradient(filters, taps)
                 if how.preserve_norm:
                     project_(filters.grad, filters, norms)
@@ -158,9 +160,16 @@ def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
 
     The control for what shrinking alone does: directions of one, norms of the other. A zero filter stays zero.
     """
-    filters, target = kernel.to_filters(weight.detach().clone()), kernel.to_filters(norms_of.detach())
+    filters, target = _own_filters(kernel, weight), kernel.to_filters(norms_of.detach())
     rescale_(filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
     return kernel.to_stored(filters, weight.dtype)
+
+
+def _own_filters(kernel: Kernel, weight: Tensor) -> Tensor:
+    """Filters that may be written to: where their layout is that of the stored weight, a copy."""
+    filters = kernel.to_filters(weight.detach())
+    shared = filters.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    return filters.clone() if shared else filters
 
 
 def _optimiser(filters: Tensor, how: Minimisation) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, is_convolution, module_kernels, weight_of
 from convsim_cli.precision import full_precision
 from convsim_cli.probes import FeatureMapSimilarity, finite
-from convsim_cli.similarity import normalised_similarity, similarity
+from convsim_cli.similarity import similarity
 
 Record = dict[str, Any]
 FIGURES = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead", "fm_cos_random", "redundant")
@@ -62,34 +62,40 @@ def kernel_figures(kernel: Kernel, weight: Tensor) -> Record:
     Inf.
     """
     check_finite(kernel, weight)
-    weight = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
-    filters = kernel.to_filters(weight)
-    unit, live = _unit_filters(filters)
+    stored = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()  # mps has no float64
+    filters = kernel.to_filters(stored).to(torch.float64, copy=True)  # the one copy that is held, divided in place
+    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    live = (norms > 0).sum(dim=1).flatten()
     pairs = (live * (live - 1)).sum().item() / 2
-    dense = kernel.to_convolution(weight)
-    with full_precision(weight.device):
-        cosines = unit @ unit.mT
-        cosines.diagonal(dim1=-2, dim2=-1).zero_()
+    with full_precision(stored.device):
         value = similarity(filters, kernel.taps).item()
-    ncs = 1.0 if kernel.pointwise else normalised_similarity(dense, kernel.groups).item()
+        unit = filters.div_(torch.where(norms > 0, norms, 1)).flatten(2)
+        ncs = 1.0 if kernel.pointwise or not pairs else similarity(filters, kernel.taps).item() / pairs
+        cosines = unit @ unit.mT
+    cosines.diagonal(dim1=-2, dim2=-1).zero_()
     return {
         "cs": finite(value),
         "ncs": ncs if pairs else None,
-        "kernel_cos": cosines.abs().sum().item() / 2 / pairs if pairs else None,
-        "norm": finite(torch.linalg.vector_norm(weight).item()),
-        "zero": int(filters.shape[0] * filters.shape[1] - live.sum().item()),
+        "kernel_cos": cosines.abs_().sum().item() / 2 / pairs if pairs else None,
+        "norm": finite(torch.linalg.vector_norm(norms).item()),
+        "zero": norms.numel() - int(live.sum().item()),
     }
 
 
 def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> None:
     """Raise InputError, naming the tensor (and the file it is in), where a kernel holds NaN or Inf."""
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
+    if not is_finite(weight):
+        bad = int((~torch.isfinite(weight)).sum())
         file = f"{where}: " if where else ""
         raise InputError(
             f"{file}{kernel.name} {list(kernel.shape)}: {bad} of {weight.numel()} values are NaN or Inf; "
             "mend it, or leave it out (--exclude)"
         )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor Inf, without a copy of it."""
+    return not weight.numel() or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
 def feature_maps(
@@ -156,10 +162,3 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _unit_filters(filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Flattened filters of length one, `[groups, S / groups, N·C]`, and how many per group are not zero."""
-    flat = filters.flatten(2)
-    norms = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-    return flat / torch.where(norms > 0, norms, 1), (norms > 0).sum(dim=1).flatten()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
 import pytest
 import torch
 from references import literal_similarity
@@ -10,6 +14,7 @@ from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel
 from convsim_cli.minimize import Minimisation, minimize_kernel, rescale_to
 from convsim_cli.probes import probe_kernel
+from convsim_cli.report import kernel_figures
 
 
 def fresh(filters: int = 64, channels: int = 64) -> tuple[Kernel, Tensor]:
@@ -146,3 +151,34 @@ def test_rescaling_keeps_directions_and_takes_the_other_norms() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match="expected iterations"):
         Minimisation(**wrong)  # type: ignore[arg-type]
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most that torch held at once of what it allocated in a call, temporaries included."""
+    function()  # what is kept between calls is there from now on
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    events: Any = profile.profiler
+    return max(accumulate(e.nbytes() for e in events.kineto_results.events() if e.name() == "[memory]"))
+
+
+@pytest.mark.parametrize(("preserve_norm", "layers"), [(False, 4.5), (True, 5.5)])
+def test_minimising_a_layer_holds_few_copies_of_it(preserve_norm: bool, layers: float) -> None:
+    kernel, weight = fresh()
+    peak = peak_bytes(lambda: minimize_kernel(kernel, weight, Minimisation(2, preserve_norm=preserve_norm)))
+    assert peak <= layers * weight.nbytes  # the filters, their gradient, Adam's two moments, and a product
+
+
+def test_the_figures_of_a_layer_hold_its_filters_in_float32_and_float64_alone() -> None:
+    kernel, weight = fresh()
+    assert peak_bytes(lambda: kernel_figures(kernel, weight)) <= 3.1 * weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_laid_out_like_its_filters_is_not_written_to(dtype: torch.dtype) -> None:
+    kernel, weight = fresh(8, 4)
+    weight = weight.to(dtype).to(memory_format=torch.channels_last)
+    before = weight.clone()
+    minimize_kernel(kernel, weight, Minimisation(3))
+    assert torch.equal(weight, before)

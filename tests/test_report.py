@@ -44,6 +44,14 @@ def test_null_stands_where_no_number_can_be_given_and_nan_never() -> None:
     assert found == {"cs": 0.0, "ncs": None, "kernel_cos": None, "norm": pytest.approx(18**0.5), "zero": 2}
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernel_figures_leave_a_float64_weight_alone(layout: torch.memory_format) -> None:
+    weight = torch.randn(6, 3, 3, 3, dtype=torch.float64).to(memory_format=layout)
+    before = weight.clone()
+    kernel_figures(Kernel("k", (6, 3, 3, 3)), weight)
+    assert torch.equal(weight, before)
+
+
 def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, stride=2, bias=False),
