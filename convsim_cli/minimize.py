@@ -2,7 +2,7 @@
 
 Layers are independent under Adam and SGD, so each is minimised by itself and one layer's state is held at a time.
 Kernels stay in the layout that the products like; the loop never waits for the device but for a look at the loss every
-50 iterations.
+50 iterations, and on CUDA an iteration is a graph that is replayed.
 
 Raw, as in the paper, the objective is homogeneous of degree 4 and mostly shrinks the filters. `preserve_norm` holds
 every filter at its own L2 norm: the gradient is projected onto the tangent space before the optimiser sees it, and the
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.graph import repeated
 from convsim_cli.kernels import Kernel, Patterns, Selection, module_kernels, weight_of
 from convsim_cli.precision import full_precision
 from convsim_cli.report import Record, describe, is_finite, kernel_figures
@@ -127,17 +128,22 @@ def minimize_filters_(
     former = math.inf
     with torch.no_grad():
         norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+
+        def step() -> None:
+            filters.grad = None  # the former one goes before the next one comes: a layer less
+            filters.grad = similarity_gradient(filters, taps)
+            if how.preserve_norm:
+                project_(filters.grad, filters, norms)
+            optimiser.step()
+            if how.preserve_norm:
+                rescale_(filters, norms)
+
+        iterate = repeated(step, filters.device)
         done = 0
         while done < how.iterations:
             block = min(LOOK_EVERY, how.iterations - done)
             for _ in range(block):
-                filters.grad = None  # the former one goes before the next one comes: a layer less
-                filters.grad = similarity_gradient(filters, taps)
-                if how.preserve_norm:
-                    project_(filters.grad, filters, norms)
-                optimiser.step()
-                if how.preserve_norm:
-                    rescale_(filters, norms)
+                iterate()
             done += block
             loss = similarity(filters, taps).item()
             if not math.isfinite(loss):
@@ -176,7 +182,7 @@ def _optimiser(filters: Tensor, how: Minimisation) -> torch.optim.Optimizer:
     fused = filters.device.type in ("cpu", "cuda", "mps")
     if how.optimizer == "sgd":
         return torch.optim.SGD([filters], lr=how.lr, fused=fused)
-    return torch.optim.Adam([filters], lr=how.lr, fused=fused)
+    return torch.optim.Adam([filters], lr=how.lr, fused=fused, capturable=filters.device.type == "cuda")
 
 
 def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
