@@ -51,7 +51,9 @@ def minimize_checkpoint(
                 for moment, tensor in (("before", weight), ("after", minimised)):
                     record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed).result()["fm_cos"]
             records.append(record)
-            yield kernel.name, minimised.to(CPU)
+            minimised = minimised.to(CPU)
+            yield kernel.name, minimised
+            del weight, minimised
 
     checkpoint.write(target, changes(), make_metadata(selection, how), backup)
     return records

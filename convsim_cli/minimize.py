@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.graph import repeated
 from convsim_cli.kernels import Kernel, Patterns, Selection, module_kernels, weight_of
+from convsim_cli.memory import release_freed_memory
 from convsim_cli.precision import full_precision
 from convsim_cli.report import Record, describe, is_finite, kernel_figures
 from convsim_cli.similarity import Taps, similarity, similarity_gradient
@@ -107,11 +108,13 @@ def minimize_kernel(
     weight: as stored, untouched. Half types are minimised in float32 and cast back. Raises InputError, DivergedError.
     """
     before = _figures(kernel, weight)
+    release_freed_memory()
     filters = _own_filters(kernel, weight)
     with full_precision(weight.device):
         minimize_filters_(filters, kernel.taps, how, kernel.name, advance)
     minimised = kernel.to_stored(filters, weight.dtype)
     del filters  # a layer less while the figures are computed
+    release_freed_memory()
     if not is_finite(minimised):
         raise DivergedError(
             f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower --lr"

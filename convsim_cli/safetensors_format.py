@@ -53,6 +53,7 @@ class SafetensorsCheckpoint(Checkpoint):
             put = self.copy_to(file, record)
             for name, tensor in changes:
                 put(name, tensor)
+                del tensor  # a layer less while the next one is minimised
 
         replace_file(target, write, backup)
 

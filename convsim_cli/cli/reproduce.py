@@ -139,11 +139,11 @@ def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
 def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.experiments.campaign import carry_out
     from convsim_cli.experiments.datasets import load_dataset
-    from convsim_cli.experiments.memory import keep_freed_memory
     from convsim_cli.experiments.paper import CLAIMS
     from convsim_cli.experiments.plots import draw_experiment, require_matplotlib, save_figure
     from convsim_cli.experiments.runs import check_network, make_folder
     from convsim_cli.experiments.trained import find_experiment, group, plan, reductions
+    from convsim_cli.memory import keep_freed_memory
 
     experiment = find_experiment(name)
     _refuse(given, name, ["episodes"])

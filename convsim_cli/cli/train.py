@@ -136,9 +136,9 @@ def train(
     The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. Stopped at any moment, a
     run goes on with --resume, to the same result.
     """
-    from convsim_cli.experiments.memory import keep_freed_memory
     from convsim_cli.experiments.processes import joined, leads
     from convsim_cli.experiments.runs import load_inputs
+    from convsim_cli.memory import keep_freed_memory
 
     console = Console(quiet or not leads(), as_json and leads())
     resumed = None if resume is None else _resumed(context, resume, epochs)

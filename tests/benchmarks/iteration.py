@@ -11,8 +11,9 @@ import torch
 from timing import arguments, interleave, report
 
 from convsim_cli.experiments.networks import build_network
+from convsim_cli.graph import repeated
 from convsim_cli.kernels import module_kernels, weight_of
-from convsim_cli.minimize import Minimisation, project_, rescale_
+from convsim_cli.minimize import Minimisation, _optimiser, project_, rescale_
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import similarity_gradient
 
@@ -21,7 +22,7 @@ def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]
     """An Adam step over a network's kernels, an iteration of either objective, and an iteration's gradients alone."""
     model = build_network(network).to(device)
     layers = [(k, k.to_filters(weight_of(model, k).detach().clone())) for k in module_kernels(model).kernels]
-    optimisers = [torch.optim.Adam([filters.requires_grad_()], lr=1e-3, fused=True) for _, filters in layers]
+    optimisers = [_optimiser(filters.requires_grad_(), Minimisation()) for _, filters in layers]
     norms = [torch.linalg.vector_norm(filters.detach(), dim=(-2, -1), keepdim=True) for _, filters in layers]
     for _, filters in layers:
         filters.grad = torch.randn_like(filters)
@@ -34,6 +35,7 @@ def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]
     def iteration(how: Minimisation) -> None:
         with full_precision(device):
             for (kernel, filters), optimiser, norm in zip(layers, optimisers, norms, strict=True):
+                filters.grad = None
                 filters.grad = similarity_gradient(filters, kernel.taps)
                 if how.preserve_norm:
                     project_(filters.grad, filters, norm)
@@ -43,8 +45,8 @@ def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]
 
     return {
         "Adam": adam,
-        "raw": lambda: iteration(Minimisation()),
-        "norm-preserving": lambda: iteration(Minimisation(preserve_norm=True)),
+        "raw": repeated(lambda: iteration(Minimisation()), device),
+        "norm-preserving": repeated(lambda: iteration(Minimisation(preserve_norm=True)), device),
     }
 
 

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Images
 
 from convsim_cli.experiments.datasets import Dataset, Split
-from convsim_cli.experiments.memory import keep_freed_memory
 from convsim_cli.experiments.networks import build_network
 from convsim_cli.experiments.training import Arguments, Trainer
+from convsim_cli.memory import keep_freed_memory
 
 WORKERS = 2
 
