@@ -125,11 +125,11 @@ def _read_index(path: Path) -> dict[str, str]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder")
         try:
-            end_saves(path.with_name(shard))
-            found = path.with_name(shard).is_file()
+            path.with_name(shard).is_file()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: names the shard {shard[:80]!r}, which no file can be called") from error
-        if not found:
+        end_saves(path.with_name(shard))
+        if not path.with_name(shard).is_file():
             raise CheckpointError(
                 f"{path.with_name(shard)}: no such file, but {path.name} names it; fetch the missing shard"
             )

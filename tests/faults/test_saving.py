@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 from convsim_cli.checkpoint import open_checkpoint
 path = Path(sys.argv[1])
-print("ready", flush=True)
 for value in range(1, 10**9):
     checkpoint = open_checkpoint(path)
     checkpoint.write(path, [("a.weight", torch.full((64, 64, 9, 9), float(value)))], {}, path.with_name("model.bak"))
+    print(value, flush=True)
 """
 
 
@@ -55,7 +55,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp
     for case in cases(20):
         child = subprocess.Popen([sys.executable, "-c", SAVE, str(path)], stdout=subprocess.PIPE)
         assert child.stdout is not None
-        child.stdout.readline()
+        child.stdout.readline()  # the first save is done, and with it all that is imported for it
         time.sleep(chance.uniform(0, 0.05))
         child.kill()
         child.wait()
@@ -69,16 +69,21 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp
 
 
 SAVE_SHARDS = """
-import sys
+import sys, time
 from pathlib import Path
 import torch
 from convsim_cli.checkpoint import open_checkpoint
 index = Path(sys.argv[1])
-print("ready", flush=True)
+replace = Path.replace
+def slowly(path, to):  # most of a save is then renames, and most kills come between two of them
+    time.sleep(0.002)
+    return replace(path, to)
+Path.replace = slowly
 for value in range(1, 10**9):
     kernels = [(f"{number}.weight", torch.full((16, 16, 3, 3), float(value))) for number in range(8)]
     checkpoint = open_checkpoint(index)
     checkpoint.write(index, kernels, {}, index.with_name("any.bak"))
+    print(value, flush=True)
 """
 
 
@@ -93,7 +98,7 @@ def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(t
     for case in cases(20):
         child = subprocess.Popen([sys.executable, "-c", SAVE_SHARDS, str(index)], stdout=subprocess.PIPE)
         assert child.stdout is not None
-        child.stdout.readline()
+        child.stdout.readline()  # the first save is done, and with it all that is imported for it
         time.sleep(chance.uniform(0, 0.1))
         child.kill()
         child.wait()
