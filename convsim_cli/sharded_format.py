@@ -125,11 +125,13 @@ def _read_index(path: Path) -> dict[str, str]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder")
         try:
-            path.with_name(shard).is_file()
+            end_saves(path.with_name(shard))
+            found = path.with_name(shard).is_file()
+        except CheckpointError:
+            raise
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: names the shard {shard[:80]!r}, which no file can be called") from error
-        end_saves(path.with_name(shard))
-        if not path.with_name(shard).is_file():
+        if not found:
             raise CheckpointError(
                 f"{path.with_name(shard)}: no such file, but {path.name} names it; fetch the missing shard"
             )
