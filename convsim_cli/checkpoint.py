@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from convsim_cli.atomic import finish_save
 from convsim_cli.errors import CheckpointError, InputError
 from convsim_cli.kernels import TensorInfo
 
@@ -55,11 +57,16 @@ class Checkpoint(ABC):
             raise InputError(f"{output}: there is no folder {output.parent}; make it first")
         return output
 
+    def backup(self, target: Path) -> Path | None:
+        """Return where a write to `target` keeps the former file: in place, whatever the way it is spelled."""
+        in_place = target.exists() and target.samefile(self.path)
+        return target.with_name(target.name + ".bak") if in_place else None
+
     def looks_trained(self) -> bool:
         """Return whether batch normalisation has seen data: a counter above zero, else a running mean not zero."""
         counters = [name for name in self.tensors if name.endswith("num_batches_tracked")]
         names = counters or [name for name in self.tensors if name.endswith("running_mean")]
-        return any(bool((self.load(name) != 0).any()) for name in names)
+        return any(_has_counted(self.load(name)) for name in names)
 
 
 def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
@@ -72,6 +79,7 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     from convsim_cli.safetensors_format import SafetensorsCheckpoint
     from convsim_cli.sharded_format import ShardedCheckpoint
 
+    end_saves(path)
     indices = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
     if len(indices) == 1:
         path = indices[0]
@@ -98,6 +106,25 @@ def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
         name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
+
+
+def end_saves(path: Path) -> None:
+    """Put in place what a process that was killed had saved to the folders of this file, or to this folder."""
+    folders = {path} if path.is_dir() else {path.parent, Path(os.path.realpath(path)).parent}
+    for folder in folders:
+        try:
+            finish_save(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: a save to {folder} was cut short and cannot be ended ({error.strerror or error}); "
+                "open it once as a user who may write there"
+            ) from error
+
+
+def _has_counted(statistic: Tensor) -> bool:
+    if statistic.numel() * statistic.element_size() > statistic.untyped_storage().nbytes():
+        return False  # an expanded tensor, of any size: nothing that was counted
+    return bool((statistic.to(torch.complex128) != 0).any())
 
 
 def _first_bytes(path: Path) -> bytes:

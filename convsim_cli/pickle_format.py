@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -36,11 +36,17 @@ class PickledCheckpoint(Checkpoint):
         if key is not None:
             found = [item for item in found if ".".join(item[0]) == key] or _no_such(path, key, found)
         self._state = found[0][1]
+        empty = next((name for name, value in self._state.items() if isinstance(value, Tensor) and value.is_meta), None)
+        if empty is not None:
+            raise CheckpointError(f"{path}: {empty} has a shape but no values (device meta); save it with its weights")
         strided = {name: t for name, t in self._state.items() if isinstance(t, Tensor) and t.layout is torch.strided}
         super().__init__(path, tensor_infos(strided))
         if len(found) > 1:
             taken, *others = (".".join(place) or "the top level" for place, _ in found)
-            self.note = f"{path}: took the tensors under {taken}; there are others under {', '.join(others)} (--key)"
+            more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+            self.note = (
+                f"{path}: took the tensors under {taken}; there are others under {', '.join(others[:9])}{more} (--key)"
+            )
         self.unfit = _shared_memory(strided)
 
     def load(self, name: str) -> Tensor:
@@ -57,7 +63,34 @@ class PickledCheckpoint(Checkpoint):
     def _write(self, file: BinaryIO, changes: Changes) -> None:
         for name, tensor in changes:
             self._state[name].detach().copy_(tensor)  # into its own memory: whoever shares it, and the structure, stay
-        torch.save(self._root, file, _use_new_zipfile_serialization=self._zipped)
+        write_pickle(file, self._root, self._zipped)
+
+
+def write_pickle(file: BinaryIO, content: Any, zipped: bool = True) -> None:
+    """Write as `torch.save` does, but raise the OSError of a full disk, which it hides behind a RuntimeError."""
+    stream = _Stream(file)
+    try:
+        torch.save(content, cast("BinaryIO", stream), _use_new_zipfile_serialization=zipped)
+    except RuntimeError as error:
+        raise stream.failure or error from error
+
+
+class _Stream:
+    """A file to write to that remembers what went wrong."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _unpickle(path: Path, zipped: bool) -> Any:
@@ -82,15 +115,22 @@ def _why_not(error: str) -> str:
     return f"damaged or cut short ({' '.join(error.split())[:120]}); fetch it again"
 
 
-def _state_dicts(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """The dictionaries with tensors under names, the optimiser's state left aside."""
-    if not isinstance(node, dict) or len(where) > _DEEPEST or not all(isinstance(key, str) for key in node):
-        return
-    if any(isinstance(value, Tensor) for value in node.values()):
-        yield where, node
-    for key, value in node.items():
-        if "optim" not in key.lower():
-            yield from _state_dicts(value, (*where, key))
+def _state_dicts(root: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The dictionaries with tensors under names, the optimiser's state left aside.
+
+    Each is looked into once, however many ways lead to it, or from it back to itself.
+    """
+    holds_tensors: dict[int, bool] = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
+    for where, node in waiting:
+        if not isinstance(node, dict) or len(where) > _DEEPEST or not all(isinstance(key, str) for key in node):
+            continue
+        if id(node) not in holds_tensors:
+            holds_tensors[id(node)] = any(isinstance(value, Tensor) for value in node.values())
+            inner = [(key, value) for key, value in node.items() if isinstance(value, dict)]
+            waiting += [((*where, key), value) for key, value in inner if "optim" not in key.lower()]
+        if holds_tensors[id(node)]:
+            yield where, node
 
 
 def _no_such(path: Path, key: str, found: Iterable[tuple[tuple[str, ...], object]]) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import copyfileobj
@@ -33,7 +34,10 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            self._header: dict[str, Any] = json.loads(file.read(length))
+            try:
+                self._header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_no_name_twice)
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
         self._data_start = 8 + length
         self.metadata: dict[str, str] = self._header.pop("__metadata__", None) or {}
         names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
@@ -104,6 +108,20 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
 
 
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON leaves open, and readers answer differently: which of two values of one name counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {twice[:80]!r} twice")
+    return found
+
+
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A sorting key under which layer2 comes before layer10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _number(digits: str) -> tuple[int, str]:
+    significant = digits.lstrip("0")
+    return len(significant), significant

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from convsim_cli.atomic import replace_file
 from convsim_cli.checkpoint import SUFFIXES, Changes, Checkpoint, tensor_infos
+from convsim_cli.pickle_format import write_pickle
 from convsim_cli.safetensors_format import write_safetensors
 
 
@@ -28,7 +28,7 @@ class StateDict(Checkpoint):
         def write(file: BinaryIO) -> None:
             state = self._state | dict(changes)
             if target.suffix in SUFFIXES[1:]:
-                torch.save(state, file)
+                write_pickle(file, state)
             else:
                 write_safetensors(file, state, record)
 

@@ -9,7 +9,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EBADF
 from typing import Any, TextIO
 
 Cell = str | int | float | bool | None
@@ -106,7 +107,8 @@ class Console:
         screen = RichConsole(
             width=max(screen.width, needed)
         )  # numbers and names are never cut: the terminal wraps them
-        screen.print(table)
+        with _while_read():
+            screen.print(table)
 
 
 class Progress:
@@ -147,19 +149,38 @@ class _PlainProgress(Progress):
 def say(message: str) -> None:
     """Print a line on stderr for as long as somebody reads it; work goes on without a listener."""
     try:
-        print(printable(message), file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        if sys.stderr is not None:  # as Python has it where it was closed
+            print(printable(message), file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
 
 
 @contextmanager
 def _while_read() -> Iterator[None]:
-    """Write to stdout for as long as somebody reads it: `convsim … | head` has had enough, which is no failure."""
+    """Write to stdout for as long as somebody reads it: `convsim … | head` has had enough, which is no failure.
+
+    Raises WriteError where it cannot be written for another reason: a full disk, or a stream that was closed.
+    """
     try:
+        if sys.stdout is None:  # as Python has it where it was closed
+            raise OSError(EBADF, os.strerror(EBADF))
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
+    except OSError as error:
+        from convsim_cli.errors import WriteError
+
+        why = error.strerror or error
+        raise WriteError(f"standard output: cannot be written ({why}); files are written all the same") from error
+
+
+def _silence(stream: TextIO) -> None:
+    """Send what is still to come nowhere, so that the interpreter does not fail at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def show(cell: Cell, digits: int) -> str:
@@ -196,9 +217,9 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def is_terminal(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal."""
-    return stream.isatty()
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal; one that was closed is none."""
+    return stream is not None and stream.isatty()
 
 
 def _bar() -> Any:

@@ -74,7 +74,8 @@ def init(
         bool, typer.Option("--dry-run", help="Show what would be touched and skipped; write nothing.")
     ] = False,
     no_backup: Annotated[
-        bool, typer.Option("--no-backup", help="Do not keep the former file as CHECKPOINT.bak.")
+        bool,
+        typer.Option("--no-backup", help="Do not keep the former file as CHECKPOINT.bak (a shard as SHARD.bak)."),
     ] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -97,7 +98,7 @@ def init(
     target = _target(source, checkpoint, output, dry_run)
     place = start(device, console)
     began = time.perf_counter()
-    backup = None if no_backup or checkpoint is None else _backup(source.checkpoint.path, target)
+    backup = None if no_backup or checkpoint is None or target is None else source.checkpoint.backup(target)
     _warn(source, backup, console)
     if dry_run:
         layers = _describe(source, probe, seed)
@@ -129,13 +130,6 @@ def _target(source: Source, checkpoint: Path | None, output: Path | None, dry_ru
     if checkpoint is None and not dry_run:
         raise InputError("--arch makes a fresh network: say with -o where to write it")
     return None if checkpoint is None else source.checkpoint.path
-
-
-def _backup(former: Path, target: Path | None) -> Path | None:
-    """In place, whatever the way it is spelled, the former file is kept."""
-    if target is None or not target.exists() or not target.samefile(former):
-        return None
-    return target.with_name(target.name + ".bak")
 
 
 def _warn(source: Source, backup: Path | None, console: Console) -> None:

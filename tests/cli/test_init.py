@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -266,3 +268,35 @@ def test_real_checkpoints_keep_their_structure_and_every_other_tensor(
     assert {layer["name"] for layer in measured.document["layers"]} == touched
     assert json.dumps(measured.document, allow_nan=False)
     assert open_checkpoint(out).tensors == open_checkpoint(checkpoint_dir / name).tensors
+
+
+@pytest.mark.parametrize("how", ["--json", "-q"])
+@pytest.mark.parametrize(
+    ("stdout", "said"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
+)
+def test_a_standard_output_that_cannot_be_written_is_said_and_the_file_is_written(
+    stdout: str, said: str, how: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    make(path)
+    former = digest(path)
+    command = f"{sys.executable} -m convsim_cli init {path} --iterations 1 {how} {stdout}"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"convsim: error: standard output: cannot be written ({said}); files are written all the same"
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert digest(path) != former
+    assert digest(tmp_path / "model.safetensors.bak") == former
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_a_standard_error_that_cannot_be_written_stops_nothing(stderr: str, tmp_path: Path) -> None:
+    make(tmp_path / "model.safetensors")
+    command = f"{sys.executable} -m convsim_cli init {tmp_path / 'model.safetensors'} --iterations 1 {stderr}"
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("name\t")
+    assert len(done.stdout.splitlines()) == 3

@@ -1,4 +1,4 @@
-"""How many cases: as many as a test run can spare, or as many as CONVSIM_CASES says."""
+"""How many cases: as many as a test run can spare, or CONVSIM_TIMES as many."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def cases(usual: int) -> range:
-    """The seeds of a test's cases: `usual` of them, or CONVSIM_CASES on demand."""
-    return range(int(os.environ.get("CONVSIM_CASES", usual)))
+    """The seeds of a test's cases: `usual` of them, times CONVSIM_TIMES on demand."""
+    return range(usual * int(os.environ.get("CONVSIM_TIMES", "1")))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import cases
 from conftest import Convsim
+from references import literal_similarity
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convsim_cli.checkpoint import open_checkpoint
+from convsim_cli.cli import console
 from convsim_cli.initialize import minimize_checkpoint
 from convsim_cli.kernels import file_kernels
 from convsim_cli.minimize import Minimisation
@@ -115,10 +118,12 @@ def test_kernels_of_any_scale_give_a_right_number_or_are_named(
         assert "a.weight" in outcome.error
         assert path.read_bytes() == before
     else:
-        assert load_file(path)["a.weight"].isfinite().all()
+        stored = {"before": weight, "after": load_file(path)["a.weight"]}
+        assert stored["after"].isfinite().all()
         for moment in ("before", "after"):
-            found = outcome.document["layers"][0][moment]
-            assert all(value is None or value >= 0 for value in found.values())
+            found, kernel = outcome.document["layers"][0][moment], stored[moment].double()
+            assert found["norm"] == pytest.approx(kernel.norm().item(), rel=1e-9, abs=0)
+            assert found["cs"] == pytest.approx(literal_similarity(kernel).item(), rel=1e-9, abs=0)
     measured = convsim("measure", path, "--samples", 1, "--json").document["layers"][0]
     assert measured["dead"] == (4 if not load_file(path)["a.weight"].any() else 0)
 
@@ -129,13 +134,16 @@ HOSTILE = [
     "a\x1b[2Jb.weight",
     "[bold red]x[/].weight",
     "a\nb\tc.weight",
+    "[/].weight",
     "‮.weight",
     "",
 ]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=repr)
-def test_hostile_names_neither_escape_nor_break_the_table(name: str, tmp_path: Path, convsim: Convsim) -> None:
+def test_hostile_names_neither_escape_nor_break_the_table(
+    name: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({name: torch.randn(4, 3, 3, 3), "plain": torch.randn(4, 4, 3, 3)}, path)
     made = convsim("init", path, "--iterations", 1)
@@ -146,3 +154,9 @@ def test_hostile_names_neither_escape_nor_break_the_table(name: str, tmp_path: P
         assert all(character.isprintable() or character in "\t\n" for character in outcome.out + outcome.err)
     assert name in [layer["name"] for layer in convsim("measure", path, "--json").document["layers"]]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.safetensors", "model.safetensors.bak"]
+    monkeypatch.setattr(console, "is_terminal", lambda stream: stream is sys.stdout)
+    drawn = convsim("measure", path)
+    assert drawn.code == 0, drawn.err
+    assert "─" in drawn.out  # by rich
+    assert sum("4×3×3×3" in line and console.printable(name) in line for line in drawn.out.splitlines()) == 1
+    assert all(character.isprintable() or character == "\n" for character in drawn.out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import json
 import os
 import random
 import shutil
@@ -32,10 +35,10 @@ from pathlib import Path
 import torch
 from convsim_cli.checkpoint import open_checkpoint
 path = Path(sys.argv[1])
-print("ready", flush=True)
 for value in range(1, 10**9):
     checkpoint = open_checkpoint(path)
     checkpoint.write(path, [("a.weight", torch.full((64, 64, 9, 9), float(value)))], {}, path.with_name("model.bak"))
+    print(value, flush=True)
 """
 
 
@@ -52,7 +55,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp
     for case in cases(20):
         child = subprocess.Popen([sys.executable, "-c", SAVE, str(path)], stdout=subprocess.PIPE)
         assert child.stdout is not None
-        child.stdout.readline()
+        child.stdout.readline()  # the first save is done, and with it all that is imported for it
         time.sleep(chance.uniform(0, 0.05))
         child.kill()
         child.wait()
@@ -60,9 +63,56 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp
         assert is_whole(path), case
         assert not backup.exists() or is_whole(backup), case
         names = {entry.name for entry in tmp_path.iterdir()} - {path.name, backup.name}
-        assert len(names) <= 2, case  # a file in the making, a link on its way to becoming the backup
+        assert len(names) <= 1, case
     replace_file(tmp_path / "other", lambda file: file.write(b"x"))
     assert {entry.name for entry in tmp_path.iterdir()} <= {path.name, backup.name, "other"}  # the next save has swept
+
+
+SAVE_SHARDS = """
+import sys, time
+from pathlib import Path
+import torch
+from convsim_cli.checkpoint import open_checkpoint
+index = Path(sys.argv[1])
+replace = Path.replace
+def slowly(path, to):  # most of a save is then renames, and most kills come between two of them
+    time.sleep(0.002)
+    return replace(path, to)
+Path.replace = slowly
+for value in range(1, 10**9):
+    kernels = [(f"{number}.weight", torch.full((16, 16, 3, 3), float(value))) for number in range(8)]
+    checkpoint = open_checkpoint(index)
+    checkpoint.write(index, kernels, {}, index.with_name("any.bak"))
+    print(value, flush=True)
+"""
+
+
+def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    shards = [f"model-{number}-of-8.safetensors" for number in range(8)]
+    for number, shard in enumerate(shards):
+        save_file({f"{number}.weight": torch.zeros(16, 16, 3, 3)}, tmp_path / shard)
+    index.write_text(json.dumps({"weight_map": {f"{number}.weight": shard for number, shard in enumerate(shards)}}))
+    chance = random.Random(0)
+    found = set()
+    for case in cases(20):
+        child = subprocess.Popen([sys.executable, "-c", SAVE_SHARDS, str(index)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()  # the first save is done, and with it all that is imported for it
+        time.sleep(chance.uniform(0, 0.1))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        found |= {entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".convsim-")}
+        checkpoint = open_checkpoint(index)
+        kernels = [checkpoint.load(name) for name in checkpoint.tensors]
+        assert len({value for kernel in kernels for value in kernel.unique().tolist()}) == 1, case
+        backups = [load_file(entry) for entry in sorted(tmp_path.glob("*.bak"))]
+        assert len(backups) in (0, 8), case
+        assert len({value for backup in backups for value in next(iter(backup.values())).unique().tolist()}) <= 1, case
+    assert found  # some were killed on the way
+    replace_file(tmp_path / "other", lambda file: file.write(b"x"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {index.name, "other", *shards, *(f"{s}.bak" for s in shards)}
 
 
 def _failing(real: Callable[..., Any], number: int, once: bool) -> Callable[..., Any]:
@@ -99,9 +149,10 @@ def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
 ) -> None:
     path, backup = tmp_path / "model", tmp_path / "model.bak"
     path.write_bytes(b"old")
+    backup.write_bytes(b"older")
     with monkeypatch.context() as patch:
         if step == "open":
-            patch.setattr(atomic, "_create", _failing(atomic._create, number, once))
+            patch.setattr(os, "open", _failing(os.open, number, once))
         elif step in ("write", "flush"):
             real = os.fdopen
             patch.setattr(os, "fdopen", lambda *arguments: Broken(real(*arguments), step, number, once))
@@ -113,7 +164,8 @@ def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
             patch.setattr(os, "link", _failing(os.link, number, False))
             patch.setattr(shutil, "copy2", _failing(shutil.copy2, number, once))
         elif step == "rename":
-            patch.setattr(Path, "replace", _failing(Path.replace, number, once))
+            real, fail = Path.replace, _failing(Path.replace, number, once)
+            patch.setattr(Path, "replace", lambda new, to: (fail if to == path else real)(new, to))
         else:
             patch.setattr(atomic, "_flush_folder", _failing(atomic._flush_folder, number, once))
         with pytest.raises(WriteError, match="model: written, but" if step == "folder" else "former file is intact"):
@@ -123,7 +175,52 @@ def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
         assert backup.read_bytes() == b"old"
     else:
         assert path.read_bytes() == b"old"
-    assert {entry.name for entry in tmp_path.iterdir()} <= {"model", "model.bak"}
+        assert backup.read_bytes() == b"older"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak"}
+
+
+def descriptors() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "fdopen", "flock"])
+def test_any_one_system_call_of_a_save_may_fail_and_leaves_neither_a_file_nor_a_descriptor(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, backup = tmp_path / "model", tmp_path / "model.bak"
+    path.write_bytes(b"old")
+    owner = fcntl if call == "flock" else os
+    real = getattr(owner, call)
+    for number in range(10):
+        left = [number]
+
+        def fail(*arguments: Any, left: list[int] = left, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError(errno.ENOTSUP, "Operation not supported")
+            return real(*arguments, **options)
+
+        before = descriptors()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, call, fail)
+            with contextlib.suppress(WriteError):
+                replace_file(path, lambda file: file.write(b"new"), backup)
+        assert descriptors() == before, number
+        assert {entry.name for entry in tmp_path.iterdir()} <= {"model", "model.bak"}, number
+        if left[0] >= 0:
+            assert number  # it was reached, and has failed once in each place
+            break
+
+
+def test_where_locks_are_not_offered_files_are_replaced_and_swept_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    monkeypatch.setattr(fcntl, "flock", _failing(fcntl.flock, errno.ENOLCK, False))
+    (tmp_path / ".convsim-0.tmp").mkdir()
+    replace_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", ".convsim-0.tmp"}  # who knows who uses it
 
 
 FULL = """
@@ -135,9 +232,14 @@ sys.exit(run(["init", sys.argv[1], "--iterations", "1", "-q"]))
 """
 
 
-def test_a_disk_that_is_really_full_is_one_line_and_exit_1(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"a.weight": torch.randn(64, 64, 3, 3)}, path)
+@pytest.mark.parametrize("name", ["model.safetensors", "zip.pt", "legacy.pt"])
+def test_a_disk_that_is_really_full_is_one_line_and_exit_1(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    state = {"a.weight": torch.randn(64, 64, 3, 3)}
+    if name.endswith(".pt"):
+        torch.save(state, path, _use_new_zipfile_serialization=name == "zip.pt")
+    else:
+        save_file(state, path)
     before = path.read_bytes()
     done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -145,7 +247,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_exit_1(tmp_path: Path) -> No
         f"convsim: error: {path}: cannot be written (File too large); the former file is intact"
     ]
     assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
@@ -165,28 +267,26 @@ def test_an_old_file_keeps_its_mode_and_a_new_one_follows_the_umask(
     assert stat.S_IMODE(path.stat().st_mode) == (0o666 & ~umask if mode is None else mode)
 
 
-def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(tmp_path: Path, convsim: Convsim) -> None:
+    path, rates = tmp_path / "model.safetensors", ("0.001", "0.002")
     save_file({"a.weight": torch.randn(32, 32, 3, 3), "b": torch.ones(3)}, path)
     kernel = load_file(path)["a.weight"]
-    results = []
-    for lr in ("0.001", "0.002"):
-        one = tmp_path / f"{lr}.safetensors"
-        command = [sys.executable, "-m", "convsim_cli", "init", str(path), "-q", "--iterations", "30", "--lr", lr]
-        subprocess.run([*command, "-o", str(one)], check=True, stdout=subprocess.DEVNULL)
-        results.append(load_file(one)["a.weight"])
-    commands = [
-        [sys.executable, "-m", "convsim_cli", "init", str(path), "-q", "--iterations", "30", "--lr", lr]
-        for lr in ("0.001", "0.002")
-    ]
-    children = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    one, both = {}, {}
+    for first, then in (rates, rates[::-1]):
+        copy = tmp_path / "copy.safetensors"
+        assert convsim("init", path, "-o", copy, "--iterations", 30, "--lr", first).code == 0
+        one[first] = load_file(copy)["a.weight"]
+        assert convsim("init", copy, "--no-backup", "--iterations", 30, "--lr", then).code == 0
+        both[then] = load_file(copy)["a.weight"]
+    command = [sys.executable, "-m", "convsim_cli", "init", str(path), "-q", "--iterations", "30", "--lr"]
+    children = [subprocess.Popen([*command, rate], stdout=subprocess.DEVNULL) for rate in rates]
     assert [child.wait() for child in children] == [0, 0]
     found = load_file(path)["a.weight"]
     backup = load_file(tmp_path / "model.safetensors.bak")["a.weight"]
-    whole = [kernel, *results]
-    assert any(torch.equal(backup, tensor) for tensor in whole)
-    if torch.equal(backup, kernel):  # they read the same file, and the last to be written won
-        assert any(torch.equal(found, tensor) for tensor in results)
+    outcomes = []
+    for first, last in (rates, rates[::-1]):
+        outcomes += [(one[first], one[last]), (one[first], both[last]), (kernel, one[last])]
+    assert any(torch.equal(backup, former) and torch.equal(found, result) for former, result in outcomes)
     assert not list(tmp_path.glob(".convsim-*"))
 
 
