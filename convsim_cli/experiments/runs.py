@@ -40,6 +40,7 @@ from convsim_cli.experiments.processes import ALONE, Processes
 from convsim_cli.experiments.training import Arguments, Trainer, be_deterministic, preparation_steps, prepare_
 from convsim_cli.kernels import module_kernels
 from convsim_cli.penalty import ConvSimPenalty
+from convsim_cli.pickle_format import write_pickle
 from convsim_cli.report import feature_maps
 from convsim_cli.state_dict import save_state_dict
 
@@ -407,7 +408,7 @@ def _write(run: Run, trainer: Trainer, progress: dict[str, Any], state: dict[str
     if history and history[-1]["test_accuracy"] > max((row["test_accuracy"] for row in history[:-1]), default=-1.0):
         save_state_dict(weights, run.folder / "best.safetensors", record)
     _write_results(run.folder, history)
-    replace_file(run.folder / "state.pt", lambda file: torch.save(state, file))
+    replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
 
 
 def _read_state(run: Run) -> dict[str, Any] | None:

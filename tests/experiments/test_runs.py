@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -224,3 +226,25 @@ def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
                 execute(run)
 
     execute(run, Intruder())
+
+
+FULL = """
+import resource, signal, sys
+from convsim_cli.cli import run
+code = run([*sys.argv[2:], "--epochs", "1", "--name", "one", "-q"])
+size = __import__("pathlib").Path(sys.argv[1], "one", "state.pt").stat().st_size
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+sys.exit(run([*sys.argv[2:], "--epochs", "1", "--name", "two", "-q"]))
+"""
+
+
+def test_a_disk_that_is_full_when_the_state_is_saved_is_one_line(tmp_path: Path) -> None:
+    how = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20")
+    how += ("--momentum", "0.9", "--run-dir", str(tmp_path))  # its state is larger than any other file
+    command = [sys.executable, "-c", FULL, str(tmp_path), *how]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    (line,) = (line for line in ended.stderr.splitlines() if "error" in line)
+    assert line.startswith(f"convsim: error: {tmp_path / 'two'}")
+    assert "cannot be written (File too large" in line
