@@ -104,9 +104,8 @@ class Console:
             table.add_row(*(Text(printable(show(cell, digits=4))) for cell in row))
         screen = RichConsole()
         needed = Measurement.get(screen, screen.options.update(max_width=10_000), table).maximum
-        screen = RichConsole(
-            width=max(screen.width, needed)
-        )  # numbers and names are never cut: the terminal wraps them
+        # Numbers and names are never cut: the terminal wraps them. A dumb one is given its width only with a height.
+        screen = RichConsole(width=max(screen.width, needed), height=screen.height)
         with _while_read():
             screen.print(table)
 
