@@ -31,7 +31,7 @@ def build_network(name: str, classes: int | None = None, seed: int = 0) -> nn.Mo
     make = find_network(name) or _find(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(classes)
+        return make(classes).float()  # networks in half or double precision are measured and trained in float32
 
 
 def is_built_in(name: str) -> bool:
