@@ -10,8 +10,11 @@ import pytest
 import torch
 from conftest import Convsim
 from safetensors.torch import save_file
+from torch import nn
 
 from convsim_cli import measure
+from convsim_cli.experiments.datasets import load_dataset
+from convsim_cli.experiments.evaluation import evaluate
 from convsim_cli.experiments.networks import build_network
 from convsim_cli.probes import make_inputs
 
@@ -385,3 +388,20 @@ def test_the_pass_for_the_test_accuracy_tells_how_far_it_is(monkeypatch: pytest.
     monkeypatch.setattr(Console, "progress", progress)
     assert convsim("measure", "--arch", "cnn:4", "--input", "digits").code == 0
     assert steps == {"feature maps of cnn:4": 16, "measure cnn:4": 4, "test accuracy of cnn:4": 360}
+
+
+def test_what_a_network_keeps_from_being_evaluated_can_be_trained_with() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.kept = nn.Linear(3, 10), torch.empty(0)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if not self.kept.numel():
+                self.kept = images.new_ones(1)
+            return self.layer(images.mean((2, 3))) * self.kept
+
+    model, data = Keeping(), load_dataset("digits", Path()).limited(1, 4)
+    evaluate(model, data, data.test, torch.device("cpu"))
+    model(data.normalise(data.test.images)).sum().backward()
+    assert model.layer.weight.grad is not None

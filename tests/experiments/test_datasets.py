@@ -163,9 +163,8 @@ def test_a_folder_of_classes_is_decoded_once_to_the_size_asked_for(tmp_path: Pat
     assert data.train.images.shape == (8, 24, 24, 3)
     assert data.train.images.dtype == torch.uint8
     assert sorted(data.train.labels.tolist()) == [0] * 4 + [1] * 4  # the first and the sixth are for testing
-    seen = {
-        tuple(image[0, 0].tolist()): label for image, label in zip(data.train.images, data.train.labels, strict=True)
-    }
+    corners = [tuple(image[0, 0].tolist()) for image in data.train.images]
+    seen = dict(zip(corners, data.train.labels.tolist(), strict=True))
     assert seen[50, 3, 7] == 1
     assert seen[0, 1, 7] == 0
     assert (0, 0, 7) not in seen

@@ -194,10 +194,8 @@ def test_a_users_network_repeats_with_its_seed() -> None:
         ("wrong:net", "--arch wrong:net: importing wrong raised KeyError: 'x'"),
         ("leaves:net", "--arch leaves:net: importing leaves raised SystemExit"),
         ("./mine.py:UNet", "write mine:UNet"),
-        (
-            "torchvison:resnet18",
-            "cannot import torchvison (No module named 'torchvison'); did you mean torchvision:resnet18?",
-        ),
+        ("mine.py:UNet", "write mine:UNet"),
+        ("torchvison:resnet18", "cannot import torchvison (No module named 'torchvison'); did you mean torchvision:"),
     ],
 )
 def test_a_wrong_name_is_one_line_that_helps(arch: str, message: str, convsim: Convsim) -> None:
