@@ -195,6 +195,7 @@ def test_a_users_network_repeats_with_its_seed() -> None:
         ("leaves:net", "--arch leaves:net: importing leaves raised SystemExit"),
         ("./mine.py:UNet", "write mine:UNet"),
         ("mine.py:UNet", "write mine:UNet"),
+        ("sub/mine:UNet", "write sub.mine:UNet"),
         ("torchvison:resnet18", "cannot import torchvison (No module named 'torchvison'); did you mean torchvision:"),
     ],
 )
