@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LISTED = 12  # names in an error, at most
+
 
 class ConvsimError(Exception):
     """Anything that convsim says in one line instead of a traceback: it failed while running (exit code 1)."""
@@ -43,7 +45,10 @@ class WriteError(ConvsimError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ", did you mean …?" for the closest known name, or the list of all that are known."""
+    """Return "did you mean …?" for the closest known name, or else a list of those that are known, or their first."""
     known = list(known)
     close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f", … ({len(known)} in all)" if len(known) > _LISTED else ""
+    return f"known are {', '.join(known[:_LISTED])}{more}"

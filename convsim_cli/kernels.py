@@ -9,6 +9,8 @@ its reason.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +23,7 @@ from convsim_cli.errors import InputError
 from convsim_cli.similarity import Taps, to_filters, to_weight
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")  # the types that kernels are optimised in, or through
+PARAMETRISED = "the layer has no weight of its own (parametrised)"  # why a layer is skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -157,15 +160,15 @@ def file_kernels(
     candidates = {name: info for name, info in tensors.items() if 3 <= len(info.shape) <= 5}
     patterns.check(candidates)
     included = bool(patterns.include)
-    reasons = {
-        name: unfit.get(name) or patterns.refusal(name) or _not_a_kernel(name, info, included)
-        for name, info in candidates.items()
-    }
-    single_channel = [name for name, info in candidates.items() if info.shape[1] == 1 and not reasons[name]]
+    unusable = {name: unfit.get(name) or _not_a_kernel(name, info, included) for name, info in candidates.items()}
+    single_channel = Counter(  # by number of axes, and before the patterns: leaving one out tells nothing of the others
+        len(info.shape) for name, info in candidates.items() if info.shape[1] == 1 and not unusable[name]
+    )
     selection = Selection()
     for name, info in candidates.items():
-        depthwise = len(single_channel) > 1 and name in single_channel
-        selection.add(_assume(name, info.shape, patterns, depthwise), reasons[name])
+        depthwise = info.shape[1] == 1 and single_channel[len(info.shape)] > 1
+        reason = unfit.get(name) or patterns.refusal(name) or unusable[name]
+        selection.add(_assume(name, info.shape, patterns, depthwise), reason)
     return selection
 
 
@@ -174,34 +177,62 @@ def module_kernels(
 ) -> Selection:
     """Return the kernels of every convolution in a module, exactly; a shared weight counts once.
 
-    Names are those of `model.state_dict()`, or what `names` maps them to. Raises InputError for a pattern that matches
-    nothing.
+    Names are those of `model.state_dict()`, or what `names` maps them to. Other layers with a `weight` of the shape of
+    kernels are listed as skipped. Raises InputError for a pattern that matches nothing.
     """
     patterns, names = patterns or Patterns(), names or {}
     selection = Selection()
     owners: dict[int, str] = {}
-    paths = [(f"{path}.weight".lstrip("."), layer) for path, layer in model.named_modules() if is_convolution(layer)]
-    layers = [(names.get(path, path), layer) for path, layer in paths]
-    patterns.check([name for name, _ in layers])
-    for name, layer in layers:
-        weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    layers = [(f"{path}.weight".lstrip("."), layer) for path, layer in model.named_modules() if _has_kernels(layer)]
+    patterns.check([names.get(path, path) for path, _ in layers])
+    for path, layer in layers:
+        name, weight = names.get(path, path), _own_weight(layer)
         if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-            kind = "has no weight of its own (parametrised)" if weight is None else "is lazy and not yet initialised"
-            selection.skipped.append(Skipped(name, (), f"the layer {kind}"))
-            continue
-        groups = layer.groups
-        assert isinstance(groups, int)
-        kernel = Kernel(name, tuple(weight.shape), groups, isinstance(layer, _TRANSPOSED))
-        first = owners.setdefault(id(weight), name)
-        selection.add(
-            kernel, f"shared with {first}" if first != name else patterns.refusal(name) or _wrong_type(weight)
-        )
+            reason = PARAMETRISED if weight is None else "the layer is lazy and not yet initialised"
+            selection.skipped.append(Skipped(name, (), reason))
+        elif id(weight) in owners:
+            first = owners[id(weight)]  # a file may hold the two under one name
+            selection.skipped.append(
+                Skipped(path if name == first else name, tuple(weight.shape), f"shared with {first}")
+            )
+        elif not is_convolution(layer):
+            reason = f"a {type(layer).__name__}, which is no convolution that convsim knows"
+            selection.skipped.append(Skipped(name, tuple(weight.shape), patterns.refusal(name) or reason))
+        else:
+            owners[id(weight)] = name
+            groups = layer.groups
+            assert isinstance(groups, int)
+            kernel = Kernel(name, tuple(weight.shape), groups, isinstance(layer, _TRANSPOSED))
+            selection.add(kernel, patterns.refusal(name) or _wrong_type(weight))
     return selection
+
+
+def warn_of_parametrised(selection: Selection) -> None:
+    """Warn, once, of the layers that a library call leaves out because their weight is made anew at every call."""
+    names = [skipped.name for skipped in selection.skipped if skipped.reason == PARAMETRISED]
+    if names:
+        warnings.warn(
+            f"parametrised layers are left out: {', '.join(names)}; "
+            "torch.nn.utils.parametrize.remove_parametrizations gives them a weight of their own",
+            stacklevel=3,
+        )
 
 
 def is_convolution(layer: nn.Module) -> bool:
     """Return whether a module is a (transposed) convolution of one to three axes."""
     return isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)
+
+
+def _has_kernels(layer: nn.Module) -> bool:
+    """Say whether a layer is a convolution, or its weight has the shape of one's (torchvision's DeformConv2d)."""
+    weight = _own_weight(layer)
+    if is_convolution(layer) or weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return is_convolution(layer)
+    return weight.is_floating_point() and 3 <= weight.ndim <= 5
+
+
+def _own_weight(layer: nn.Module) -> nn.Parameter | None:
+    return dict(layer.named_parameters(recurse=False)).get("weight")
 
 
 def weight_of(model: nn.Module, kernel: Kernel) -> nn.Parameter:

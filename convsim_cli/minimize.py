@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.graph import repeated
-from convsim_cli.kernels import Kernel, Patterns, Selection, module_kernels, weight_of
+from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_parametrised, weight_of
 from convsim_cli.memory import release_freed_memory
 from convsim_cli.precision import full_precision
 from convsim_cli.report import Record, describe, is_finite, kernel_figures
@@ -83,8 +83,8 @@ def minimize_(
 
     iterations ≥ 0, lr > 0, tol ≥ 0: see `Minimisation`. advance: called with the number of iterations done since the
     last call. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
-    `norm`. Raises InputError for a kernel with NaN or Inf and DivergedError for a loss that stops being finite; the
-    model is then untouched.
+    `norm`. Warns of parametrised layers, which are left out. Raises InputError for a kernel with NaN or Inf and
+    DivergedError for a loss that stops being finite; the model is then untouched.
 
     >>> from torch import nn
     >>> record = minimize_(nn.Sequential(nn.Conv2d(3, 8, 3)), iterations=100)[0]
@@ -92,7 +92,9 @@ def minimize_(
     True
     """
     how = Minimisation(iterations, lr, optimizer, preserve_norm, tol)
-    kernels = how.select(module_kernels(model, Patterns())).kernels
+    selection = how.select(module_kernels(model))
+    warn_of_parametrised(selection)
+    kernels = selection.kernels
     done = [(kernel, *minimize_kernel(kernel, weight_of(model, kernel).detach(), how, advance)) for kernel in kernels]
     with torch.no_grad():
         for kernel, weight, _ in done:
@@ -193,7 +195,8 @@ def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
 
     gradient, filters: `[groups, S / groups, N, C]`; norms: the filters' L2 norms `[groups, S / groups, 1, 1]`.
     """
-    along = (gradient * filters).sum(dim=(-2, -1), keepdim=True) / torch.where(norms > 0, norms.square(), 1)
+    inner = gradient.flatten(2).unsqueeze(-2) @ filters.flatten(2).unsqueeze(-1)  # as products: no copy is made
+    along = inner / torch.where(norms > 0, norms.square(), 1)
     gradient.addcmul_(along, filters, value=-1)
 
 

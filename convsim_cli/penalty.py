@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, module_kernels, weight_of
+from convsim_cli.kernels import Kernel, module_kernels, warn_of_parametrised, weight_of
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import (
     convolutional_similarity,
@@ -24,8 +24,9 @@ class ConvSimPenalty:
     """The sum of L_CS over a model's convolutions: `loss = task_loss + beta * penalty()`.
 
     model: any module; its kernels are found once. pairs: `all` for Eq. 10, `neighbours` for what the authors' public
-    code sums. Not a module: it owns no parameters and does not enter state dicts. Raises InputError for a model without
-    convolution kernels that form pairs. Source: Algorithm 2.
+    code sums. Not a module: it owns no parameters and does not enter state dicts. Warns of
+    parametrised layers, which it leaves out. Raises InputError for a model without convolution kernels that form pairs.
+    Source: Algorithm 2.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -37,6 +38,7 @@ class ConvSimPenalty:
 
     def __init__(self, model: nn.Module, pairs: Pairs = "all") -> None:
         selection = module_kernels(model)
+        warn_of_parametrised(selection)
         if not selection.kernels:
             raise InputError("the model has no convolution kernels that form pairs")
         if pairs not in ("all", "neighbours"):

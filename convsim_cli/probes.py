@@ -65,19 +65,19 @@ class FeatureMapSimilarity:
     fm_cos_random: what maps of independent normal values give, √(2 / (π·positions)); fm_inner2: the paper's, mean over
     inputs and pairs of ⟨F_i, F_j⟩²; redundant: filters with a partner of mean |cos| above `REDUNDANT`; dead: filters
     whose map is zero on every input. Pairs are i < j within a group; a map that is zero has no angle and is left out of
-    the cosines. A layer that is called several times counts them all; positions are then those of its last call.
+    the cosines. A layer that is called several times counts them all: those at a single position add nothing to the
+    cosines, and `fm_cos_random` is the mean over the others.
     """
 
     def __init__(self, groups: int = 1, scale: float = 1.0) -> None:
         """Start with nothing seen. scale: what the maps were divided by before they are given to `update`."""
         self.calls = 0
         self._groups, self._scale = groups, scale
-        self._positions = 0
         self._inputs = 0
         self._by_pair: Tensor | None = None  # sums over inputs of |cos|, and how many there were
         self._counts: Tensor | None = None
         self._cosines: Tensor | float = 0.0
-        self._angles: Tensor | float = 0.0
+        self._angles: dict[int, Tensor] = {}  # how many cosines were added up, by number of positions
         self._products: Tensor | float = 0.0
         self._seen: Tensor | None = None
 
@@ -91,7 +91,7 @@ class FeatureMapSimilarity:
     def update(self, maps: Tensor) -> None:
         """Add maps `[inputs, S, *space]`, the convolution's output without its bias. Waits for no device."""
         maps = maps.detach().float().unflatten(1, (self._groups, -1)).flatten(3)
-        inputs, _, count, self._positions = maps.shape
+        inputs, _, count, positions = maps.shape
         peak = maps.abs().amax(-1, keepdim=True)  # squares of very small or large maps leave float32's range
         unit = maps / torch.where(peak > 0, peak, 1)
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
@@ -100,12 +100,10 @@ class FeatureMapSimilarity:
             cosines = unit @ unit.mT
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
         live = (peak > 0).squeeze(-1)
-        self._add_pairs(cosines.abs().sum(0), live.float())
-        pairs = live.sum(-1)
-        wide = torch.float32 if maps.device.type == "mps" else torch.float64
+        wide = _wide(maps.device)
         length = (norm.to(wide) * peak.to(wide)).square()
-        self._cosines = self._cosines + cosines.abs().sum(dtype=wide) / 2
-        self._angles = self._angles + (pairs * (pairs - 1)).sum() / 2
+        if positions > 1:
+            self._add_cosines(cosines.abs(), live, positions)
         self._products = self._products + (cosines.to(wide).square() * length * length.mT).sum() / 2
         self._inputs += inputs * self._groups * count * (count - 1) // 2
         alive = live.any(0)
@@ -113,11 +111,13 @@ class FeatureMapSimilarity:
 
     def result(self) -> dict[str, Any]:
         """Return the figures so far; None where no number can be given."""
-        angles = float(self._angles)
-        defined = self._positions > 1 and angles > 0
+        counts = {positions: float(count) for positions, count in self._angles.items()}
+        angles = sum(counts.values())
+        defined = angles > 0
+        chance = sum(math.sqrt(2 / (math.pi * positions)) * count for positions, count in counts.items())
         return {
             "fm_cos": finite(float(self._cosines) / angles) if defined else None,
-            "fm_cos_random": math.sqrt(2 / (math.pi * self._positions)) if defined else None,
+            "fm_cos_random": chance / angles if defined else None,
             "fm_inner2": finite(float(self._products) / self._inputs * self._scale**2 * self._scale**2)
             if self._inputs
             else None,
@@ -139,7 +139,7 @@ class FeatureMapSimilarity:
 
         Empty where maps have a single position, or there are none.
         """
-        if self._positions <= 1:
+        if self._by_pair is None:
             return []
         mean = self.matrix().triu(1)
         values, places = mean.flatten().topk(min(count, mean.numel()))
@@ -151,15 +151,24 @@ class FeatureMapSimilarity:
                 found.append({"filters": [group * each + pair // each, group * each + pair % each], "cos": value})
         return found
 
-    def _add_pairs(self, cosines: Tensor, live: Tensor) -> None:
-        counts = torch.einsum("bgi,bgj->gij", live, live)
-        self._by_pair = cosines if self._by_pair is None else self._by_pair + cosines
+    def _add_cosines(self, cosines: Tensor, live: Tensor, positions: int) -> None:
+        """Add |cos| `[inputs, groups, S / groups, S / groups]` of the maps that `live` says are not zero."""
+        pairs = live.sum(-1)
+        count = (pairs * (pairs - 1)).sum().to(_wide(cosines.device)) / 2
+        self._angles[positions] = self._angles[positions] + count if positions in self._angles else count
+        self._cosines = self._cosines + cosines.sum(dtype=_wide(cosines.device)) / 2
+        by_pair, counts = cosines.sum(0), torch.einsum("bgi,bgj->gij", live.float(), live.float())
+        self._by_pair = by_pair if self._by_pair is None else self._by_pair + by_pair
         self._counts = counts if self._counts is None else self._counts + counts
 
 
 def finite(value: float) -> float | None:
     """Return the value, or None where it is no number: what JSON can say."""
     return value if math.isfinite(value) else None
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _natural(noise: Tensor) -> Tensor:

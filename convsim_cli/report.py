@@ -8,8 +8,9 @@ Keys of a record: `cs` L_CS (Eq. 10); `ncs` L_CS free of scale; `kernel_cos` mea
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, is_convolution, module_kernels, weight_of
+from convsim_cli.kernels import Kernel, is_convolution, module_kernels, warn_of_parametrised, weight_of
 from convsim_cli.precision import full_precision
 from convsim_cli.probes import FeatureMapSimilarity, finite
 from convsim_cli.similarity import similarity
@@ -30,15 +31,18 @@ def measure(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Record]
     """Return a record per convolution of a network, its feature maps taken from running the images through it.
 
     images: one batch `[B, C, …]`, or several, on the model's device. The model is run in evaluation mode, without
-    autocast or TF32, and left as it was. A layer that was never called has null feature-map figures. Raises InputError
-    for a kernel with NaN or Inf. Source: the keys' formulas in this module's head.
+    autocast or TF32, and left as it was. A layer that was never called has null feature-map figures; a parametrised one
+    is left out, with a warning. Raises InputError for a kernel with NaN or Inf. Source: the keys' formulas in this
+    module's head.
 
     >>> from torch import nn
     >>> record = measure(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 32, 32))[0]
     >>> record["name"], record["shape"], record["dead"]
     ('0.weight', [8, 3, 3, 3], 0)
     """
-    kernels = module_kernels(model).kernels
+    selection = module_kernels(model)
+    warn_of_parametrised(selection)
+    kernels = selection.kernels
     maps = feature_maps(model, kernels, [images] if isinstance(images, Tensor) else images)
     return [layer_record(kernel, weight_of(model, kernel).detach(), maps[kernel.name].result()) for kernel in kernels]
 
@@ -108,7 +112,7 @@ def feature_maps(
     """
     kernels = list(kernels)
     similarities = {kernel.name: FeatureMapSimilarity(kernel.groups) for kernel in kernels}
-    with _evaluation(model), _hooks(model, similarities, names or {}), torch.inference_mode():
+    with _evaluation(model), _as_written(), _hooks(model, similarities, names or {}), torch.no_grad():
         for images in batches:
             with full_precision(images.device):
                 model(images)
@@ -119,7 +123,9 @@ def feature_maps(
 def _hooks(
     model: nn.Module, similarities: Mapping[str, FeatureMapSimilarity], names: Mapping[str, str]
 ) -> Iterator[None]:
-    weights = {id(weight): similarities.get(names.get(name, name)) for name, weight in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)  # a parameter may be registered under several names
+    known = [(weight, names.get(name, name)) for name, weight in named]
+    weights = {id(weight): similarities[name] for weight, name in known if name in similarities}
     handles = []
     for layer in model.modules():
         found = weights.get(id(layer.weight)) if is_convolution(layer) else None
@@ -132,10 +138,20 @@ def _hooks(
             handle.remove()
 
 
+def _as_written() -> AbstractContextManager[Any]:
+    """Run what torch.compile has compiled as it was written: compiled code does not call hooks that came after it.
+
+    Only where its machinery is loaded: loading it takes seconds.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 def _hook(similarity: FeatureMapSimilarity) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], None]:
     def collect(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
         similarity.calls += 1
         maps = output if layer.bias is None else _without_bias(layer, inputs, options)
+        if maps.ndim < layer.weight.ndim:  # a single image without an axis for the batch
+            maps = maps.unsqueeze(0)
         for chunk in maps.split(similarity.chunk(*maps.shape[1:])):
             similarity.update(chunk)
 

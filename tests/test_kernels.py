@@ -129,3 +129,25 @@ def test_transposed_kernels_swap_their_axes_per_group_and_come_back(groups: int,
             for o in range(each_out):
                 assert torch.equal(convolution[g * each_out + o, i], weight[g * each_in + i, o])
     assert torch.equal(kernel.to_stored(kernel.to_filters(weight), weight.dtype), weight)
+
+
+@pytest.mark.parametrize("patterns", [Patterns(include=["a"]), Patterns(exclude=["b"])])
+def test_patterns_do_not_turn_a_depthwise_layer_into_a_dense_one(patterns: Patterns) -> None:
+    found = file_kernels(infos(a=(8, 1, 3, 3), b=(16, 1, 3, 3), c=(8, 8, 1, 1)), patterns)
+    assert "a" not in taken(found)
+    assert "depthwise" in reasons(found)["a"]
+
+
+def test_layers_with_kernels_of_an_unknown_kind_are_listed_by_their_class() -> None:
+    from torchvision.ops import DeformConv2d
+
+    found = module_kernels(nn.Sequential(nn.Conv2d(3, 18, 3), DeformConv2d(3, 8, 3), nn.Linear(3, 3), nn.LayerNorm(3)))
+    assert taken(found) == ["0.weight"]
+    assert reasons(found) == {"1.weight": "a DeformConv2d, which is no convolution that convsim knows"}
+
+
+def test_a_file_that_holds_a_shared_weight_under_one_name_gives_one_kernel() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    model[1].weight = model[0].weight
+    found = module_kernels(model, names={"0.weight": "1.weight", "1.weight": "1.weight"})
+    assert taken(found) == ["1.weight"]

@@ -163,11 +163,11 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return max(accumulate(e.nbytes() for e in events.kineto_results.events() if e.name() == "[memory]"))
 
 
-@pytest.mark.parametrize(("preserve_norm", "layers"), [(False, 4.5), (True, 5.5)])
-def test_minimising_a_layer_holds_few_copies_of_it(preserve_norm: bool, layers: float) -> None:
+@pytest.mark.parametrize("preserve_norm", [False, True])
+def test_minimising_a_layer_holds_few_copies_of_it(preserve_norm: bool) -> None:
     kernel, weight = fresh()
     peak = peak_bytes(lambda: minimize_kernel(kernel, weight, Minimisation(2, preserve_norm=preserve_norm)))
-    assert peak <= layers * weight.nbytes  # the filters, their gradient, Adam's two moments, and a product
+    assert peak <= 4.5 * weight.nbytes  # the filters, their gradient, Adam's two moments, and the Gram products
 
 
 def test_the_figures_of_a_layer_hold_its_filters_in_float32_and_float64_alone() -> None:

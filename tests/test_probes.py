@@ -149,3 +149,16 @@ def test_white_maps_are_as_similar_as_chance_says() -> None:
     similarity.update(torch.randn(8, 40, 20, 20))
     found = similarity.result()
     assert found["fm_cos"] == pytest.approx(found["fm_cos_random"], rel=0.02)
+
+
+def test_calls_at_several_sizes_each_count_against_their_own_chance() -> None:
+    similarity = FeatureMapSimilarity()
+    for side in (20, 1, 4):
+        similarity.update(torch.randn(8, 40, side, side))
+    found = similarity.result()
+    chance = [(2 / (torch.pi * positions)) ** 0.5 for positions in (400, 16)]
+    assert found["fm_cos_random"] == pytest.approx(sum(chance) / 2)
+    assert found["fm_cos"] == pytest.approx(found["fm_cos_random"], rel=0.03)
+    similarity.update(torch.randn(8, 40, 1, 1))  # a last call at a single position takes nothing away
+    assert similarity.result()["fm_cos"] == found["fm_cos"]
+    assert similarity.most_similar(1)

@@ -7,7 +7,7 @@ import torch
 from references import literal_normalised_similarity, literal_similarity
 from torch import nn
 
-from convsim_cli import measure
+from convsim_cli import ConvSimPenalty, measure, minimize_
 from convsim_cli.kernels import Kernel
 from convsim_cli.probes import FeatureMapSimilarity
 from convsim_cli.report import FIGURES, feature_maps, kernel_figures
@@ -147,3 +147,67 @@ def test_autocast_outside_does_not_reach_the_measurement() -> None:
     plain = feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"].result()
     with torch.autocast("cpu", torch.bfloat16):
         assert feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"].result() == plain
+
+
+def test_single_images_without_a_batch_axis_are_measured_as_one_batch() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 8, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self.layer(image) for image in images])
+
+    model, images = Single(), torch.randn(4, 3, 8, 8)
+    found, expected = measure(model, images)[0], measure(model.layer, images)[0]
+    for key in ("fm_cos", "fm_cos_random", "fm_inner2"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+def test_what_a_model_keeps_from_being_measured_can_be_trained_with() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale, self.kept = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(1)), None
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps: torch.Tensor = self.layer(images)
+            if self.kept is None:
+                self.kept = torch.linspace(0, 1, maps.shape[-1])  # type: ignore[assignment]
+            return maps * (self.kept * self.scale)
+
+    model, images = Keeping(), torch.randn(2, 3, 8, 8)
+    measure(model, images)
+    model(images).sum().backward()
+    assert model.scale.grad is not None
+
+
+def test_a_model_compiled_in_place_and_warm_is_measured() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    expected = measure(model, images)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(images)
+    assert measure(model, images) == expected
+
+
+def test_a_parameter_registered_under_a_second_name_is_still_the_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.register_parameter("kernel", model[0].weight)
+    record = measure(model, torch.randn(2, 3, 8, 8))[0]
+    assert record["name"] == "0.weight"
+    assert record["fm_cos"] is not None
+
+
+def test_parametrised_layers_are_left_out_of_the_library_with_one_warning() -> None:
+    layers = [nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)]
+    model = nn.Sequential(*layers, nn.Conv2d(3, 4, 3))
+    for call in (
+        lambda: measure(model, torch.randn(1, 3, 9, 9)),
+        lambda: minimize_(model, 1),
+        lambda: ConvSimPenalty(model),
+    ):
+        with pytest.warns(UserWarning, match=r"parametrised layers are left out: 0\.weight, 1\.weight; ") as caught:
+            call()
+        assert len(caught) == 1
+        assert caught[0].filename == __file__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +36,7 @@ from convsim_cli.cli.options import (
 if TYPE_CHECKING:
     import torch
 
+    from convsim_cli.experiments.datasets import Channels
     from convsim_cli.experiments.evaluation import Probe, Report
     from convsim_cli.experiments.source import Source
 
@@ -92,7 +95,7 @@ def measure(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw |cos| of each layer's feature maps there.", show_default=False),
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV on stdout.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV; with --top, the pairs alone.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -115,6 +118,7 @@ def measure(
     patterns = make_patterns(include, exclude, groups, transposed)
     sources = [open_source(path, arch, patterns, seed, num_classes, key) for path in paths]
     normal = parse_channels("--mean", mean), parse_channels("--std", std)
+    _check(input_, normal, plot)
     probe = Probe(input_, samples, input_size, data_dir, seed, *normal, top, plot is not None)
     if plot is not None:
         require_matplotlib()
@@ -141,10 +145,20 @@ def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[P
     return [None], "cnn1"
 
 
+def _check(input_: str, normal: tuple[Channels | None, Channels | None], plot: Path | None) -> None:
+    """Raise InputError for options that would do nothing, or something else than they say."""
+    from convsim_cli.errors import InputError
+    from convsim_cli.probes import PROBES
+
+    if input_ in PROBES and normal != (None, None):
+        raise InputError(f"--mean and --std normalise images: --input {input_} has none; name a data set or folder")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot {plot}: expected a name that ends in .png")
+
+
 def _measure(source: Source, probe: Probe, device: torch.device, console: Console) -> Report:
     note_choice(source.checkpoint, console)
-    with console.progress(f"measure {source.checkpoint.path}", len(source.selection.kernels)) as advance:
-        report = probe.measure(source, device, advance)
+    report = probe.measure(source, device, console.progress)
     for note in report.notes:
         console.note(f"{source.checkpoint.path}: {note}")
     return report
@@ -162,36 +176,69 @@ def _report(source: Source, probe: Probe, report: Report) -> dict[str, Any]:
 
 def _plot(reports: list[dict[str, Any]], measured: list[Report], path: Path, console: Console) -> None:
     """A page per network: FILE.png, or FILE-1.png and so on for several."""
+    from convsim_cli.experiments.evaluation import HEAT
     from convsim_cli.experiments.plots import draw_heat, save_figure
 
     for number, (report, found) in enumerate(zip(reports, measured, strict=True), 1):
         page = path if len(reports) == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
         cosines = {layer["name"]: layer["fm_cos"] for layer in report["layers"]}
         title = f"{report['source']}: mean |cos| of feature maps, filter by filter ({report['input']} inputs)"
+        if any(matrix.shape[-1] == HEAT for matrix in found.heat.values()):
+            title += f"; of more than {HEAT} filters, the largest of neighbours"
         save_figure(draw_heat(found.heat, cosines, title), page)
         console.note(f"wrote {page}")
 
 
 def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
-    several = len(reports) > 1
-    first = {layer["name"]: layer for layer in reports[0]["layers"]}
-    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *SHOWN]
-    columns += [f"{key}_change" for key in CHANGES if several]
-    rows = [
-        [layer["name"], *([report["source"]] if several else []), shape(layer["shape"]), layer["groups"]]
-        + [layer["assumed"], *(layer[key] for key in SHOWN)]
-        + [_change(first.get(layer["name"]), layer, key) for key in CHANGES if several]
-        for report in reports
-        for layer in report["layers"]
-    ]
-    order = {name: place for place, name in enumerate(dict.fromkeys(row[0] for row in rows))}
-    rows.sort(key=lambda row: order[row[0]])  # the rows of one layer stand together
-    console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, console)
-    _show_pairs(reports, console, as_csv)
+    if not (as_csv and _show_pairs(reports, console, as_csv)):  # CSV is one table
+        _show_layers(reports, console, as_csv)
+        if not as_csv:
+            _show_pairs(reports, console, as_csv)
     for report in reports:
         show_skipped(report["skipped"], console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
+
+
+def _show_layers(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
+    several = len(reports) > 1
+    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *SHOWN]
+    columns += [f"{key}_change" for key in CHANGES if several]
+    places: dict[str, int] = {}
+    rows: list[tuple[int, list[Any]]] = []
+    for report in reports:
+        partners = _partners(reports[0], report)
+        if not partners:
+            console.warn(f"{report['source']}: has no layer in common with {reports[0]['source']}")
+        for layer in report["layers"]:
+            first = partners.get(layer["name"])
+            place = places.setdefault(first["name"] if first else layer["name"], len(places))
+            row = [layer["name"], *([report["source"]] if several else []), shape(layer["shape"]), layer["groups"]]
+            row += [layer["assumed"], *(layer[key] for key in SHOWN)]
+            rows.append((place, row + [_change(first, layer, key) for key in CHANGES if several]))
+    rows.sort(key=lambda row: row[0])  # the rows of one layer stand together
+    table = [row for _, row in rows]
+    console.delimited(columns, table, ",") if as_csv else show_layers(columns, table, console)
+
+
+def _partners(first: dict[str, Any], report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Which layer of the first checkpoint each of another one's is, by its name.
+
+    Where no two names are the same, what all of a checkpoint's names begin with, such as `module.`, is left out.
+    """
+    theirs = {layer["name"]: layer for layer in first["layers"]}
+    ours = {layer["name"]: layer["name"] for layer in report["layers"]}
+    if not theirs.keys() & ours.keys():
+        theirs = {name[_common(theirs) :]: layer for name, layer in theirs.items()}
+        ours = {name: name[_common(ours) :] for name in ours}
+    return {name: theirs[short] for name, short in ours.items() if short in theirs}
+
+
+def _common(names: Iterable[str]) -> int:
+    """The length of what all names begin with, up to a dot."""
+    low, high = min(names), max(names)  # what these two share, all in between do
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
+    return low.rfind(".", 0, shared) + 1
 
 
 def _change(first: dict[str, Any] | None, layer: dict[str, Any], key: str) -> float | None:
@@ -201,8 +248,8 @@ def _change(first: dict[str, Any] | None, layer: dict[str, Any], key: str) -> fl
     return float(layer[key] - first[key])
 
 
-def _show_pairs(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
-    """The most similar pairs, a table of its own after an empty line."""
+def _show_pairs(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> bool:
+    """Show the most similar pairs, after an empty line unless they stand alone. Return whether there are any."""
     rows = [
         [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["cos"]]
         for report in reports
@@ -210,8 +257,12 @@ def _show_pairs(reports: list[dict[str, Any]], console: Console, as_csv: bool) -
         for pair in layer.get("top", [])
     ]
     if not rows:
-        return
+        return False
     columns = ["name", *(["source"] if len(reports) > 1 else []), "filter", "most_similar_to", "cos"]
-    if not console.is_screen or as_csv:
+    if as_csv:
+        console.delimited(columns, rows, ",")
+        return True
+    if not console.is_screen:
         print()
-    console.delimited(columns, rows, ",") if as_csv else console.table(columns, rows)
+    console.table(columns, rows)
+    return True

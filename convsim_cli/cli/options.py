@@ -102,9 +102,9 @@ def make_patterns(include: list[str], exclude: list[str], groups: list[str], tra
 
 
 def note_choice(checkpoint: Checkpoint, console: Console) -> None:
-    """Say what a reader of the file had to choose between."""
-    if checkpoint.note:
-        console.note(checkpoint.note)
+    """Say, even when quiet, what a reader of the file had to choose between, and what of it has no place."""
+    for line in (checkpoint.note or "").splitlines():
+        console.warn(line)
 
 
 def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> None:

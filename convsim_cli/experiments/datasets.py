@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NAMES = ("cifar10", "cifar100", "digits", "folder:PATH")
 
@@ -79,34 +84,44 @@ def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tup
 
 
 def load_dataset(
-    name: str, data_dir: Path, side: int = 32, mean: Channels | None = None, std: Channels | None = None
+    name: str,
+    data_dir: Path,
+    side: int = 32,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    *,
+    test_only: bool = False,
 ) -> Dataset:
     """Read a data set by its name.
 
     name: `cifar10` or `cifar100`, downloaded through torchvision when it is not in `data_dir`; `digits`, which needs no
     file; or `folder:PATH`, a folder of images per class, in PATH/train and PATH/val (or test) or else with every fifth
-    image for testing, side × side pixels cut from the middle. mean, std: instead of the data set's own. Raises
-    InputError for an unknown name, and where data cannot be had: it says which file to get and where to put it.
+    image for testing, side × side pixels cut from the middle, either split in one fixed shuffled order, so that its
+    first images are of all classes. mean, std: instead of the data set's own. test_only: leave a folder's training
+    images undecoded and that split empty. Raises InputError for an unknown name, and where data cannot be had: it says
+    which file to get and where to put it.
     """
     if name in _CIFAR:
         found = _cifar(name, data_dir)
     elif name == "digits":
         found = _digits()
     elif name.startswith("folder:"):
-        found = _folder(Path(name.removeprefix("folder:")), side)
+        found = _folder(Path(name.removeprefix("folder:")), side, test_only)
     else:
         raise InputError(f"unknown data set {name!r}: {did_you_mean(name, NAMES)}")
     return replace(found, mean=mean or found.mean, std=std or found.std)
 
 
 def parse_channels(option: str, text: str | None) -> Channels | None:
-    """Return what --mean or --std lists. Raises InputError for anything but three numbers, of a --std above 0."""
+    """Return what --mean or --std lists. Raises InputError unless it is three finite numbers, of a --std above 0."""
     if text is None:
         return None
     try:
         red, green, blue = (float(item) for item in text.replace(",", " ").split())
     except ValueError:
         raise InputError(f"{option} {text!r}: expected three numbers, for instance 0.485,0.456,0.406") from None
+    if not all(map(isfinite, (red, green, blue))):
+        raise InputError(f"{option} {text!r}: expected finite numbers")
     if option == "--std" and min(red, green, blue) <= 0:
         raise InputError(f"{option} {text!r}: expected numbers above 0")
     return red, green, blue
@@ -151,30 +166,40 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     return Dataset(name, train, test, classes, mean, std)
 
 
-def _folder(path: Path, side: int) -> Dataset:
+def _folder(path: Path, side: int, test_only: bool) -> Dataset:
     """ImageFolder's layout, decoded once."""
     train = path / "train" if (path / "train").is_dir() else path
     test = next((path / name for name in ("val", "test", "valid") if (path / name).is_dir() and train != path), None)
-    classes, split = _labelled(train, side)
+    classes, files = _labelled_files(train)
     if test is not None:
-        named, held_out = _labelled(test, side)
+        named, held_out = _labelled_files(test)
         if named != classes:
             raise InputError(f"{test}: its classes ({', '.join(named[:3])}, …) are not those of {train}")
     else:
-        fifth = torch.arange(len(split)) % 5 == 0
-        split, held_out = (Split(split.images[where], split.labels[where]) for where in (~fifth, fifth))
-    return Dataset(f"folder:{path}", split, held_out, len(classes), IMAGENET_MEAN, IMAGENET_STD)
+        files, held_out = [file for number, file in enumerate(files) if number % 5], files[::5]
+    splits = (_decoded_split([] if test_only else files, side), _decoded_split(held_out, side))
+    return Dataset(f"folder:{path}", *splits, len(classes), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _labelled(path: Path, side: int) -> tuple[list[str], Split]:
+def _labelled_files(path: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """The classes of a folder, and its image files class by class, each with its label."""
     from torchvision.datasets import ImageFolder
 
     try:
-        found = ImageFolder(str(path), loader=lambda file: _decode(Path(file), side))
+        found = ImageFolder(str(path))
     except (FileNotFoundError, OSError) as error:
         raise InputError(f"{path}: expected a folder of images for each class ({error})") from error
-    images, labels = zip(*(found[index] for index in range(len(found))), strict=True)
-    return found.classes, Split(torch.stack(images), torch.tensor(labels))
+    return found.classes, found.samples
+
+
+def _decoded_split(files: list[tuple[str, int]], side: int) -> Split:
+    """Decode files in a fixed shuffled order: the first of them are then of all classes, however few are taken."""
+    images = torch.empty(len(files), side, side, 3, dtype=torch.uint8)
+    labels = torch.empty(len(files), dtype=torch.long)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    for place, (file, label) in enumerate(files[number] for number in order):
+        images[place], labels[place] = _decode(Path(file), side), label
+    return Split(images, labels)
 
 
 def _decode(path: Path, side: int) -> Tensor:
@@ -184,10 +209,20 @@ def _decode(path: Path, side: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+            fitted = ImageOps.fit(_in_8_bits(image).convert("RGB"), (side, side), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error})") from error
     return torch.from_numpy(numpy.array(fitted))
+
+
+def _in_8_bits(image: Image) -> Image:
+    """A 16-bit grey image in 8 bits; any other as it is. PIL's own conversion takes all above 255 for white."""
+    import numpy
+    from PIL.Image import fromarray
+
+    if not image.mode.startswith("I"):
+        return image
+    return fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype(numpy.uint8))
 
 
 def _digits() -> Dataset:

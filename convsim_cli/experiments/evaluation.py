@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,14 @@ from convsim_cli.report import Record, feature_maps, layer_record
 
 BATCH_PIXELS = 1000 * 32 * 32  # of the images that are evaluated at once
 MAP_BATCH = 32  # images at once where feature maps are kept for their Gram product
-HEAT = 128  # filters along each axis of a layer's heat map, beyond which neighbours are averaged
+HEAT = 128  # filters along each axis of a layer's heat map, beyond which the largest of neighbours is kept
+
+Advance = Callable[[float], None]  # told how many steps were done since the last call
+Watch = Callable[[str, float], AbstractContextManager[Advance]]  # told what is being done, and in how many steps
+
+
+def _unwatched(_: str, __: float) -> AbstractContextManager[Advance]:
+    return nullcontext(lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -59,48 +68,81 @@ class Probe:
     top: int = 0
     heat: bool = False
 
-    def measure(self, source: Source, device: torch.device, advance: Callable[[int], None]) -> Report:
-        """Return the report of a source; `advance` is told of each layer.
+    def measure(self, source: Source, device: torch.device, progress: Watch = _unwatched) -> Report:
+        """Return the report of a source.
 
+        progress: told what is being done and in how many steps, gives what is called with the steps that were done.
         Raises InputError where there are no kernels or one holds NaN or Inf, where the network cannot be run on such
         inputs, and as `load_dataset` and `make_inputs`.
         """
         check_kernels(source.checkpoint, source.selection)
         report = Report([], {})
         if source.model is None:
-            self._check_synthetic()
+            self._measure_layers(report, source, device, progress)
+        else:
+            with redirect_stdout(sys.stderr):  # what a user's network prints is no data
+                self._measure_network(report, source, source.model.to(device), device, progress)
+        report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
+        return report
+
+    def _measure_layers(self, report: Report, source: Source, device: torch.device, progress: Watch) -> None:
+        self._check_synthetic()
+        with progress(f"measure {source.checkpoint.path}", len(source.selection.kernels)) as advance:
             for kernel in source.selection.kernels:
                 weight = source.checkpoint.load(kernel.name).to(device)
                 maps = probe_kernel(kernel, weight, self.name, self.samples, self.side, self.seed)
                 self._add(report, kernel, weight, maps)
                 advance(1)
-        else:
-            self._measure_network(report, source, source.model.to(device), device, advance)
-        report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
-        return report
 
     def _measure_network(
-        self, report: Report, source: Source, model: nn.Module, device: torch.device, advance: Callable[[int], None]
+        self, report: Report, source: Source, model: nn.Module, device: torch.device, progress: Watch
     ) -> None:
-        data = self._dataset()
+        path, kernels = source.checkpoint.path, source.selection.kernels
+        data = self._dataset(source.arch or "")
         images = self._inputs(model, source.arch or "", data)
         try:
-            batches = (batch.to(device) for batch in images.split(MAP_BATCH))
-            maps = feature_maps(model, source.selection.kernels, batches, source.names)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            with progress(f"feature maps of {path}", len(images)) as advance:
+                maps = feature_maps(model, kernels, _batches(images, device, advance), source.names)
+        except Exception as error:  # whatever a network's own code raises
             raise InputError(
                 f"--arch {source.arch}: does not run on inputs {list(images.shape)} "
-                f"({' '.join(str(error).split())[:160]}); try another --input-size or --input"
+                f"({' '.join(str(error).split())[:160] or type(error).__name__}); try another --input-size or --input"
             ) from error
-        for kernel in source.selection.kernels:
-            found = maps.pop(kernel.name)
-            self._add(report, kernel, source.checkpoint.load(kernel.name), found)
-            report.layers[-1]["calls"] = found.calls // -(-len(images) // MAP_BATCH)
-            advance(1)
+        with progress(f"measure {path}", len(kernels)) as advance:
+            for kernel in kernels:
+                found = maps.pop(kernel.name)
+                self._add(report, kernel, source.checkpoint.load(kernel.name), found)
+                report.layers[-1]["calls"] = found.calls // -(-len(images) // MAP_BATCH)
+                advance(1)
         report.notes.extend(_notes(report.layers))
         if data is not None:
+            with progress(f"test accuracy of {path}", len(data.test)) as advance:
+                self._classify(report, model, data, device, advance)
+
+    def _classify(
+        self, report: Report, model: nn.Module, data: Dataset, device: torch.device, advance: Advance
+    ) -> None:
+        """Add the test accuracy, or a note of why there is none."""
+
+        def forward(images: Tensor) -> Tensor:
+            logits = _logits(model(images), len(images), data.classes)
+            outputs.add(logits.shape[1])
+            advance(len(images))
+            return logits
+
+        outputs: set[int] = set()
+        try:
             with full_precision(device):
-                report.total["accuracy"] = evaluate(model, data, data.test, device, side=self.side)[1]
+                accuracy = evaluate(model, data, data.test, device, forward, side=self.side)[1]
+        except _NotLogitsError as error:
+            report.notes.append(f"no test accuracy: {error}")
+            return
+        report.total["accuracy"] = accuracy
+        report.notes.extend(
+            f"{count} outputs for {data.classes} classes: the first {data.classes} are taken for them"
+            for count in outputs
+            if count != data.classes
+        )
 
     def _add(self, report: Report, kernel: Kernel, weight: Tensor, maps: FeatureMapSimilarity) -> None:
         record = layer_record(kernel, weight, maps.result())
@@ -110,7 +152,7 @@ class Probe:
         if self.heat and record["fm_cos"] is not None:
             matrix = maps.matrix().cpu()
             side = min(HEAT, matrix.shape[-1])
-            report.heat[kernel.name] = nn.functional.adaptive_avg_pool2d(matrix, side)
+            report.heat[kernel.name] = nn.functional.adaptive_max_pool2d(matrix, side)
 
     def _check_synthetic(self) -> None:
         if self.name not in PROBES:
@@ -118,15 +160,17 @@ class Probe:
             hint = "needs --arch: a checkpoint alone is probed layer by layer" if known else ""
             raise InputError(f"--input {self.name}: {hint or did_you_mean(self.name, (*PROBES, *datasets.NAMES))}")
 
-    def _dataset(self) -> Dataset | None:
+    def _dataset(self, arch: str) -> Dataset | None:
         """The labelled images to take, or None for synthetic ones and a folder of images."""
-        if self.name in PROBES or Path(self.name).is_dir():
+        labelled = self.name in datasets.NAMES or self.name.startswith("folder:")
+        if self.name in PROBES or (not labelled and Path(self.name).is_dir()):
             return None
-        if self.name not in datasets.NAMES and not self.name.startswith("folder:"):
+        if not labelled:
             raise InputError(
                 f"--input {self.name!r}: {did_you_mean(self.name, (*PROBES, *datasets.NAMES))}, or a folder"
             )
-        return load_dataset(self.name, self.data_dir, self.side or OTHER_SIDE, self.mean, self.std)
+        side = self.side or (BUILT_IN_SIDE if is_built_in(arch) else OTHER_SIDE)
+        return load_dataset(self.name, self.data_dir, side, self.mean, self.std, test_only=True)
 
     def _inputs(self, model: nn.Module, arch: str, data: Dataset | None) -> Tensor:
         if data is not None:
@@ -158,7 +202,7 @@ def evaluate(
     forward = forward or model
     model.eval()
     totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    with torch.inference_mode():
+    with torch.no_grad():  # a network may keep a tensor of this for its training
         ours = Split(processes.share(split.images), processes.share(split.labels))
         height, width = split.images.shape[1:3]
         batch = max(1, BATCH_PIXELS // (side * side if side else height * width))
@@ -169,6 +213,27 @@ def evaluate(
             totals[1] += (logits.argmax(1) == labels).sum()
     loss, correct = processes.add_up(totals).tolist()
     return loss / len(split), 100 * correct / len(split)
+
+
+def _batches(images: Tensor, device: torch.device, advance: Advance) -> Iterator[Tensor]:
+    for batch in images.split(MAP_BATCH):
+        yield batch.to(device)
+        advance(len(batch))
+
+
+class _NotLogitsError(Exception):
+    """What a network gives cannot be compared with labels."""
+
+
+def _logits(output: Any, images: int, classes: int) -> Tensor:
+    """Return a network's output where it is logits `[images, ≥ classes]`. Raises _NotLogitsError."""
+    if not isinstance(output, Tensor):
+        raise _NotLogitsError(f"the network gives a {type(output).__name__}, not logits [images, {classes}]")
+    if output.ndim != 2 or len(output) != images:
+        raise _NotLogitsError(f"for {images} images the network gives {list(output.shape)}, not [{images}, {classes}]")
+    if output.shape[1] < classes:
+        raise _NotLogitsError(f"{output.shape[1]} outputs for {classes} classes")
+    return output
 
 
 def resize(images: Tensor, side: int | None) -> Tensor:

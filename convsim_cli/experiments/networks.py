@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convsim_cli.checkpoint import Checkpoint
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.experiments.libraries import find_network
+from convsim_cli.kernels import FLOATING
 
 NAMES = ("cnn1", "cnn2", "cnn:WIDTH", "resnet18", "torchvision:NAME", "timm:NAME", "package.module:callable")
 CLASSES = 10  # of the built-in networks, unless given
+_USUAL = ("", "module.", "model.")  # prefixes of plain files and of the usual wrappers
+_COUNTER = "num_batches_tracked"  # of batch normalisation: files may do without
 BUILT_IN_SIDE, OTHER_SIDE = 32, 224  # pixels along each axis of the images that networks are usually given
 
 
@@ -28,7 +31,7 @@ def build_network(name: str, classes: int | None = None, seed: int = 0) -> nn.Mo
     make = find_network(name) or _find(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(classes)
+        return make(classes).float()  # networks in half or double precision are measured and trained in float32
 
 
 def is_built_in(name: str) -> bool:
@@ -36,36 +39,46 @@ def is_built_in(name: str) -> bool:
     return name.startswith("cnn:") or ":" not in name
 
 
-def match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
     """Return model name → file name for every tensor of a network.
 
-    A common prefix in the file, such as `module.`, is found by itself. Raises InputError that lists what is missing
-    and what has another shape (got and expected).
+    A common prefix in the file, such as `module.`, is found by itself; a parameter that the file holds under another of
+    its names is found there. arch: what to call the network. What the file holds beyond the network, and prefixes that
+    would have fitted as well, are added to the checkpoint's `note`. Raises InputError that lists what is missing, what
+    has another shape (got and expected), and the first tensor that is no floating one where a floating one goes.
     """
-    state = model.state_dict()
-    prefix = _common_prefix(state, checkpoint.tensors)
-    missing = [
-        name for name in state if prefix + name not in checkpoint.tensors and not name.endswith("num_batches_tracked")
-    ]
-    shared = [name for name in state if prefix + name in checkpoint.tensors]
-    shapes = {name: checkpoint.tensors[prefix + name].shape for name in shared}
+    state, tensors = model.state_dict(), checkpoint.tensors
+    prefix, *others = _common_prefixes(state, tensors)
+    names = _places(model, state, prefix, tensors)
+    missing = [name for name in state if name not in names and not name.endswith(_COUNTER)]
     wrong = [
-        f"{n} is {list(shapes[n])}, expected {list(state[n].shape)}"
-        for n in shared
-        if shapes[n] != tuple(state[n].shape)
+        f"{ours} is {list(tensors[theirs].shape)}, expected {list(state[ours].shape)}"
+        for ours, theirs in names.items()
+        if tensors[theirs].shape != tuple(state[ours].shape)
     ]
+    unexpected = _unexpected(tensors, prefix, {*names.values(), *(prefix + name for name in state)}, others)
     if missing or wrong:
-        unexpected = [name for name in checkpoint.tensors if name not in {prefix + name for name in state}]
         said = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
         said += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
         said += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
         raise InputError(f"{checkpoint.path}: does not fit --arch: {'; '.join(said)}")
-    return {name: prefix + name for name in shared}
+    _refuse_codes(state, names, checkpoint)
+    if others:
+        fit = ", ".join(other or "no prefix" for other in others)
+        took = f"took the tensors under {prefix}" if prefix else "took the tensors without a prefix"
+        _note(checkpoint, f"{checkpoint.path}: {took}; those under {fit} would fit as well")
+    if unexpected:
+        _note(
+            checkpoint,
+            f"{checkpoint.path}: --arch{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
+            f"({_some(unexpected)}); they are left as they are",
+        )
+    return names
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
     """Copy a checkpoint's tensors into a network and return `match_names`, whose errors it raises."""
-    names = match_names(model, checkpoint)
+    names = match_names(model, checkpoint, arch)
     model.load_state_dict({ours: checkpoint.load(theirs) for ours, theirs in names.items()}, strict=False)
     return names
 
@@ -110,12 +123,57 @@ def _resnet18(classes: int) -> nn.Module:
     return model
 
 
-def _common_prefix(state: Mapping[str, object], names: Mapping[str, object]) -> str:
-    """The prefix under which most of a network's names are found in a file."""
-    found = Counter(
-        name.removesuffix(ours) for ours in state for name in names if name == ours or name.endswith("." + ours)
-    )
-    return found.most_common(1)[0][0] if found else ""
+def _common_prefixes(state: Mapping[str, object], tensors: Mapping[str, object]) -> list[str]:
+    """The prefix under which most of a network's names are found in a file, and those that would do as well.
+
+    Of several, the plain ones and those of wrappers come first, and averaged copies (EMA) last.
+    """
+    found: Counter[str] = Counter()
+    for name in tensors:
+        starts = [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
+        found.update(name[:start] for start in starts if name[start:] in state and not name.endswith(_COUNTER))
+    most = max(found.values(), default=0)
+    best = [prefix for prefix, count in found.items() if count == most]
+    return sorted(best, key=lambda prefix: (prefix not in _USUAL, "ema" in prefix.lower())) or [""]
+
+
+def _places(
+    model: nn.Module, state: Mapping[str, object], prefix: str, tensors: Mapping[str, object]
+) -> dict[str, str]:
+    """Where each of a network's tensors is in a file; a parameter of several names may be under any of them."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    places = {id(tensor): prefix + name for name, tensor in named if prefix + name in tensors}
+    elsewhere = {name: places[id(tensor)] for name, tensor in named if id(tensor) in places}
+    found = {name: prefix + name if prefix + name in tensors else elsewhere.get(name) for name in state}
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def _unexpected(tensors: Iterable[str], prefix: str, expected: Container[str], others: Iterable[str]) -> list[str]:
+    """What a file holds under a prefix beyond a network's tensors, and apart from the copies under other prefixes."""
+    copies = tuple(other for other in others if other)
+    return [
+        name
+        for name in tensors
+        if name.startswith(prefix)
+        and name not in expected
+        and not name.endswith(_COUNTER)
+        and not (copies and name.startswith(copies))
+    ]
+
+
+def _refuse_codes(state: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raise InputError where a file holds the codes of a quantised weight: copied, they would be taken for weights."""
+    types = {
+        theirs: checkpoint.tensors[theirs].dtype for ours, theirs in names.items() if state[ours].is_floating_point()
+    }
+    codes = [name for name, kind in types.items() if kind not in FLOATING]
+    if codes:
+        more = f", and {len(codes) - 1} others like it" if codes[1:] else ""
+        raise InputError(f"{checkpoint.path}: {codes[0]} is {types[codes[0]]}: dequantise it first{more}")
+
+
+def _note(checkpoint: Checkpoint, line: str) -> None:
+    checkpoint.note = f"{checkpoint.note}\n{line}" if checkpoint.note else line
 
 
 def _some(items: list[str]) -> str:

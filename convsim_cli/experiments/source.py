@@ -36,12 +36,17 @@ def open_source(
     """Open a checkpoint, a network by name, or a checkpoint into a network.
 
     Raises CheckpointError for a file that cannot be read, InputError for an unknown network, a checkpoint that does
-    not fit it, patterns that match nothing, or neither path nor arch.
+    not fit it, patterns that match nothing, neither path nor arch, classes without arch, or a key without a path.
     """
     patterns = patterns or Patterns()
+    if path is None and arch is None:
+        raise InputError("name a CHECKPOINT, or a fresh network with --arch")
+    if key is not None and path is None:
+        raise InputError(f"--key {key}: chooses among the dictionaries of a CHECKPOINT; name one")
+    if classes is not None and arch is None:
+        raise InputError(f"--num-classes {classes}: is of the --arch network; name one")
     if arch is None:
-        if path is None:
-            raise InputError("name a CHECKPOINT, or a fresh network with --arch")
+        assert path is not None
         checkpoint = open_checkpoint(path, key)
         return Source(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
     if patterns.groups or patterns.transposed:
@@ -51,5 +56,5 @@ def open_source(
         checkpoint = StateDict(Path(arch), model.state_dict())
         return Source(checkpoint, module_kernels(model, patterns), model, arch)
     checkpoint = open_checkpoint(path, key)
-    names = load_weights(model, checkpoint)
+    names = load_weights(model, checkpoint, arch)
     return Source(checkpoint, module_kernels(model, patterns, names), model, arch, names)

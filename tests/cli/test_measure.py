@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Convsim
 from safetensors.torch import save_file
+from torch import nn
 
 from convsim_cli import measure
+from convsim_cli.experiments.datasets import load_dataset
+from convsim_cli.experiments.evaluation import evaluate
 from convsim_cli.experiments.networks import build_network
 from convsim_cli.probes import make_inputs
 
@@ -241,6 +246,9 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
         (["--arch", "cnn:4", "--input", "cifar1"], "did you mean 'cifar10'?"),
         (["--arch", "cnn:4", "--mean", "0.5"], "--mean '0.5': expected three numbers, for instance 0.485,0.456,0.406"),
         (["--arch", "cnn:4", "--std", "1,1,0"], "--std '1,1,0': expected numbers above 0"),
+        (["--arch", "cnn:4", "--input", "digits", "--std", "1,nan,1"], "--std '1,nan,1': expected finite numbers"),
+        (["--arch", "cnn:4", "--mean", "1,1,1"], "--mean and --std normalise images: --input white has none"),
+        (["--arch", "cnn:4", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png"),
         (["m.safetensors", "--key", "ema"], "--key ema: m.safetensors is no pickle"),
         (["m.safetensors", "--input", "folder:x"], "needs --arch"),
         (["--arch", "cnn:4", "--input", "folder:nowhere"], "nowhere: expected a folder of images for each class"),
@@ -254,3 +262,146 @@ def test_mistakes_are_one_line_that_helps(
     outcome = convsim("measure", *arguments)
     assert outcome.code == 2
     assert message in outcome.error
+
+
+HEADS = """
+from torch import nn
+
+class Dictionary(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3))
+
+    def forward(self, images):
+        return {"out": super().forward(images)}
+
+def maps():
+    return nn.Conv2d(3, 4, 3)
+
+def head(count):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, count))
+
+def few():
+    return head(2)
+
+def many():
+    return head(12)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        ("Dictionary", "no test accuracy: the network gives a dict, not logits [images, 10]"),
+        ("maps", "no test accuracy: for 360 images the network gives [360, 4, 30, 30], not [360, 10]"),
+        ("few", "no test accuracy: 2 outputs for 10 classes"),
+        ("many", "12 outputs for 10 classes: the first 10 are taken for them"),
+    ],
+)
+def test_outputs_that_labels_cannot_be_compared_with_leave_the_report(
+    arch: str, said: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heads.py").write_text(HEADS)
+    found = convsim("measure", "--arch", f"heads:{arch}", "--input", "digits", "--input-size", 32, "--json")
+    assert found.code == 0, found.err
+    assert said in found.err
+    assert found.document["layers"][0]["fm_cos"] is not None
+    assert ("accuracy" in found.document["total"]) == (arch == "many")
+
+
+def test_a_folder_here_with_the_name_of_a_data_set_does_not_stand_before_it(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert "accuracy" in convsim("measure", "--arch", "cnn:4", "--input", "digits", "--json").document["total"]
+
+
+def test_built_in_networks_take_a_folders_images_at_32_pixels(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    from convsim_cli.experiments import datasets
+
+    decode, sides = datasets._decode, []
+    monkeypatch.setattr(datasets, "_decode", lambda path, side: sides.append(side) or decode(path, side))
+    for kind in ("cat", "dog"):
+        (tmp_path / kind).mkdir()
+        Image.effect_noise((40, 30), 64).save(tmp_path / kind / "x.png")
+    assert convsim("measure", "--arch", "cnn:4", "--input", f"folder:{tmp_path}").code == 0
+    assert sides == [32]
+
+
+def test_files_whose_names_differ_by_a_prefix_are_paired_and_others_are_said_to_have_nothing_in_common(
+    tmp_path: Path, convsim: Convsim
+) -> None:
+    names = ("features.0.weight", "features.3.weight")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("plain", "wrapped", "foreign")]
+    for path, form in zip(paths, ("{}", "module.{}", "{}.other"), strict=True):
+        save_file({form.format(name): torch.randn(4, 3, 3, 3) for name in names}, path)
+    rows = convsim("measure", *paths[:2]).rows
+    assert [row["name"] for row in rows] == ["features.0.weight", f"module.{names[0]}", names[1], f"module.{names[1]}"]
+    assert all(row["ncs_change"] for row in rows[1::2])
+    outcome = convsim("measure", *paths[::2], "-q")
+    assert f"warning: {paths[2]}: has no layer in common with {paths[0]}" in outcome.err
+
+
+def test_csv_with_the_most_similar_pairs_is_one_table_of_them(tmp_path: Path, convsim: Convsim) -> None:
+    make(tmp_path / "m.safetensors")
+    found = list(csv.DictReader(io.StringIO(convsim("measure", tmp_path / "m.safetensors", "--csv", "--top", 2).out)))
+    assert [row["name"] for row in found] == ["a.weight", "a.weight", "b.weight", "b.weight"]
+    assert set(found[0]) == {"name", "filter", "most_similar_to", "cos"}
+
+
+def test_a_heat_map_of_many_filters_keeps_its_similar_pairs(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convsim_cli.experiments import plots
+
+    drawn = {}
+    draw = plots.draw_heat
+    monkeypatch.setattr(
+        plots, "draw_heat", lambda heat, cosines, title: drawn.update(heat, title=title) or draw(heat, cosines, title)
+    )
+    weight = torch.randn(512, 1, 3, 3)
+    weight[300] = weight[7]
+    save_file({"a.weight": weight}, tmp_path / "m.safetensors")
+    assert convsim("measure", tmp_path / "m.safetensors", "--samples", 1, "--plot", tmp_path / "x.png").code == 0
+    assert drawn["a.weight"].shape == (1, 128, 128)
+    assert drawn["a.weight"][0, 1, 75] > 0.999
+    assert "of more than 128 filters, the largest of neighbours" in drawn["title"]
+
+
+def test_the_pass_for_the_test_accuracy_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, convsim: Convsim) -> None:
+    from convsim_cli.cli.console import Console
+
+    steps: dict[str, float] = {}
+
+    @contextmanager
+    def progress(_: Console, description: str, total: float) -> Iterator[Callable[[float], None]]:
+        done: list[float] = []
+        yield done.append
+        assert sum(done) == total
+        steps[description] = total
+
+    monkeypatch.setattr(Console, "progress", progress)
+    assert convsim("measure", "--arch", "cnn:4", "--input", "digits").code == 0
+    assert steps == {"feature maps of cnn:4": 16, "measure cnn:4": 4, "test accuracy of cnn:4": 360}
+
+
+def test_what_a_network_keeps_from_being_evaluated_can_be_trained_with() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.kept = nn.Linear(3, 10), torch.empty(0)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if not self.kept.numel():
+                self.kept = images.new_ones(1)
+            return self.layer(images.mean((2, 3))) * self.kept
+
+    model, data = Keeping(), load_dataset("digits", Path()).limited(1, 4)
+    evaluate(model, data, data.test, torch.device("cpu"))
+    model(data.normalise(data.test.images)).sum().backward()
+    assert model.layer.weight.grad is not None

@@ -162,8 +162,39 @@ def test_a_folder_of_classes_is_decoded_once_to_the_size_asked_for(tmp_path: Pat
     assert (data.classes, len(data.train), len(data.test)) == (2, 8, 2)
     assert data.train.images.shape == (8, 24, 24, 3)
     assert data.train.images.dtype == torch.uint8
-    assert data.train.labels.tolist() == [0] * 4 + [1] * 4  # the first and the sixth are for testing
-    assert data.train.images[-1, 0, 0].tolist() == [50, 3, 7]
+    assert sorted(data.train.labels.tolist()) == [0] * 4 + [1] * 4  # the first and the sixth are for testing
+    corners = [tuple(image[0, 0].tolist()) for image in data.train.images]
+    seen = dict(zip(corners, data.train.labels.tolist(), strict=True))
+    assert seen[50, 3, 7] == 1
+    assert seen[0, 1, 7] == 0
+    assert (0, 0, 7) not in seen
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes_and_the_same_every_time(tmp_path: Path) -> None:
+    make_images(tmp_path, {"cat": 20, "dog": 20})
+    first, again = (load_dataset(f"folder:{tmp_path}", Path(), side=4).limited(8, 4) for _ in range(2))
+    assert set(first.train.labels.tolist()) == set(first.test.labels.tolist()) == {0, 1}
+    assert torch.equal(first.train.images, again.train.images)
+
+
+def test_training_images_that_nobody_asked_for_are_not_decoded(tmp_path: Path) -> None:
+    make_images(tmp_path / "train", {"cat": 2})
+    make_images(tmp_path / "val", {"cat": 2})
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(b"torn")
+    data = load_dataset(f"folder:{tmp_path}", Path(), side=4, test_only=True)
+    assert (len(data.train), len(data.test)) == (0, 2)
+    with pytest.raises(InputError, match="not a readable image"):
+        load_dataset(f"folder:{tmp_path}", Path(), side=4)
+
+
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "cat").mkdir()
+    shades = numpy.tile(numpy.array([0, 300, 32768, 65535], numpy.uint16), (4, 1))
+    Image.fromarray(shades).save(tmp_path / "cat" / "x.png")
+    images = load_dataset(f"folder:{tmp_path}", Path(), side=4).test.images
+    assert images[0, 0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_folders_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -171,7 +202,7 @@ def test_folders_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     make_images(tmp_path / "val", {"cat": 1, "dog": 1}, shade=9)
     data = load_dataset(f"folder:{tmp_path}", Path())
     assert (len(data.train), len(data.test)) == (5, 2)
-    assert data.test.images[0, 0, 0].tolist() == [9, 0, 7]
+    assert sorted(image[0, 0].tolist() for image in data.test.images) == [[9, 0, 7], [59, 0, 7]]
     make_images(tmp_path / "other" / "train", {"cat": 1, "dog": 1})
     make_images(tmp_path / "other" / "test", {"cat": 1, "elk": 1})
     with pytest.raises(InputError, match=r"its classes \(cat, elk, …\) are not those"):

@@ -52,6 +52,45 @@ MINE = textwrap.dedent("""
 
     def number():
         return 3
+
+    def fails():
+        raise RuntimeError("my own\\nfailure")
+
+    def takes(width):
+        return nn.Conv2d(3, width, 3)
+
+    def lazily():
+        from beside import net
+        return net()
+
+    def prints():
+        print("building")
+        return Printing()
+
+    class Printing(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 8, 3))
+
+        def forward(self, images):
+            print("forward")
+            return self[0](images)
+
+    class Asserting(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 8, 3)
+
+        def forward(self, images):
+            assert images.shape[-1] == 5, "expected 5 pixels"
+
+    class Lazy(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.LazyConv2d(8, 3))
+
+    def half():
+        return nn.Sequential(nn.Conv2d(3, 8, 3)).half()
+
+    def double():
+        return nn.Sequential(nn.Conv2d(3, 8, 3)).double()
 """)
 
 NAMES = (
@@ -80,7 +119,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MINE)
     yield
-    sys.modules.pop("mine", None)
+    for name in ("mine", "beside"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("arch", NAMES)
@@ -146,9 +186,22 @@ def test_a_users_network_repeats_with_its_seed() -> None:
         ("mine:Unet", "mine has no callable Unet; did you mean 'UNet'"),
         ("mine:number", "gives a int; expected a torch.nn.Module"),
         ("resnet19", "unknown network 'resnet19': did you mean 'resnet18'"),
+        ("mine:fails", "--arch mine:fails: calling fails raised RuntimeError: my own failure"),
+        ("mine:takes", "calling takes raised TypeError: takes() missing 1 required positional argument: 'width'"),
+        ("mine:Asserting", "does not run on inputs [16, 3, 224, 224] (expected 5 pixels)"),
+        ("mine:Lazy", "--arch mine:Lazy: has lazy layers without weights; run it on an input once"),
+        ("torn:net", "--arch torn:net: importing torn raised SyntaxError: "),
+        ("wrong:net", "--arch wrong:net: importing wrong raised KeyError: 'x'"),
+        ("leaves:net", "--arch leaves:net: importing leaves raised SystemExit"),
+        ("./mine.py:UNet", "write mine:UNet"),
+        ("mine.py:UNet", "write mine:UNet"),
+        ("sub/mine:UNet", "write sub.mine:UNet"),
+        ("torchvison:resnet18", "cannot import torchvison (No module named 'torchvison'); did you mean torchvision:"),
     ],
 )
 def test_a_wrong_name_is_one_line_that_helps(arch: str, message: str, convsim: Convsim) -> None:
+    for name, text in (("torn", "def net(:"), ("wrong", "raise KeyError('x')"), ("leaves", "raise SystemExit")):
+        Path(f"{name}.py").write_text(text)
     outcome = convsim("measure", "--arch", arch)
     assert outcome.code == 2
     assert message in outcome.error
@@ -164,7 +217,7 @@ def test_without_timm_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "timm", None)
     outcome = convsim("init", "--arch", "timm:resnet18", "-o", "x.safetensors")
     assert outcome.code == 2
-    assert "pip install 'convsim[timm]'" in outcome.error
+    assert "not installed: pip install timm" in outcome.error
 
 
 def test_a_checkpoint_of_another_network_is_one_line_that_lists_what_does_not_fit(convsim: Convsim) -> None:
@@ -179,3 +232,34 @@ def test_inputs_that_a_network_cannot_take_are_one_line(convsim: Convsim) -> Non
     outcome = convsim("measure", "--arch", "torchvision:squeezenet1_1", "--input-size", 4)
     assert outcome.code == 2
     assert "--arch torchvision:squeezenet1_1: does not run on inputs [16, 3, 4, 4]" in outcome.error
+
+
+def test_the_users_callable_imports_from_the_current_folder_and_prints_beside_the_document(convsim: Convsim) -> None:
+    Path("beside.py").write_text("from mine import prints as net")
+    found = convsim("measure", "--arch", "mine:lazily", "--input-size", 8, "--json")
+    assert found.code == 0, found.err
+    assert len(found.document["layers"]) == 1
+    assert "building" in found.err
+    assert "forward" in found.err
+
+
+@pytest.mark.parametrize("arch", ["mine:half", "mine:double"])
+def test_networks_in_other_precisions_are_measured_in_float32(arch: str, convsim: Convsim) -> None:
+    found = convsim("measure", "--arch", arch, "--input-size", 8, "--samples", 2, "--json")
+    assert found.code == 0, found.err
+    assert found.document["layers"][0]["fm_cos"] > 0
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_auxiliary_logits_are_built_without_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    taken = {}
+    monkeypatch.setattr(models, "get_model_builder", lambda _: lambda **options: taken.update(options) or nn.Identity())
+    build_network(f"torchvision:{name}")
+    assert taken == {"aux_logits": False}
+
+
+def test_a_list_of_known_names_is_cut_short() -> None:
+    with pytest.raises(InputError, match=r"known are (\w+, ){12}… \(\d+ in all\)$"):
+        find_network("torchvision:zzzzzz")

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Convsim
+from torch import nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.experiments.networks import build_network, count_parameters, load_weights
@@ -78,3 +80,62 @@ def test_every_convolution_of_resnet18_forms_pairs() -> None:
     selection = module_kernels(build_network("resnet18"))
     assert len(selection.kernels) == 20
     assert not selection.skipped
+
+
+def test_a_file_of_a_larger_network_is_loaded_with_a_warning_even_when_quiet(tmp_path: Path, convsim: Convsim) -> None:
+    larger = build_network("torchvision:resnet34", classes=10)
+    torch.save(larger.state_dict(), tmp_path / "r34.pt")
+    how = ("--arch", "torchvision:resnet18", "--num-classes", 10)
+    outcome = convsim("init", tmp_path / "r34.pt", *how, "--dry-run", "-q", "--include", "conv1*")
+    assert outcome.code == 0
+    said = "--arch torchvision:resnet18 has no place for 80 of its tensors (layer1.2.conv1.weight, "
+    assert f"convsim: warning: {tmp_path / 'r34.pt'}: {said}" in outcome.err
+    assert "they are left as they are" in outcome.err
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_quantised_weights_are_not_taken_for_weights(
+    dtype: torch.dtype, tmp_path: Path, convsim: Convsim
+) -> None:
+    state = {
+        name: tensor.to(dtype) if tensor.ndim == 4 else tensor
+        for name, tensor in build_network("cnn:4").state_dict().items()
+    }
+    torch.save(state, tmp_path / "codes.pt")
+    kind = str(dtype).removeprefix("torch.")
+    for command in (("measure",), ("init", "--iterations", 1)):
+        outcome = convsim(*command, tmp_path / "codes.pt", "--arch", "cnn:4")
+        assert outcome.code == 2
+        assert f"0.weight is {kind}: dequantise it first, and 3 others like it" in outcome.error
+
+
+def test_of_copies_under_several_prefixes_the_average_is_not_taken_and_the_choice_is_said() -> None:
+    source, average, target = (build_network("cnn:4", seed=seed) for seed in (1, 2, 3))
+    state = {f"ema_model.{name}": tensor for name, tensor in average.state_dict().items()}
+    state |= {f"online.{name}": tensor for name, tensor in source.state_dict().items()}
+    checkpoint = StateDict(Path("file"), state)
+    assert load_weights(target, checkpoint)["0.weight"] == "online.0.weight"
+    assert checkpoint.note == "file: took the tensors under online.; those under ema_model. would fit as well"
+    checkpoint = StateDict(Path("file"), state | source.state_dict())
+    assert load_weights(target, checkpoint)["0.weight"] == "0.weight"
+    assert checkpoint.note is not None
+    assert "took the tensors without a prefix; those under " in checkpoint.note
+
+
+def test_a_tied_weight_may_be_in_the_file_under_one_of_its_names() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    model[1].weight = model[0].weight
+    state = {f"model.{name}": torch.rand_like(tensor) for name, tensor in model.state_dict().items()}
+    del state["model.0.weight"]
+    names = load_weights(model, StateDict(Path("file"), state))
+    assert names["0.weight"] == names["1.weight"] == "model.1.weight"
+    assert torch.equal(model[0].weight, state["model.1.weight"])
+    assert [kernel.name for kernel in module_kernels(model, names=names).kernels] == ["model.1.weight"]
+
+
+def test_an_option_that_would_do_nothing_is_refused(tmp_path: Path, convsim: Convsim) -> None:
+    torch.save(build_network("cnn:4").state_dict(), tmp_path / "model.pt")
+    outcome = convsim("measure", tmp_path / "model.pt", "--num-classes", 5)
+    assert "--num-classes 5: is of the --arch network; name one" in outcome.error
+    outcome = convsim("measure", "--arch", "cnn:4", "--key", "ema")
+    assert "--key ema: chooses among the dictionaries of a CHECKPOINT; name one" in outcome.error
