@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from typing import Annotated
@@ -74,7 +76,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the encoding has no ×
-    sys.exit(run(sys.argv[1:]))
+    warnings.showwarning = _show_warning
+    code = run(sys.argv[1:])
+    if code == 130:  # whatever was cut short, a library's import for one, would have its say at the interpreter's end
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    say(f"convsim: warning: {' '.join(str(message).split())}")
 
 
 def run(arguments: list[str]) -> int:

@@ -12,6 +12,7 @@ import fcntl
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from convsim_cli.errors import BusyError, InputError, did_you_mean
 from convsim_cli.experiments.datasets import Dataset, load_dataset, parse_channels
 from convsim_cli.experiments.networks import (
     BUILT_IN_SIDE,
+    CLASSES,
     OTHER_SIDE,
     build_network,
     count_parameters,
@@ -171,7 +173,7 @@ def load_inputs(arguments: Arguments) -> Dataset:
     Raises InputError.
     """
     arguments.check()
-    build_network(arguments.arch)
+    build_network(arguments.arch, CLASSES)  # an unknown one shows before a data set is fetched
     dataset = _load(arguments)
     check_network(arguments, dataset)
     return dataset
@@ -288,9 +290,9 @@ def _try(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
     """Raise InputError for a network that cannot classify the images, or not train on the last batch."""
     images = dataset.normalise(dataset.test.images[:1])
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model.eval()(images)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # whatever a network asserts or runs into
         raise InputError(
             f"--arch {arguments.arch}: does not run on images {list(images.shape)} of {arguments.dataset} "
             f"({' '.join(str(error).split())[:160]})"
@@ -304,7 +306,7 @@ def _try(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
     last = len(dataset.train) % arguments.batch_size or arguments.batch_size
     if last // arguments.processes <= 1:
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 model.train()(images)
         except ValueError as error:  # batch normalisation of a single value
             raise InputError(
@@ -317,7 +319,10 @@ def network_with_weights(arguments: Arguments, classes: int) -> nn.Module:
     """Return the fresh network of a run, with the tensors of its `weights` file where it names one."""
     model = build_network(arguments.arch, classes, arguments.seed)
     if arguments.weights:
-        load_weights(model, open_checkpoint(Path(arguments.weights)))
+        checkpoint = open_checkpoint(Path(arguments.weights))
+        load_weights(model, checkpoint, arguments.arch)
+        for line in (checkpoint.note or "").splitlines():
+            warnings.warn(line, stacklevel=2)
     return model
 
 

@@ -149,3 +149,31 @@ def test_cells_and_durations_read_as_people_write_them() -> None:
     assert [duration(seconds) for seconds in (0.4, 59, 61, 3700)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
     assert shape([64, 3, 3]) == "64×3×3"
     assert printable("a\tb\x1b") == "a\\tb\\x1b"
+
+
+CUT_SHORT = """
+import sys
+import convsim_cli.cli
+def cut_short(*_, **__):
+    exec("raise KeyboardInterrupt")  # as where dataclasses and others make code while a library is imported
+convsim_cli.cli.app = cut_short
+convsim_cli.cli.main()
+"""
+
+
+def test_an_interruption_ends_with_130_wherever_it_comes() -> None:
+    ended = subprocess.run([sys.executable, "-c", CUT_SHORT], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "convsim: interrupted\n")
+
+
+WARNED = """
+import sys, warnings
+import convsim_cli.cli
+convsim_cli.cli.app = lambda *_, **__: warnings.warn("two\\nlines")
+convsim_cli.cli.main()
+"""
+
+
+def test_a_warning_of_a_library_is_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "convsim: warning: two lines\n")
