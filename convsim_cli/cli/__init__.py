@@ -76,7 +76,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the encoding has no ×
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     code = run(sys.argv[1:])
     if code == 130:  # whatever was cut short, a library's import for one, would have its say at the interpreter's end
         for stream in (sys.stdout, sys.stderr):

@@ -161,8 +161,11 @@ convsim_cli.cli.main()
 """
 
 
-def test_an_interruption_ends_with_130_wherever_it_comes() -> None:
-    ended = subprocess.run([sys.executable, "-c", CUT_SHORT], capture_output=True, text=True, check=False)
+def test_an_interruption_ends_with_130_wherever_it_comes(tmp_path: Path) -> None:
+    (tmp_path / "cut_short.py").write_text(CUT_SHORT)
+    command = [sys.executable, "-m", "cut_short"]  # with -m, Python would end itself by a signal
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=path)
     assert (ended.returncode, ended.stderr) == (130, "convsim: interrupted\n")
 
 
