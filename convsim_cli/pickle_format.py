@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
@@ -28,7 +27,7 @@ class PickledCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, key: str | None = None) -> None:
-        self._zipped = zipfile.is_zipfile(path)
+        self._zipped = _is_zip(path)
         self._root = _unpickle(path, self._zipped)
         found = sorted(_state_dicts(self._root), key=lambda item: _preference(*item))
         if not found:
@@ -91,6 +90,12 @@ class _Stream:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _is_zip(path: Path) -> bool:
+    """Tell the formats apart as torch does, by the first bytes: what is damaged further on is for it to refuse."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _unpickle(path: Path, zipped: bool) -> Any:

@@ -181,6 +181,18 @@ def test_mutated_pickles_are_read_or_refused_in_one_line(tmp_path: Path, zipped:
             assert "\n" not in str(error), seed
 
 
+def test_a_zip_that_only_python_would_refuse_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a.weight": torch.randn(4, 3, 3, 3)}, path)
+    whole = bytearray(path.read_bytes())
+    locator = whole.rindex(b"PK\x06\x07")  # of the zip64 directory: the number of its disk is next
+    whole[locator + 4] = 1
+    path.write_bytes(whole)
+    with pytest.raises(zipfile.BadZipFile):
+        zipfile.is_zipfile(path)
+    assert list(read_all(path).tensors) == ["a.weight"]
+
+
 class Payload:
     """What a malicious pickle does on being loaded."""
 
