@@ -2,18 +2,18 @@
 
 glibc gives every block above 32 MiB back to the system as soon as it is freed, and keeps the others. A step of CNN1 at
 batch 512 frees and takes several of 150 MB, so that the system clears the same pages again and again: a third of a
-step's time. `init`, on the other hand, is done with a layer's blocks for good, and the next layer's need not fit into
-the holes.
+step's time. `init`, on the other hand, takes a few blocks for each layer and is then done with them: those that were
+kept would be beside those of the next layer, of another size.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
-from functools import cache
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_LARGE = 1 << 20  # bytes
 
 
 def keep_freed_memory() -> bool:
@@ -25,13 +25,14 @@ def keep_freed_memory() -> bool:
     return library is not None and bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, -1))
 
 
-def release_freed_memory() -> None:
-    """Give what has been freed back to the system now. Only glibc can be told."""
+def return_freed_memory() -> bool:
+    """Give every block of a megabyte or more back to the system once it is freed, and return whether that could be set.
+
+    Only glibc can be told.
+    """
     library = _glibc()
-    if library is not None:
-        library.malloc_trim(0)
+    return library is not None and bool(library.mallopt(_MMAP_THRESHOLD, _LARGE))
 
 
-@cache
 def _glibc() -> Any:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.graph import repeated
 from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_parametrised, weight_of
-from convsim_cli.memory import release_freed_memory
 from convsim_cli.precision import full_precision
 from convsim_cli.report import Record, describe, is_finite, kernel_figures
 from convsim_cli.similarity import Taps, similarity, similarity_gradient
@@ -110,13 +109,11 @@ def minimize_kernel(
     weight: as stored, untouched. Half types are minimised in float32 and cast back. Raises InputError, DivergedError.
     """
     before = _figures(kernel, weight)
-    release_freed_memory()
     filters = _own_filters(kernel, weight)
     with full_precision(weight.device):
         minimize_filters_(filters, kernel.taps, how, kernel.name, advance)
     minimised = kernel.to_stored(filters, weight.dtype)
     del filters  # a layer less while the figures are computed
-    release_freed_memory()
     if not is_finite(minimised):
         raise DivergedError(
             f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower --lr"
@@ -129,16 +126,16 @@ def minimize_filters_(
 ) -> None:
     """Minimise L_CS of filters `[groups, S / groups, N, C]` in place. Raises DivergedError with the layer's name."""
     filters.requires_grad_()  # what optimisers take; no graph is ever built
+    filters.grad = gradient = torch.empty_like(filters)
     optimiser = _optimiser(filters, how)
     former = math.inf
     with torch.no_grad():
         norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
 
         def step() -> None:
-            filters.grad = None  # the former one goes before the next one comes: a layer less
-            filters.grad = similarity_gradient(filters, taps)
+            similarity_gradient(filters, taps, out=gradient)
             if how.preserve_norm:
-                project_(filters.grad, filters, norms)
+                project_(gradient, filters, norms)
             optimiser.step()
             if how.preserve_norm:
                 rescale_(filters, norms)

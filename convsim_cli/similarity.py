@@ -104,15 +104,18 @@ def similarity(filters: Tensor, taps: Taps) -> Tensor:
     return _half_product(autocorrelations, sum_of_others(autocorrelations))
 
 
-def similarity_gradient(filters: Tensor, taps: Taps) -> Tensor:
-    """Return ∂L_CS/∂filters, in the layout of `to_filters`. The value itself is not needed for it."""
-    return _gradient(filters, sum_of_others(autocorrelation(filters, taps)), taps)
+def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return ∂L_CS/∂filters, in the layout of `to_filters`. The value itself is not needed for it.
+
+    out: a contiguous tensor like filters to write to, outside of any graph: a loop then takes no memory.
+    """
+    return _gradient(filters, sum_of_others(autocorrelation(filters, taps)), taps, out)
 
 
 def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
     """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
     groups, count, size, _ = filters.shape
-    if _fft_is_cheaper(filters, taps):
+    if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
         spectrum = _spectrum(filters, taps)
         power = (spectrum.real.square() + spectrum.imag.square()).sum(-1, keepdim=True)
         return torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps)).reshape(groups, count, -1)
@@ -137,20 +140,22 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
     return before + after
 
 
-def _gradient(filters: Tensor, others: Tensor, taps: Taps) -> Tensor:
+def _gradient(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
     """2 Σ_m K_i[c][m] · R_i[m − n]: each filter times the symmetric Toeplitz matrix of its R_i."""
     groups, count, size, _ = filters.shape
     if size == 1:
-        return 2 * others.unsqueeze(-1) * filters
-    if _fft_is_cheaper(filters, taps):
+        return torch.mul(2 * others.unsqueeze(-1), filters, out=out)
+    if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
         weights = torch.fft.rfftn(others.reshape(groups, count, *_lag_shape(taps), 1), dim=_tap_axes(taps)).real
         full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=_lag_shape(taps), dim=_tap_axes(taps))
-        return full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
+        inner = full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
+        return inner if out is None else out.copy_(inner)
     if _folds_by_matrix(taps, filters.device):
         toeplitz = others @ _lag_matrix(taps, filters.device, filters.dtype, 2.0).mT
     else:
         toeplitz = (2 * others).index_select(-1, _lag_index(taps, filters.device))
-    return toeplitz.reshape(groups, count, size, size) @ filters
+    flat = None if out is None else out.flatten(0, 1)
+    return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
 
 
 def _neighbouring(filters: Tensor, taps: Taps) -> Tensor:
@@ -214,13 +219,11 @@ def _spectrum(filters: Tensor, taps: Taps) -> Tensor:
     return torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lag_shape(taps), dim=_tap_axes(taps))
 
 
-def _fft_is_cheaper(filters: Tensor, taps: Taps) -> bool:
+@lru_cache(maxsize=64)
+def _fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
     """Nanoseconds per filter of either route, fitted on two CPU cores (kernels from 3×3 to 31×31, 3 to 64 channels)."""
-    size, channels = filters.shape[-2:]
-    lags = prod(_lag_shape(taps))
-    if (
-        filters.device.type != "cpu" and size * size * lags > 1 << 20
-    ):  # the matrix that folds the Gram product onto lags
+    size, lags = prod(taps), prod(_lag_shape(taps))
+    if device != "cpu" and size * size * lags > 1 << 20:  # the matrix that folds the Gram product onto lags
         return True
     return 1.8 * channels * lags * log2(2 * lags) < size * size * (4 + 0.023 * channels)
 

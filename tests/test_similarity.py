@@ -80,10 +80,18 @@ def test_both_routes_and_both_layouts_give_one_number(monkeypatch: pytest.Monkey
     assert all(relative(value, values[0]) < 1e-12 for value in values)
 
 
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 4, 7, 2), (6, 4, 5)])
+def test_a_gradient_that_is_written_to_given_memory_is_the_same(shape: tuple[int, ...]) -> None:
+    filters, taps = to_filters(torch.randn(shape), 2)
+    given = torch.full_like(filters, float("nan"))
+    assert similarity_gradient(filters, taps, out=given).data_ptr() == given.data_ptr()
+    assert torch.equal(given, similarity_gradient(filters, taps))
+
+
 def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
     def fft(*shape: int) -> bool:
-        filters, taps = to_filters(torch.empty(shape))
-        return similarity._fft_is_cheaper(filters, taps)
+        return similarity._fft_is_cheaper(shape[1], shape[2:], "cpu")
 
     assert fft(8, 8, 31, 31)
     assert fft(64, 3, 11, 11)

@@ -89,6 +89,7 @@ def init(
     learned.
     """
     from convsim_cli.experiments.source import open_source
+    from convsim_cli.memory import return_freed_memory
     from convsim_cli.minimize import Minimisation
 
     console = Console(quiet, as_json)
@@ -97,6 +98,7 @@ def init(
     source.selection = how.select(source.selection)
     target = _target(source, checkpoint, output, dry_run)
     place = start(device, console)
+    return_freed_memory()
     began = time.perf_counter()
     backup = None if no_backup or checkpoint is None or target is None else source.checkpoint.backup(target)
     _warn(source, backup, console)

@@ -35,10 +35,9 @@ def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]
     def iteration(how: Minimisation) -> None:
         with full_precision(device):
             for (kernel, filters), optimiser, norm in zip(layers, optimisers, norms, strict=True):
-                filters.grad = None
-                filters.grad = similarity_gradient(filters, kernel.taps)
+                gradient = similarity_gradient(filters, kernel.taps, out=filters.grad)
                 if how.preserve_norm:
-                    project_(filters.grad, filters, norm)
+                    project_(gradient, filters, norm)
                 optimiser.step()
                 if how.preserve_norm:
                     rescale_(filters, norm)

@@ -86,9 +86,15 @@ def _cell(value: Any) -> str:
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call; of a short one the mean of many in a row, whose data is in the caches as in a loop's."""
+    """Seconds of a call; of a short one the mean of many in a row, whose data is in the caches as in a loop's.
+
+    What ran before has emptied them: a few calls do not count.
+    """
     taken = _timed(function, 1, device)
-    return taken if taken > SHORT else _timed(function, ceil(SHORT / taken), device)
+    if taken > SHORT:
+        return taken
+    taken = _timed(function, 10, device)
+    return _timed(function, ceil(SHORT / taken), device)
 
 
 def _timed(function: Callable[[], object], calls: int, device: torch.device) -> float:
