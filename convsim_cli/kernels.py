@@ -166,7 +166,7 @@ def file_kernels(
     )
     selection = Selection()
     for name, info in candidates.items():
-        depthwise = info.shape[1] == 1 and single_channel[len(info.shape)] > 1
+        depthwise = info.shape[1] == 1 and not unusable[name] and single_channel[len(info.shape)] > 1
         reason = unfit.get(name) or patterns.refusal(name) or unusable[name]
         selection.add(_assume(name, info.shape, patterns, depthwise), reason)
     return selection

@@ -31,6 +31,7 @@ def test_of_single_channel_tensors_one_is_dense_and_several_are_depthwise() -> N
     assert file_kernels(infos(stem=(8, 1, 3, 3))).kernels[0].groups == 1
     found = file_kernels(infos(a=(8, 1, 3, 3), b=(16, 1, 3, 3)))
     assert not found.kernels
+    assert reasons(file_kernels(infos(a=(8, 1, 3, 3), b=(16, 1, 3, 3), c=(0, 1, 3, 3))))["c"] == "empty"
     assert all("depthwise" in reason and "assumed" in reason for reason in reasons(found).values())
 
 

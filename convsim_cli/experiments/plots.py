@@ -53,7 +53,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InputError("figures need matplotlib, which is not installed: pip install 'convsim[plot]'") from error
+        raise InputError("figures need matplotlib, which is not installed: pip install matplotlib") from error
 
 
 def save_figure(figure: Figure, path: Path) -> None:
