@@ -208,7 +208,7 @@ def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure
 
 
 def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     for index, curve in enumerate(curves):
         round_ = index // len(COLOURS)  # beyond eight curves a colour comes again, with another dash pattern
@@ -224,8 +224,9 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))  # 0.1 and 1000, not powers of ten
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and 1000, not powers of ten
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(UNITS[column])
