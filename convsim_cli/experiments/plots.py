@@ -224,9 +224,9 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC:
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
+        bottom, top = axes.get_ylim()
         axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and 1000, not powers of ten
-        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
+        axes.yaxis.set_minor_formatter("{x:g}" if top < 10 * bottom else NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(UNITS[column])
