@@ -102,8 +102,11 @@ class Replacements:
         return self._scratch[place.parent]
 
     def _move(self, moves: list[tuple[Path, Path]], journals: list[Path]) -> None:
-        """Rename each new file to its place; where one cannot be, those before it make room for the former ones."""
-        done: list[tuple[Path, Path | None]] = []
+        """Rename each new file to its place; where one cannot be, those before it make room for the former ones.
+
+        Once the last one is in its place all of it is done, and an interruption changes nothing more.
+        """
+        begun: list[tuple[Path, Path | None]] = []
         try:
             for folder in journals:
                 with _explained(moves[0][0]):
@@ -112,12 +115,14 @@ class Replacements:
                 with _explained(target):
                     scratch = self._scratch[place.parent]
                     former = None if (target, place) == moves[-1] else scratch.second_name(place)
+                    begun.append((place, former))
                     scratch.holds(place).replace(place)
-                    done.append((place, former))
                     scratch.holds(place).unlink(missing_ok=True)  # still there if both are names of one file
         except BaseException as failure:
+            if len(begun) == len(moves) and self._is_moved(moves[-1][1]):
+                raise
             try:
-                self._move_back(done)
+                self._move_back(begun)
                 for folder in reversed(journals):
                     self._scratch[folder].unmake_journal()
             except OSError as error:
@@ -128,15 +133,19 @@ class Replacements:
                     ) from failure
             raise
 
-    def _move_back(self, done: Iterable[tuple[Path, Path | None]]) -> None:
-        for place, former in reversed(list(done)):
-            new = self._scratch[place.parent].holds(place)
-            if former is None:
-                place.replace(new)
-            else:
-                if not new.exists():
+    def _move_back(self, begun: Iterable[tuple[Path, Path | None]]) -> None:
+        for place, former in reversed(list(begun)):
+            if self._is_moved(place):
+                new = self._scratch[place.parent].holds(place)
+                if former is None:
+                    place.replace(new)
+                else:
                     os.link(place, new)  # whoever is killed here leaves a journal that is complete
-                former.replace(place)
+                    former.replace(place)
+
+    def _is_moved(self, place: Path) -> bool:
+        """Whether a new file has left for its place: seen on disk, for an interruption comes between any two steps."""
+        return not self._scratch[place.parent].holds(place).exists()
 
 
 class _Scratch:

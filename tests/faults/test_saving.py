@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,42 @@ def test_ctrl_c_in_a_save_leaves_the_old_file(
     assert (outcome.code, path.read_bytes()) == (130, before)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
     assert open_checkpoint(path).tensors
+
+
+@pytest.mark.parametrize("backed_up", [True, False], ids=["with a backup", "without"])
+@pytest.mark.parametrize("moment", ["before", "after", "a step later"])
+@pytest.mark.parametrize("rename", [1, 2])
+def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
+    rename: int, moment: str, backed_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, backup = tmp_path / "model", tmp_path / "model.bak"
+    path.write_bytes(b"old")
+    backup.write_bytes(b"older")
+    real, remove, left = Path.replace, Path.unlink, [rename]
+
+    def replace(self: Path, to: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0 and moment == "before":
+            raise KeyboardInterrupt
+        found = real(self, to)
+        if left[0] == 0 and moment == "after":
+            raise KeyboardInterrupt
+        return found
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if left[0] == 0 and moment == "a step later":
+            left[0] = -1
+            raise KeyboardInterrupt
+        remove(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(Path, "replace", replace)
+    interrupted = nullcontext() if rename == 2 and not backed_up else pytest.raises(KeyboardInterrupt)
+    with interrupted:
+        replace_file(path, lambda file: file.write(b"new"), backup if backed_up else None)
+    monkeypatch.undo()
+    last = 2 if backed_up else 1
+    done = rename > last or (rename == last and moment != "before")
+    assert path.read_bytes() == (b"new" if done else b"old")
+    assert backup.read_bytes() == (b"old" if done and backed_up else b"older")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak"}
