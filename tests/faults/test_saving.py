@@ -345,3 +345,46 @@ def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
     assert path.read_bytes() == (b"new" if done else b"old")
     assert backup.read_bytes() == (b"old" if done and backed_up else b"older")
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak"}
+
+
+INTERRUPTED = """
+import os, random, signal, sys
+from pathlib import Path
+from convsim_cli.atomic import replace_file
+path, backup = Path(sys.argv[1], "model"), Path(sys.argv[1], "model.bak")
+path.write_bytes(b"0")
+chance, interrupted = random.Random(0), 0
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for case in range(1, int(sys.argv[2]) + 1):
+    before, after = path.read_bytes(), str(case).encode()
+    child = os.fork()
+    if not child:
+        code = 0
+        try:
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1e-3))
+            replace_file(path, lambda file: file.write(after), backup)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            code = 130
+        os._exit(code)
+    chance.random()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    interrupted += code != 0
+    now = path.read_bytes()
+    assert now == after or (code and now == before), (case, code, before, now)
+    assert now == before or backup.read_bytes() == before, (case, code, before, now, backup.read_bytes())
+replace_file(path, lambda file: file.write(b"last"), backup)
+print(interrupted, *sorted(os.listdir(sys.argv[1])))
+"""
+
+
+def test_an_interruption_at_any_moment_of_a_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(
+    tmp_path: Path,
+) -> None:
+    many = len(cases(300))
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(many)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    interrupted, *left = ended.stdout.split()
+    assert int(interrupted) > many / 10
+    assert left == ["model", "model.bak"]
