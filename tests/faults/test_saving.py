@@ -348,7 +348,7 @@ def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
 
 
 INTERRUPTED = """
-import os, random, signal, sys
+import os, random, signal, sys, time
 from pathlib import Path
 from convsim_cli.atomic import replace_file
 path, backup = Path(sys.argv[1], "model"), Path(sys.argv[1], "model.bak")
@@ -357,11 +357,14 @@ chance, interrupted = random.Random(0), 0
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 for case in range(1, int(sys.argv[2]) + 1):
     before, after = path.read_bytes(), str(case).encode()
+    start = time.perf_counter()
+    replace_file(Path(sys.argv[1], "other"), lambda file: file.write(after))
+    took = time.perf_counter() - start  # flushing takes longer at one time than at another
     child = os.fork()
     if not child:
         code = 0
         try:
-            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1e-3))
+            signal.setitimer(signal.ITIMER_REAL, took * chance.uniform(0.01, 3))
             replace_file(path, lambda file: file.write(after), backup)
             signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
@@ -387,4 +390,4 @@ def test_an_interruption_at_any_moment_of_a_save_leaves_the_old_file_or_the_new_
     assert ended.returncode == 0, ended.stderr
     interrupted, *left = ended.stdout.split()
     assert int(interrupted) > many / 10
-    assert left == ["model", "model.bak"]
+    assert left == ["model", "model.bak", "other"]
