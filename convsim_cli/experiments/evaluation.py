@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.experiments import datasets
 from convsim_cli.experiments.datasets import Channels, Dataset, Split, load_dataset, load_images
-from convsim_cli.experiments.networks import BUILT_IN_SIDE, OTHER_SIDE, is_built_in
+from convsim_cli.experiments.networks import usual_side
 from convsim_cli.experiments.processes import ALONE, Processes
 from convsim_cli.experiments.source import Source
 from convsim_cli.initialize import check_kernels
@@ -169,7 +169,7 @@ class Probe:
             raise InputError(
                 f"--input {self.name!r}: {did_you_mean(self.name, (*PROBES, *datasets.NAMES))}, or a folder"
             )
-        side = self.side or (BUILT_IN_SIDE if is_built_in(arch) else OTHER_SIDE)
+        side = self.side or usual_side(arch)
         return load_dataset(self.name, self.data_dir, side, self.mean, self.std, test_only=True)
 
     def _inputs(self, model: nn.Module, arch: str, data: Dataset | None) -> Tensor:
@@ -178,8 +178,7 @@ class Probe:
         first = next((layer for layer in model.modules() if is_convolution(layer)), None)
         assert first is not None  # there are kernels
         axes, channels = len(first.kernel_size), int(first.in_channels)  # type: ignore[arg-type]
-        usual = (BUILT_IN_SIDE if is_built_in(arch) else OTHER_SIDE) if axes == 2 else SIDE[axes]
-        side = self.side or usual
+        side = self.side or (usual_side(arch) if axes == 2 else SIDE[axes])
         if self.name in PROBES:
             return make_inputs(self.name, self.samples, channels, (side,) * axes, self.seed)
         return load_images(Path(self.name), self.samples, side, self.mean, self.std)

@@ -17,7 +17,7 @@ NAMES = ("cnn1", "cnn2", "cnn:WIDTH", "resnet18", "torchvision:NAME", "timm:NAME
 CLASSES = 10  # of the built-in networks, unless given
 _USUAL = ("", "module.", "model.")  # prefixes of plain files and of the usual wrappers
 _COUNTER = "num_batches_tracked"  # of batch normalisation: files may do without
-BUILT_IN_SIDE, OTHER_SIDE = 32, 224  # pixels along each axis of the images that networks are usually given
+_BUILT_IN_SIDE, _OTHER_SIDE = 32, 224  # pixels along each axis of the images that networks are usually given
 
 
 def build_network(name: str, classes: int | None = None, seed: int = 0) -> nn.Module:
@@ -37,6 +37,11 @@ def build_network(name: str, classes: int | None = None, seed: int = 0) -> nn.Mo
 def is_built_in(name: str) -> bool:
     """Return whether a network is one of convsim's own, for 32×32 images."""
     return name.startswith("cnn:") or ":" not in name
+
+
+def usual_side(name: str) -> int:
+    """Return how many pixels along each axis the images have that a network is usually given."""
+    return _BUILT_IN_SIDE if is_built_in(name) else _OTHER_SIDE
 
 
 def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:

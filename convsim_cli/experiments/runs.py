@@ -30,13 +30,11 @@ from convsim_cli.checkpoint import open_checkpoint
 from convsim_cli.errors import BusyError, InputError, did_you_mean
 from convsim_cli.experiments.datasets import Dataset, load_dataset, parse_channels
 from convsim_cli.experiments.networks import (
-    BUILT_IN_SIDE,
     CLASSES,
-    OTHER_SIDE,
     build_network,
     count_parameters,
-    is_built_in,
     load_weights,
+    usual_side,
 )
 from convsim_cli.experiments.processes import ALONE, Processes
 from convsim_cli.experiments.training import Arguments, Trainer, be_deterministic, preparation_steps, prepare_
@@ -281,7 +279,7 @@ def read_results(folder: Path) -> list[Row]:
 
 
 def _load(arguments: Arguments) -> Dataset:
-    side = arguments.image_size or (BUILT_IN_SIDE if is_built_in(arguments.arch) else OTHER_SIDE)
+    side = arguments.image_size or usual_side(arguments.arch)
     mean, std = parse_channels("--mean", arguments.mean), parse_channels("--std", arguments.std)
     return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
 

@@ -158,27 +158,25 @@ def mutated(whole: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_mutated_safetensors_files_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    for seed in cases(2000):
-        path.write_bytes(mutated(WHOLE, random.Random(seed)))
+def read_mutations(whole: bytes, path: Path, seeds: range) -> None:
+    """Read a file with accidents, one seed after the other: what is refused is refused in one line."""
+    for seed in seeds:
+        path.write_bytes(mutated(whole, random.Random(seed)))
         try:
             read_all(path)
         except ConvsimError as error:
             assert "\n" not in str(error), seed
+
+
+def test_mutated_safetensors_files_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    read_mutations(WHOLE, tmp_path / "model.safetensors", cases(2000))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_mutated_pickles_are_read_or_refused_in_one_line(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "model.pt"
     torch.save({"state_dict": {"a.weight": torch.randn(4, 3, 3, 3)}}, path, _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    for seed in cases(300):
-        path.write_bytes(mutated(whole, random.Random(seed)))
-        try:
-            read_all(path)
-        except ConvsimError as error:
-            assert "\n" not in str(error), seed
+    read_mutations(path.read_bytes(), path, cases(300))
 
 
 def test_a_zip_that_only_python_would_refuse_is_read_as_torch_reads_it(tmp_path: Path) -> None:

@@ -49,18 +49,23 @@ def is_whole(path: Path) -> bool:
     return bool((tensors["a.weight"] == tensors["a.weight"].flatten()[0]).all()) and bool((tensors["b"] == 7).all())
 
 
+def kill_after(seconds: float, script: str, path: Path) -> None:
+    """Start a script that saves again and again, and kill it so long after its first save."""
+    child = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()  # the first save is done, and with it all that is imported for it
+    time.sleep(seconds)
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
 def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp_path: Path) -> None:
     path, backup = tmp_path / "model.safetensors", tmp_path / "model.bak"
     save_file({"a.weight": torch.zeros(64, 64, 9, 9), "b": torch.full((1000,), 7.0)}, path)
     chance = random.Random(0)
     for case in cases(20):
-        child = subprocess.Popen([sys.executable, "-c", SAVE, str(path)], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()  # the first save is done, and with it all that is imported for it
-        time.sleep(chance.uniform(0, 0.05))
-        child.kill()
-        child.wait()
-        child.stdout.close()
+        kill_after(chance.uniform(0, 0.05), SAVE, path)
         assert is_whole(path), case
         assert not backup.exists() or is_whole(backup), case
         names = {entry.name for entry in tmp_path.iterdir()} - {path.name, backup.name}
@@ -97,13 +102,7 @@ def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(t
     chance = random.Random(0)
     found = set()
     for case in cases(20):
-        child = subprocess.Popen([sys.executable, "-c", SAVE_SHARDS, str(index)], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()  # the first save is done, and with it all that is imported for it
-        time.sleep(chance.uniform(0, 0.1))
-        child.kill()
-        child.wait()
-        child.stdout.close()
+        kill_after(chance.uniform(0, 0.1), SAVE_SHARDS, index)
         found |= {entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".convsim-")}
         checkpoint = open_checkpoint(index)
         kernels = [checkpoint.load(name) for name in checkpoint.tensors]
