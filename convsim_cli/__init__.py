@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_
     from convsim_cli.penalty import ConvSimPenalty
-    from convsim_cli.report import measure
     from convsim_cli.similarity import convolutional_similarity
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __all__ = ["ConvSimPenalty", "convolutional_similarity", "measure", "minimize_"]
 _HOMES = {
     "ConvSimPenalty": "penalty",
     "convolutional_similarity": "similarity",
-    "measure": "report",
+    "measure": "measurement.network",
     "minimize_": "minimize",
 }
 

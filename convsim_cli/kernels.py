@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from convsim_cli.errors import InputError
 from convsim_cli.similarity import Taps, to_filters, to_weight
 
-FLOATING = ("float16", "bfloat16", "float32", "float64")  # the types that kernels are optimised in, or through
-PARAMETRISED = "the layer has no weight of its own (parametrised)"  # why a layer is skipped
+FLOATING = ("float16", "bfloat16", "float32", "float64")  # the types that kernels are optimized in, or through
+PARAMETRIZED = "the layer has no weight of its own (parametrized)"  # why a layer is skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PARTS = ("_g", "_v", "_orig", "_mask", ".original", ".original0", ".original1")  # of parametrised weights
+_PARTS = ("_g", "_v", "_orig", "_mask", ".original", ".original0", ".original1")  # of parametrized weights
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def module_kernels(
     for path, layer in layers:
         name, weight = names.get(path, path), _own_weight(layer)
         if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-            reason = PARAMETRISED if weight is None else "the layer is lazy and not yet initialised"
+            reason = PARAMETRIZED if weight is None else "the layer is lazy and not yet initialized"
             selection.skipped.append(Skipped(name, (), reason))
         elif id(weight) in owners:
             first = owners[id(weight)]  # a file may hold the two under one name
@@ -207,12 +207,12 @@ def module_kernels(
     return selection
 
 
-def warn_of_parametrised(selection: Selection) -> None:
+def warn_of_parametrized(selection: Selection) -> None:
     """Warn, once, of the layers that a library call leaves out because their weight is made anew at every call."""
-    names = [skipped.name for skipped in selection.skipped if skipped.reason == PARAMETRISED]
+    names = [skipped.name for skipped in selection.skipped if skipped.reason == PARAMETRIZED]
     if names:
         warnings.warn(
-            f"parametrised layers are left out: {', '.join(names)}; "
+            f"parametrized layers are left out: {', '.join(names)}; "
             "torch.nn.utils.parametrize.remove_parametrizations gives them a weight of their own",
             stacklevel=3,
         )
@@ -251,11 +251,11 @@ def _assume(name: str, shape: tuple[int, ...], patterns: Patterns, depthwise: bo
 
 def _not_a_kernel(name: str, info: TensorInfo, included: bool) -> str | None:
     if info.dtype not in FLOATING:
-        return f"its type {info.dtype} cannot be optimised"
+        return f"its type {info.dtype} cannot be optimized"
     if 0 in info.shape:
         return "empty"
     if name.endswith(_PARTS):
-        return "a part of a parametrised weight (weight_norm, spectral_norm, pruning), not the kernel itself"
+        return "a part of a parametrized weight (weight_norm, spectral_norm, pruning), not the kernel itself"
     if len(info.shape) != 4 and not included:
         return f"{len(info.shape)}-D: taken for a kernel only by --include"
     return None
@@ -263,7 +263,7 @@ def _not_a_kernel(name: str, info: TensorInfo, included: bool) -> str | None:
 
 def _wrong_type(weight: Tensor) -> str | None:
     name = str(weight.dtype).removeprefix("torch.")
-    return None if name in FLOATING else f"its type {name} cannot be optimised"
+    return None if name in FLOATING else f"its type {name} cannot be optimized"
 
 
 def _without_pairs(kernel: Kernel) -> str | None:

@@ -1,11 +1,11 @@
-"""Algorithm 1: minimise L_CS of the kernels alone, before training.
+"""Algorithm 1: minimize L_CS of the kernels alone, before training.
 
-Layers are independent under Adam and SGD, so each is minimised by itself and one layer's state is held at a time.
+Layers are independent under Adam and SGD, so each is minimized by itself and one layer's state is held at a time.
 Kernels stay in the layout that the products like; the loop never waits for the device but for a look at the loss every
 50 iterations, and on CUDA an iteration is a graph that is replayed.
 
 Raw, as in the paper, the objective is homogeneous of degree 4 and mostly shrinks the filters. `preserve_norm` holds
-every filter at its own L2 norm: the gradient is projected onto the tangent space before the optimiser sees it, and the
+every filter at its own L2 norm: the gradient is projected onto the tangent space before the optimizer sees it, and the
 filter rescaled after the step; rescaling alone does not work under Adam, whose steps do not depend on the gradient's
 length.
 """
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import DivergedError, InputError
-from convsim_cli.graph import repeated
-from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_parametrised, weight_of
-from convsim_cli.precision import full_precision
-from convsim_cli.report import Record, describe, is_finite, kernel_figures
+from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_parametrized, weight_of
+from convsim_cli.machine.cuda_graphs import repeated
+from convsim_cli.machine.precision import full_precision
+from convsim_cli.measurement.figures import Record, describe, is_finite, kernel_figures
 from convsim_cli.similarity import Taps, similarity, similarity_gradient
 
 LOOK_EVERY = 50  # iterations between looks at the loss
@@ -33,8 +33,8 @@ Advance = Callable[[int], None]  # told how many iterations have been done since
 
 
 @dataclass(frozen=True)
-class Minimisation:
-    """How to minimise: the paper's settings (section 4.2) unless given.
+class Minimization:
+    """How to minimize: the paper's settings (section 4.2) unless given.
 
     iterations: ≥ 0; lr: step size, > 0; preserve_norm: hold every filter at its own L2 norm; tol: stop a layer when 50
     iterations lower its loss by less than this share, 0 to never stop.
@@ -78,11 +78,11 @@ def minimize_(
     tol: float = 0.0,
     advance: Advance | None = None,
 ) -> list[Record]:
-    """Minimise L_CS of every convolution of a module, in place, and return a record per layer (Algorithm 1).
+    """Minimize L_CS of every convolution of a module, in place, and return a record per layer (Algorithm 1).
 
-    iterations ≥ 0, lr > 0, tol ≥ 0: see `Minimisation`. advance: called with the number of iterations done since the
+    iterations ≥ 0, lr > 0, tol ≥ 0: see `Minimization`. advance: called with the number of iterations done since the
     last call. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
-    `norm`. Warns of parametrised layers, which are left out. Raises InputError for a kernel with NaN or Inf and
+    `norm`. Warns of parametrized layers, which are left out. Raises InputError for a kernel with NaN or Inf and
     DivergedError for a loss that stops being finite; the model is then untouched.
 
     >>> from torch import nn
@@ -90,9 +90,9 @@ def minimize_(
     >>> record["after"]["cs"] < record["before"]["cs"]
     True
     """
-    how = Minimisation(iterations, lr, optimizer, preserve_norm, tol)
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
     selection = how.select(module_kernels(model))
-    warn_of_parametrised(selection)
+    warn_of_parametrized(selection)
     kernels = selection.kernels
     done = [(kernel, *minimize_kernel(kernel, weight_of(model, kernel).detach(), how, advance)) for kernel in kernels]
     with torch.no_grad():
@@ -102,32 +102,32 @@ def minimize_(
 
 
 def minimize_kernel(
-    kernel: Kernel, weight: Tensor, how: Minimisation, advance: Advance | None = None
+    kernel: Kernel, weight: Tensor, how: Minimization, advance: Advance | None = None
 ) -> tuple[Tensor, Record]:
-    """Return the minimised weight, in the stored shape and dtype, on its device, and the layer's record.
+    """Return the minimized weight, in the stored shape and dtype, on its device, and the layer's record.
 
-    weight: as stored, untouched. Half types are minimised in float32 and cast back. Raises InputError, DivergedError.
+    weight: as stored, untouched. Half types are minimized in float32 and cast back. Raises InputError, DivergedError.
     """
     before = _figures(kernel, weight)
     filters = _own_filters(kernel, weight)
     with full_precision(weight.device):
         minimize_filters_(filters, kernel.taps, how, kernel.name, advance)
-    minimised = kernel.to_stored(filters, weight.dtype)
+    minimized = kernel.to_stored(filters, weight.dtype)
     del filters  # a layer less while the figures are computed
-    if not is_finite(minimised):
+    if not is_finite(minimized):
         raise DivergedError(
             f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower --lr"
         )
-    return minimised, {**describe(kernel), "before": before, "after": _figures(kernel, minimised)}
+    return minimized, {**describe(kernel), "before": before, "after": _figures(kernel, minimized)}
 
 
 def minimize_filters_(
-    filters: Tensor, taps: Taps, how: Minimisation, name: str, advance: Advance | None = None
+    filters: Tensor, taps: Taps, how: Minimization, name: str, advance: Advance | None = None
 ) -> None:
-    """Minimise L_CS of filters `[groups, S / groups, N, C]` in place. Raises DivergedError with the layer's name."""
-    filters.requires_grad_()  # what optimisers take; no graph is ever built
+    """Minimize L_CS of filters `[groups, S / groups, N, C]` in place. Raises DivergedError with the layer's name."""
+    filters.requires_grad_()  # what optimizers take; no graph is ever built
     filters.grad = gradient = torch.empty_like(filters)
-    optimiser = _optimiser(filters, how)
+    optimizer = _optimizer(filters, how)
     former = math.inf
     with torch.no_grad():
         norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
@@ -136,7 +136,7 @@ def minimize_filters_(
             similarity_gradient(filters, taps, out=gradient)
             if how.preserve_norm:
                 project_(gradient, filters, norms)
-            optimiser.step()
+            optimizer.step()
             if how.preserve_norm:
                 rescale_(filters, norms)
 
@@ -180,7 +180,7 @@ def _own_filters(kernel: Kernel, weight: Tensor) -> Tensor:
     return filters.clone() if shared else filters
 
 
-def _optimiser(filters: Tensor, how: Minimisation) -> torch.optim.Optimizer:
+def _optimizer(filters: Tensor, how: Minimization) -> torch.optim.Optimizer:
     fused = filters.device.type in ("cpu", "cuda", "mps")
     if how.optimizer == "sgd":
         return torch.optim.SGD([filters], lr=how.lr, fused=fused)

@@ -1,4 +1,4 @@
-"""Algorithm 2: L_CS as a regularisation term, for anyone's training loop."""
+"""Algorithm 2: L_CS as a regularization term, for anyone's training loop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, module_kernels, warn_of_parametrised, weight_of
-from convsim_cli.precision import full_precision
+from convsim_cli.kernels import Kernel, module_kernels, warn_of_parametrized, weight_of
+from convsim_cli.machine.precision import full_precision
 from convsim_cli.similarity import (
     convolutional_similarity,
     neighbouring_similarity,
@@ -25,7 +25,7 @@ class ConvSimPenalty:
 
     model: any module; its kernels are found once. pairs: `all` for Eq. 10, `neighbours` for what the authors' public
     code sums. Not a module: it owns no parameters and does not enter state dicts. Warns of
-    parametrised layers, which it leaves out. Raises InputError for a model without convolution kernels that form pairs.
+    parametrized layers, which it leaves out. Raises InputError for a model without convolution kernels that form pairs.
     Source: Algorithm 2.
 
     >>> from torch import nn
@@ -38,7 +38,7 @@ class ConvSimPenalty:
 
     def __init__(self, model: nn.Module, pairs: Pairs = "all") -> None:
         selection = module_kernels(model)
-        warn_of_parametrised(selection)
+        warn_of_parametrized(selection)
         if not selection.kernels:
             raise InputError("the model has no convolution kernels that form pairs")
         if pairs not in ("all", "neighbours"):
@@ -68,7 +68,7 @@ class ConvSimPenalty:
         graph.
 
         Frozen parameters are left alone. beta: weight on L_CS, dimensionless, ≥ 0; a scalar tensor stays on its
-        device. Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimiser's step.
+        device. Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step.
         """
         with full_precision(self._layers[0][1].device):
             for kernel, weight in self._layers:

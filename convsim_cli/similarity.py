@@ -1,4 +1,4 @@
-"""Convolutional Similarity: value, gradient and normalised form, exact, in time linear in the channels.
+"""Convolutional Similarity: value, gradient and normalized form, exact, in time linear in the channels.
 
 Eq. 10 of the paper: L_CS = Σ_{i<j} Σ_{c1,c2} ‖K_i[c1] ⋆ K_j[c2]‖², over all pairs of filters that see the same input.
 Since ‖a ⋆ b‖² = ⟨a ⋆ a, b ⋆ b⟩, with A_i = Σ_c K_i[c] ⋆ K_i[c] (one small array of lags per filter) and
@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from convsim_cli.precision import full_precision
+from convsim_cli.machine.precision import full_precision
 
 Taps = tuple[int, ...]
 
@@ -45,7 +45,7 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     return _similarity(filters, taps)
 
 
-def normalised_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     """Return L_CS free of scale: the mean over pairs of ⟨A_i, A_j⟩ / (‖K_i‖²‖K_j‖²).
 
     weight, errors: as `convolutional_similarity`. Filters that are zero form no pairs; without any pair the result is
@@ -66,7 +66,7 @@ def neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     """
     filters, taps = to_filters(weight, groups)
     if torch.compiler.is_compiling():
-        from convsim_cli.eager import call
+        from convsim_cli.machine.compilation import call
 
         return cast(Tensor, call(_neighbouring, filters, taps))
     return _neighbouring(filters, taps)
@@ -181,7 +181,7 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
 def _similarity(filters: Tensor, taps: Taps) -> Tensor:
     """L_CS by its own gradient. torch.compile goes around it: it cannot follow the precision switches."""
     if torch.compiler.is_compiling():
-        from convsim_cli.eager import call
+        from convsim_cli.machine.compilation import call
 
         return cast(Tensor, call(_ConvolutionalSimilarity.apply, filters, taps))
     return cast(Tensor, _ConvolutionalSimilarity.apply(filters, taps))

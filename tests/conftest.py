@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 SHARED = Path(__file__).parents[2] / "shared"
 CHECKPOINTS = (
@@ -106,3 +107,21 @@ def convsim(capsys: pytest.CaptureFixture[str]) -> Convsim:
         return Outcome(code, out, err)
 
     return call
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two checkpoints have one structure, and tensors of one type, shape and content to the bit."""
+    if isinstance(a, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+            return False
+        return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+    if isinstance(a, dict):
+        same = (
+            type(a) is type(b) and list(a) == list(b) and vars(a).keys() == vars(b).keys()
+            if hasattr(a, "__dict__")
+            else list(a) == list(b)
+        )
+        return same and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return bool(a == b)

@@ -54,7 +54,7 @@ def literal_neighbouring_similarity(weight: Tensor) -> Tensor:
     return total
 
 
-def literal_normalised_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+def literal_normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     """Mean over pairs of ⟨A_i, A_j⟩ / (‖K_i‖²‖K_j‖²)."""
     ratios = []
     for group in weight.chunk(groups):

@@ -24,7 +24,7 @@ def test_a_file_gives_its_4d_floating_tensors_as_assumed_dense_kernels() -> None
     tensors = infos(conv=(8, 3, 3, 3), linear=(10, 8), bias=(8,)) | {"codes": TensorInfo("int8", (8, 3, 3, 3))}
     found = file_kernels(tensors)
     assert found.kernels == [Kernel("conv", (8, 3, 3, 3), 1, False, assumed=True)]
-    assert reasons(found) == {"codes": "its type int8 cannot be optimised"}
+    assert reasons(found) == {"codes": "its type int8 cannot be optimized"}
 
 
 def test_of_single_channel_tensors_one_is_dense_and_several_are_depthwise() -> None:
@@ -74,7 +74,7 @@ def test_groups_that_do_not_divide_the_filters_are_an_error() -> None:
         file_kernels(infos(conv=(8, 3, 3, 3)), Patterns(groups=[("conv", 3)]))
 
 
-def test_factors_of_parametrised_weights_and_shared_tensors_are_skipped_with_a_reason() -> None:
+def test_factors_of_parametrized_weights_and_shared_tensors_are_skipped_with_a_reason() -> None:
     tensors = {"a.weight_v": TensorInfo("float32", (8, 3, 3, 3)), "b": TensorInfo("float32", (8, 3, 3, 3))}
     found = file_kernels(tensors | {"c": tensors["b"]}, unfit={"c": "shared with b"})
     assert taken(found) == ["b"]
@@ -96,7 +96,7 @@ def test_a_module_tells_groups_and_transposition_exactly() -> None:
     assert [kernel.pairs for kernel in found] == [28, 12, 6, 12]
 
 
-def test_a_module_lists_depthwise_single_shared_lazy_and_parametrised_layers_as_skipped() -> None:
+def test_a_module_lists_depthwise_single_shared_lazy_and_parametrized_layers_as_skipped() -> None:
     shared = nn.Conv2d(4, 4, 3)
     model = nn.ModuleDict(
         {
@@ -116,7 +116,7 @@ def test_a_module_lists_depthwise_single_shared_lazy_and_parametrised_layers_as_
     assert "single filter" in told["single.weight"]
     assert told["second.weight"] == "shared with first.weight"
     assert "lazy" in told["lazy.weight"]
-    assert "parametrised" in told["spectral.weight"]
+    assert "parametrized" in told["spectral.weight"]
 
 
 @pytest.mark.parametrize(("groups", "shape"), [(1, (6, 4, 3, 2)), (2, (6, 4, 3, 3)), (3, (6, 2, 5))])

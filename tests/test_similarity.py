@@ -4,15 +4,15 @@ import pytest
 import torch
 from references import (
     literal_neighbouring_similarity,
-    literal_normalised_similarity,
+    literal_normalized_similarity,
     literal_similarity,
     pairwise_similarity,
 )
 from torch import Tensor
 
 from convsim_cli import convolutional_similarity, similarity
-from convsim_cli.precision import _switches, full_precision
-from convsim_cli.similarity import neighbouring_similarity, normalised_similarity, similarity_gradient, to_filters
+from convsim_cli.machine.precision import _switches, full_precision
+from convsim_cli.similarity import neighbouring_similarity, normalized_similarity, similarity_gradient, to_filters
 
 TAPS = [(1,), (2,), (3,), (5,), (7,), (1, 1), (2, 2), (3, 1), (3, 3), (5, 3), (4, 2), (1, 1, 1), (2, 3, 2)]
 LAYERS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (3, 2, 1), (5, 3, 1), (4, 1, 2), (4, 2, 2), (3, 1, 3)]
@@ -143,20 +143,20 @@ def test_tf32_is_off_inside_and_back_as_it_was_outside(kind: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_normalised_form_matches_its_definition_and_does_not_move_with_scale() -> None:
+def test_normalized_form_matches_its_definition_and_does_not_move_with_scale() -> None:
     weight = torch.randn(6, 3, 3, 3, dtype=torch.float64)
-    expected = literal_normalised_similarity(weight, 2)
-    assert relative(normalised_similarity(weight, 2), expected) < 1e-12
+    expected = literal_normalized_similarity(weight, 2)
+    assert relative(normalized_similarity(weight, 2), expected) < 1e-12
     scaled = weight * torch.logspace(-8, 8, 6, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    assert relative(normalised_similarity(scaled, 2), expected) < 1e-12
+    assert relative(normalized_similarity(scaled, 2), expected) < 1e-12
 
 
-def test_normalised_form_of_one_tap_is_one_and_zero_filters_are_left_out() -> None:
+def test_normalized_form_of_one_tap_is_one_and_zero_filters_are_left_out() -> None:
     weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
-    assert normalised_similarity(weight).item() == pytest.approx(1, abs=1e-12)
+    assert normalized_similarity(weight).item() == pytest.approx(1, abs=1e-12)
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
     padded = torch.cat([weight, torch.zeros(2, 3, 3, 3, dtype=torch.float64)])
-    assert relative(normalised_similarity(padded), normalised_similarity(weight)) < 1e-12
+    assert relative(normalized_similarity(padded), normalized_similarity(weight)) < 1e-12
 
 
 def test_neighbouring_form_matches_what_the_authors_code_sums() -> None:

@@ -30,7 +30,7 @@ app = typer.Typer(
     help="Measure how similar a convolutional network's feature maps are, and lower it by acting on the kernels alone.",
     epilog="""\b
 Examples:
-  convsim init --arch resnet18 -o model.safetensors   # a fresh network, minimised before training
+  convsim init --arch resnet18 -o model.safetensors   # a fresh network, minimized before training
   convsim init model.safetensors --preserve-norm      # in place; the former file stays as model.safetensors.bak
   convsim measure model.safetensors                   # the similarity of every layer
   convsim train --mode init --data-dir data           # the paper's CNN1 on CIFAR-10""",
@@ -60,7 +60,7 @@ def root(
 
 
 COMMANDS: dict[Callable[..., None], str] = {
-    init: "Minimise L_CS of a checkpoint's kernels.",
+    init: "Minimize L_CS of a checkpoint's kernels.",
     measure: "Measure similarity, per layer.",
     train: "Train a network, and keep its results.",
     reproduce: "Run the paper's experiments again.",

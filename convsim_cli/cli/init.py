@@ -33,8 +33,8 @@ from convsim_cli.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from convsim_cli.experiments.source import Source
-    from convsim_cli.minimize import Minimisation
+    from convsim_cli.minimize import Minimization
+    from convsim_cli.networks.model_checkpoint import Source
 
 EXAMPLES = """\b
 Examples:
@@ -53,9 +53,9 @@ def init(
     arch: ArchOption = None,
     num_classes: ClassesOption = None,
     key: KeyOption = None,
-    iterations: Annotated[int, typer.Option(help="Optimisation steps per layer.", min=0)] = 500,
+    iterations: Annotated[int, typer.Option(help="Optimization steps per layer.", min=0)] = 500,
     lr: Annotated[float, typer.Option(help="Step size, above 0.")] = 0.001,
-    optimizer: Annotated[Literal["adam", "sgd"], typer.Option(help="Optimiser of the kernels.")] = "adam",
+    optimizer: Annotated[Literal["adam", "sgd"], typer.Option(help="Optimizer of the kernels.")] = "adam",
     preserve_norm: Annotated[
         bool, typer.Option("--preserve-norm", help="Hold every filter at its own L2 norm.")
     ] = False,
@@ -88,12 +88,12 @@ def init(
     its norm and only similarity moves. For weights that are going to be trained: a trained network loses what it has
     learned.
     """
-    from convsim_cli.experiments.source import open_source
-    from convsim_cli.memory import return_freed_memory
-    from convsim_cli.minimize import Minimisation
+    from convsim_cli.machine.allocator import return_freed_memory
+    from convsim_cli.minimize import Minimization
+    from convsim_cli.networks.model_checkpoint import open_source
 
     console = Console(quiet, as_json)
-    how = Minimisation(iterations, lr, optimizer, preserve_norm, tol)
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
     source = open_source(checkpoint, arch, make_patterns(include, exclude, groups, transposed), seed, num_classes, key)
     source.selection = how.select(source.selection)
     target = _target(source, checkpoint, output, dry_run)
@@ -105,7 +105,7 @@ def init(
     if dry_run:
         layers = _describe(source, probe, seed)
     else:
-        layers = _minimise(source, how, target, backup, probe, seed, place, console)
+        layers = _minimize(source, how, target, backup, probe, seed, place, console)
     content = {
         "checkpoint": _text(checkpoint),
         "output": _text(target),
@@ -145,14 +145,14 @@ def _warn(source: Source, backup: Path | None, console: Console) -> None:
 
 
 def _describe(source: Source, probe: str | None, seed: int) -> list[dict[str, Any]]:
-    from convsim_cli.initialize import describe_checkpoint
+    from convsim_cli.checkpoints.minimization import describe_checkpoint
 
     return describe_checkpoint(source.checkpoint, source.selection, probe, seed)
 
 
-def _minimise(
+def _minimize(
     source: Source,
-    how: Minimisation,
+    how: Minimization,
     target: Path | None,
     backup: Path | None,
     probe: str | None,
@@ -162,7 +162,7 @@ def _minimise(
 ) -> list[dict[str, Any]]:
     from math import prod
 
-    from convsim_cli.initialize import minimize_checkpoint
+    from convsim_cli.checkpoints.minimization import minimize_checkpoint
 
     assert target is not None  # only a dry run does without
     kernels = source.selection.kernels

@@ -36,9 +36,9 @@ from convsim_cli.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from convsim_cli.experiments.datasets import Channels
-    from convsim_cli.experiments.evaluation import Probe, Report
-    from convsim_cli.experiments.source import Source
+    from convsim_cli.inputs.images import Channels
+    from convsim_cli.networks.measurement import Probe, Report
+    from convsim_cli.networks.model_checkpoint import Source
 
 SHOWN = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_inner2", "norm", "dead", "redundant")
 CHANGES = ("ncs", "fm_cos")  # of what scale cannot move, shown from checkpoint to checkpoint
@@ -108,10 +108,10 @@ def measure(
     filters without output, redundant those with a partner of mean |cos| above 0.95; fm_cos_random is what fm_cos would
     be by chance.
     """
-    from convsim_cli.experiments.datasets import parse_channels
-    from convsim_cli.experiments.evaluation import Probe
-    from convsim_cli.experiments.plots import require_matplotlib
-    from convsim_cli.experiments.source import open_source
+    from convsim_cli.inputs.images import parse_channels
+    from convsim_cli.networks.measurement import Probe
+    from convsim_cli.networks.model_checkpoint import open_source
+    from convsim_cli.reproduction.plots import require_matplotlib
 
     console = Console(quiet, as_json)
     paths, arch = _what(checkpoints or [], arch, console)
@@ -148,10 +148,10 @@ def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[P
 def _check(input_: str, normal: tuple[Channels | None, Channels | None], plot: Path | None) -> None:
     """Raise InputError for options that would do nothing, or something else than they say."""
     from convsim_cli.errors import InputError
-    from convsim_cli.probes import PROBES
+    from convsim_cli.measurement.synthetic_inputs import PROBES
 
     if input_ in PROBES and normal != (None, None):
-        raise InputError(f"--mean and --std normalise images: --input {input_} has none; name a data set or folder")
+        raise InputError(f"--mean and --std normalize images: --input {input_} has none; name a data set or folder")
     if plot is not None and plot.suffix.lower() != ".png":
         raise InputError(f"--plot {plot}: expected a name that ends in .png")
 
@@ -176,8 +176,9 @@ def _report(source: Source, probe: Probe, report: Report) -> dict[str, Any]:
 
 def _plot(reports: list[dict[str, Any]], measured: list[Report], path: Path, console: Console) -> None:
     """A page per network: FILE.png, or FILE-1.png and so on for several."""
-    from convsim_cli.experiments.evaluation import HEAT
-    from convsim_cli.experiments.plots import draw_heat, save_figure
+    from convsim_cli.measurement.heat_maps import draw_heat
+    from convsim_cli.networks.measurement import HEAT
+    from convsim_cli.reproduction.plots import save_figure
 
     for number, (report, found) in enumerate(zip(reports, measured, strict=True), 1):
         page = path if len(reports) == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")

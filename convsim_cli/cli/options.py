@@ -12,7 +12,7 @@ from convsim_cli.cli.console import Console
 if TYPE_CHECKING:
     import torch
 
-    from convsim_cli.checkpoint import Checkpoint
+    from convsim_cli.checkpoints.checkpoint import Checkpoint
     from convsim_cli.kernels import Patterns, Selection
 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
@@ -24,10 +24,10 @@ DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where data sets
 RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")]
 MeanOption = Annotated[
     str | None,
-    typer.Option("--mean", metavar="R,G,B", help="Normalise images by this mean (full range 0 to 1), not their own."),
+    typer.Option("--mean", metavar="R,G,B", help="Normalize images by this mean (full range 0 to 1), not their own."),
 ]
 StdOption = Annotated[
-    str | None, typer.Option("--std", metavar="R,G,B", help="Normalise images by this standard deviation.")
+    str | None, typer.Option("--std", metavar="R,G,B", help="Normalize images by this standard deviation.")
 ]
 LimitTrainOption = Annotated[
     int | None, typer.Option("--limit-train", metavar="N", help="Only the first N training images.", min=1)
@@ -79,7 +79,7 @@ ClassesOption = Annotated[
 
 def start(device: str, console: Console) -> torch.device:
     """Return the device, saying which one `auto` took."""
-    from convsim_cli.device import resolve_device
+    from convsim_cli.machine.device import resolve_device
 
     found = resolve_device(device)
     if device == "auto":

@@ -25,8 +25,8 @@ def plot(
     quiet: QuietOption = False,
 ) -> None:
     """Draw the training loss, accuracies and L_CS of runs against epochs, as a PNG. A run may still be training."""
-    from convsim_cli.experiments.plots import Curve, draw_runs, require_matplotlib, save_figure
-    from convsim_cli.experiments.runs import read_results
+    from convsim_cli.reproduction.plots import Curve, draw_runs, require_matplotlib, save_figure
+    from convsim_cli.training.run_folder import read_results
 
     console = Console(quiet, as_json)
     require_matplotlib()

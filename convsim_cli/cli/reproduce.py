@@ -20,11 +20,11 @@ from convsim_cli.cli.options import (
     SeedOption,
     start,
 )
-from convsim_cli.cli.tables import TABLES, numerical_table
-from convsim_cli.cli.watching import CampaignScreen
+from convsim_cli.cli.reproduction_tables import TABLES, numerical_table
+from convsim_cli.cli.training_screen import CampaignScreen
 
 if TYPE_CHECKING:
-    from convsim_cli.experiments.trained import Choices
+    from convsim_cli.reproduction.experiments import Choices
 
 EXAMPLES = """\b
 Examples:
@@ -89,8 +89,8 @@ def reproduce(
     comes from.
     """
     from convsim_cli.errors import InputError
-    from convsim_cli.experiments.paper import TABLES
-    from convsim_cli.experiments.runs import make_folder
+    from convsim_cli.reproduction.published import TABLES
+    from convsim_cli.training.run_folder import make_folder
 
     console = Console(quiet, as_json)
     if any(table.name == name for table in TABLES):
@@ -115,7 +115,7 @@ def _refuse(given: dict[str, Any], name: str, useless: Sequence[str]) -> None:
 
 
 def _numerical(name: str, episodes: int, seed: int, run_dir: Path, console: Console) -> None:
-    from convsim_cli.experiments import numerical
+    from convsim_cli.reproduction import numerical
 
     table = numerical.find_table(name)
     with console.progress(name, numerical.numerical_steps(name)) as advance:
@@ -131,19 +131,20 @@ def _numerical(name: str, episodes: int, seed: int, run_dir: Path, console: Cons
 
 
 def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
-    from convsim_cli.experiments.runs import write_json
+    from convsim_cli.training.run_folder import write_json
 
     write_json(run_dir / f"{content['name']}.json", console.document("reproduce", content))
 
 
 def _trained(name: str, given: dict[str, Any], console: Console) -> None:
-    from convsim_cli.experiments.campaign import carry_out
-    from convsim_cli.experiments.datasets import load_dataset
-    from convsim_cli.experiments.paper import CLAIMS
-    from convsim_cli.experiments.plots import draw_experiment, require_matplotlib, save_figure
-    from convsim_cli.experiments.runs import check_network, make_folder
-    from convsim_cli.experiments.trained import find_experiment, group, plan, reductions
-    from convsim_cli.memory import keep_freed_memory
+    from convsim_cli.inputs.datasets import load_dataset
+    from convsim_cli.machine.allocator import keep_freed_memory
+    from convsim_cli.reproduction.campaign import carry_out
+    from convsim_cli.reproduction.experiments import find_experiment, group, plan, reductions
+    from convsim_cli.reproduction.plots import draw_experiment, require_matplotlib, save_figure
+    from convsim_cli.reproduction.published import CLAIMS
+    from convsim_cli.training.execution import check_network
+    from convsim_cli.training.run_folder import make_folder
 
     experiment = find_experiment(name)
     _refuse(given, name, ["episodes"])
@@ -183,8 +184,8 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
 
 
 def _choices(given: dict[str, Any], device: str) -> Choices:
-    from convsim_cli.experiments.trained import Choices
-    from convsim_cli.experiments.training import Arguments
+    from convsim_cli.reproduction.experiments import Choices
+    from convsim_cli.training.arguments import Arguments
 
     base = Arguments(
         data_dir=str(given["data_dir"]),

@@ -26,13 +26,13 @@ from convsim_cli.cli.options import (
     StdOption,
     start,
 )
-from convsim_cli.cli.watching import RunScreen
+from convsim_cli.cli.training_screen import RunScreen
 
 if TYPE_CHECKING:
-    from convsim_cli.experiments.datasets import Dataset
-    from convsim_cli.experiments.processes import Processes
-    from convsim_cli.experiments.runs import Run
-    from convsim_cli.experiments.training import Arguments
+    from convsim_cli.inputs.images import Dataset
+    from convsim_cli.training.arguments import Arguments
+    from convsim_cli.training.processes import Processes
+    from convsim_cli.training.run_folder import Run
 
 EXAMPLES = """\b
 Examples:
@@ -136,9 +136,9 @@ def train(
     The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. Stopped at any moment, a
     run goes on with --resume, to the same result.
     """
-    from convsim_cli.experiments.processes import joined, leads
-    from convsim_cli.experiments.runs import load_inputs
-    from convsim_cli.memory import keep_freed_memory
+    from convsim_cli.machine.allocator import keep_freed_memory
+    from convsim_cli.training.execution import load_inputs
+    from convsim_cli.training.processes import joined, leads
 
     console = Console(quiet or not leads(), as_json and leads())
     resumed = None if resume is None else _resumed(context, resume, epochs)
@@ -161,7 +161,7 @@ def train(
 def _arguments(given: dict[str, Any], device: str, processes: int) -> Arguments:
     from dataclasses import fields
 
-    from convsim_cli.experiments.training import Arguments
+    from convsim_cli.training.arguments import Arguments
 
     values = given | {"compile": given["compile_"], "device": device, "processes": processes}
     for key in ("data_dir", "weights"):
@@ -175,7 +175,7 @@ def _from_config(context: typer.Context, path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
     from convsim_cli.errors import InputError
-    from convsim_cli.experiments.runs import make_arguments
+    from convsim_cli.training.arguments import make_arguments
 
     try:
         values = json.loads(path.read_text())
@@ -195,7 +195,7 @@ def _new_runs(
     arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
 ) -> Iterator[tuple[Run, str]]:
     """The runs, each made when its turn comes, with what is to be said of the seeds left should it be stopped."""
-    from convsim_cli.experiments.runs import create_run, free_stem
+    from convsim_cli.training.run_folder import create_run, free_stem
 
     if seeds is None:
         yield processes.led(lambda: create_run(arguments, run_dir, name)), ""
@@ -211,7 +211,7 @@ def _new_runs(
 def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
     """The run to go on with. Options that say something else than its args.json are refused, all but --epochs."""
     from convsim_cli.errors import InputError
-    from convsim_cli.experiments.runs import open_run
+    from convsim_cli.training.run_folder import open_run
 
     given = _typed(context)
     run = open_run(folder, epochs if "epochs" in given else None)
@@ -226,7 +226,7 @@ def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
 
 
 def _execute(run: Run, dataset: Dataset | None, console: Console, processes: Processes, left: str) -> dict[str, Any]:
-    from convsim_cli.experiments.runs import execute
+    from convsim_cli.training.execution import execute
 
     how = run.arguments
     console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")

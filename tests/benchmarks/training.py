@@ -3,7 +3,7 @@
     python tests/benchmarks/training.py
 
 On noise in the shape of CIFAR-10: batches of 512 for CNN1, of 128 for ResNet-18. A bare loop indexes resident,
-normalised float tensors and does nothing else; the DataLoader script normalises image by image in worker processes.
+normalized float tensors and does nothing else; the DataLoader script normalizes image by image in worker processes.
 On the CPU all of them run with the allocator set as `convsim train` sets it.
 """
 
@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Images
 
-from convsim_cli.experiments.datasets import Dataset, Split
-from convsim_cli.experiments.networks import build_network
-from convsim_cli.experiments.training import Arguments, Trainer
-from convsim_cli.memory import keep_freed_memory
+from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.machine.allocator import keep_freed_memory
+from convsim_cli.networks.names import build_network
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.trainer import Trainer
 
 WORKERS = 2
 
@@ -37,17 +38,17 @@ def trained(arch: str, mode: str, batch: int, data: Dataset, device: torch.devic
 
 def bare(arch: str, batch: int, data: Dataset, device: torch.device) -> Callable[[], object]:
     """The loop of any tutorial over float tensors that lie on the device."""
-    images, labels = data.normalise(data.train.images).to(device), data.train.labels.to(device)
-    model, optimiser = _model(arch, device)
+    images, labels = data.normalize(data.train.images).to(device), data.train.labels.to(device)
+    model, optimizer = _model(arch, device)
 
     def run() -> None:
         for indices in torch.randperm(len(labels), device=device).split(batch):
-            _step(model, optimiser, images[indices], labels[indices])
+            _step(model, optimizer, images[indices], labels[indices])
 
     return run
 
 
-class Normalised(Images[tuple[torch.Tensor, int]]):
+class Normalized(Images[tuple[torch.Tensor, int]]):
     """Images one at a time, as torchvision's data sets and transforms give them."""
 
     def __init__(self, data: Dataset) -> None:
@@ -57,17 +58,17 @@ class Normalised(Images[tuple[torch.Tensor, int]]):
         return len(self.data.train)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.data.normalise(self.data.train.images[index : index + 1])[0], int(self.data.train.labels[index])
+        return self.data.normalize(self.data.train.images[index : index + 1])[0], int(self.data.train.labels[index])
 
 
 def loader(arch: str, batch: int, data: Dataset, device: torch.device) -> Callable[[], object]:
     """The usual script: a DataLoader with worker processes, which stay alive from one pass to the next."""
-    batches = DataLoader(Normalised(data), batch, shuffle=True, num_workers=WORKERS, persistent_workers=True)
-    model, optimiser = _model(arch, device)
+    batches = DataLoader(Normalized(data), batch, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+    model, optimizer = _model(arch, device)
 
     def run() -> None:
         for images, labels in batches:
-            _step(model, optimiser, images.to(device, memory_format=torch.channels_last), labels.to(device))
+            _step(model, optimizer, images.to(device, memory_format=torch.channels_last), labels.to(device))
 
     return run
 
@@ -77,11 +78,11 @@ def _model(arch: str, device: torch.device) -> tuple[nn.Module, torch.optim.Opti
     return model.train(), torch.optim.SGD(model.parameters(), 0.01)
 
 
-def _step(model: nn.Module, optimiser: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
     loss = nn.functional.cross_entropy(model(images), labels)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def main() -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, Convsim, Start
+from conftest import CHECKPOINTS, Convsim, Start, same_bits
 from references import literal_similarity
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint import same_bits
 from torch import Tensor
 
-from convsim_cli.checkpoint import open_checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
 
 DOCUMENT = (
     "schema",
@@ -228,7 +227,7 @@ def test_interrupting_leaves_the_file_as_it_was_and_exits_130(tmp_path: Path, st
     save_file({"conv.weight": torch.randn(256, 256, 3, 3)}, path)
     former = digest(path)
     process = start("init", path, "-q", "--iterations", 1_000_000)
-    while not list(tmp_path.glob(".convsim-*")):  # the new file is being written while layers are minimised
+    while not list(tmp_path.glob(".convsim-*")):  # the new file is being written while layers are minimized
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convsim_cli import measure
-from convsim_cli.experiments.datasets import load_dataset
-from convsim_cli.experiments.evaluation import evaluate
-from convsim_cli.experiments.networks import build_network
-from convsim_cli.probes import make_inputs
+from convsim_cli.inputs.datasets import load_dataset
+from convsim_cli.measurement.synthetic_inputs import make_inputs
+from convsim_cli.networks.accuracy import evaluate
+from convsim_cli.networks.names import build_network
 
 LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead")
 LAYER += ("fm_cos_random", "redundant")
@@ -247,7 +247,7 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
         (["--arch", "cnn:4", "--mean", "0.5"], "--mean '0.5': expected three numbers, for instance 0.485,0.456,0.406"),
         (["--arch", "cnn:4", "--std", "1,1,0"], "--std '1,1,0': expected numbers above 0"),
         (["--arch", "cnn:4", "--input", "digits", "--std", "1,nan,1"], "--std '1,nan,1': expected finite numbers"),
-        (["--arch", "cnn:4", "--mean", "1,1,1"], "--mean and --std normalise images: --input white has none"),
+        (["--arch", "cnn:4", "--mean", "1,1,1"], "--mean and --std normalize images: --input white has none"),
         (["--arch", "cnn:4", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png"),
         (["m.safetensors", "--key", "ema"], "--key ema: m.safetensors is no pickle"),
         (["m.safetensors", "--input", "folder:x"], "needs --arch"),
@@ -322,10 +322,10 @@ def test_built_in_networks_take_a_folders_images_at_32_pixels(
 ) -> None:
     from PIL import Image
 
-    from convsim_cli.experiments import datasets
+    from convsim_cli.inputs import image_folders
 
-    decode, sides = datasets._decode, []
-    monkeypatch.setattr(datasets, "_decode", lambda path, side: sides.append(side) or decode(path, side))
+    decode, sides = image_folders._decode, []
+    monkeypatch.setattr(image_folders, "_decode", lambda path, side: sides.append(side) or decode(path, side))
     for kind in ("cat", "dog"):
         (tmp_path / kind).mkdir()
         Image.effect_noise((40, 30), 64).save(tmp_path / kind / "x.png")
@@ -357,12 +357,14 @@ def test_csv_with_the_most_similar_pairs_is_one_table_of_them(tmp_path: Path, co
 def test_a_heat_map_of_many_filters_keeps_its_similar_pairs(
     tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convsim_cli.experiments import plots
+    from convsim_cli.measurement import heat_maps
 
     drawn = {}
-    draw = plots.draw_heat
+    draw = heat_maps.draw_heat
     monkeypatch.setattr(
-        plots, "draw_heat", lambda heat, cosines, title: drawn.update(heat, title=title) or draw(heat, cosines, title)
+        heat_maps,
+        "draw_heat",
+        lambda heat, cosines, title: drawn.update(heat, title=title) or draw(heat, cosines, title),
     )
     weight = torch.randn(512, 1, 3, 3)
     weight[300] = weight[7]
@@ -403,5 +405,5 @@ def test_what_a_network_keeps_from_being_evaluated_can_be_trained_with() -> None
 
     model, data = Keeping(), load_dataset("digits", Path()).limited(1, 4)
     evaluate(model, data, data.test, torch.device("cpu"))
-    model(data.normalise(data.test.images)).sum().backward()
+    model(data.normalize(data.test.images)).sum().backward()
     assert model.layer.weight.grad is not None

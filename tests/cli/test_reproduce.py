@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Convsim, Start
 
-from convsim_cli.experiments.runs import read_results
+from convsim_cli.training.run_folder import read_results
 
 REDUCED = ("--archs", "cnn1", "--arms", "baseline,init", "--limit-train", 96, "--limit-test", 32)
 

@@ -90,7 +90,7 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--mode", "regularise"], "regularise"),
+        (["--mode", "regularize"], "regularize"),
         (["--arch", "cnn9"], "did you mean"),
         (["--dataset", "cifra10"], "did you mean 'cifar10'"),
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),

@@ -19,7 +19,8 @@ from cases import cases
 from conftest import Convsim
 from safetensors.torch import save
 
-from convsim_cli.checkpoint import Checkpoint, open_checkpoint
+from convsim_cli.checkpoints.checkpoint import Checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimError
 from convsim_cli.kernels import file_kernels
 

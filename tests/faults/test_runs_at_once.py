@@ -14,7 +14,7 @@ import pytest
 from cases import cases
 from conftest import Convsim, Start
 
-from convsim_cli.experiments.runs import read_results
+from convsim_cli.training.run_folder import read_results
 
 TRAIN = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", 400, "--limit-test", 60)
 TRAIN += ("--batch-size", 20, "--iterations", 20)
@@ -22,8 +22,8 @@ TRAIN += ("--batch-size", 20, "--iterations", 20)
 START = """
 import sys
 from pathlib import Path
-from convsim_cli.experiments.runs import create_run
-from convsim_cli.experiments.training import Arguments
+from convsim_cli.training.run_folder import create_run
+from convsim_cli.training.arguments import Arguments
 for _ in range(10):
     print(create_run(Arguments(), Path(sys.argv[1]), None).folder)
 """

@@ -25,16 +25,16 @@ from cases import cases
 from conftest import Convsim
 from safetensors.torch import load_file, save_file
 
-from convsim_cli import atomic
-from convsim_cli.atomic import replace_file
-from convsim_cli.checkpoint import open_checkpoint
+from convsim_cli.checkpoints import atomic
+from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import WriteError
 
 SAVE = """
 import sys
 from pathlib import Path
 import torch
-from convsim_cli.checkpoint import open_checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
 path = Path(sys.argv[1])
 for value in range(1, 10**9):
     checkpoint = open_checkpoint(path)
@@ -78,7 +78,7 @@ SAVE_SHARDS = """
 import sys, time
 from pathlib import Path
 import torch
-from convsim_cli.checkpoint import open_checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
 index = Path(sys.argv[1])
 replace = Path.replace
 def slowly(path, to):  # most of a save is then renames, and most kills come between two of them
@@ -349,7 +349,7 @@ def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
 INTERRUPTED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from convsim_cli.atomic import replace_file
+from convsim_cli.checkpoints.atomic import replace_file
 path, backup = Path(sys.argv[1], "model"), Path(sys.argv[1], "model.bak")
 path.write_bytes(b"0")
 chance, interrupted = random.Random(0), 0

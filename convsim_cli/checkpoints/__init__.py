@@ -1,0 +1,1 @@
+"""Checkpoint files: every format read and written behind one interface, replaced atomically."""

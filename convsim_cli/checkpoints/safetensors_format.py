@@ -1,0 +1,127 @@
+"""Checkpoints in the safetensors format: read through a memory map, written by copying all other bytes as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from shutil import copyfileobj
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.checkpoint import SUFFIXES, Changes, Checkpoint
+from convsim_cli.errors import CheckpointError, InputError
+from convsim_cli.kernels import TensorInfo
+
+_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_COPY_BUFFER = 1 << 22
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A safetensors file. Raises CheckpointError where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                self._header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_no_name_twice)
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
+        self._data_start = 8 + length
+        self.metadata: dict[str, str] = self._header.pop("__metadata__", None) or {}
+        names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
+        super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
+
+    def load(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def write(self, target: Path, changes: Changes, record: Mapping[str, str], backup: Path | None = None) -> None:
+        if target.suffix in SUFFIXES[1:]:
+            raise InputError(
+                f"{target}: the checkpoint is a safetensors file and is written back as one; name it .safetensors"
+            )
+
+        def write(file: BinaryIO) -> None:
+            put = self.copy_to(file, record)
+            for name, tensor in changes:
+                put(name, tensor)
+                del tensor  # a layer less while the next one is minimized
+
+        replace_file(target, write, backup)
+
+    def copy_to(self, file: BinaryIO, record: Mapping[str, str]) -> Callable[[str, Tensor], None]:
+        """Write the file as it is, but for the record, and return what writes a changed tensor over the old one.
+
+        A new header, then the old data byte for byte: the tensors' offsets stay as they were.
+        """
+        metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
+        header = _make_header(metadata, self._header)
+        file.write(header)
+        with self.path.open("rb") as former:
+            former.seek(self._data_start)
+            copyfileobj(former, file, _COPY_BUFFER)
+
+        def put(name: str, tensor: Tensor) -> None:
+            file.seek(len(header) + self._header[name]["data_offsets"][0])
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+        return put
+
+
+def write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:
+    """Write a state dict in this format; tensors that share memory are written under each of their names.
+
+    The same state and record give the same bytes.
+    """
+    memory: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = (tensor.clone() if address in memory else tensor).contiguous()
+        memory.add(address)
+    content = memoryview(save(tensors))
+    start = 8 + int.from_bytes(content[:8], "little")
+    file.write(_make_header({"format": "pt", **record}, json.loads(bytes(content[8:start]))))
+    file.write(content[start:])
+
+
+def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> bytes:
+    """The start of a safetensors file: its length, then the JSON that says where each tensor's bytes are."""
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo(_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON leaves open, and readers answer differently: which of two values of one name counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {twice[:80]!r} twice")
+    return found
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sorting key under which layer2 comes before layer10."""
+    return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _number(digits: str) -> tuple[int, str]:
+    significant = digits.lstrip("0")
+    return len(significant), significant

@@ -1,0 +1,126 @@
+"""What training looks like on the screen: one run, and many runs as one piece of work."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from convsim_cli.cli.console import Console, Progress, duration, remaining
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from convsim_cli.reproduction.campaign import Outcome
+
+
+class _Screen:
+    """A listener that shows something for as long as its `with` lasts."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._stack = console, ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+class RunScreen(_Screen):
+    """A training run: a bar per phase on a terminal, and a line per epoch with the time left."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        super().__init__(console)
+        self._epochs = epochs
+        self._seconds: list[float] = []
+        self._progress = Progress()
+
+    def phase(self, name: str, steps: int) -> None:
+        """Begin a phase of so many steps."""
+        self._stack.close()
+        shown = self._console.live or name == "init"  # elsewhere an epoch is one line, when it has ended
+        self._progress = self._stack.enter_context(self._console.progress(name, steps if shown else 0))
+
+    def advance(self, steps: int) -> None:
+        """Advance the phase."""
+        self._progress(steps)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Say how an epoch ended."""
+        self._stack.close()
+        self._seconds.append(row["seconds"])
+        left = duration((self._epochs - row["epoch"]) * sum(self._seconds) / len(self._seconds))
+        self._console.note(f"{_epoch(row, self._epochs)}  {row['seconds']:.1f} s, {left} left")
+
+
+class CampaignScreen(_Screen):
+    """Many runs: one bar over the whole and a line per run on a terminal, a line per epoch elsewhere."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        super().__init__(console)
+        self._name, self._progress = name, Progress()
+        self._run, self._runs, self._epochs = "", 0, 0
+        self._done = self._work = self._start = 0.0
+
+    def begin(self, runs: int, finished: int, work: float) -> None:
+        """Say what there is to do."""
+        reused = f", {finished} of them finished before" if finished else ""
+        self._console.note(f"{self._name}: {runs} run{'s' if runs > 1 else ''}{reused}")
+        if work and not finished:
+            self._console.note("stopped at any moment, the same command goes on")
+        self._runs, self._work, self._start = runs, work, time.monotonic()
+        if self._console.live:
+            self._progress = self._stack.enter_context(self._console.progress(self._name, work))
+
+    def run(self, name: str, number: int, epochs: int) -> None:
+        """Note which run is at work."""
+        self._run, self._epochs = f"{name} ({number} of {self._runs})", epochs
+
+    def phase(self, name: str, steps: int) -> None:
+        """Show the phase of the run at work."""
+        self._progress.describe(f"{self._run} {name}")
+
+    def advance(self, steps: int) -> None:
+        """Leave the bar to `done`, which knows what share of the whole a step is."""
+
+    def done(self, work: float) -> None:
+        """Advance the whole."""
+        self._done += work
+        self._progress(work)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Say how an epoch ended, where there is no bar."""
+        if not self._console.live:
+            whole = remaining(self._done, self._work, time.monotonic() - self._start)
+            self._console.note(f"{self._run} {_epoch(row, self._epochs)}  {row['seconds']:.1f} s; {self._name} {whole}")
+
+    def end(self, outcome: Outcome) -> None:
+        """Say how a run ended."""
+        if outcome.diverged:
+            self._console.warn(f"{outcome.run.folder}: {outcome.diverged}")
+        elif self._console.live:
+            best = max(row["test_accuracy"] for row in outcome.rows)
+            took = duration(sum(row["seconds"] for row in outcome.rows))
+            last = outcome.rows[-1]["test_accuracy"]
+            self._console.note(f"{outcome.run.folder}: test accuracy {best:.2f} % at best, {last:.2f} % last, {took}")
+
+    def waiting(self, name: str) -> None:
+        """Say that another process has what is left."""
+        said = f"waiting for {name}, which another process is training"
+        if said != self._run:
+            self._run = said
+            self._console.note(said)
+            self._progress.describe(said)
+
+
+def _epoch(row: dict[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
+        f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %  "
+        f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:5.2f} %  "
+        f"L_CS {row['cs']:.4g}"
+    )

@@ -1,1 +1,0 @@
-"""The paper's side: networks, data sets and training. It knows the method; the method does not know it."""

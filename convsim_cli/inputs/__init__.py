@@ -1,0 +1,1 @@
+"""Images to train and measure with: data sets and folders."""

@@ -1,0 +1,1 @@
+"""The machine: devices, precision, CUDA graphs, memory, and what torch.compile leaves alone."""

@@ -1,0 +1,1 @@
+"""What is measured per layer: the figures, the feature maps, synthetic inputs and heat maps."""

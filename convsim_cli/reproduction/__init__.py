@@ -1,0 +1,1 @@
+"""The paper's experiments: published numbers, and the runs that check them."""

@@ -1,0 +1,161 @@
+"""Many runs as one piece of work: finished ones are reused, interrupted ones go on, others' are left to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from convsim_cli.errors import BusyError, DivergedError
+from convsim_cli.inputs.images import Dataset
+from convsim_cli.networks.names import build_network
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.execution import Listener, execute
+from convsim_cli.training.run_folder import (
+    Row,
+    Run,
+    epochs_done,
+    find_or_create_run,
+    find_run,
+    is_finished,
+    read_results,
+)
+
+POLL = 2.0  # seconds between looks at a run that another process is working on
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is wanted: its arguments, and what to call its folder where there is none yet."""
+
+    stem: str
+    arguments: Arguments
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run and its rows, as many as were asked for; with what was wrong where it diverged before its end."""
+
+    run: Run
+    rows: list[Row]
+    diverged: str | None = None
+
+
+class Watcher(Listener, Protocol):
+    """What a campaign tells whoever watches. `phase`, `advance` and `row` are those of the run at work."""
+
+    def begin(self, runs: int, finished: int, work: float) -> None:
+        """So many runs are wanted, so many of them are there, and the others are so much work."""
+
+    def run(self, name: str, number: int, epochs: int) -> None:
+        """Run number `number` of all is at work."""
+
+    def done(self, work: float) -> None:
+        """Some of the work was done."""
+
+    def end(self, outcome: Outcome) -> None:
+        """A run that was at work has ended."""
+
+    def waiting(self, name: str) -> None:
+        """Nothing is left but what other processes are working on."""
+
+
+def carry_out(jobs: Sequence[Job], run_dir: Path, dataset: Dataset, watcher: Watcher) -> list[Outcome]:
+    """Train whatever is wanted and not there, and return the outcomes in the order of the jobs.
+
+    A run that another process is working on is passed over until there is nothing else to do, and then waited for. A
+    run that diverges is reported, and the rest goes on.
+    """
+    left = {job: work_left(job, run_dir, dataset) for job in jobs}
+    outcomes: dict[Job, Outcome] = {}
+    watcher.begin(len(left), sum(not work for work in left.values()), sum(left.values()))
+    while len(outcomes) < len(left):
+        before = len(outcomes)
+        for number, job in enumerate(left, 1):
+            if job not in outcomes:
+                try:
+                    outcomes[job] = _carry_out(job, run_dir, dataset, _Part(watcher, job, number, left[job]))
+                except BusyError:
+                    continue
+        if len(outcomes) == before:
+            watcher.waiting(next(job.stem for job in left if job not in outcomes))
+            time.sleep(POLL)
+    return [outcomes[job] for job in jobs]
+
+
+def work_left(job: Job, run_dir: Path, dataset: Dataset) -> float:
+    """Return the floating-point operations of the epochs that a job has still to do: 0 where it is finished."""
+    run = find_run(job.arguments, run_dir)
+    if run and is_finished(run, job.arguments.epochs):
+        return 0.0
+    epochs = job.arguments.epochs - (min(epochs_done(run), job.arguments.epochs - 1) if run else 0)
+    return epochs * _epoch_work(job.arguments, dataset)
+
+
+def _carry_out(job: Job, run_dir: Path, dataset: Dataset, part: _Part) -> Outcome:
+    run = find_or_create_run(job.arguments, run_dir, job.stem)
+    epochs, diverged = job.arguments.epochs, None
+    if not is_finished(run, epochs):
+        part.run = run
+        try:
+            execute(run, part, dataset)
+        except DivergedError as error:
+            diverged = str(error)
+    rows = read_results(run.folder)[:epochs]
+    part.end(Outcome(run, rows, diverged))
+    return Outcome(run, rows, diverged)
+
+
+class _Part:
+    """A run's listener: tells the campaign's watcher how much of the whole its steps are."""
+
+    run: Run | None = None  # none: another process has finished it in the meantime
+
+    def __init__(self, watcher: Watcher, job: Job, number: int, work: float) -> None:
+        self._watcher, self._job, self._number, self._left = watcher, job, number, work
+        self._epochs, self._step = job.arguments.epochs, 0.0
+
+    def phase(self, name: str, steps: int) -> None:
+        assert self.run is not None
+        self._watcher.run(self.run.name, self._number, self._job.arguments.epochs)
+        self._watcher.phase(name, steps)
+        epochs = self._job.arguments.epochs - epochs_done(self.run)
+        self._step = self._left / max(epochs, 1) / steps if name.startswith("epoch") else 0.0
+
+    def advance(self, steps: int) -> None:
+        self._watcher.advance(steps)
+        self._done(steps * self._step)
+
+    def row(self, row: Row) -> None:
+        self._watcher.row(row)
+
+    def end(self, outcome: Outcome) -> None:
+        self._done(self._left)
+        if self.run is not None:
+            self._watcher.end(outcome)
+
+    def _done(self, work: float) -> None:
+        work = min(work, self._left)
+        self._left -= work
+        self._watcher.done(work)
+
+
+def _epoch_work(arguments: Arguments, dataset: Dataset) -> float:
+    """Operations of an epoch: three passes over each training image, one over each test image."""
+    data = dataset.limited(arguments.limit_train, arguments.limit_test)
+    height, width = dataset.train.images.shape[1:3]
+    return _operations(arguments.arch, height, width) * (3 * len(data.train) + len(data.test))
+
+
+@cache
+def _operations(arch: str, height: int, width: int) -> float:
+    """Floating-point operations of a network on one image, by torch's own count; nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_network(arch).eval()(torch.empty(1, 3, height, width))
+    return float(counter.get_total_flops())

@@ -1,0 +1,171 @@
+"""The numerical experiments of Tables 1, 2, 3 and 6: two kernels, one input, and what minimizing does to their maps.
+
+K1, K2 ~ U(−1, 1) of N taps, X ~ U(0, 1) of length 64; all episodes at once, as the groups of one layer of two filters
+each, in float64. With W the windows of X that the kernels see, ⟨F1, F2⟩ = K1ᵀ(WᵀW)K2, exactly, whatever the padding:
+the maps themselves are never formed. Feature-map similarity is ⟨F1, F2⟩².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.machine.precision import full_precision
+from convsim_cli.minimize import project_, rescale_
+from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, SETTINGS, TABLES, NumericalTable
+from convsim_cli.similarity import autocorrelation, similarity_gradient
+
+INPUT_LENGTH = 64  # M of section 3.1
+EPISODES = 1000
+Measured = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Kernels `[episodes, 2, N, 1]`, in the layout of `similarity.to_filters`, and WᵀW of their inputs `[episodes, N,
+    N]`."""
+
+    kernels: Tensor
+    gram: Tensor
+
+
+def numerical_table(
+    name: str, episodes: int = EPISODES, seed: int = 0, advance: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of a numerical table, published beside measured, and measured again at fixed norms.
+
+    advance: told of each iteration (see `numerical_steps`). Raises InputError for an unknown name.
+    """
+    table = find_table(name)
+    rows = []
+    for row in NUMERICAL_ROWS:
+        if row.table == name:
+            drawn = draw_episodes(row.taps, table.padding, episodes, seed)
+            free, held = (run_episodes(drawn, table, row.optimizer, hold, advance) for hold in (False, True))
+            published = dict(zip(KEYS, row.published, strict=True))
+            rows.append(
+                {
+                    "N": row.taps,
+                    "optimizer": row.optimizer,
+                    "published": published,
+                    "measured": free,
+                    "fixed_norms": held,
+                }
+            )
+    return rows
+
+
+def find_table(name: str) -> NumericalTable:
+    """Return a numerical table by its name. Raises InputError for another one."""
+    for table in TABLES:
+        if table.name == name:
+            return table
+    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, (table.name for table in TABLES))}")
+
+
+def numerical_steps(name: str) -> int:
+    """Return how many iterations `numerical_table` reports."""
+    return 2 * sum(SETTINGS[row.taps, row.optimizer][1] for row in NUMERICAL_ROWS if row.table == name)
+
+
+def draw_episodes(taps: int, padding: Literal["full", "valid"], episodes: int, seed: int) -> Episodes:
+    """Draw kernels and inputs (section 3.1), the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    kernels = 2 * torch.rand(episodes, 2, taps, 1, generator=generator, dtype=torch.float64) - 1
+    inputs = torch.rand(episodes, INPUT_LENGTH, generator=generator, dtype=torch.float64)
+    around = taps - 1 if padding == "full" else 0
+    windows = torch.nn.functional.pad(inputs, (around, around)).unfold(1, taps, 1)
+    return Episodes(kernels, windows.mT @ windows)
+
+
+def run_episodes(
+    episodes: Episodes,
+    table: NumericalTable,
+    optimizer: Literal["adam", "sgd"],
+    fixed_norms: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> Measured:
+    """Minimize the table's objective in every episode and return its figures, by `KEYS` and `cos_before`, `cos_after`.
+
+    Correlation: Pearson over the iterates of an episode, the first included, between objective and feature-map
+    similarity. Reduction frequency: share of episodes that end lower. Decrease and increase: |after − before| / before
+    over the episodes that fall or rise. Per cent but for correlations and cosines; None where there is no such episode.
+    """
+    lr, iterations = SETTINGS[episodes.kernels.shape[2], optimizer]
+    kernels = episodes.kernels.clone().requires_grad_()
+    step = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([kernels], lr=lr)
+    objectives, similarities = [], []
+    with torch.no_grad(), full_precision(kernels.device):
+        norms = torch.linalg.vector_norm(kernels, dim=(-2, -1), keepdim=True)
+        for iteration in range(iterations + 1):
+            objectives.append(_objective(kernels, table))
+            similarities.append(inner_products(kernels, episodes.gram)[:, 0, 1].square())
+            if iteration == iterations:
+                break
+            kernels.grad = _gradient(kernels, table)
+            if fixed_norms:
+                project_(kernels.grad, kernels, norms)
+            step.step()
+            if fixed_norms:
+                rescale_(kernels, norms)
+            if advance:
+                advance(1)
+        found = _figures(torch.stack(objectives), torch.stack(similarities))
+        found["cos_before"] = _cosine(inner_products(episodes.kernels, episodes.gram))
+        found["cos_after"] = _cosine(inner_products(kernels, episodes.gram))
+    return found
+
+
+def inner_products(kernels: Tensor, gram: Tensor) -> Tensor:
+    """Return ⟨F_i, F_j⟩ of every episode, `[episodes, 2, 2]`."""
+    flat = kernels.squeeze(-1)
+    return flat @ gram @ flat.mT
+
+
+def _objective(kernels: Tensor, table: NumericalTable) -> Tensor:
+    if table.objective == "kernel":
+        return (kernels[:, 0] * kernels[:, 1]).sum((1, 2)).square()
+    lags = autocorrelation(kernels, (kernels.shape[2],))
+    return (lags[:, 0] * lags[:, 1]).sum(1)
+
+
+def _gradient(kernels: Tensor, table: NumericalTable) -> Tensor:
+    if table.objective == "kernel":
+        return 2 * (kernels[:, :1] * kernels[:, 1:]).sum((1, 2, 3), keepdim=True) * kernels.flip(1)
+    return similarity_gradient(kernels, (kernels.shape[2],))
+
+
+def _figures(objectives: Tensor, similarities: Tensor) -> Measured:
+    before, after = similarities[0], similarities[-1]
+    change = 100 * (after - before).abs() / before
+    correlations = _pearson(objectives, similarities)
+    columns = (correlations[correlations.isfinite()], change[after < before], change[after > before])
+    (correlation, spread), decrease, increase = map(_mean_and_std, columns)
+    return dict(
+        zip(
+            KEYS,
+            (correlation, spread, 100 * (after < before).double().mean().item(), *decrease, *increase),
+            strict=True,
+        )
+    )
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation along the first axis."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))
+
+
+def _mean_and_std(values: Tensor) -> tuple[float | None, float | None]:
+    mean = values.mean().item() if len(values) else None
+    return mean, values.std().item() if len(values) > 1 else None
+
+
+def _cosine(products: Tensor) -> float:
+    cosines = products[:, 0, 1] / (products[:, 0, 0] * products[:, 1, 1]).sqrt()
+    return cosines[cosines.isfinite()].abs().mean().item()

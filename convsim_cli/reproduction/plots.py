@@ -1,0 +1,206 @@
+"""Figures as PNG: curves over epochs, and what the paper's Figures 1 to 5 show.
+
+Told apart in gray and by the color-blind: the colors are Okabe and Ito's, and every curve has a dash pattern of its
+own, every bar a hatching. matplotlib is imported here alone; it is the extra `plot`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import ceil
+from pathlib import Path
+from statistics import mean
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.errors import InputError
+from convsim_cli.reproduction.experiments import CURVES
+from convsim_cli.training.run_folder import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+from convsim_cli.measurement.heat_maps import plain_text
+
+COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A00")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
+HATCHES = ("", "///")
+DPI = 200
+UNITS = {
+    "cs": "$L_{CS}$ (Eq. 10, dimensionless)",
+    "train_loss": "training loss (cross entropy, nats)",
+    "test_loss": "test loss (cross entropy, nats)",
+    "train_accuracy": "train accuracy (%)",
+    "test_accuracy": "test accuracy (%)",
+}
+LOGARITHMIC = {"cs", "train_loss"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line over epochs: its label, and its rows of results.csv, one history per seed."""
+
+    label: str
+    histories: Sequence[Sequence[Row]]
+
+
+def require_matplotlib() -> None:
+    """Raise InputError, with what to install, where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError("figures need matplotlib, which is not installed: pip install matplotlib") from error
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, replacing the file whole. Raises WriteError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+
+
+def draw_experiment(name: str, rows: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Draw one of the paper's figures from the rows of its JSON."""
+    if name == "figure4":
+        return draw_grid(rows, title)
+    if name == "figure5":
+        return draw_iterations(rows, title)
+    return draw_arms(rows, CURVES[name], title)
+
+
+def draw_runs(curves: Sequence[Curve]) -> Figure:
+    """Draw loss, accuracies and L_CS of runs, overlaid."""
+    figure, axes = _panels(2, 2)
+    for panel, column in zip(axes, ("train_loss", "test_accuracy", "train_accuracy", "cs"), strict=True):
+        _draw_curves(panel, curves, column)
+    _finish(figure, axes[0], "")
+    return figure
+
+
+def draw_arms(rows: Sequence[dict[str, Any]], column: str, title: str) -> Figure:
+    """Draw Figure 1, 2 or 3: a panel per network, a curve per arm; several seeds as mean and range.
+
+    rows: of the figure's JSON, each with `arch`, `arm`, `epoch` and the column.
+    """
+    by_arch = [(arch, list(found)) for arch, found in groupby(rows, key=lambda row: row["arch"])]
+    figure, axes = _panels(1, len(by_arch))
+    for panel, (arch, found) in zip(axes, by_arch, strict=True):
+        by_arm = groupby(found, key=lambda row: row["arm"])
+        _draw_curves(panel, [Curve(arm, [_history(row, column) for row in of_arm]) for arm, of_arm in by_arm], column)
+        panel.set_title(plain_text(arch.upper() if arch.startswith("cnn") else arch), fontsize=9)
+    _finish(figure, axes[0], title)
+    return figure
+
+
+def draw_grid(rows: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Draw Figure 4: test accuracy with and without Algorithm 1, in bars, for each learning rate and batch size."""
+    figure, (axes,) = _panels(1, 1, width=max(4.5, 1.5 + 0.8 * len(rows)))
+    for index, side in enumerate(("baseline", "init")):
+        measured = [row["measured"][side] for row in rows]
+        heights = [_number(figures["best_test_accuracy"]) for figures in measured]
+        spreads = [figures["best_test_accuracy_std"] or 0.0 for figures in measured]
+        bars = axes.bar(
+            [position + 0.4 * index - 0.2 for position in range(len(rows))],
+            heights,
+            0.38,
+            yerr=spreads if any(spreads) else None,
+            color=("#BBBBBB", COLORS[2])[index],
+            edgecolor="black",
+            linewidth=0.6,
+            hatch=HATCHES[index],
+            label=("baseline", "Algorithm 1 before training")[index],
+        )
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=7)
+    axes.set_xticks(range(len(rows)), [f"lr {row['lr']:g}\nbatch {row['batch_size']}" for row in rows], fontsize=7)
+    axes.set_xlabel("learning rate and batch size (images)")
+    axes.set_ylabel("best test accuracy (%)")
+    axes.margins(y=0.12)
+    axes.grid(axis="x", visible=False)
+    _finish(figure, axes, title)
+    return figure
+
+
+def draw_iterations(rows: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Draw Figure 5: test accuracy against the iterations I of Algorithm 1."""
+    figure, (axes,) = _panels(1, 1)
+    counts = [row["iterations"] for row in rows]
+    for index, (key, label) in enumerate((("best_test_accuracy", "best"), ("last_test_accuracy", "last epoch"))):
+        values = [_number(row["measured"][key]) for row in rows]
+        spreads = [row["measured"][f"{key}_std"] or 0.0 for row in rows]
+        axes.errorbar(
+            counts,
+            values,
+            yerr=spreads if any(spreads) else None,
+            marker=("o", "s")[index],
+            markersize=4,
+            capsize=2,
+            color=(COLORS[2], COLORS[3])[index],
+            linestyle=DASHES[index],
+            label=label,
+        )
+    axes.set_xlabel("iterations I of Algorithm 1 (0 is the baseline)")
+    axes.set_ylabel("test accuracy (%)")
+    _finish(figure, axes, title)
+    return figure
+
+
+def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    size = (width or (4.5 if columns == 1 else 3.6 * columns), 3.4 if rows == 1 else 2.7 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in axes:
+        panel.grid(color="#DDDDDD", linewidth=0.5)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(which="both", labelsize=8)
+        panel.xaxis.label.set_fontsize(9)
+        panel.yaxis.label.set_fontsize(9)
+    return figure, axes
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    for index, curve in enumerate(curves):
+        round_ = index // len(COLORS)  # beyond eight curves a color comes again, with another dash pattern
+        style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[(index + round_) % len(DASHES)]}
+        points = sorted((row["epoch"], row[column]) for rows in curve.histories for row in rows)
+        by_epoch = {epoch: [v for _, v in found] for epoch, found in groupby(points, key=lambda point: point[0])}
+        epochs, values = list(by_epoch), list(by_epoch.values())  # a seed that diverged counts as far as it came
+        marker = "o" if len(epochs) == 1 else None
+        means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
+        axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
+        if len(curve.histories) > 1:
+            low, high = ([pick(seeds) for seeds in values] for pick in (min, max))
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if column in LOGARITHMIC:
+        axes.set_yscale("log")
+        bottom, top = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and 1000, not powers of ten
+        axes.yaxis.set_minor_formatter("{x:g}" if top < 10 * bottom else NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(UNITS[column])
+
+
+def _finish(figure: Figure, axes: Axes, title: str) -> None:
+    """Add the title, and one legend for all panels, with room made for both."""
+    handles, labels = axes.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(labels), int(width / (0.75 + 0.065 * max(map(len, labels), default=1)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, handlelength=4)
+    lines = wrap(title, int(15 * width))
+    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=9)
+    figure.set_figheight(height + 0.17 * (ceil(len(labels) / columns) + len(lines)))
+
+
+def _history(row: dict[str, Any], column: str) -> list[Row]:
+    return [{"epoch": epoch, column: value} for epoch, value in zip(row["epoch"], row[column], strict=True)]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

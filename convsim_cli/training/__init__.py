@@ -1,0 +1,1 @@
+"""Training runs: arguments, the loop, evaluation, processes and the run's folder."""

@@ -1,0 +1,27 @@
+"""Test loss and accuracy during training, each process evaluating its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.networks.accuracy import evaluation_totals
+from convsim_cli.training.processes import ALONE, Processes
+
+
+def evaluate_together(
+    model: nn.Module,
+    dataset: Dataset,
+    split: Split,
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    processes: Processes = ALONE,
+) -> tuple[float, float]:
+    """Return what `networks.accuracy.evaluate` does, in every process of a run: each evaluates its share."""
+    share = Split(processes.share(split.images), processes.share(split.labels))
+    totals = evaluation_totals(model, dataset, share, device, forward)
+    loss, correct = processes.add_up(totals).tolist()
+    return loss / len(split), 100 * correct / len(split)

@@ -1,0 +1,172 @@
+"""The training loop: one epoch at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.errors import DivergedError, FollowedError
+from convsim_cli.inputs.images import Dataset
+from convsim_cli.machine.device import synchronize
+from convsim_cli.machine.precision import full_precision
+from convsim_cli.minimize import Advance
+from convsim_cli.penalty import ConvSimPenalty
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.evaluation import evaluate_together
+from convsim_cli.training.processes import ALONE, Processes
+
+
+class Trainer:
+    """A network in training: one epoch at a time, and its whole state.
+
+    The task loss is the cross entropy. Batches are drawn without replacement, in an order that the seed and the epoch
+    alone decide. Nothing in the loop waits for the device. Several processes each take their share of every batch, and
+    do together what one would: but for batch normalization, which sees a share at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        arguments: Arguments,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dataset = dataset.to(device)
+        self.arguments = arguments
+        self.device = device
+        self.processes = processes
+        self.penalty = ConvSimPenalty(model, arguments.pairs if arguments.mode == "reg" else "all")
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
+        )
+        self.epoch = 0
+        self.first_loss: Tensor | None = None
+        parallel = processes.parallel(self.model)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(parallel) if arguments.compile else parallel
+        self._evaluated = self._forward if processes.size == 1 else self.model  # what exchanges nothing
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps in an epoch; the last batch may be smaller."""
+        return math.ceil(len(self.dataset.train) / self.arguments.batch_size)
+
+    def run_epoch(self, advance: Advance | None = None) -> dict[str, float]:
+        """Train for one epoch, evaluate, and return its row of `results.csv`.
+
+        advance: called after every step with 1. Raises DivergedError when a loss is no longer finite.
+        """
+        start = time.perf_counter()
+        with full_precision(self.device):  # fp32 means fp32; bf16 is switched on inside
+            loss, accuracy = self._train(advance)
+            self.processes.share_buffers(self.model)
+            with self._autocast():
+                test_loss, test_accuracy = evaluate_together(
+                    self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
+                )
+        row = {
+            "epoch": self.epoch + 1,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "cs": self.penalty.value().item(),
+            "seconds": time.perf_counter() - start,
+        }
+        if not all(math.isfinite(value) for value in row.values()):
+            if not self.processes.leads:
+                raise FollowedError
+            raise DivergedError(
+                f"epoch {self.epoch + 1}: the loss is {loss:g} in training and {test_loss:g} in testing; lower --lr"
+                + (" or --beta" if self.arguments.mode == "reg" else "")
+            )
+        self.epoch += 1
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a bit-exact continuation needs, beside the arguments; all processes are to ask at once."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "first_loss": self.first_loss,
+            "rng": self.processes.gather(self._random_states()),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a `state` up again."""
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.first_loss = None if state["first_loss"] is None else state["first_loss"].to(self.device)
+        ours, on_device = state["rng"][self.processes.rank]
+        torch.set_rng_state(ours)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, self.device)
+
+    def _random_states(self) -> tuple[Tensor, Tensor | None]:
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), on_device
+
+    def _train(self, advance: Advance | None) -> tuple[float, float]:
+        self.model.train()
+        data = self.dataset.train
+        totals = self._totals()
+        order = _permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
+        for batch in order.split(self.arguments.batch_size):
+            indices = self.processes.share(batch)
+            weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
+            if not len(indices):
+                indices = batch[:1]  # a batch of fewer images than processes: one more look, that counts for nothing
+            labels = data.labels[indices]
+            with self._autocast():
+                logits = self._forward(self.dataset.normalize(data.images[indices]))
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            self.optimizer.zero_grad()
+            (loss if weight == 1 else weight * loss).backward()
+            self._regularize(loss.detach(), weight)
+            self.optimizer.step()
+            if weight:
+                totals += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
+            if advance:
+                advance(1)
+        synchronize(self.device)
+        loss_sum, correct = self.processes.add_up(totals).tolist()
+        return loss_sum / len(data), 100 * correct / len(data)
+
+    def _regularize(self, loss: Tensor, weight: float) -> None:
+        """Algorithm 2: β·∂L_CS straight into the gradients. With the schedule `loss`, β falls with the task loss."""
+        if self.arguments.mode != "reg":
+            return
+        if self.arguments.beta_schedule == "constant":
+            return self.penalty.add_gradient_(self.arguments.beta)
+        loss = self.processes.add_up(weight * loss) / self.processes.size
+        if self.first_loss is None:
+            self.first_loss = loss
+        self.penalty.add_gradient_(self.arguments.beta * loss / self.first_loss)
+
+    def _totals(self) -> Tensor:
+        """Sums of loss and of right answers, on the device: nothing is read back before the end."""
+        return torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
+
+
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """An order that seed and epoch alone decide: a run resumed at an epoch draws what it would have drawn."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def be_deterministic() -> None:
+    """Let nothing but deterministic algorithms run from now on: before the first product on the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+
+import pytest
+
+from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.errors import WriteError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_file_follows_the_umask_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    former = os.umask(0o027)
+    try:
+        replace_file(target, lambda file: file.write(b"new"))
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+        target.chmod(0o604)
+        replace_file(target, lambda file: file.write(b"newer"))
+        assert stat.S_IMODE(target.stat().st_mode) == 0o604
+    finally:
+        os.umask(former)
+    assert target.read_bytes() == b"newer"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_symbolic_link_stays_a_link_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    real, link = tmp_path / "store" / "blob", tmp_path / "model"
+    real.write_bytes(b"old")
+    link.symlink_to(real)
+    replace_file(link, lambda file: file.write(b"new"), backup=tmp_path / "model.bak")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert (tmp_path / "model.bak").read_bytes() == b"old"
+    assert names(tmp_path / "store") == ["blob"]
+
+
+def test_the_backup_is_the_former_file_itself_and_replaces_an_older_one(tmp_path: Path) -> None:
+    target, backup = tmp_path / "file", tmp_path / "file.bak"
+    target.write_bytes(b"one")
+    backup.write_bytes(b"zero")
+    inode = target.stat().st_ino
+    replace_file(target, lambda file: file.write(b"two"), backup)
+    assert backup.read_bytes() == b"one"
+    assert backup.stat().st_ino == inode
+    assert names(tmp_path) == ["file", "file.bak"]
+
+
+@pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt()])
+def test_whatever_stops_the_writing_leaves_the_former_file_and_no_other(tmp_path: Path, failure: BaseException) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        replace_file(target, write, tmp_path / "file.bak")
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def write(_: BinaryIO) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(WriteError, match=f"{target}: cannot be written .No space left on device."):
+        replace_file(target, write)
+    assert target.read_bytes() == b"old"
+
+
+def test_leftovers_of_a_killed_process_are_swept_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+    (tmp_path / ".convsim-0000000000000000.tmp").write_bytes(b"left by a killed process")
+    target = tmp_path / "file"
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"outer")
+        replace_file(tmp_path / "other", lambda inner: inner.write(b"inner"))  # sweeps while this one is still written
+
+    replace_file(target, write)
+    assert target.read_bytes() == b"outer"
+    assert names(tmp_path) == ["file", "other"]
+
+
+def test_data_is_on_disk_before_the_rename_and_the_folder_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: calls.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "data") or fsync(fd)
+    )
+    monkeypatch.setattr(Path, "replace", lambda self, to: calls.append("rename") or replace(self, to))
+    replace_file(tmp_path / "file", lambda file: file.write(b"x"))
+    assert calls == ["data", "rename", "folder"]
+
+
+def test_the_backup_in_the_making_is_not_swept_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, backup = tmp_path / "file", tmp_path / "file.bak"
+    target.write_bytes(b"old")
+    link = os.link
+
+    def link_and_sweep(one: Path, other: Path) -> None:
+        link(one, other)
+        replace_file(tmp_path / "other", lambda file: file.write(b"another process"))
+
+    monkeypatch.setattr(os, "link", link_and_sweep)
+    replace_file(target, lambda file: file.write(b"new"), backup)
+    assert (target.read_bytes(), backup.read_bytes()) == (b"new", b"old")
+    assert names(tmp_path) == ["file", "file.bak", "other"]
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The flushes and renames from now on, each with the name of what it is of."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def record_replace(path: Path, to: Path) -> Path:
+        calls.append(f"rename {to.name}")
+        return replace(path, to)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    return calls
+
+
+def test_a_backup_that_is_a_copy_is_on_disk_before_it_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    (tmp_path / "file").write_bytes(b"old")
+    calls = recorded(monkeypatch)
+    monkeypatch.setattr(os, "link", no_link)
+    replace_file(tmp_path / "file", lambda file: file.write(b"new"), tmp_path / "file.bak")
+    assert calls == ["flush file", "flush file.bak", "rename file.bak", "rename file", f"flush {tmp_path.name}"]
+    assert (tmp_path / "file.bak").read_bytes() == b"old"
+
+
+def test_the_folder_of_a_link_where_the_backup_is_is_swept_and_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, links = tmp_path / "store", tmp_path / "links"
+    for folder in (store, links):
+        folder.mkdir()
+        (folder / ".convsim-0000000000000000.tmp").mkdir()
+        (folder / ".convsim-0000000000000000.tmp" / "left").write_bytes(b"by a killed process")
+    (store / "blob").write_bytes(b"old")
+    (links / "file").symlink_to(store / "blob")
+    calls = recorded(monkeypatch)
+    replace_file(links / "file", lambda file: file.write(b"new"), links / "file.bak")
+    assert calls == ["flush blob", "rename file.bak", "rename blob", "flush links", "flush store"]
+    assert (names(store), names(links)) == (["blob"], ["file", "file.bak"])
+
+
+REPLACE = """
+import os, sys
+from pathlib import Path
+from convsim_cli.checkpoints.atomic import replace_file
+os.setgroups([5000])
+os.setegid(5002)
+os.seteuid(1002)
+replace_file(Path(sys.argv[1]), lambda file: file.write(b"new"))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can make files of others")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "kept"),
+    [
+        (1001, 5000, 0o6775, (1002, 5000, 0o2775)),  # another's file: what ran as its owner does not run as me
+        (1001, 5001, 0o6775, (1002, 5002, 0o775)),  # of a group that I am not in, too
+        (1002, 5000, 0o6775, (1002, 5000, 0o6775)),
+    ],
+)
+def test_the_group_is_kept_where_the_owner_cannot_be_and_nobody_else_s_rights_are_taken(
+    owner: int, group: int, mode: int, kept: tuple[int, int, int]
+) -> None:
+    with TemporaryDirectory() as name:  # in a place that every user may enter
+        folder, path = Path(name), Path(name) / "file"
+        folder.chmod(0o777)
+        path.write_bytes(b"old")
+        os.chown(path, owner, group)
+        path.chmod(mode)
+        subprocess.run([sys.executable, "-c", REPLACE, str(path)], check=True)
+        found = path.stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == kept
+        assert path.read_bytes() == b"new"
+
+
+def test_owner_group_and_every_bit_of_the_mode_are_kept_by_the_superuser(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    if os.geteuid() == 0:
+        os.chown(path, 1001, 5000)
+    path.chmod(0o6755)
+    before = path.stat()
+    replace_file(path, lambda file: file.write(b"new"))
+    after = path.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)

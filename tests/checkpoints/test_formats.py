@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import same_bits
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from convsim_cli.checkpoints.checkpoint import Checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.checkpoints.state_dict import StateDict, save_state_dict
+from convsim_cli.errors import CheckpointError, InputError
+
+DTYPES = (
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int8,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+)
+
+
+def state_dict() -> dict[str, Tensor]:
+    odd = {f"buffer.{dtype}": torch.ones(3, dtype=dtype) for dtype in DTYPES}
+    return {"conv.weight": torch.randn(8, 3, 3, 3), "scalar": torch.tensor(7), "empty": torch.zeros(0, 4), **odd}
+
+
+def rewrite(source: Path, target: Path, name: str) -> Tensor:
+    """Replace one tensor of a checkpoint by twos, and return the twos."""
+    checkpoint = open_checkpoint(source)
+    twos = torch.full_like(checkpoint.load(name), 2)
+    checkpoint.write(target, [(name, twos)], {"convsim.version": "test"})
+    return twos
+
+
+def test_safetensors_keep_every_other_byte_and_their_metadata(tmp_path: Path) -> None:
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(state_dict(), path, {"format": "pt", "author": "ü", "convsim.version": "old"})
+    twos = rewrite(path, out, "conv.weight")
+    before, after = load_file(path), load_file(out)
+    assert same_bits(before | {"conv.weight": twos}, after)
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "author": "ü", "convsim.version": "test"}
+
+
+def test_layers_of_a_safetensors_file_come_in_their_natural_order(tmp_path: Path) -> None:
+    save_file(
+        {name: torch.zeros(1) for name in ("layer10.a", "layer2.b", "layer2.a", "9.a", "stem")},
+        tmp_path / "a.safetensors",
+    )
+    tensors = open_checkpoint(tmp_path / "a.safetensors").tensors
+    assert list(tensors) == ["9.a", "layer2.a", "layer2.b", "layer10.a", "stem"]
+
+
+def test_in_place_a_mapped_file_is_rewritten_and_the_mapped_tensors_stay_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(state_dict(), path)
+    mapped = load_file(path)["conv.weight"]
+    copy = mapped.clone()
+    twos = rewrite(path, path, "conv.weight")
+    assert torch.equal(mapped, copy)
+    assert torch.equal(load_file(path)["conv.weight"], twos)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickles_keep_format_structure_sharing_and_every_other_tensor(tmp_path: Path, zipped: bool) -> None:
+    path, out = tmp_path / "a.pth", tmp_path / "b.pth"
+    known = {name: tensor for name, tensor in state_dict().items() if zipped or "float8" not in name}
+    weights = OrderedDict((f"module.{name}", tensor) for name, tensor in known.items())
+    weights["module.tied"] = weights["module.conv.weight"]
+    weights._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
+    optimizer = {"state": {0: {"exp_avg": torch.randn(8, 3, 3, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    torch.save({"epoch": 3, "state_dict": weights, "optimizer": optimizer}, path, _use_new_zipfile_serialization=zipped)
+    before = torch.load(path, weights_only=True)
+    assert open_checkpoint(path).unfit == {"module.tied": "shared with module.conv.weight"}
+    twos = rewrite(path, out, "module.conv.weight")
+    after = torch.load(out, weights_only=True)
+    before["state_dict"]["module.conv.weight"].copy_(twos)
+    assert same_bits(before, after)
+    changed = after["state_dict"]
+    assert changed["module.tied"].data_ptr() == changed["module.conv.weight"].data_ptr()
+    assert out.read_bytes()[:2] == path.read_bytes()[:2]
+
+
+def test_nested_state_dicts_are_found_and_a_choice_between_several_is_said(tmp_path: Path) -> None:
+    weights = {"conv.weight": torch.randn(8, 3, 3, 3)}
+    torch.save({"ema": weights, "nested": {"state_dict": weights}}, tmp_path / "a.pt")
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert list(checkpoint.tensors) == ["conv.weight"]
+    assert checkpoint.note is not None
+    assert "took the tensors under nested.state_dict" in checkpoint.note
+    assert "ema" in checkpoint.note
+
+
+def test_a_state_dict_with_kernels_goes_before_one_with_other_tensors(tmp_path: Path) -> None:
+    weights = {"conv.weight": torch.randn(8, 3, 3, 3)}
+    endless: dict[str, Any] = {"mean_image": torch.zeros(3, 32, 32), "model_ema": weights}
+    endless["itself"] = endless
+    torch.save(endless, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt").tensors) == ["conv.weight"]
+
+
+def test_kernels_that_share_memory_in_part_or_within_themselves_cannot_be_changed_alone(tmp_path: Path) -> None:
+    whole = torch.randn(8, 3, 3, 3)
+    expanded = torch.randn(1, 3, 3, 3).expand(4, 3, 3, 3)
+    sparse = torch.eye(4).to_sparse()
+    torch.save({"all": whole, "half": whole[:4], "other": whole[4:], "wide": expanded, "s": sparse}, tmp_path / "a.pt")
+    unfit = open_checkpoint(tmp_path / "a.pt").unfit
+    assert set(unfit) == {"half", "other", "wide"}
+    assert unfit["half"] == "shared with all"
+    assert "expanded" in unfit["wide"]
+
+
+def test_empty_metadata_is_no_obstacle(tmp_path: Path) -> None:
+    header = json.dumps(
+        {"__metadata__": None, "a": {"dtype": "F32", "shape": [2, 1, 1, 1], "data_offsets": [0, 8]}}
+    ).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "a").sum() == 4
+
+
+def test_training_shows_in_counters_or_where_there_are_none_in_running_means(tmp_path: Path) -> None:
+    def looks_trained(**state: Tensor) -> bool:
+        return StateDict(tmp_path, state).looks_trained()
+
+    fresh = {"bn.running_mean": torch.zeros(4), "bn.num_batches_tracked": torch.tensor(0)}
+    assert not looks_trained(**fresh)
+    assert looks_trained(**fresh | {"bn.num_batches_tracked": torch.tensor(5)})
+    assert looks_trained(**{"bn.running_mean": torch.ones(4)})
+    assert not looks_trained(weight=torch.ones(4))
+
+
+def test_a_fresh_state_dict_is_saved_with_its_shared_tensors(tmp_path: Path) -> None:
+    weight = torch.randn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    for name in ("a.safetensors", "a.pt"):
+        save_state_dict({"a": weight, "b": weight}, tmp_path / name, {})
+        loaded = load_file(tmp_path / name) if name.endswith("s") else torch.load(tmp_path / name, weights_only=True)
+        assert torch.equal(loaded["a"], weight)
+        assert torch.equal(loaded["b"], weight)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch pwned",)
+
+
+def zip_bytes(content: object, folder: Path) -> bytes:
+    torch.save(content, folder / "made")
+    return (folder / "made").read_bytes()
+
+
+def script_bytes(folder: Path) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)), folder / "made")
+    return (folder / "made").read_bytes()
+
+
+def bad_files(folder: Path) -> dict[str, tuple[str, bytes, str]]:
+    pickled = zip_bytes({"a": torch.randn(4, 4, 3, 3)}, folder)
+    save_file({"a": torch.randn(4, 4, 3, 3)}, folder / "made")
+    safe = (folder / "made").read_bytes()
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    return {
+        "empty": ("a.pt", b"", "an empty file"),
+        "lfs": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
+        "html": ("a.pth", b"<!DOCTYPE html><html></html>", "web page"),
+        "text": ("a.ckpt", b"hello, this is no checkpoint", "unknown kind of file"),
+        "pickle named safetensors": ("a.safetensors", pickled, "holds a pickle"),
+        "truncated safetensors": ("a.safetensors", safe[:-9], "cut short"),
+        "torn header": ("a.safetensors", safe[:30], "cut short"),
+        "wrong offsets": ("a.safetensors", struct.pack("<Q", len(header)) + header + bytes(16), "damaged"),
+        "truncated zip": ("a.pt", pickled[:-100], "cut short"),
+        "truncated legacy": ("a.pt", b"\x80\x02", "cut short"),
+        "objects": ("a.pt", zip_bytes({"a": Payload()}, folder), "could run code"),
+        "whole module": ("a.pt", zip_bytes(torch.nn.Conv2d(3, 4, 3), folder), "weights_only=False"),
+        "script": ("a.pt", script_bytes(folder), "a TorchScript program"),
+        "namespace": ("a.pt", zip_bytes({"a": torch.zeros(2), "args": Namespace()}, folder), "argparse.Namespace"),
+        "no tensors": ("a.pt", zip_bytes({"lr": 0.1}, folder), "no dictionary of named tensors"),
+    }
+
+
+BAD = (
+    "empty",
+    "lfs",
+    "html",
+    "text",
+    "pickle named safetensors",
+    "truncated safetensors",
+    "torn header",
+    "wrong offsets",
+    "truncated zip",
+    "truncated legacy",
+    "objects",
+    "whole module",
+    "script",
+    "namespace",
+    "no tensors",
+)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files_are_one_line_that_says_what_was_found_and_run_nothing(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, content, said = bad_files(tmp_path)[kind]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_missing_files_and_folders_are_named_with_the_closest_sibling(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"no such file; did you mean model\.safetensors"):
+        open_checkpoint(tmp_path / "modle.safetensors")
+    with pytest.raises(CheckpointError, match="a folder"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_target_named_after_the_other_format_is_refused(tmp_path: Path) -> None:
+    save_file(state_dict(), tmp_path / "a.safetensors")
+    torch.save(state_dict(), tmp_path / "a.pt")
+    for source, target in (("a.safetensors", "b.pt"), ("a.pt", "b.safetensors")):
+        checkpoint: Checkpoint = open_checkpoint(tmp_path / source)
+        with pytest.raises(InputError, match="written back as one"):
+            checkpoint.write(tmp_path / target, [], {})
+        assert not (tmp_path / target).exists()
+
+
+def test_the_key_chooses_among_nested_dictionaries_and_the_others_are_carried_along(tmp_path: Path) -> None:
+    kernels = {name: torch.randn(4, 3, 3, 3) for name in ("plain", "ema")}
+    whole = {
+        "state_dict": {"a.weight": kernels["plain"]},
+        "ema": {"shadow": {"a.weight": kernels["ema"]}},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    path = tmp_path / "model.pt"
+    torch.save(whole, path)
+    usual = open_checkpoint(path)
+    assert usual.note is not None
+    assert "took the tensors under state_dict; there are others under ema.shadow (--key)" in usual.note
+    chosen = open_checkpoint(path, "ema.shadow")
+    assert torch.equal(chosen.load("a.weight"), kernels["ema"])
+    assert chosen.note is None
+    chosen.write(path, [("a.weight", torch.zeros(4, 3, 3, 3))], {})
+    written = torch.load(path, weights_only=True)
+    assert not written["ema"]["shadow"]["a.weight"].any()
+    assert torch.equal(written["state_dict"]["a.weight"], kernels["plain"])
+    assert torch.equal(written["optimizer"]["state"][0]["exp_avg"], torch.ones(3))
+    with pytest.raises(CheckpointError, match=r"has no tensors under 'ema\.shadw': did you mean 'ema\.shadow'"):
+        open_checkpoint(path, "ema.shadw")

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Convsim
+from safetensors.torch import load, load_file, save_file
+from torch import Tensor
+
+from convsim_cli.checkpoints import atomic
+from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.errors import CheckpointError, InputError, WriteError
+
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint in three shards: a kernel in the first and in the last, none in the second."""
+    state = [
+        {"conv1.weight": torch.randn(8, 3, 3, 3), "conv1.bias": torch.randn(8)},
+        {"head.weight": torch.randn(4, 8), "head.scale": torch.tensor(2.0)},
+        {"conv10.weight": torch.randn(8, 8, 3, 3).bfloat16(), "steps": torch.tensor([3])},
+    ]
+    where = tmp_path / "model"
+    where.mkdir()
+    for name, tensors in zip(SHARDS, state, strict=True):
+        save_file(tensors, where / name, {"format": "pt", "from": "a test"})
+    weight_map = {name: shard for shard, tensors in zip(SHARDS, state, strict=True) for name in tensors}
+    (where / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return where
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for shard in SHARDS for name, tensor in load_file(folder / shard).items()}
+
+
+def test_in_place_only_the_shards_that_change_are_written_anew(folder: Path, convsim: Convsim) -> None:
+    before, inodes = everything(folder), {name: (folder / name).stat().st_ino for name in SHARDS}
+    index = (folder / INDEX).stat().st_ino
+    outcome = convsim("init", folder, "--iterations", 5, "--exclude", "conv10*", "--json")
+    assert outcome.code == 0, outcome.err
+    after = everything(folder)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"conv1.weight"}
+    assert [name for name in SHARDS if (folder / name).stat().st_ino != inodes[name]] == SHARDS[:1]
+    backup = folder / f"{SHARDS[0]}.bak"
+    assert backup.stat().st_ino == inodes[SHARDS[0]]
+    assert outcome.document["backup"] == str(folder / "*.safetensors.bak")
+    assert (folder / INDEX).stat().st_ino == index
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*SHARDS, INDEX, backup.name])
+
+
+def test_another_folder_gets_a_whole_checkpoint_and_this_one_stays(folder: Path, convsim: Convsim) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    outcome = convsim("init", folder / INDEX, "-o", folder.parent / "new", "--iterations", 5)
+    assert outcome.code == 0, outcome.err
+    assert [row["name"] for row in outcome.rows] == ["conv1.weight", "conv10.weight"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    new = folder.parent / "new"
+    assert sorted(path.name for path in new.iterdir()) == sorted([*SHARDS, INDEX])
+    old, made = everything(folder), everything(new)
+    assert {name for name in old if not torch.equal(old[name], made[name])} == {"conv1.weight", "conv10.weight"}
+    assert {name: tensor.dtype for name, tensor in made.items()} == {name: tensor.dtype for name, tensor in old.items()}
+    assert (new / SHARDS[1]).read_bytes() == before[SHARDS[1]]
+    assert convsim("measure", new).rows[0]["name"] == "conv1.weight"
+
+
+def test_every_shard_is_on_disk_before_the_first_takes_its_place(
+    folder: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "data")
+        fsync(descriptor)
+
+    def record_replace(self: Path, to: Path) -> Path:
+        calls.append("rename")
+        return replace(self, to)
+
+    def record_rename(self: Path, to: Path) -> Path:
+        calls.append("journal")
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    assert convsim("init", folder, "--iterations", 1, "--no-backup").code == 0
+    assert calls == ["data"] * 2 + ["folder", "journal", "folder"] + ["rename"] * 2 + ["folder"]
+
+
+def test_what_stops_the_work_leaves_every_shard_and_no_other_file(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def changes() -> Iterator[tuple[str, Tensor]]:
+        yield "conv1.weight", torch.zeros(8, 3, 3, 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(checkpoint.path, changes(), {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable index of shards"),
+        ("[]", "expected an index with a weight_map"),
+        ('{"weight_map": {}}', "expected an index with a weight_map"),
+        ('{"weight_map": {"a": 3}}', "expected an index with a weight_map"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "expected a .safetensors file in the same folder"),
+        ('{"weight_map": {"a": "x.bin"}}', "expected a .safetensors file in the same folder"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "fetch the missing shard"),
+        (f'{{"weight_map": {{"a": "{SHARDS[0]}"}}}}', "does not hold it"),
+        ("[" * 100_000, "not a readable index of shards"),
+        (json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}), "which no file can be called"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "which no file can be called"),
+        ('{"weight_map": {"a": "a\\u0000.safetensors"}}', "fetch the missing shard|which no file can be called"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_one_line(folder: Path, content: str, message: str) -> None:
+    (folder / INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_shards_go_to_a_folder_and_a_single_file_does_not(folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    for output in (tmp_path / "x.safetensors", tmp_path / "missing" / "new"):
+        with pytest.raises(InputError, match=r"name a folder|make it first"):
+            checkpoint.target(output)
+    with pytest.raises(InputError, match="a folder; name the file to write"):
+        open_checkpoint(folder / SHARDS[0]).target(tmp_path)
+    (tmp_path / "v1.5").mkdir()
+    for name in ("v1.5", "resnet-v1.6"):
+        assert checkpoint.target(tmp_path / name) == tmp_path / name / INDEX
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("links", [False, True], ids=["another index beside the shards", "links to the shards"])
+def test_an_output_that_would_overwrite_shards_of_the_source_is_refused(
+    folder: Path, convsim: Convsim, links: bool
+) -> None:
+    output = folder / "new.safetensors.index.json"
+    if links:
+        output = folder.parent / "links"
+        output.mkdir()
+        (output / SHARDS[0]).symlink_to(folder / SHARDS[0])
+    before = contents(folder)
+    outcome = convsim("init", folder, "-o", output, "--iterations", 2)
+    assert outcome.code == 2
+    assert f"{SHARDS[0]} is the checkpoint's own" in outcome.error
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(InputError, match="the checkpoint's own"):
+        checkpoint.write(output / INDEX if links else output, [("conv1.weight", torch.zeros(8, 3, 3, 3))], {})
+    assert contents(folder) == before
+
+
+def test_through_links_to_all_of_it_a_checkpoint_is_saved_in_place(folder: Path, convsim: Convsim) -> None:
+    before, links = contents(folder), folder.parent / "links"
+    links.mkdir()
+    for path in folder.iterdir():
+        (links / path.name).symlink_to(path)
+    assert convsim("init", links, "--iterations", 2).code == 0
+    assert all((links / name).is_symlink() for name in before)
+    assert sorted(before) == sorted(contents(folder))
+    assert not torch.equal(load_file(folder / SHARDS[0])["conv1.weight"], torch.zeros(8, 3, 3, 3))
+    for name in (SHARDS[0], SHARDS[2]):
+        assert contents(folder)[name] != before[name]
+        assert (links / f"{name}.bak").read_bytes() == before[name]
+
+
+def test_a_failed_save_to_a_new_folder_leaves_no_folder(folder: Path, convsim: Convsim) -> None:
+    new = folder.parent / "new"
+    outcome = convsim("init", folder, "-o", new, "--optimizer", "sgd", "--lr", 1e8)
+    assert (outcome.code, new.exists()) == (1, False)
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    checkpoint = open_checkpoint(folder)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(WriteError, match=r"new: cannot be made \(Read-only file system\)"):
+        checkpoint.write(folder.parent / "new" / INDEX, [], {})
+
+
+def save(folder: Path, value: float) -> None:
+    """Save a value to the two kernels, keeping backups."""
+    changes = [("conv1.weight", torch.full((8, 3, 3, 3), value)), ("conv10.weight", torch.full((8, 8, 3, 3), value))]
+    checkpoint = open_checkpoint(folder)
+    cast = [(name, tensor.to(checkpoint.load(name).dtype)) for name, tensor in changes]
+    checkpoint.write(checkpoint.path, cast, {}, folder / "any.bak")
+
+
+def values(folder: Path, suffix: str = "") -> list[float]:
+    """The value of each of the two kernels, one throughout."""
+    found = []
+    for shard, name in ((SHARDS[0], "conv1.weight"), (SHARDS[2], "conv10.weight")):
+        tensor = load(Path(folder / f"{shard}{suffix}").read_bytes())[name]
+        assert bool((tensor == tensor.flatten()[0]).all())
+        found.append(tensor.flatten()[0].item())
+    return found
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is cleaned up after it."""
+
+
+@pytest.mark.parametrize("end", ["failure", "failure without links", "kill"])
+@pytest.mark.parametrize("number", range(5))
+def test_a_save_that_ends_at_any_rename_leaves_shards_of_one_save_and_whole_backups(
+    folder: Path, number: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal, two backups and two shards are renamed."""
+    save(folder, 1.0)
+    save(folder, 2.0)
+    left = [number]
+    replace, rename = Path.replace, Path.rename
+
+    def counted(real: Callable[[Path, Path], Path], path: Path, to: Path) -> Path:
+        left[0] -= 1
+        if left[0] == -1 and end == "kill":
+            raise Killed
+        if left[0] == -1:
+            raise OSError(5, "Input/output error")
+        return real(path, to)
+
+    def no_link(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda path, to: counted(replace, path, to))
+        patch.setattr(Path, "rename", lambda path, to: counted(rename, path, to))
+        if end == "failure without links":
+            patch.setattr(os, "link", no_link)
+        if end == "kill":
+            patch.setattr(atomic.Replacements, "_move_back", lambda *_: None)
+            patch.setattr(atomic._Scratch, "unmake_journal", lambda _: None)
+            patch.setattr(atomic._Scratch, "remove", lambda scratch: os.close(scratch._descriptor))
+        with pytest.raises(Killed if end == "kill" else WriteError) as caught:
+            save(folder, 3.0)
+    ended = (end == "kill" and number > 0) or (end == "failure without links" and number > 1)
+    if end != "kill":
+        text = "the next command that opens it ends the save" if ended else "the former file is intact"
+        assert text in str(caught.value)
+        assert ended or values(folder) == [2.0, 2.0]
+    open_checkpoint(folder)
+    assert values(folder) == ([3.0, 3.0] if ended else [2.0, 2.0])
+    assert values(folder, ".bak") == ([2.0, 2.0] if ended else [1.0, 1.0])
+    save(folder, 4.0)
+    assert values(folder) == [4.0, 4.0]
+    assert sorted(contents(folder)) == sorted([*SHARDS, INDEX, f"{SHARDS[0]}.bak", f"{SHARDS[2]}.bak"])
+
+
+def test_a_folder_that_cannot_be_flushed_by_its_file_system_is_no_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(answer[0], os.strerror(answer[0]))
+        fsync(descriptor)
+
+    answer = [0]
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    for value, answer[0] in enumerate((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
+        save(folder, float(value))
+    assert values(folder) == [2.0, 2.0]
+    answer[0] = errno.EIO
+    with pytest.raises(WriteError, match="Input/output error"):
+        save(folder, 3.0)
+    assert values(folder) == [2.0, 2.0]  # the journal could not be said to be on disk: nothing was moved
+
+
+def test_an_unfinished_save_that_cannot_be_ended_here_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / ".convsim-journal").mkdir()
+    (folder / ".convsim-journal" / SHARDS[0]).write_bytes((folder / SHARDS[0]).read_bytes())
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(CheckpointError, match=r"was cut short and cannot be ended \(Read-only file system\)"):
+        open_checkpoint(folder)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convsim_cli.errors import InputError
+from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.reproduction import published as paper
+from convsim_cli.reproduction.campaign import Outcome
+from convsim_cli.reproduction.experiments import (
+    EXPERIMENTS,
+    Choices,
+    find_experiment,
+    group,
+    plan,
+    reductions,
+    summarize,
+)
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.run_folder import Run
+
+BASE = Arguments()
+
+
+def outcome(tests: list[float], trains: list[float]) -> Outcome:
+    rows = [
+        {"epoch": epoch, "test_accuracy": test, "train_accuracy": train, "train_loss": 1.0, "cs": 9.0, "seconds": 2.0}
+        for epoch, (test, train) in enumerate(zip(tests, trains, strict=True), 1)
+    ]
+    return Outcome(Run(Path("runs/x"), BASE), rows)
+
+
+def test_table5_is_every_published_row_and_the_arms_that_say_why() -> None:
+    cells = plan(find_experiment("table5"), Choices(BASE))
+    assert len(cells) == 2 * 8
+    published = {(row.arch, row.arm) for row in paper.TABLE_5} - {("cnn:512", "baseline")}
+    assert published < {(cell.labels["arch"], cell.labels["arm"]) for cell in cells}
+    arguments = {cell.jobs[0].stem: cell.jobs[0].arguments for cell in cells}
+    assert all(how.epochs == 100 and how.batch_size == 512 and how.momentum == 0 for how in arguments.values())
+    assert arguments["cnn2-init-norm-rescaled-s0"].preserve_norm
+    assert arguments["cnn2-init-norm-rescaled-s0"].rescale
+    assert arguments["cnn1-baseline-lr0.1-s0"].lr == 0.1
+    assert arguments["cnn1-reg-neighbours-s0"].pairs == "neighbours"
+
+
+def test_the_wide_network_comes_on_request_with_its_baseline_alone() -> None:
+    table5 = find_experiment("table5")
+    cells = plan(table5, Choices(BASE, archs=("cnn1", "cnn:512"), seeds=2))
+    wide = [cell for cell in cells if cell.labels["arch"] == "cnn:512"]
+    assert [cell.labels["arm"] for cell in wide] == ["baseline"]
+    assert [job.stem for job in wide[0].jobs] == ["cnn512-baseline-s0", "cnn512-baseline-s1"]
+    (row,) = table5.rows([(wide[0], [outcome([1], [1])])])
+    assert row["published"] == {"test_accuracy": 79.78}
+
+
+def test_figures_1_to_3_are_of_table_5s_runs_and_figure_5_shares_figure_4s() -> None:
+    table, *figures = (
+        plan(find_experiment(name), Choices(BASE)) for name in ("table5", "figure1", "figure2", "figure3")
+    )
+    assert all([cell.jobs for cell in figure] == [cell.jobs for cell in table] for figure in figures)
+    grid, sweep = (
+        {cell.jobs for cell in plan(find_experiment(name), Choices(BASE))} for name in ("figure4", "figure5")
+    )
+    assert len(grid & sweep) == 2  # I = 0 and I = 200 at lr 0.01, batch 64
+    assert len(sweep) == len(paper.FIGURE_5) == 12
+
+
+def test_figures_over_seeds_are_means_with_their_spread() -> None:
+    found = summarize([outcome([50, 70, 60], [90, 99, 100]), outcome([50, 60, 66], [99, 99.5, 99])])
+    assert (found["best_test_accuracy"], found["last_test_accuracy"]) == (68, 63)
+    assert found["best_test_accuracy_std"] == pytest.approx(2.8284, abs=1e-4)
+    assert found["mean_last5_test_accuracy"] == pytest.approx((60 + 176 / 3) / 2)
+    assert (found["epochs_to_99"], found["cs"], found["seconds"]) == (1.5, 9, 6)
+    assert (found["seeds"], found["epochs"], found["diverged"]) == (2, 3, 0)
+
+
+def test_what_cannot_be_said_is_null() -> None:
+    found = summarize([outcome([50], [90]), outcome([60], [99])])
+    assert found["epochs_to_99"] is None
+    assert summarize([outcome([50], [90])])["best_test_accuracy_std"] is None
+    died = summarize([Outcome(Run(Path("x"), BASE), [], "diverged"), outcome([60], [99])])
+    assert (died["best_test_accuracy"], died["seconds"], died["diverged"], died["epochs"]) == (None, None, 1, 0)
+
+
+def test_the_gain_of_figure_4_is_init_less_baseline() -> None:
+    experiment = find_experiment("figure4")
+    cells = plan(experiment, Choices(BASE, lrs=(0.001,), batch_sizes=(128,)))
+    (row,) = experiment.rows(group(cells, [outcome([40], [40]), outcome([55], [50])]))
+    assert row["published"] == {"gain": 20.0}
+    assert row["measured"]["gain"] == 15
+    assert (row["measured"]["baseline"]["best_test_accuracy"], row["measured"]["init"]["best_test_accuracy"]) == (
+        40,
+        55,
+    )
+
+
+def test_what_is_reduced_is_named_and_a_full_experiment_has_nothing_to_name() -> None:
+    data = Dataset(
+        "x", *(Split(torch.zeros(n, 1, 1, 3), torch.zeros(n)) for n in (50_000, 10_000)), 10, (0,) * 3, (1,) * 3
+    )
+    assert all(reductions(experiment, Choices(BASE), data) == [] for experiment in EXPERIMENTS)
+    limited = Arguments(limit_train=5000, limit_test=10_000)
+    small = Choices(limited, epochs=7, archs=("cnn1",), arms=("baseline", "rescale"))
+    assert reductions(find_experiment("table5"), small, data) == [
+        "7 of 100 epochs",
+        "5,000 of 50,000 train images",
+        "without cnn2",
+        "without init, reg",
+    ]
+    assert reductions(find_experiment("figure5"), Choices(BASE, iterations=paper.FIGURE_5[:-2]), data) == [
+        "without I = 180, 200"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "message"),
+    [
+        ("table5", {"arms": ("innit",)}, "unknown arm 'innit': did you mean 'init'"),
+        ("table5", {"lrs": (0.1,)}, "table5 has no --lrs"),
+        ("figure5", {"batch_sizes": (64,)}, "figure5 has no --batch-sizes"),
+        ("figure4", {"lrs": (-1.0,)}, "--lr -1.0: expected a number above 0"),
+    ],
+)
+def test_choices_that_mean_nothing_are_refused(name: str, choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan(find_experiment(name), Choices(BASE, **choices))
+
+
+def test_an_unknown_experiment_gets_a_suggestion() -> None:
+    with pytest.raises(InputError, match="did you mean 'figure5'"):
+        find_experiment("figur5")

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from convsim_cli.errors import InputError
+from convsim_cli.reproduction.plots import (
+    Curve,
+    draw_arms,
+    draw_grid,
+    draw_iterations,
+    draw_runs,
+    require_matplotlib,
+    save_figure,
+)
+
+HISTORY = [
+    {"epoch": e, "cs": 900 / e, "train_loss": 2 / e, "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e}
+    for e in range(1, 6)
+]
+MEASURED = {"best_test_accuracy": 60.0, "best_test_accuracy_std": None, "last_test_accuracy": 58.0}
+FIGURES = MEASURED | {"last_test_accuracy_std": None}
+
+
+def test_curves_are_told_apart_without_their_color() -> None:
+    figure = draw_runs([Curve(f"run {n}", [HISTORY]) for n in range(16)])
+    for axes in figure.axes:
+        lines = axes.get_lines()
+        assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 16  # type: ignore[attr-defined]
+        assert len({str(line._dash_pattern) for line in lines[:8]}) == 8  # type: ignore[attr-defined]
+
+
+def test_axes_bear_their_units_and_falling_quantities_a_log_scale() -> None:
+    figure = draw_runs([Curve("a", [HISTORY])])
+    said = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
+    assert said == {
+        "training loss (cross entropy, nats)": "log",
+        "test accuracy (%)": "linear",
+        "train accuracy (%)": "linear",
+        "$L_{CS}$ (Eq. 10, dimensionless)": "log",
+    }
+    assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
+
+
+def test_seeds_of_an_arm_are_one_curve_with_their_range() -> None:
+    rows = [
+        {"arch": arch, "arm": arm, "seed": seed, "epoch": [1, 2], "cs": [900.0 + seed, 800.0]}
+        for arch in ("cnn1", "cnn2")
+        for arm in ("baseline", "init")
+        for seed in (0, 2)
+    ]
+    figure = draw_arms(rows, "cs", "title")
+    assert [axes.get_title() for axes in figure.axes] == ["CNN1", "CNN2"]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.get_lines()] == ["baseline", "init"]
+        assert list(axes.get_lines()[0].get_ydata()) == [901, 800]
+        assert len(axes.collections) == 2
+
+
+def test_a_seed_that_diverged_counts_as_far_as_it_came() -> None:
+    figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])])
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes] == [5] * 4  # type: ignore[arg-type]
+
+
+def test_any_name_is_drawn_as_it_is_and_stands_in_the_legend(tmp_path: Path) -> None:
+    names = ["a$b_$c", "a$x^^$", "_hidden"]
+    figure = draw_runs([Curve(name, [HISTORY]) for name in names])
+    save_figure(figure, tmp_path / "x.png")
+    said = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    assert said == names
+
+
+def test_a_run_that_diverged_leaves_a_gap_and_no_error() -> None:
+    gone = dict.fromkeys(FIGURES)
+    rows = [{"lr": 0.1, "batch_size": 64, "measured": {"baseline": FIGURES, "init": gone}}]
+    assert len(draw_grid(rows, "title").axes[0].patches) == 2
+    draw_iterations([{"iterations": 0, "measured": FIGURES}, {"iterations": 9, "measured": gone}], "title")
+
+
+def test_a_long_title_stays_within_the_figure(tmp_path: Path) -> None:
+    figure = draw_iterations([{"iterations": 0, "measured": FIGURES}], "a long title " * 30)
+    save_figure(figure, tmp_path / "new" / "x.png")
+    figure.draw_without_rendering()
+    (title,) = (text for text in figure.texts if "a long title" in text.get_text())
+    box = title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        require_matplotlib()

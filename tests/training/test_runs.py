@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.networks.names import build_network
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.execution import Silence, execute
+from convsim_cli.training.run_folder import (
+    COLUMNS,
+    Run,
+    create_run,
+    find_or_create_run,
+    is_finished,
+    open_run,
+    read_results,
+)
+from convsim_cli.training.trainer import Trainer
+
+SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
+
+
+class Kill(Silence):
+    """Stops a run inside an epoch, as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def results(run: Run) -> list[dict[str, Any]]:
+    return [{**row, "seconds": None} for row in read_results(run.folder)]
+
+
+def test_a_run_leaves_all_that_the_design_names(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    summary = execute(run)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"args.json", "results.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json"}
+    assert json.loads((run.folder / "args.json").read_text()) == asdict(SMALL)
+    assert (run.folder / "results.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    rows = read_results(run.folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert summary == json.loads((run.folder / "summary.json").read_text())
+    assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in rows)
+    assert summary["last_test_accuracy"] == rows[-1]["test_accuracy"]
+    assert set(summary["fm_cos"]["start"]) == set(summary["fm_cos"]["end"]) == {f"{i}.weight" for i in (0, 4, 8, 12)}
+
+
+def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, lr=0.3), tmp_path, "one")
+    summary = execute(run)
+    for name, accuracy in (("best", summary["best_test_accuracy"]), ("last", summary["last_test_accuracy"])):
+        model = build_network("cnn:4")
+        model.load_state_dict(load_file(run.folder / f"{name}.safetensors"))
+        from convsim_cli.inputs.datasets import load_dataset
+
+        data = load_dataset("digits", Path()).limited(60, 30)
+        trainer = Trainer(model, data, SMALL, torch.device("cpu"))
+        from convsim_cli.networks.accuracy import evaluate
+
+        assert evaluate(trainer.model, data, data.test, torch.device("cpu"))[1] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "init", "reg", "rescale"])
+@pytest.mark.parametrize("moment", ["inside an epoch", "between epochs", "after the end"])
+def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: str, moment: str) -> None:
+    arguments = replace(SMALL, mode=mode, momentum=0.9)
+    whole = create_run(arguments, tmp_path, "whole")
+    execute(whole)
+    if moment == "after the end":
+        part = create_run(replace(arguments, epochs=1), tmp_path, "part")
+        execute(part)
+    else:
+        part = create_run(arguments, tmp_path, "part")
+        preparation = 40 if mode in ("init", "rescale") else 0
+        with pytest.raises(KeyboardInterrupt):
+            execute(part, Kill(preparation + (4 if moment == "inside an epoch" else 3)))
+    torch.manual_seed(123)  # whatever else the process did
+    execute(open_run(part.folder, epochs=3))
+    assert results(part) == results(whole)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert json.loads((part.folder / "args.json").read_text()) == asdict(arguments)
+
+
+def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, mode="init"), tmp_path, "one")
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, Kill(15))
+    assert len(execute(open_run(run.folder, epochs=4))["fm_cos"]["start"]) == 4
+    assert open_run(run.folder).arguments.epochs == 4
+
+
+def test_weights_of_a_checkpoint_are_where_a_run_starts(tmp_path: Path) -> None:
+    first = create_run(SMALL, tmp_path, "first")
+    execute(first)
+    weights = str(first.folder / "last.safetensors")
+    second = create_run(replace(SMALL, weights=weights, lr=1e-12, epochs=1), tmp_path, "second")
+    execute(second)
+    before, after = load_file(weights), load_file(second.folder / "last.safetensors")
+    torch.testing.assert_close(before["0.weight"], after["0.weight"])
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, epochs=1), tmp_path, "one")
+    execute(run)
+    good = (run.folder / "last.safetensors").read_bytes()
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 1e30
+    torch.save(state, run.folder / "state.pt")
+    with pytest.raises(DivergedError, match="epoch 2"):
+        execute(open_run(run.folder, epochs=2))
+    assert (run.folder / "last.safetensors").read_bytes() == good
+
+
+def test_a_torn_or_foreign_state_is_refused_and_the_folder_stays(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    other = create_run(replace(SMALL, seed=5), tmp_path, "other")
+    execute(other)
+    whole = (run.folder / "state.pt").read_bytes()
+    (run.folder / "state.pt").write_bytes(whole[:1000])
+    with pytest.raises(InputError, match=r"state\.pt: damaged"):
+        execute(open_run(run.folder))
+    (run.folder / "state.pt").write_bytes((other.folder / "state.pt").read_bytes())
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    with pytest.raises(InputError, match=r"seed = 5, args.json says 0"):
+        execute(open_run(run.folder, epochs=9))
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_a_run_is_resumed_by_as_many_processes_as_began_it(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, processes=2), tmp_path, "two")
+    with pytest.raises(InputError, match="is trained by 2 processes, these are 1; start as many"):
+        execute(run)
+
+
+def test_a_state_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    del state["arguments"]["processes"]  # which had no such argument
+    torch.save(state, run.folder / "state.pt")
+    assert execute(open_run(run.folder, epochs=4))["epochs"] == 4
+
+
+def test_a_summary_stands_only_while_the_run_is_finished(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    with pytest.raises(KeyboardInterrupt):
+        execute(open_run(run.folder, epochs=5), Kill(4))
+    assert not (run.folder / "summary.json").exists()
+    assert not is_finished(open_run(run.folder), 5)
+    assert execute(open_run(run.folder))["epochs"] == 5
+
+
+@pytest.mark.parametrize("harm", ["a row cut short", "other columns", "nothing", "no number"])
+def test_a_torn_results_file_is_one_line(harm: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    head = ",".join(COLUMNS)
+    torn = {
+        "a row cut short": f"{head}\n1,2.0,3",
+        "other columns": "epoch,train_loss\n1,2.0\n",
+        "nothing": "",
+        "no number": f"{head}\n1,x,3,4,5,6,7\n",
+    }
+    (run.folder / "results.csv").write_text(torn[harm])
+    with pytest.raises(InputError, match="no readable results"):
+        read_results(run.folder)
+
+
+def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    with pytest.raises(InputError, match="has done 3 epochs, --epochs 2 is fewer"):
+        execute(open_run(run.folder, epochs=2))
+    (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {"color": 1}))
+    with pytest.raises(InputError, match="unknown arguments color"):
+        open_run(run.folder)
+    with pytest.raises(InputError, match="not a run's folder"):
+        open_run(tmp_path)
+
+
+def test_folders_are_never_shared(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: create_run(SMALL, tmp_path, None), range(40)))
+    assert len({run.folder for run in runs}) == 40
+    create_run(SMALL, tmp_path, "mine")
+    with pytest.raises(InputError, match="there already; go on with --resume"):
+        create_run(SMALL, tmp_path, "mine")
+    with pytest.raises(InputError, match="plain folder name"):
+        create_run(SMALL, tmp_path, "../mine")
+
+
+def test_those_who_ask_for_one_run_at_once_get_one_folder(tmp_path: Path) -> None:
+    for seed in range(5):
+        wanted = replace(SMALL, seed=seed)
+        with ThreadPoolExecutor(8) as pool:
+            runs = list(pool.map(find_or_create_run, 8 * [wanted], 8 * [tmp_path], 8 * ["run"]))
+        assert len({run.folder for run in runs}) == 1
+        assert all(run.arguments == wanted for run in runs)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+
+    class Intruder(Silence):
+        def phase(self, name: str, steps: int) -> None:
+            with pytest.raises(InputError, match="another process"):
+                execute(run)
+
+    execute(run, Intruder())
+
+
+FULL = """
+import resource, signal, sys
+from convsim_cli.cli import run
+code = run([*sys.argv[2:], "--epochs", "1", "--name", "one", "-q"])
+size = __import__("pathlib").Path(sys.argv[1], "one", "state.pt").stat().st_size
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+sys.exit(run([*sys.argv[2:], "--epochs", "1", "--name", "two", "-q"]))
+"""
+
+
+def test_a_disk_that_is_full_when_the_state_is_saved_is_one_line(tmp_path: Path) -> None:
+    how = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20")
+    how += ("--momentum", "0.9", "--run-dir", str(tmp_path))  # its state is larger than any other file
+    command = [sys.executable, "-c", FULL, str(tmp_path), *how]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    (line,) = (line for line in ended.stderr.splitlines() if "error" in line)
+    assert line.startswith(f"convsim: error: {tmp_path / 'two'}")
+    assert "cannot be written (File too large" in line

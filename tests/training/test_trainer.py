@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convsim_cli import ConvSimPenalty, minimize_
+from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.inputs.datasets import load_dataset
+from convsim_cli.inputs.images import Dataset
+from convsim_cli.networks.names import build_network
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.modes import preparation_steps, prepare_
+from convsim_cli.training.trainer import Trainer, _permutation
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_dataset("digits", Path()).limited(50, 20)
+
+
+def norms(model: nn.Module) -> Tensor:
+    return torch.cat([weight.flatten(1).norm(dim=1) for name, weight in model.named_parameters() if weight.ndim == 4])
+
+
+def directions(model: nn.Module) -> Tensor:
+    units = [nn.functional.normalize(w.detach().flatten(1)).flatten() for w in model.parameters() if w.ndim == 4]
+    return torch.cat(units)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "reg"])
+@pytest.mark.parametrize("schedule", ["constant", "loss"])
+def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str, schedule: str) -> None:
+    if (mode, schedule) == ("baseline", "loss"):
+        schedule = "constant"
+    arguments = Arguments(mode=mode, batch_size=20, lr=0.05, beta=0.01, beta_schedule=schedule)  # type: ignore[arg-type]
+    trainer = Trainer(build_network("cnn:4"), data, arguments, CPU)
+    row = trainer.run_epoch()
+    model = build_network("cnn:4").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    penalty = ConvSimPenalty(model)
+    total, first = 0.0, None
+    for indices in _permutation(50, 0, 0).split(20):
+        loss = nn.functional.cross_entropy(
+            model(data.normalize(data.train.images[indices])), data.train.labels[indices]
+        )
+        first = first or loss.item()
+        beta = 0.01 * (loss.item() / first if schedule == "loss" else 1) if mode == "reg" else 0
+        optimizer.zero_grad()
+        (loss + beta * penalty()).backward()
+        optimizer.step()
+        total += loss.item() * len(indices)
+    assert row["train_loss"] == pytest.approx(total / 50, rel=1e-5)
+    for found, expected in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert row["cs"] == pytest.approx(penalty().item(), rel=1e-4)
+    assert tuple(row) == ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
+
+
+def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
+    orders = [_permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    assert torch.equal(orders[0], _permutation(50, 0, 0))
+
+
+def test_init_is_algorithm_1_and_rescale_has_its_norms_with_the_old_directions() -> None:
+    fresh, initialized, rescaled, reference = (build_network("cnn:8") for _ in range(4))
+    minimize_(reference, 50)
+    prepare_(initialized, Arguments(mode="init", iterations=50))
+    prepare_(rescaled, Arguments(mode="rescale", iterations=50))
+    assert all(torch.equal(a, b) for a, b in zip(initialized.parameters(), reference.parameters(), strict=True))
+    torch.testing.assert_close(norms(rescaled), norms(reference))
+    torch.testing.assert_close(directions(rescaled), directions(fresh))
+    assert not torch.allclose(directions(initialized), directions(fresh), atol=1e-3)
+
+
+def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> None:
+    preserved, both, raw = (build_network("cnn:8") for _ in range(3))
+    prepare_(preserved, Arguments(mode="init", preserve_norm=True, iterations=50))
+    prepare_(both, Arguments(mode="init", preserve_norm=True, rescale=True, iterations=50))
+    minimize_(raw, 50)
+    torch.testing.assert_close(norms(preserved), norms(build_network("cnn:8")))
+    torch.testing.assert_close(norms(both), norms(raw))
+    torch.testing.assert_close(directions(both), directions(preserved))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"mode": "baseline"}, 0), ({"mode": "init"}, 40), ({"mode": "rescale"}, 40)]
+    + [({"mode": "init", "preserve_norm": True, "rescale": rescale}, 40 + 40 * rescale) for rescale in (False, True)],
+)
+def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, object], steps: int) -> None:
+    model, told = build_network("cnn:4"), []
+    arguments = Arguments(**options, iterations=10)  # type: ignore[arg-type]
+    assert preparation_steps(model, arguments) == steps
+    prepare_(model, arguments, told.append)
+    assert sum(told) == steps
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
+    trainer = Trainer(build_network("cnn:4"), data, Arguments(lr=1e30, batch_size=10), CPU)
+    with pytest.raises(DivergedError, match=r"epoch 1: the loss is .* lower --lr"):
+        trainer.run_epoch()
+    assert trainer.epoch == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_taken_up_again_continues_to_the_bit_dropout_included(data: Dataset, precision: str) -> None:
+    def trainer(seed: int) -> Trainer:
+        model = nn.Sequential(build_network("cnn:4", seed=seed), nn.Dropout(0.3))
+        return Trainer(model, data, arguments, CPU)
+
+    arguments = Arguments(mode="reg", beta_schedule="loss", momentum=0.9, batch_size=20, precision=precision)  # type: ignore[arg-type]
+    whole = trainer(seed=0)
+    whole.run_epoch()
+    stored = io.BytesIO()
+    torch.save(whole.state(), stored)
+    expected = whole.run_epoch()
+    resumed = trainer(seed=9)
+    stored.seek(0)
+    resumed.load_state(torch.load(stored, weights_only=True))
+    found = resumed.run_epoch()
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_compiled_training_comes_to_the_same(data: Dataset) -> None:
+    plain, compiled = (
+        Trainer(build_network("cnn:4"), data, Arguments(compile=compile_, batch_size=25), CPU).run_epoch()
+        for compile_ in (False, True)
+    )
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"epochs": 0}, "--epochs 0"),
+        ({"lr": -1.0}, "--lr -1.0"),
+        ({"beta": -0.1}, "--beta -0.1"),
+        ({"rescale": True}, "--rescale goes with --mode init --preserve-norm"),
+        ({"preserve_norm": True}, "--preserve-norm goes with --mode init"),
+        ({"pairs": "neighbours"}, "go with --mode reg"),
+    ],
+)
+def test_options_that_a_mode_would_ignore_are_refused(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        replace(Arguments(), **wrong).check()  # type: ignore[arg-type]
