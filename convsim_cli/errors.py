@@ -1,4 +1,8 @@
-"""What can go wrong, each with the exit code that the command line gives it."""
+"""What can go wrong, each with the exit code that the command line gives it.
+
+A message names an argument of the failing call in backticks (`lr`), never a command-line option: the command line shows
+the option of that name instead (--lr).
+"""
 
 from __future__ import annotations
 
@@ -33,10 +37,10 @@ class DivergedError(ConvsimError):
 
 
 class FollowedError(ConvsimError):
-    """The leading process of a run has failed, and says why: this one ends as it does, without a word."""
+    """Rank 0 failed and reports why; this process exits silently with the same code."""
 
     def __init__(self, exit_code: int = 1) -> None:
-        super().__init__("the leading process failed")
+        super().__init__("rank 0 failed")
         self.exit_code = exit_code
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from convsim_cli import __version__
 from convsim_cli.cli.console import say
@@ -104,10 +106,25 @@ def run(arguments: list[str]) -> int:
             raise
         message, code = _explain(error)
         if message:
-            say(f"convsim: error: {message}")
+            say(f"convsim: error: {with_options(message, arguments)}")
     if code == 130:
         say("convsim: interrupted")
     return code
+
+
+def with_options(message: str, arguments: list[str]) -> str:
+    """Return a message of the library with the invoked command's options in place of `arguments` in backticks."""
+    command = get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
+    spelled = {} if command is None else {p.name.strip("_"): _spelling(p) for p in command.params}
+    return re.sub(r"`([a-z_]+)`", lambda found: spelled.get(found[1], found[1]), message)
+
+
+def _spelling(parameter: Any) -> str:
+    return (
+        str(parameter.metavar.strip("[].…"))
+        if parameter.param_type_name == "argument"
+        else max(parameter.opts, key=len)
+    )
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -180,3 +180,19 @@ convsim_cli.cli.main()
 def test_a_warning_of_a_library_is_one_line() -> None:
     ended = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "convsim: warning: two lines\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "shown"),
+    [
+        ("init", "`lr`: expected a number above 0, got -1", "--lr: expected a number above 0, got -1"),
+        ("train", "lower `init_lr` or `beta`", "lower --init-lr or --beta"),
+        ("measure", "`input` and `num_classes`", "--input and --num-classes"),
+        ("measure", "a name of nothing, `such_as_this`", "a name of nothing, such_as_this"),
+        ("init", "name a `checkpoint`", "name a CHECKPOINT"),
+    ],
+)
+def test_arguments_in_an_error_of_the_library_are_shown_as_options(command: str, message: str, shown: str) -> None:
+    from convsim_cli.cli import with_options
+
+    assert with_options(message, [command]) == shown
