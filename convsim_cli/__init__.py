@@ -6,19 +6,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convsim_cli.checkpoints.formats import open_checkpoint
     from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_
+    from convsim_cli.networks.minimization import minimize_checkpoint
     from convsim_cli.penalty import ConvSimPenalty
     from convsim_cli.similarity import convolutional_similarity
 
-__version__ = "0.1.0"
-__all__ = ["ConvSimPenalty", "convolutional_similarity", "measure", "minimize_"]
+__version__ = "0.2.0"
+__all__ = [
+    "ConvSimPenalty",
+    "convolutional_similarity",
+    "measure",
+    "minimize_",
+    "minimize_checkpoint",
+    "open_checkpoint",
+]
 
 _HOMES = {
     "ConvSimPenalty": "penalty",
     "convolutional_similarity": "similarity",
     "measure": "measurement.network",
     "minimize_": "minimize",
+    "minimize_checkpoint": "networks.minimization",
+    "open_checkpoint": "checkpoints.formats",
 }
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from convsim_cli.inputs.images import Channels
     from convsim_cli.networks.measurement import Probe, Report
-    from convsim_cli.networks.model_checkpoint import Source
+    from convsim_cli.networks.model_checkpoint import ModelCheckpoint
 
 SHOWN = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_inner2", "norm", "dead", "redundant")
 CHANGES = ("ncs", "fm_cos")  # of what scale cannot move, shown from checkpoint to checkpoint
@@ -110,13 +110,13 @@ def measure(
     """
     from convsim_cli.inputs.images import parse_channels
     from convsim_cli.networks.measurement import Probe
-    from convsim_cli.networks.model_checkpoint import open_source
+    from convsim_cli.networks.model_checkpoint import open_model_checkpoint
     from convsim_cli.reproduction.plots import require_matplotlib
 
     console = Console(quiet, as_json)
     paths, arch = _what(checkpoints or [], arch, console)
     patterns = make_patterns(include, exclude, groups, transposed)
-    sources = [open_source(path, arch, patterns, seed, num_classes, key) for path in paths]
+    sources = [open_model_checkpoint(path, arch, patterns, seed, num_classes, key) for path in paths]
     normal = parse_channels("--mean", mean), parse_channels("--std", std)
     _check(input_, normal, plot)
     probe = Probe(input_, samples, input_size, data_dir, seed, *normal, top, plot is not None)
@@ -156,7 +156,7 @@ def _check(input_: str, normal: tuple[Channels | None, Channels | None], plot: P
         raise InputError(f"--plot {plot}: expected a name that ends in .png")
 
 
-def _measure(source: Source, probe: Probe, device: torch.device, console: Console) -> Report:
+def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, console: Console) -> Report:
     note_choice(source.checkpoint, console)
     report = probe.measure(source, device, console.progress)
     for note in report.notes:
@@ -164,7 +164,7 @@ def _measure(source: Source, probe: Probe, device: torch.device, console: Consol
     return report
 
 
-def _report(source: Source, probe: Probe, report: Report) -> dict[str, Any]:
+def _report(source: ModelCheckpoint, probe: Probe, report: Report) -> dict[str, Any]:
     return {
         "source": str(source.checkpoint.path),
         "input": probe.name,

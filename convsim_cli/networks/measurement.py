@@ -25,7 +25,7 @@ from convsim_cli.measurement.figures import Record, layer_record
 from convsim_cli.measurement.network import feature_maps
 from convsim_cli.measurement.synthetic_inputs import PROBES, SIDE, make_inputs
 from convsim_cli.networks.accuracy import NotLogitsError, evaluate, require_logits, resize
-from convsim_cli.networks.model_checkpoint import Source
+from convsim_cli.networks.model_checkpoint import ModelCheckpoint
 from convsim_cli.networks.names import usual_side
 
 MAP_BATCH = 32  # images at once where feature maps are kept for their Gram product
@@ -70,7 +70,7 @@ class Probe:
     top: int = 0
     heat: bool = False
 
-    def measure(self, source: Source, device: torch.device, progress: Watch = _unwatched) -> Report:
+    def measure(self, source: ModelCheckpoint, device: torch.device, progress: Watch = _unwatched) -> Report:
         """Return the report of a source.
 
         progress: told what is being done and in how many steps, gives what is called with the steps that were done.
@@ -87,7 +87,7 @@ class Probe:
         report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
         return report
 
-    def _measure_layers(self, report: Report, source: Source, device: torch.device, progress: Watch) -> None:
+    def _measure_layers(self, report: Report, source: ModelCheckpoint, device: torch.device, progress: Watch) -> None:
         self._check_synthetic()
         with progress(f"measure {source.checkpoint.path}", len(source.selection.kernels)) as advance:
             for kernel in source.selection.kernels:
@@ -97,7 +97,7 @@ class Probe:
                 advance(1)
 
     def _measure_network(
-        self, report: Report, source: Source, model: nn.Module, device: torch.device, progress: Watch
+        self, report: Report, source: ModelCheckpoint, model: nn.Module, device: torch.device, progress: Watch
     ) -> None:
         path, kernels = source.checkpoint.path, source.selection.kernels
         data = self._dataset(source.arch or "")
