@@ -68,6 +68,10 @@ class Checkpoint(ABC):
         """Return whether writing to `target` replaces this checkpoint itself, however its path is spelled."""
         return target.exists() and self.path.exists() and target.samefile(self.path)
 
+    def replaced_by(self, target: Path) -> list[Path]:
+        """Return the existing files that writing to `target` may replace."""
+        return [target] if target.exists() else []
+
     def backup_for(self, target: Path) -> Path:
         """Return the name under which a backup of `target` would be kept now."""
         return free_names([target.with_name(f"{target.name}.bak")])[0]

@@ -75,6 +75,11 @@ class ShardedCheckpoint(Checkpoint):
             )
         return bool(own)
 
+    def replaced_by(self, target: Path) -> list[Path]:
+        """Return the shards, and elsewhere than in place the index, that exist beside the target."""
+        places = [place for place in self._sources(target) if place != target or not self.is_in_place(target)]
+        return [place for place in places if place.exists()]
+
     def backup_for(self, target: Path) -> Path:
         """Return the pattern of the names under which shards would be kept now."""
         return _pattern(free_names(self._backups(target))[0])

@@ -68,6 +68,9 @@ def init(
         bool,
         typer.Option("--no-backup", help="Do not keep the former file as CHECKPOINT.bak (a shard as SHARD.bak)."),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace also a file that is read-only, or in a store that others link to.")
+    ] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -92,6 +95,7 @@ def init(
         preserve_norm=preserve_norm,
         tol=tol,
         backup=not no_backup,
+        force=force,
         dry_run=dry_run,
         include=include,
         exclude=exclude,

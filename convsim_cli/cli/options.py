@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console
-from convsim_cli.errors import one_of
+from convsim_cli.errors import ConvsimWarning, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -107,10 +108,10 @@ def make_patterns(include: list[str], exclude: list[str], groups: list[str], tra
     return Patterns(include, exclude, list(parse_groups(groups).items()), transposed)
 
 
-def note_choice(checkpoint: Checkpoint, console: Console) -> None:
+def note_choice(checkpoint: Checkpoint, _: Console) -> None:
     """Warn, even when quiet, of choices made in reading the file and of tensors that the network has no place for."""
     for line in checkpoint.notes:
-        console.warn(line)
+        warnings.warn(line, ConvsimWarning, stacklevel=2)
 
 
 def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from convsim_cli.checkpoints.minimization import describe_kernels, work_of, write_minimized
+from convsim_cli.checkpoints.protection import check_replaceable
 from convsim_cli.checkpoints.training_evidence import looks_trained
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Patterns
@@ -76,6 +77,7 @@ def minimize_checkpoint(
     preserve_norm: bool = False,
     tol: float = 0.0,
     backup: bool = True,
+    force: bool = False,
     dry_run: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -92,19 +94,21 @@ def minimize_checkpoint(
     """Minimize the kernels of a checkpoint and save it, atomically (Algorithm 1).
 
     path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names. output: where to
-    save; in place if None, which keeps the former file as `path.bak` (`.bak.1`, …) unless `backup` is false. iterations
-    ≥ 0, lr > 0, optimizer, preserve_norm, tol ≥ 0: see `Minimization`. include, exclude, groups, transposed: see
-    `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`, `uniform` or
-    `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. progress: `progress(description, total)`
-    gives a callback that takes the steps completed. Warns, with ConvsimWarning, of a checkpoint that looks trained and
-    of choices made in reading it. Raises CheckpointError, InputError, DivergedError and WriteError; files are then
-    unchanged.
+    save; in place if None, which keeps the former file as `path.bak` (`.bak.1`, …) unless `backup` is false. force:
+    replace also a file that is read-only or that others share. iterations ≥ 0, lr > 0, optimizer, preserve_norm, tol
+    ≥ 0: see `Minimization`. include, exclude, groups, transposed: see `Patterns`. key: which dictionary of a pickle to
+    take. probe: adds `fm_cos` to the records, on `white`, `uniform` or `natural` inputs drawn with `seed`. dry_run:
+    measures and saves nothing. progress: `progress(description, total)` gives a callback that takes the steps
+    completed. Warns, with ConvsimWarning, of a checkpoint that looks trained and of choices made in reading it. Raises
+    CheckpointError, InputError, DivergedError and WriteError; files are then unchanged.
     """
     how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
     source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key)
     source.selection = how.select(source.selection)
     target = _target(source, path, output, dry_run)
+    if target is not None and not (force or dry_run):
+        check_replaceable(source.checkpoint.replaced_by(target))
     place = resolve_device(device) if isinstance(device, str) else device
     began = time.perf_counter()
     in_place = path is not None and target is not None and source.checkpoint.is_in_place(target)

@@ -16,8 +16,8 @@ def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
     """Return the names in a state dict, those of one tensor together: equal in memory, offset, shape and stride."""
     groups: dict[object, list[str]] = {}
     for name, tensor in state.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        groups.setdefault(place if tensor.numel() else name, []).append(name)
+        place = _memory(tensor)
+        groups.setdefault((place, tensor.shape, tensor.stride()) if place else name, []).append(name)
     return list(groups.values())
 
 
@@ -51,7 +51,7 @@ def find_aliases(
     for kernel in kernels:
         group = next(group for group in groups if kernel.name in [names.get(name) for name in group])
         other = next((name for name in state if name not in group and _overlap(state[name], state[group[0]])), None)
-        if other in names:
+        if other is not None and other in names:
             raise InputError(f"{kernel.name}: shares memory with {names[other]}, a tensor of another shape; exclude it")
         found = [name for name in dict.fromkeys(names[name] for name in group if name in names) if name != kernel.name]
         if found:
@@ -59,17 +59,21 @@ def find_aliases(
     return aliases
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    if not (one.numel() and other.numel()) or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
-        return False
-    (start, end), (other_start, other_end) = (_extent(tensor) for tensor in (one, other))
-    return start < other_end and other_start < end
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the first element of a tensor in its memory, and the one after its last."""
+def _memory(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Return the storage of a tensor, its first element there, and the one after its last; None for no values."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.numel():
+        return None
     start = int(tensor.storage_offset())
-    return start, start + 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().data_ptr(), start, start + length
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    places = _memory(one), _memory(other)
+    if places[0] is None or places[1] is None:
+        return False
+    (storage, start, end), (other_storage, other_start, other_end) = places[0], places[1]
+    return storage == other_storage and start < other_end and other_start < end
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

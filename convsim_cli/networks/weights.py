@@ -41,7 +41,7 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     if unexpected:
         checkpoint.notes.append(
             f"{checkpoint.path}: `arch`{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
-            f"({_some(unexpected)}); they stay as they are"
+            f"({_some(unexpected)}); they are left as they are"
         )
     return names
 

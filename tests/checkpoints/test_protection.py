@@ -1,0 +1,99 @@
+"""Files that others rely on are not replaced unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Convsim
+from safetensors.torch import save_file
+
+
+def store(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"a.weight": torch.randn(4, 3, 3, 3)}, path)
+    return path.read_bytes()
+
+
+SHA, MD5 = hashlib.sha256(b"x").hexdigest(), hashlib.md5(b"x").hexdigest()
+STORED = {
+    "Hugging Face": f"blobs/{SHA}",
+    "its small files": f"blobs/{hashlib.sha1(b'x').hexdigest()}",
+    "git-annex": f"annex/objects/SHA256E-s123--{SHA}.safetensors",
+    "DVC": f"cache/files/md5/{MD5[:2]}/{MD5[2:]}",
+    "an md5 store": f"store/{MD5}",
+    "ollama": f"blobs/sha256-{SHA}",
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_link_into_a_store_of_content_is_refused_in_place_and_named(
+    kind: str, tmp_path: Path, convsim: Convsim
+) -> None:
+    real, link = tmp_path / STORED[kind], tmp_path / "snapshots" / "1" / "model.safetensors"
+    before = store(real)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(os.path.relpath(real, link.parent))
+    outcome = convsim("init", link, "--iterations", 1)
+    assert outcome.code == 2
+    assert f"{link} is a link to {real}, which is named by a digest of its content" in outcome.error
+    assert "save elsewhere with --output, or replace it with --force" in outcome.error
+    assert convsim("init", link, "--dry-run").code == 0
+    assert convsim("init", link, "-o", tmp_path / "new.safetensors", "--iterations", 1).code == 0
+    assert real.read_bytes() == before
+    assert convsim("init", link, "--iterations", 1, "--force").code == 0
+    assert link.is_symlink()
+    assert real.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", [f"blobs/{SHA}", f"objects/SHA256E-s123--{SHA}.safetensors", f"{MD5[:2]}/{MD5[2:]}"])
+def test_a_file_of_a_store_itself_is_refused(name: str, tmp_path: Path, convsim: Convsim) -> None:
+    before = store(tmp_path / name)
+    outcome = convsim("init", tmp_path / name, "--iterations", 1)
+    assert (outcome.code, (tmp_path / name).read_bytes()) == (2, before)
+
+
+@pytest.mark.parametrize("name", ["store/last.safetensors", "resnet-f37072fd.safetensors", f"{MD5}.safetensors"])
+def test_a_plain_link_and_usual_names_are_saved_in_place(name: str, tmp_path: Path, convsim: Convsim) -> None:
+    before = store(tmp_path / name)
+    given = tmp_path / name
+    if "store" in name:
+        given = tmp_path / "model.safetensors"
+        given.symlink_to(tmp_path / name)
+    assert convsim("init", given, "--iterations", 1).code == 0
+    assert (tmp_path / name).read_bytes() != before
+
+
+@pytest.mark.parametrize("how", ["in place", "output", "shard"])
+def test_a_file_that_is_marked_read_only_is_refused(how: str, tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    given: list[object] = [path]
+    store(path)
+    if how == "output":
+        store(tmp_path / "other.safetensors")
+        given = [tmp_path / "other.safetensors", "-o", path]
+    if how == "shard":
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"a.weight": path.name}}))
+        given = [index]
+    before = path.read_bytes()
+    path.chmod(0o444)
+    outcome = convsim("init", *given, "--iterations", 1)
+    assert outcome.code == 2
+    assert f"{path} is read-only (mode 0444); save elsewhere with --output" in outcome.error
+    assert path.read_bytes() == before
+    assert convsim("init", *given, "--iterations", 1, "--force").code == 0
+    assert path.read_bytes() != before
+    assert path.stat().st_mode & 0o777 == 0o444
+
+
+def test_a_read_only_index_is_no_obstacle_in_place(tmp_path: Path, convsim: Convsim) -> None:
+    store(tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "model.safetensors"}}))
+    index.chmod(0o444)
+    assert convsim("init", index, "--iterations", 1).code == 0
