@@ -136,7 +136,8 @@ def test_statistics_that_are_not_finite_are_replaced(model: nn.Sequential, batch
 def test_a_compiled_network_is_re_estimated_as_well(batches: list[Tensor]) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     compiled = torch.compile(plain, backend="eager")
-    compiled.eval()(batches[0])  # type: ignore[attr-defined]  # code that knows nothing of later hooks
+    with torch.no_grad():
+        compiled.eval()(batches[0])  # type: ignore[attr-defined]  # this code knows nothing of later hooks
     reestimate_statistics(compiled, batches)  # type: ignore[arg-type]
     found = plain[1].get_buffer("running_mean").clone()
     reestimate_statistics(plain, batches)
