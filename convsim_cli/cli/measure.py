@@ -117,7 +117,7 @@ def measure(
     paths, arch = _what(checkpoints or [], arch, console)
     patterns = make_patterns(include, exclude, groups, transposed)
     sources = [open_source(path, arch, patterns, seed, num_classes, key) for path in paths]
-    normal = parse_channels("--mean", mean), parse_channels("--std", std)
+    normal = parse_channels("mean", mean), parse_channels("std", std)
     _check(input_, normal, plot)
     probe = Probe(input_, samples, input_size, data_dir, seed, *normal, top, plot is not None)
     if plot is not None:

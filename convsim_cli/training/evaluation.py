@@ -1,4 +1,4 @@
-"""Test loss and accuracy during training, each process evaluating its share."""
+"""Test loss and accuracy during training. Each process evaluates its share."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def evaluate_together(
     forward: Callable[[Tensor], Tensor] | None = None,
     processes: Processes = ALONE,
 ) -> tuple[float, float]:
-    """Return what `networks.accuracy.evaluate` does, in every process of a run: each evaluates its share."""
+    """Return what `networks.accuracy.evaluate` returns. All processes of a run must call this."""
     share = Split(processes.share(split.images), processes.share(split.labels))
     totals = evaluation_totals(model, dataset, share, device, forward)
-    loss, correct = processes.add_up(totals).tolist()
+    loss, correct = processes.sum(totals).tolist()
     return loss / len(split), 100 * correct / len(split)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsim_cli.training.run_folder import read_results
+from convsim_cli.training.results import read_results
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SMALL = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", "61", "--limit-test", "31", "--batch-size", "20")
@@ -31,14 +31,14 @@ from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.trainer import Trainer
 
 with joined(torch.device("cpu")) as (processes, device):
-    torch.manual_seed(processes.rank)  # whatever the others start from, the leader's weights count
+    torch.manual_seed(processes.rank)  # whatever the others start from, rank 0's weights count
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=4), nn.Flatten(), nn.LazyLinear(10))
     data = load_dataset("digits", Path()).limited(64, 31)
     model(data.normalize(data.test.images[:1]))
     arguments = Arguments(mode="reg", lr=0.1, beta=0.01, beta_schedule="loss", batch_size=21)
     trainer = Trainer(model, data, arguments, device, processes)
     row = trainer.run_epoch()
-    if processes.leads:
+    if processes.is_rank_zero:
         figures = torch.tensor([value for key, value in row.items() if key != "seconds"])
         torch.save({**trainer.model.state_dict(), "row": figures}, sys.argv[1])
 """
@@ -77,9 +77,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, environment: dict[str, 
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_the_leading_process_alone_writes_and_talks_and_a_run_goes_on(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_only_rank_zero_writes_and_logs_and_a_run_can_be_resumed(tmp_path: Path, environment: dict[str, str]) -> None:
     train = (*TORCHRUN, "-m", "convsim_cli", "train", *SMALL, "--mode", "init", "--iterations", "5")
     part = run(*train, "--run-dir", tmp_path, "--name", "part", "--epochs", 1, "--json", environment=environment)
     assert json.loads(part.stdout)["runs"][0]["epochs"] == 1
