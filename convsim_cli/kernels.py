@@ -23,6 +23,7 @@ from convsim_cli.errors import InputError
 from convsim_cli.similarity import Taps, to_filters, to_weight
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")  # the types that kernels are optimized in, or through
+VANISHED = 1e-6  # a filter whose norm is below this share of the largest norm in its layer is dead
 PARAMETRIZED = "the layer has no weight of its own (parametrized)"  # why a layer is skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -216,6 +217,18 @@ def warn_of_parametrized(selection: Selection) -> None:
             "torch.nn.utils.parametrize.remove_parametrizations gives them a weight of their own",
             stacklevel=3,
         )
+
+
+def living_filters(filters: Tensor) -> Tensor:
+    """Return which filters of a layer are alive: True where the L2 norm is at least 1e-6 of the largest in the layer.
+
+    filters: `[groups, S / groups, N, C]`, finite (`Kernel.to_filters`); the result is `[groups, S / groups]`. Zero
+    filters are dead. Weight decay leaves filters at 1e-25 of their layer, whose squares vanish in float32: norms are
+    taken in float64.
+    """
+    found = filters.cpu() if filters.device.type == "mps" else filters  # mps has no float64
+    norms = torch.linalg.vector_norm(found, dim=(-2, -1), dtype=torch.float64)
+    return ((norms > 0) & (norms >= VANISHED * norms.max())).to(filters.device)
 
 
 def is_convolution(layer: nn.Module) -> bool:
