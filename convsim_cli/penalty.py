@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, module_kernels, warn_of_parametrized, weight_of
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.similarity import (
-    convolutional_similarity,
-    neighbouring_similarity,
-    similarity,
-    similarity_gradient,
-)
+from convsim_cli.objectives import OBJECTIVES
+from convsim_cli.similarity import similarity, similarity_gradient
 
 Pairs = Literal["all", "neighbours"]
 
@@ -50,8 +46,8 @@ class ConvSimPenalty:
 
     def __call__(self) -> Tensor:
         """Return the penalty, a scalar ≥ 0, differentiable with respect to the model's kernels."""
-        term = convolutional_similarity if self.pairs == "all" else neighbouring_similarity
-        values = [term(kernel.to_convolution(weight), kernel.groups) for kernel, weight in self._layers]
+        objective = OBJECTIVES["cs" if self.pairs == "all" else "neighbours"]
+        values = [objective.value(kernel.to_filters(weight), kernel.taps) for kernel, weight in self._layers]
         return torch.stack([value.to(values[0]) for value in values]).sum()
 
     @torch.no_grad()
@@ -83,9 +79,5 @@ class ConvSimPenalty:
                     weight.grad.add_(gradient, alpha=beta)
 
     def _gradient(self, kernel: Kernel, weight: Tensor) -> Tensor:
-        if self.pairs == "all":
-            return kernel.to_stored(similarity_gradient(kernel.to_filters(weight), kernel.taps), weight.dtype)
-        with torch.enable_grad():
-            leaf = weight.detach().requires_grad_()
-            value = neighbouring_similarity(kernel.to_convolution(leaf), kernel.groups)
-            return torch.autograd.grad(value, leaf)[0]
+        gradient = similarity_gradient if self.pairs == "all" else OBJECTIVES["neighbours"].gradient
+        return kernel.to_stored(gradient(kernel.to_filters(weight), kernel.taps, None), weight.dtype)
