@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from convsim_cli import __version__
 from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Selection
+from convsim_cli.kernels import Selection
+from convsim_cli.machine.progress import Advance
 from convsim_cli.measurement.feature_maps import probe_kernel
 from convsim_cli.measurement.figures import Record, check_finite, describe, kernel_figures
 from convsim_cli.minimize import Minimization, minimize_kernel
 
 CPU = torch.device("cpu")
-Advance = Callable[[Kernel, int], None]  # told the kernel, and how many iterations it has done since the last call
 
 
 def minimize_checkpoint(
@@ -44,8 +44,7 @@ def minimize_checkpoint(
     def changes() -> Iterator[tuple[str, Tensor]]:
         for kernel in selection.kernels:
             weight = checkpoint.load(kernel.name).to(device)
-            steps = None if advance is None else lambda iterations, kernel=kernel: advance(kernel, iterations)
-            minimized, record = minimize_kernel(kernel, weight, how, steps)
+            minimized, record = minimize_kernel(kernel, weight, how, advance)
             if probe:
                 for moment, tensor in (("before", weight), ("after", minimized)):
                     record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed).result()["fm_cos"]
@@ -89,7 +88,7 @@ def make_metadata(selection: Selection, how: Minimization) -> Mapping[str, str]:
     """Return the `convsim.*` record of what is done to a file."""
     return {
         "convsim.version": __version__,
-        "convsim.objective": how.objective,
+        "convsim.objective": how.label,
         "convsim.optimizer": how.optimizer,
         "convsim.lr": repr(how.lr),
         "convsim.iterations": str(how.iterations),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.minimize import project_, rescale_
+from convsim_cli.objectives import project_, rescale_
 from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, SETTINGS, TABLES, NumericalTable
 from convsim_cli.similarity import autocorrelation, similarity_gradient
 

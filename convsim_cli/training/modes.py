@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from convsim_cli.kernels import module_kernels, weight_of
-from convsim_cli.minimize import Advance, Minimization, minimize_kernel, rescale_to
+from convsim_cli.machine.progress import Advance
+from convsim_cli.minimize import Minimization, minimize_kernel, rescale_to
 from convsim_cli.training.arguments import Arguments
 
 
@@ -38,10 +39,10 @@ def prepare_(model: nn.Module, arguments: Arguments, advance: Advance | None = N
 
 
 def preparation_steps(model: nn.Module, arguments: Arguments) -> int:
-    """Return how many iterations `prepare_` will report to `advance`."""
+    """Return how many steps `prepare_` will report to `advance`."""
     if arguments.mode not in ("init", "rescale"):
         return 0
+    raw, held = (Minimization(arguments.iterations, preserve_norm=preserve) for preserve in (False, True))
     selection = module_kernels(model)
-    held = len(Minimization(preserve_norm=True).select(selection).kernels) if arguments.preserve_norm else 0
-    raw = len(selection.kernels) if not arguments.preserve_norm or arguments.rescale else 0
-    return arguments.iterations * (held + raw)
+    directions = held.steps(held.select(selection).kernels) if arguments.preserve_norm else 0
+    return directions + (raw.steps(selection.kernels) if not arguments.preserve_norm or arguments.rescale else 0)

@@ -16,7 +16,7 @@ from convsim_cli.errors import DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.machine.device import synchronize
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.minimize import Advance
+from convsim_cli.machine.progress import Advance
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.evaluation import evaluate_together
