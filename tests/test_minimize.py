@@ -13,7 +13,7 @@ from convsim_cli import minimize_
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import kernel_figures
+from convsim_cli.measurement.kernel_figures import kernel_figures
 from convsim_cli.minimize import Minimization, minimize_kernel, rescale_to
 
 

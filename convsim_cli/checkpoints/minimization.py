@@ -13,7 +13,7 @@ from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, Selection
 from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.measurement.kernel_figures import Record, check_finite, describe, kernel_figures
 from convsim_cli.minimize import Minimization, minimize_kernel
 
 CPU = torch.device("cpu")
