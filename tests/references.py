@@ -93,7 +93,9 @@ def literal_mean_cosines(maps: Tensor) -> Tensor:
     maps = maps.double().flatten(2)
     mean = torch.eye(maps.shape[1], dtype=torch.float64)
     for i, j in combinations(range(maps.shape[1]), 2):
-        cosines = [a @ b / a.norm() / b.norm() for a, b in zip(maps[:, i], maps[:, j], strict=True) if a.any() and b.any()]
+        cosines = [
+            a @ b / a.norm() / b.norm() for a, b in zip(maps[:, i], maps[:, j], strict=True) if a.any() and b.any()
+        ]
         mean[i, j] = mean[j, i] = torch.stack(cosines).mean() if cosines else 0.0
     return mean
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from convsim_cli import ConvSimPenalty, convolutional_similarity
 from convsim_cli.errors import InputError
-from convsim_cli.penalty import Pairs
+from convsim_cli.objectives import OBJECTIVES
 
 
 def network() -> nn.Sequential:
@@ -27,15 +27,15 @@ def test_penalty_is_the_literal_equation_10_summed_over_the_layers() -> None:
     torch.testing.assert_close(ConvSimPenalty(model)(), expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("pairs", ["all", "neighbours"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("beta", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_adding_the_gradient_directly_equals_backward_through_the_penalty(
-    pairs: str, beta: float | Tensor, layout: torch.memory_format
+    objective: str, beta: float | Tensor, layout: torch.memory_format
 ) -> None:
     model = network().to(memory_format=layout)  # type: ignore[call-overload]
     images = torch.randn(2, 3, 8, 8)
-    penalty = ConvSimPenalty(model, pairs)  # type: ignore[arg-type]
+    penalty = ConvSimPenalty(model, objective)
     (model(images).square().sum() + 0.3 * penalty()).backward()
     expected = grown(model)
     model.zero_grad()
@@ -69,7 +69,7 @@ def test_frozen_kernels_get_no_gradient() -> None:
     assert model[2].weight.grad is not None
 
 
-def test_the_logged_value_is_equation_10_whatever_pairs_the_penalty_sums() -> None:
+def test_the_logged_value_is_equation_10_whatever_the_objective() -> None:
     model = network()
     value = ConvSimPenalty(model, "neighbours").value()
     assert not value.requires_grad
@@ -96,19 +96,19 @@ def test_autocast_leaves_the_penalty_in_full_precision() -> None:
     assert torch.equal(cast, penalty())
 
 
-def test_a_model_without_pairs_and_unknown_pairs_are_refused() -> None:
+def test_a_model_without_pairs_and_an_unknown_objective_are_refused() -> None:
     with pytest.raises(InputError, match="no convolution kernels"):
         ConvSimPenalty(nn.Linear(3, 3))
-    with pytest.raises(InputError, match="'some'"):
-        ConvSimPenalty(network(), "some")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="did you mean 'neighbours'"):
+        ConvSimPenalty(network(), "neighbors")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, as it resumes after a break
-@pytest.mark.parametrize("pairs", ["all", "neighbours"])
-def test_a_compiled_model_has_the_same_penalty_and_a_compiled_loss_can_hold_it(pairs: Pairs) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_compiled_model_has_the_same_penalty_and_a_compiled_loss_can_hold_it(objective: str) -> None:
     model = network()
-    plain = ConvSimPenalty(model, pairs)
-    compiled = ConvSimPenalty(torch.compile(model, backend="eager"), pairs)  # type: ignore[arg-type]
+    plain = ConvSimPenalty(model, objective)
+    compiled = ConvSimPenalty(torch.compile(model, backend="eager"), objective)  # type: ignore[arg-type]
     torch.testing.assert_close(compiled().detach(), plain().detach())
 
     @torch.compile(backend="aot_eager")

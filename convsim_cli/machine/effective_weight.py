@@ -7,8 +7,8 @@ the next pass it is out of date, and the graph behind it may be gone. Both are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,27 +30,38 @@ def computes_weight(layer: nn.Module) -> bool:
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:
-    """Return the weight that a forward pass would use now, differentiable with respect to the layer's parameters.
+    """Return the weight that a forward pass would use now, differentiable with respect to the parameters behind it.
 
-    A computed weight is computed once, as in a forward pass: in training mode this advances the power iteration of
-    spectral_norm. Returns None where `weight` is neither a parameter nor computed by a known mechanism.
+    A weight that is computed is computed once, as in a forward pass: in training mode this advances the power iteration
+    of spectral_norm. Without a graph (`torch.no_grad`) it is read as in evaluation mode: looking changes nothing.
+    Returns None where `weight` is neither a parameter nor computed by a known mechanism.
     """
     own = own_weight(layer)
     if own is not None:
         return own
-    if parametrize.is_parametrized(layer, "weight"):
-        computed: Tensor = layer.parametrizations["weight"]()  # type: ignore[index, operator]
-        return computed
-    hooks = _hooks(layer)
-    for hook in hooks:
-        hook(layer, ())
+    with nullcontext() if torch.is_grad_enabled() else _evaluation(layer):
+        if parametrize.is_parametrized(layer, "weight"):
+            computed: Tensor = layer.parametrizations["weight"]()  # type: ignore[index, operator]
+            return computed
+        hooks = _hooks(layer)
+        for hook in hooks:
+            hook(layer, ())
     return layer.weight if hooks else None  # type: ignore[return-value]
 
 
+def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return each trainable parameter behind a computed weight with its share of the weight's gradient.
+
+    gradient: ∂loss/∂weight, of the weight's shape, in any floating type. No `.grad` changes; the weight's graph is
+    freed.
+    """
+    leaves = list(_leaves(weight))
+    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
+
+
 @contextmanager
-def state_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Put layers into evaluation mode for the enclosed block: reading their weights then leaves their state as it is."""
-    modes = {module: module.training for layer in layers for module in layer.modules()}
+def _evaluation(layer: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in layer.modules()}
     try:
         for module in modes:
             module.training = False
@@ -58,19 +69,6 @@ def state_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return each trainable parameter behind a weight with its share of the weight's gradient.
-
-    gradient: ∂loss/∂weight, of the weight's shape and in any floating type. No `.grad` is touched, no hook runs.
-    """
-    if not weight.requires_grad:
-        return []
-    if weight.is_leaf:
-        return [(weight, gradient)]
-    leaves = list(_leaves(weight))
-    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
 
 
 def _hooks(layer: nn.Module) -> list[Callable[[nn.Module, Any], object]]:

@@ -1,6 +1,6 @@
 """The figures that convsim measures per layer, each defined once.
 
-A figure is one entry of `FIGURES`: the record of a layer, JSON, tables, CSV, `measure --help` and the README's table all
+A figure is one entry of `FIGURES`: the record of a layer, JSON, tables, CSV, `measure --help` and the README's table
 follow from it. This module imports no torch, so that help texts can read it.
 """
 
@@ -45,7 +45,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("kernel_cos", "mean abs cosine between filters", lambda layer: layer.kernel_cos),
     Figure("fm_cos", "mean abs cosine between feature maps", lambda layer: layer.maps.fm_cos, compared=True),
-    Figure("fm_cos_random", "fm_cos of random kernels on the same inputs", lambda layer: layer.seen.chance.fm_cos),
+    Figure("fm_cos_random", "fm_cos of random kernels on the same inputs", lambda layer: layer.fm_cos_random),
     Figure(
         "fm_rank",
         "effective rank of the feature maps: how many of them say something of their own",
@@ -56,7 +56,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "fm_rank_random",
         "fm_rank of random kernels on the same inputs",
-        lambda layer: layer.seen.chance.fm_rank(),
+        lambda layer: layer.fm_rank_random,
         "filters",
     ),
     Figure(

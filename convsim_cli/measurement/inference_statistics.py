@@ -67,7 +67,9 @@ def _copied_buffers(layers: Sequence[nn.Module]) -> Iterator[None]:
     own = [dict(layer._buffers) for layer in layers]
     try:
         for layer in layers:
-            layer._buffers.update({name: tensor.clone() for name, tensor in layer._buffers.items() if tensor is not None})
+            layer._buffers.update(
+                {name: tensor.clone() for name, tensor in layer._buffers.items() if tensor is not None}
+            )
         yield
     finally:
         for layer, buffers in zip(layers, own, strict=True):

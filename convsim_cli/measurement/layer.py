@@ -19,11 +19,16 @@ from convsim_cli.measurement.random_kernels import RandomKernels
 class LayerMaps:
     """What is seen of a layer's feature maps: their similarity, that of random kernels' maps, and how many calls."""
 
-    def __init__(self, kernel: Kernel, weight: Tensor, *, scale: float = 1.0, seed: int = 0) -> None:
-        """weight: as stored; it says which filters are dead. scale: what the maps are divided by beforehand."""
+    def __init__(
+        self, kernel: Kernel, weight: Tensor, *, scale: float = 1.0, seed: int = 0, whole: bool = True
+    ) -> None:
+        """weight: as stored; it says which filters are dead. scale: what the maps are divided by beforehand.
+
+        seed: of the random kernels. whole: measure chance and keep pairs, not `fm_cos` and `fm_inner2` alone.
+        """
         self.living = living_filters(kernel.to_filters(weight))
-        self.similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=self.living)
-        self.chance = RandomKernels(kernel, seed)
+        self.similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=self.living, keep_pairs=whole)
+        self.chance: RandomKernels | None = RandomKernels(kernel, seed) if whole else None
         self.calls = 0
 
 
@@ -59,6 +64,14 @@ class Layer:
     def dead(self) -> int:
         alive = self.maps.alive
         return int((~(self.seen.living if alive is None else alive)).sum())
+
+    @property
+    def fm_cos_random(self) -> float | None:
+        return None if self.seen.chance is None else self.seen.chance.fm_cos
+
+    @property
+    def fm_rank_random(self) -> float | None:
+        return None if self.seen.chance is None else self.seen.chance.fm_rank()
 
     @cached_property
     def mean_cosines(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 import torch
@@ -32,12 +33,11 @@ class LayerProbe:
     def look(self, kernel: Kernel, weight: Tensor) -> LayerMaps:
         """Return what is seen of a layer's maps, chance included. weight: as stored, on the device to compute on."""
         filters, scale = _scaled(kernel, weight)
-        seen = LayerMaps(kernel, weight, scale=scale)
-        for images in self._batches(kernel, weight.device):
+        seen = LayerMaps(kernel, weight, scale=scale, seed=self.seed)
+        assert seen.chance is not None
+        for images in self._batches(kernel, weight.device, max(kernel.filters, seen.chance.filters)):
             seen.similarity.update(_convolve(kernel, images, filters))
-            seen.chance.update(
-                lambda drawn, images=images: _convolve(kernel, images, kernel.to_convolution(drawn)), filters
-            )
+            seen.chance.update(partial(_convolve_stored, kernel, images), filters)
         return seen
 
     def fm_cos(self, kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
@@ -45,16 +45,17 @@ class LayerProbe:
         filters, scale = _scaled(kernel, weight)
         living = living_filters(kernel.to_filters(weight)) if living is None else living
         similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=living, keep_pairs=False)
-        for images in self._batches(kernel, weight.device):
+        for images in self._batches(kernel, weight.device, kernel.filters):
             similarity.update(_convolve(kernel, images, filters))
         return similarity.fm_cos
 
-    def _batches(self, kernel: Kernel, device: torch.device) -> Iterator[Tensor]:
+    def _batches(self, kernel: Kernel, device: torch.device, filters: int) -> Iterator[Tensor]:
+        """The inputs, so many at a time that the maps of `filters` filters take bounded memory."""
         axes = len(kernel.taps)
         space = (self.side or SIDE[axes],) * axes
         positions = prod(side + k - 1 for side, k in zip(space, kernel.taps, strict=True))
         inputs = self._inputs(kernel.channels, space, device)
-        yield from inputs.split(inputs_at_once(kernel.filters, kernel.groups, positions))
+        yield from inputs.split(inputs_at_once(filters, kernel.groups, positions))
 
     def _inputs(self, channels: int, space: tuple[int, ...], device: torch.device) -> Tensor:
         key = (channels, space, device)
@@ -65,7 +66,7 @@ class LayerProbe:
 
 
 def _scaled(kernel: Kernel, weight: Tensor) -> tuple[Tensor, float]:
-    """Return the filters divided by their largest value, and that: maps of very small or large kernels leave float32."""
+    """Return the filters divided by their largest value, and that: other maps could leave the range of float32."""
     peak = weight.abs().amax().double().item() or 1.0
     return (kernel.to_convolution(weight) / peak).float(), peak
 
@@ -75,3 +76,7 @@ def _convolve(kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
     convolution = _CONVOLUTIONS[len(kernel.taps) - 1]
     with full_precision(images.device), torch.inference_mode():
         return convolution(images, filters, padding=padding, groups=kernel.groups)
+
+
+def _convolve_stored(kernel: Kernel, images: Tensor, weight: Tensor) -> Tensor:
+    return _convolve(kernel, images, kernel.to_convolution(weight))

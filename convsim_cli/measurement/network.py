@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from math import prod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, is_convolution, module_kernels, warn_of_parametrized, weight_of
+from convsim_cli.kernels import Kernel, Patterns, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.machine.eager import as_written
-from convsim_cli.machine.effective_weight import effective_weight, own_weight
+from convsim_cli.machine.effective_weight import effective_weight
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.measurement.batch_norm import evaluation_mode
-from convsim_cli.measurement.feature_maps import inputs_at_once
 from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics, input_statistics
 from convsim_cli.measurement.kernel_figures import Record
 from convsim_cli.measurement.layer import Layer, LayerMaps
-from convsim_cli.measurement.lent_weight import convolve_with
+from convsim_cli.measurement.layer_hooks import layers_of, observed
 from convsim_cli.measurement.mean_cosines import THRESHOLD
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by position and by name
 
 PIXELS = "pixel_values"  # the images of a batch that is a dictionary
 
@@ -56,15 +52,24 @@ def measure(
     >>> record["name"], record["shape"], record["dead"]
     ('0.weight', [8, 3, 3, 3], 0)
     """
-    selection = module_kernels(model, Patterns(include, exclude))
-    warn_of_parametrized(selection)
+    selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
+    warn_of_unsupported(selection)
     chosen = choose_statistics(model, bn_statistics)
     batches = Batches(model, images, twice=chosen == INPUTS)
     seen = feature_maps(model, selection.kernels, batches, bn_statistics=chosen, seed=seed)
+    with evaluation_mode(model):  # reading a spectral-normalized weight then leaves its state as it is
+        weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
     return [
-        Layer(kernel, weight_of(model, kernel).detach(), seen[kernel.name], threshold).record()
-        for kernel in selection.kernels
+        Layer(kernel, weight, seen[kernel.name], threshold).record()
+        for kernel, weight in zip(selection.kernels, weights, strict=True)
     ]
+
+
+def fm_cos_by_layer(model: nn.Module, images: Tensor) -> dict[str, float | None]:
+    """Return `fm_cos` of every convolution on one batch, on the model's device: a fraction of the cost of `measure`."""
+    kernels = module_kernels(model, parametrized=True).kernels
+    seen = feature_maps(model, kernels, [images], bn_statistics=choose_statistics(model), whole=False)
+    return {name: layer.similarity.fm_cos for name, layer in seen.items()}
 
 
 class Batches:
@@ -95,7 +100,8 @@ def _images(batch: Any, number: int) -> Tensor:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise InputError(
-            f"batch {number}: got {found}; expected floating images [B, C, …], (images, labels) or {{{PIXELS!r}: images}}"
+            f"batch {number}: got {found}; expected floating images [B, C, …], (images, labels) "
+            f"or a dictionary with {PIXELS!r}"
         )
     return images
 
@@ -108,86 +114,30 @@ def feature_maps(
     *,
     bn_statistics: str | None = None,
     seed: int = 0,
+    whole: bool = True,
 ) -> dict[str, LayerMaps]:
     """Run batches through a network and return what is seen of the maps of each kernel's layer, by the kernel's name.
 
     batches: on the model's device. names: the model's name of a tensor → the kernel's, where they differ.
-    bn_statistics: `inputs` to re-estimate batch-norm statistics on the batches first, which are then taken twice. The
-    network runs in evaluation mode and keeps its mode and statistics. One layer's maps are held at a time.
+    bn_statistics: `inputs` to re-estimate batch-norm statistics on the batches first, which are then taken twice.
+    whole: measure chance and keep pairs. The network runs in evaluation mode and keeps its mode and statistics. One
+    layer's maps are held at a time.
     """
     statistics = input_statistics(model, batches) if bn_statistics == INPUTS else nullcontext()
     with statistics, evaluation_mode(model), as_written(), torch.no_grad():
-        with _watched(model, {kernel.name: kernel for kernel in kernels}, names or {}, seed) as seen:
+        seen: dict[str, LayerMaps] = {}
+        with ExitStack() as hooked:
+            for kernel, layer in layers_of(model, kernels, names or {}):
+                if kernel.name not in seen:
+                    seen[kernel.name] = LayerMaps(kernel, _weight(layer), seed=seed, whole=whole)
+                hooked.enter_context(observed(layer, kernel, seen[kernel.name]))
             for images in batches:
                 with full_precision(images.device):
                     model(images)
     return seen
 
 
-@contextmanager
-def _watched(
-    model: nn.Module, kernels: Mapping[str, Kernel], names: Mapping[str, str], seed: int
-) -> Iterator[dict[str, LayerMaps]]:
-    """Watch the layers of kernels; layers that share a weight are one."""
-    seen: dict[str, LayerMaps] = {}
-    owners: dict[int, str] = {}  # parameter → name of its kernel
-    handles = []
-    try:
-        for path, layer in model.named_modules():
-            if not is_convolution(layer):
-                continue
-            own = own_weight(layer)
-            name = names.get(_weight_name(path), _weight_name(path))
-            name = name if name in kernels else owners.get(id(own), "")
-            if not name:
-                continue
-            if own is not None:
-                owners[id(own)] = name
-            if name not in seen:
-                seen[name] = LayerMaps(kernels[name], _weight(layer), seed=seed)
-            handles.append(layer.register_forward_hook(_watch(kernels[name], seen[name]), with_kwargs=True))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch(kernel: Kernel, seen: LayerMaps) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], None]:
-    def look(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
-        seen.calls += 1
-        weight, positions = layer.weight, prod(output.shape[2 - (output.ndim < len(kernel.shape)) :])
-        if layer.bias is None:
-            seen.similarity.update(_batched(output, kernel))
-        for part in _parts(inputs, options, kernel, inputs_at_once(seen.chance.filters, kernel.groups, positions)):
-
-            def convolve(given: Tensor, part: Arguments = part) -> Tensor:
-                return _batched(convolve_with(layer, given, *part), kernel)
-
-            if layer.bias is not None:  # subtracting it would leave rounding in maps that are small beside it
-                seen.similarity.update(convolve(weight))
-            seen.chance.update(convolve, weight)
-
-    return look
-
-
-def _parts(inputs: tuple[Any, ...], options: dict[str, Any], kernel: Kernel, size: int) -> Iterator[Arguments]:
-    """A layer's arguments, so many images at a time."""
-    images: Tensor = inputs[0] if inputs else options["input"]
-    single = images.ndim < len(kernel.shape)  # an image without an axis for the batch
-    for part in [images] if single else images.split(size):
-        yield ((part, *inputs[1:]), options) if inputs else ((), {**options, "input": part})
-
-
-def _batched(maps: Tensor, kernel: Kernel) -> Tensor:
-    """Maps `[inputs, S, *space]`, also of a layer that was given a single image without an axis for the batch."""
-    return maps.unsqueeze(0) if maps.ndim < len(kernel.shape) else maps
-
-
-def _weight_name(path: str) -> str:
-    return f"{path}.weight".lstrip(".")
-
-
 def _weight(layer: nn.Module) -> Tensor:
     weight = effective_weight(layer)
-    assert weight is not None
+    assert weight is not None  # a layer without one is not selected
     return weight.detach()

@@ -9,7 +9,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.penalty import Pairs
+
+Pairs = Literal["all", "neighbours"]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Trainer:
         self.arguments = arguments
         self.device = device
         self.processes = processes
-        self.penalty = ConvSimPenalty(model, arguments.pairs if arguments.mode == "reg" else "all")
+        self.penalty = ConvSimPenalty(model, "cs" if arguments.pairs == "all" else arguments.pairs)
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )

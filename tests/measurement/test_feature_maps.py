@@ -52,7 +52,9 @@ def test_dead_filters_take_part_in_no_cosine_and_stay_in_the_papers_figure(vanis
     assert similarity.alive.tolist() == living.tolist()
     mean = similarity.mean_cosines()[0]
     assert not mean[2].any()
-    torch.testing.assert_close(mean[[0, 1, 3, 4]][:, [0, 1, 3, 4]].double(), literal_mean_cosines(rest), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mean[[0, 1, 3, 4]][:, [0, 1, 3, 4]].double(), literal_mean_cosines(rest), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_map_that_is_zero_on_every_input_is_dead_and_a_vanished_one_too() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from references import literal_effective_rank, literal_merges
@@ -107,4 +109,4 @@ def test_clusters_stand_together_in_the_order_of_similarity_and_dead_filters_las
     assert sorted(order) == list(range(8))
     assert order[-1] == 4
     kinds = [index % 3 for index in order[:-1]]
-    assert sum(a != b for a, b in zip(kinds, kinds[1:], strict=False)) == 2
+    assert sum(a != b for a, b in pairwise(kinds)) == 2
