@@ -25,13 +25,14 @@ from convsim_cli.kernels import (
     Kernel,
     Patterns,
     Selection,
+    living_filters,
     module_kernels,
     refuse_sharded,
     warn_of_unsupported,
     weight_of,
 )
 from convsim_cli.machine.progress import Advance
-from convsim_cli.measurement.figures import Record, describe, is_finite, kernel_figures
+from convsim_cli.measurement.kernel_figures import Record, describe, is_finite, kernel_figures
 from convsim_cli.objectives import rescale_
 from convsim_cli.similarity import to_filters
 
@@ -172,7 +173,8 @@ def _minimize_together(
             raise DivergedError(
                 f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower `lr`"
             )
-        yield found, {**describe(kernel), "before": figures, "after": _figures(kernel, found)}
+        living = living_filters(kernel.to_filters(weight))  # the same filters count before and after
+        yield found, {**describe(kernel), "before": figures, "after": _figures(kernel, found, living)}
 
 
 def _minimized(batch: list[Layer], how: Minimization, advance: Advance | None) -> dict[str, Tensor]:
@@ -203,6 +205,6 @@ def _rounds_alike_stacked(kernel: Kernel) -> bool:
     return kernel.filters % 16 == 0 and not kernel.pointwise
 
 
-def _figures(kernel: Kernel, weight: Tensor) -> dict[str, Any]:
-    figures = kernel_figures(kernel, weight)
+def _figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> dict[str, Any]:
+    figures = kernel_figures(kernel, weight, living)
     return {key: figures[key] for key in ("cs", "ncs", "norm")}

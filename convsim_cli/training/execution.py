@@ -19,8 +19,7 @@ from convsim_cli.checkpoints.state_dict import save_state_dict
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, parse_channels
-from convsim_cli.kernels import module_kernels
-from convsim_cli.measurement.network import feature_maps
+from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.networks.names import CLASSES, build_network, count_parameters, usual_side
 from convsim_cli.networks.weights import load_weights
 from convsim_cli.penalty import ConvSimPenalty
@@ -168,8 +167,7 @@ def network_with_weights(arguments: Arguments, classes: int) -> nn.Module:
 def sample_maps(model: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float | None]:
     """Return `fm_cos` per layer on the first test images."""
     images = dataset.normalize(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
-    kernels = module_kernels(model).kernels
-    return {name: maps.result()["fm_cos"] for name, maps in feature_maps(model, kernels, [images]).items()}
+    return fm_cos_by_layer(model, images)
 
 
 def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, dict[str, Any]]:
