@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from convsim_cli import __version__
 from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Selection
-from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.kernels import Selection, living_filters
+from convsim_cli.machine.progress import Advance
+from convsim_cli.measurement.kernel_figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.minimize import Minimization, minimize_kernel
 
 CPU = torch.device("cpu")
-Advance = Callable[[Kernel, int], None]  # told the kernel, and how many iterations it has done since the last call
 
 
 def minimize_checkpoint(
@@ -40,15 +40,16 @@ def minimize_checkpoint(
     """
     check_kernels(checkpoint, selection)
     records: list[Record] = []
+    layer_probe = LayerProbe(probe, seed=seed) if probe else None
 
     def changes() -> Iterator[tuple[str, Tensor]]:
         for kernel in selection.kernels:
             weight = checkpoint.load(kernel.name).to(device)
-            steps = None if advance is None else lambda iterations, kernel=kernel: advance(kernel, iterations)
-            minimized, record = minimize_kernel(kernel, weight, how, steps)
-            if probe:
+            minimized, record = minimize_kernel(kernel, weight, how, advance)
+            if layer_probe:
+                living = living_filters(kernel.to_filters(weight))
                 for moment, tensor in (("before", weight), ("after", minimized)):
-                    record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed).result()["fm_cos"]
+                    record[moment]["fm_cos"] = layer_probe.fm_cos(kernel, tensor, living)
             records.append(record)
             minimized = minimized.to(CPU)
             yield kernel.name, minimized
@@ -64,12 +65,13 @@ def describe_checkpoint(
     """Return the records of a dry run, with their `before` figures alone. Raises as `minimize_checkpoint`."""
     check_kernels(checkpoint, selection)
     records = []
+    layer_probe = LayerProbe(probe, seed=seed) if probe else None
     for kernel in selection.kernels:
         weight = checkpoint.load(kernel.name)
         figures = kernel_figures(kernel, weight)
         before = {key: figures[key] for key in ("cs", "ncs", "norm")}
-        if probe:
-            before["fm_cos"] = probe_kernel(kernel, weight, probe, seed=seed).result()["fm_cos"]
+        if layer_probe:
+            before["fm_cos"] = layer_probe.fm_cos(kernel, weight)
         records.append({**describe(kernel), "before": before})
     return records
 
@@ -89,7 +91,7 @@ def make_metadata(selection: Selection, how: Minimization) -> Mapping[str, str]:
     """Return the `convsim.*` record of what is done to a file."""
     return {
         "convsim.version": __version__,
-        "convsim.objective": how.objective,
+        "convsim.objective": how.label,
         "convsim.optimizer": how.optimizer,
         "convsim.lr": repr(how.lr),
         "convsim.iterations": str(how.iterations),

@@ -110,7 +110,7 @@ def init(
         "checkpoint": _text(checkpoint),
         "output": _text(target),
         "backup": _text(backup),
-        "objective": how.objective,
+        "objective": how.label,
         "iterations": iterations,
         "lr": lr,
         "device": str(place),
@@ -160,13 +160,10 @@ def _minimize(
     device: torch.device,
     console: Console,
 ) -> list[dict[str, Any]]:
-    from math import prod
-
     from convsim_cli.checkpoints.minimization import minimize_checkpoint
 
     assert target is not None  # only a dry run does without
-    kernels = source.selection.kernels
-    with console.progress("init", sum(how.iterations * prod(kernel.shape) for kernel in kernels)) as advance:
+    with console.progress("init", how.steps(source.selection.kernels)) as advance:
         return minimize_checkpoint(
             source.checkpoint,
             source.selection,
@@ -176,7 +173,7 @@ def _minimize(
             probe=probe,
             seed=seed,
             device=device,
-            advance=lambda kernel, iterations: advance(iterations * prod(kernel.shape)),
+            advance=advance,
         )
 
 

@@ -106,7 +106,8 @@ def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) ->
         listener.phase("init", preparation.steps(model, arguments))
         processes.on_rank_zero(lambda: preparation.apply_(model, arguments, listener.advance))
     trainer = Trainer(model, data, arguments, device, processes)
-    cosines = feature_map_cosines(model, data, device) if processes.is_rank_zero else {}
+    changed = preparation is not None
+    cosines = feature_map_cosines(model, data, device, changed) if processes.is_rank_zero else {}
     progress: Progress = {"history": [], "fm_cos_start": cosines}
     save_state(run, trainer, progress)
     return trainer, progress

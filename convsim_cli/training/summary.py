@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.kernels import module_kernels
-from convsim_cli.measurement.network import feature_maps
+from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.networks.names import count_parameters
 from convsim_cli.training.results import Row
 from convsim_cli.training.run_state import Progress
@@ -20,11 +19,15 @@ FEATURE_MAP_IMAGES = 16  # the first test images, over which `fm_cos` is taken
 LAST = 5  # epochs of the mean of the last ones
 
 
-def feature_map_cosines(model: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float | None]:
-    """Return `fm_cos` per layer on the first test images."""
+def feature_map_cosines(
+    model: nn.Module, dataset: Dataset, device: torch.device, kernels_changed: bool = False
+) -> dict[str, float | None]:
+    """Return `fm_cos` per layer on the first test images.
+
+    kernels_changed: since the batch-norm statistics were stored, so that those of the images serve instead.
+    """
     images = dataset.normalize(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
-    kernels = module_kernels(model).kernels
-    return {name: maps.result()["fm_cos"] for name, maps in feature_maps(model, kernels, [images]).items()}
+    return fm_cos_by_layer(model, images, kernels_changed)
 
 
 def summarize_run(trainer: Trainer, progress: Progress) -> dict[str, Any]:
