@@ -59,9 +59,9 @@ class Declaration:
             return f"{', '.join(others)} or {last}"
         if self.above is not None:
             return f"a number above {self.above}"
-        return (
-            f"a number {f'from {self.least} to {self.most}' if self.most < math.inf else f'of {self.least} or above'}"
-        )
+        if self.most < math.inf:
+            return f"a number from {self.least} to {self.most}"
+        return f"a number of {self.least} or above"
 
 
 def setting(default: Any, help: str, group: str | None = None, **more: Any) -> Any:

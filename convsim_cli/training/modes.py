@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from convsim_cli.minimize import Minimization
 
 
-class Settings(Protocol):
+class PreparationSettings(Protocol):
     """The arguments of a run that a preparation reads (see `arguments.Arguments`)."""
 
     @property
@@ -35,10 +35,10 @@ class Settings(Protocol):
 class Preparation(Protocol):
     """What a mode does to a network before training."""
 
-    def steps(self, model: nn.Module, settings: Settings) -> int:
+    def steps(self, model: nn.Module, settings: PreparationSettings) -> int:
         """Return the number of steps that `apply_` reports to `advance`."""
 
-    def apply_(self, model: nn.Module, settings: Settings, advance: Advance) -> None:
+    def apply_(self, model: nn.Module, settings: PreparationSettings, advance: Advance) -> None:
         """Change the network in place. Raises InputError and DivergedError, with the network untouched."""
 
 
@@ -65,15 +65,15 @@ class _Algorithm1:
     directions stay; without the second, the norms come with the directions.
     """
 
-    plan: Callable[[Settings], tuple[Minimization | None, Minimization | None]]
+    plan: Callable[[PreparationSettings], tuple[Minimization | None, Minimization | None]]
 
-    def steps(self, model: nn.Module, settings: Settings) -> int:
+    def steps(self, model: nn.Module, settings: PreparationSettings) -> int:
         from convsim_cli.kernels import module_kernels
 
         selection = module_kernels(model)
         return sum(how.steps(how.select(selection).kernels) for how in self.plan(settings) if how)
 
-    def apply_(self, model: nn.Module, settings: Settings, advance: Advance) -> None:
+    def apply_(self, model: nn.Module, settings: PreparationSettings, advance: Advance) -> None:
         import torch
 
         from convsim_cli.kernels import module_kernels, weight_of
@@ -98,19 +98,19 @@ class _Algorithm1:
                 weight.copy_(results[name])
 
 
-def _minimization(settings: Settings, preserve_norm: bool) -> Minimization:
+def _minimization(settings: PreparationSettings, preserve_norm: bool) -> Minimization:
     from convsim_cli.minimize import Minimization
 
     objective = settings.objective
     return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
 
 
-def _init(settings: Settings) -> tuple[Minimization, Minimization | None]:
+def _init(settings: PreparationSettings) -> tuple[Minimization, Minimization | None]:
     raw = _minimization(settings, preserve_norm=False)
     return _minimization(settings, settings.preserve_norm), raw if settings.rescale else None
 
 
-def _rescale(settings: Settings) -> tuple[None, Minimization]:
+def _rescale(settings: PreparationSettings) -> tuple[None, Minimization]:
     return None, _minimization(settings, preserve_norm=False)
 
 
