@@ -123,10 +123,15 @@ def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
         {
             "name": entry.name,
             "shape": list(entry.shape),
-            "reason": re.sub("`([a-z_]+)`", lambda found: f"--{found[1].replace('_', '-')}", entry.reason),
+            "reason": with_option_names(entry.reason),
         }
         for entry in selection.skipped
     ]
+
+
+def with_option_names(reason: str) -> str:
+    """Return why a tensor was skipped with options in place of `arguments`."""
+    return re.sub("`([a-z_]+)`", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 
 def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:

@@ -21,9 +21,10 @@ from convsim_cli.machine.effective_weight import effective_weight
 from convsim_cli.machine.progress import Advance, Progress, unreported
 from convsim_cli.measurement.batch_norm import evaluation_mode
 from convsim_cli.measurement.comparison import add_changes
+from convsim_cli.measurement.figures import make_record
 from convsim_cli.measurement.heat_maps import make_heat_map
 from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics
-from convsim_cli.measurement.kernel_figures import check_finite
+from convsim_cli.measurement.kernel_figures import check_finite, describe
 from convsim_cli.measurement.layer import Layer, LayerMaps
 from convsim_cli.measurement.layer_hooks import layers_of
 from convsim_cli.measurement.layer_probe import LayerProbe
@@ -185,7 +186,7 @@ def _weights(source: Source) -> dict[str, Tensor]:
 
 def _add(report: Report, probe: Probe, kernel: Kernel, weight: Tensor, seen: LayerMaps) -> None:
     layer = Layer(kernel, weight, seen, probe.threshold)
-    record = layer.record()
+    record = describe(kernel) | make_record(layer)
     mean = layer.mean_cosines
     if probe.top:
         record["top"] = [] if mean is None else strongest_pairs(mean, probe.top)
