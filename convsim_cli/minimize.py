@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import DivergedError, InputError
-from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_parametrized, weight_of
+from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.machine.cuda_graphs import repeated
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.measurement.figures import Record, describe, is_finite, kernel_figures
@@ -64,7 +64,7 @@ class Minimization:
             return selection
         kept = Selection(skipped=list(selection.skipped))
         for kernel in selection.kernels:
-            kept.add(kernel, "1×1: its L_CS is pure norm, which --preserve-norm holds" if kernel.pointwise else None)
+            kept.add(kernel, "1×1: its L_CS is pure norm, which `preserve_norm` holds" if kernel.pointwise else None)
         return kept
 
 
@@ -92,7 +92,7 @@ def minimize_(
     """
     how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
     selection = how.select(module_kernels(model))
-    warn_of_parametrized(selection)
+    warn_of_unsupported(selection)
     kernels = selection.kernels
     done = [(kernel, *minimize_kernel(kernel, weight_of(model, kernel).detach(), how, advance)) for kernel in kernels]
     with torch.no_grad():

@@ -41,8 +41,7 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     >>> convolutional_similarity(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])).item()  # ‖(1, 2) ⋆ (3, 0)‖² = 3² + 6²
     45.0
     """
-    filters, taps = to_filters(weight, groups)
-    return _similarity(filters, taps)
+    return similarity(*to_filters(weight, groups))
 
 
 def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
@@ -55,21 +54,8 @@ def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     filters, taps = to_filters(weight, groups)
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
     live = (norms > 0).sum(dim=1).flatten()
-    value = _similarity(filters / torch.where(norms > 0, norms, 1), taps)
+    value = similarity(filters / torch.where(norms > 0, norms, 1), taps)
     return value / (live * (live - 1) / 2).sum()
-
-
-def neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
-    """Return what the authors' public code sums instead of Eq. 10: neighbouring filters of one channel only.
-
-    Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖², for comparison. weight, errors, result: as `convolutional_similarity`.
-    """
-    filters, taps = to_filters(weight, groups)
-    if torch.compiler.is_compiling():
-        from convsim_cli.machine.compilation import call
-
-        return cast(Tensor, call(_neighbouring, filters, taps))
-    return _neighbouring(filters, taps)
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
@@ -99,9 +85,12 @@ def to_weight(filters: Tensor, taps: Taps) -> Tensor:
 
 
 def similarity(filters: Tensor, taps: Taps) -> Tensor:
-    """Return L_CS of filters in the layout of `to_filters`, by plain differentiable operations."""
-    autocorrelations = autocorrelation(filters, taps)
-    return _half_product(autocorrelations, sum_of_others(autocorrelations))
+    """Return L_CS of filters in the layout of `to_filters`, differentiable to any order, in full precision."""
+    if torch.compiler.is_compiling():  # torch.compile cannot follow the precision switches
+        from convsim_cli.machine.compilation import call
+
+        return cast(Tensor, call(_ConvolutionalSimilarity.apply, filters, taps))
+    return cast(Tensor, _ConvolutionalSimilarity.apply(filters, taps))
 
 
 def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
@@ -116,13 +105,16 @@ def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
     """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
     groups, count, size, _ = filters.shape
     if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
-        spectrum = _spectrum(filters, taps)
-        power = (spectrum.real.square() + spectrum.imag.square()).sum(-1, keepdim=True)
-        return torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps)).reshape(groups, count, -1)
+        return _to_lags(_power(filters, taps).sum(-1, keepdim=True), taps).squeeze(-1)
     gram = (filters @ filters.mT).reshape(groups, count, size * size)
     if _folds_by_matrix(taps, filters.device):
         return gram @ _lag_matrix(taps, filters.device, filters.dtype)
     return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(taps, filters.device), gram)
+
+
+def channel_autocorrelations(filters: Tensor, taps: Taps) -> Tensor:
+    """Return K_i[c] ⋆ K_i[c] for each channel of each filter: `[groups, S / groups, lags, C]`."""
+    return _to_lags(_power(filters, taps), taps)
 
 
 def sum_of_others(autocorrelations: Tensor) -> Tensor:
@@ -142,14 +134,11 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
 
 def _gradient(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
     """2 Σ_m K_i[c][m] · R_i[m − n]: each filter times the symmetric Toeplitz matrix of its R_i."""
-    groups, count, size, _ = filters.shape
+    size = filters.shape[2]
     if size == 1:
         return torch.mul(2 * others.unsqueeze(-1), filters, out=out)
     if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
-        weights = torch.fft.rfftn(others.reshape(groups, count, *_lag_shape(taps), 1), dim=_tap_axes(taps)).real
-        full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=_lag_shape(taps), dim=_tap_axes(taps))
-        inner = full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
-        return inner if out is None else out.copy_(inner)
+        return convolve(filters, others.unsqueeze(-1), taps, out)
     if _folds_by_matrix(taps, filters.device):
         toeplitz = others @ _lag_matrix(taps, filters.device, filters.dtype, 2.0).mT
     else:
@@ -158,12 +147,16 @@ def _gradient(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = 
     return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
 
 
-def _neighbouring(filters: Tensor, taps: Taps) -> Tensor:
-    with full_precision(filters.device):
-        spectrum = _spectrum(filters, taps)
-        power = spectrum.real.square() + spectrum.imag.square()
-        lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
-        return (lags[:, :-1] * lags[:, 1:]).sum()
+def convolve(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return 2 Σ_m K_i[c][m] · R_i[c][m − n] by FFT, in the layout of filters.
+
+    lags: R, symmetric, `[groups, S / groups, lags, C]`, or with one channel for all.
+    """
+    axes, lag_shape = _tap_axes(taps), _lag_shape(taps)
+    weights = torch.fft.rfftn(lags.reshape(*lags.shape[:2], *lag_shape, lags.shape[-1]), dim=axes).real
+    full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=lag_shape, dim=axes)
+    inner = full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
+    return inner if out is None else out.copy_(inner)
 
 
 def _half_product(autocorrelations: Tensor, others: Tensor) -> Tensor:
@@ -176,15 +169,6 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
     It is fast while that matrix is small. Off the CPU it is the way in any case: index_add is not deterministic there.
     """
     return device.type != "cpu" or prod(taps) <= _FEW_TAPS
-
-
-def _similarity(filters: Tensor, taps: Taps) -> Tensor:
-    """L_CS by its own gradient. torch.compile goes around it: it cannot follow the precision switches."""
-    if torch.compiler.is_compiling():
-        from convsim_cli.machine.compilation import call
-
-        return cast(Tensor, call(_ConvolutionalSimilarity.apply, filters, taps))
-    return cast(Tensor, _ConvolutionalSimilarity.apply(filters, taps))
 
 
 class _ConvolutionalSimilarity(torch.autograd.Function):
@@ -217,6 +201,18 @@ def _tap_axes(taps: Taps) -> Taps:
 def _spectrum(filters: Tensor, taps: Taps) -> Tensor:
     groups, count, _, channels = filters.shape
     return torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lag_shape(taps), dim=_tap_axes(taps))
+
+
+def _power(filters: Tensor, taps: Taps) -> Tensor:
+    """The power spectrum of each channel of each filter."""
+    spectrum = _spectrum(filters, taps)
+    return spectrum.real.square() + spectrum.imag.square()
+
+
+def _to_lags(power: Tensor, taps: Taps) -> Tensor:
+    """Autocorrelations `[groups, S / groups, lags, C]` from power spectra."""
+    lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
+    return lags.flatten(2, -2)
 
 
 @lru_cache(maxsize=64)

@@ -45,12 +45,22 @@ def pairwise_similarity(weight: Tensor) -> tuple[Tensor, Tensor]:
     return total, gradient
 
 
-def literal_neighbouring_similarity(weight: Tensor) -> Tensor:
-    """What the authors' public code sums: j = i + 1 and c1 = c2."""
+def literal_neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+    """What the authors' public code sums: j = i + 1 and c1 = c2; neighbours within each group."""
     total = torch.zeros((), dtype=weight.dtype)
-    for i in range(weight.shape[0] - 1):
-        for c in range(weight.shape[1]):
-            total = total + correlate(weight[i, c], weight[i + 1, c]).square().sum()
+    for group in weight.chunk(groups):
+        for i in range(group.shape[0] - 1):
+            for c in range(group.shape[1]):
+                total = total + correlate(group[i, c], group[i + 1, c]).square().sum()
+    return total
+
+
+def literal_kernel_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
+    """Section 3.1 of the paper: Σ_{i<j} ⟨K_i, K_j⟩², pairs within each group."""
+    total = torch.zeros((), dtype=weight.dtype)
+    for group in weight.chunk(groups):
+        for i, j in combinations(range(group.shape[0]), 2):
+            total = total + (group[i] * group[j]).sum().square()
     return total
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from references import (
-    literal_neighbouring_similarity,
     literal_normalized_similarity,
     literal_similarity,
     pairwise_similarity,
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from convsim_cli import convolutional_similarity, similarity
 from convsim_cli.machine.precision import _switches, full_precision
-from convsim_cli.similarity import neighbouring_similarity, normalized_similarity, similarity_gradient, to_filters
+from convsim_cli.similarity import normalized_similarity, similarity_gradient, to_filters
 
 TAPS = [(1,), (2,), (3,), (5,), (7,), (1, 1), (2, 2), (3, 1), (3, 3), (5, 3), (4, 2), (1, 1, 1), (2, 3, 2)]
 LAYERS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (3, 2, 1), (5, 3, 1), (4, 1, 2), (4, 2, 2), (3, 1, 3)]
@@ -157,14 +156,6 @@ def test_normalized_form_of_one_tap_is_one_and_zero_filters_are_left_out() -> No
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
     padded = torch.cat([weight, torch.zeros(2, 3, 3, 3, dtype=torch.float64)])
     assert relative(normalized_similarity(padded), normalized_similarity(weight)) < 1e-12
-
-
-def test_neighbouring_form_matches_what_the_authors_code_sums() -> None:
-    weight = torch.randn(5, 3, 3, 2, dtype=torch.float64, requires_grad=True)
-    expected = literal_neighbouring_similarity(weight)
-    value = neighbouring_similarity(weight)
-    assert relative(value, expected) < 1e-12
-    assert relative(*(torch.autograd.grad(v, weight)[0] for v in (value, expected))) < 1e-12
 
 
 def test_layout_has_no_copy_for_channels_last_weights() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,8 +118,15 @@ def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> 
 
 
 def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
-    """Return the `skipped` list of a JSON document."""
-    return [{"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in selection.skipped]
+    """Return the `skipped` list of a JSON document; its reasons name options in place of `arguments`."""
+    return [
+        {
+            "name": entry.name,
+            "shape": list(entry.shape),
+            "reason": re.sub("`([a-z_]+)`", lambda found: f"--{found[1].replace('_', '-')}", entry.reason),
+        }
+        for entry in selection.skipped
+    ]
 
 
 def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:

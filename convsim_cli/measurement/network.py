@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.kernels import Kernel, is_convolution, module_kernels, warn_of_parametrized, weight_of
+from convsim_cli.kernels import Kernel, is_convolution, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.measurement.feature_maps import FeatureMapSimilarity
 from convsim_cli.measurement.figures import Record, layer_record
@@ -30,7 +30,7 @@ def measure(model: nn.Module, images: Tensor | Iterable[Tensor]) -> list[Record]
     ('0.weight', [8, 3, 3, 3], 0)
     """
     selection = module_kernels(model)
-    warn_of_parametrized(selection)
+    warn_of_unsupported(selection)
     kernels = selection.kernels
     maps = feature_maps(model, kernels, [images] if isinstance(images, Tensor) else images)
     return [layer_record(kernel, weight_of(model, kernel).detach(), maps[kernel.name].result()) for kernel in kernels]

@@ -45,7 +45,7 @@ class Trainer:
         self.device = device
         self.processes = processes
         self.mode = MODES[arguments.mode]
-        self.penalty = ConvSimPenalty(model, "neighbours" if arguments.objective == "neighbours" else "all")
+        self.penalty = ConvSimPenalty(model, arguments.objective)
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )

@@ -208,7 +208,7 @@ def test_parametrized_layers_are_left_out_of_the_library_with_one_warning() -> N
         lambda: minimize_(model, 1),
         lambda: ConvSimPenalty(model),
     ):
-        with pytest.warns(UserWarning, match=r"parametrized layers are left out: 0\.weight, 1\.weight; ") as caught:
+        with pytest.warns(UserWarning, match=r"leaves out 0\.weight, 1\.weight \(parametrized") as caught:
             call()
         assert len(caught) == 1
         assert caught[0].filename == __file__

@@ -1,0 +1,124 @@
+"""Every objective that convsim can minimize, by name: its value and its gradient.
+
+An objective is a function of the filters of one layer, in the layout of `similarity.to_filters`, and sums over groups.
+To add one, add one entry to `OBJECTIVES`: Algorithm 1, the penalty, training and the command line all read that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.machine.precision import full_precision
+from convsim_cli.similarity import Taps, channel_autocorrelations, convolve, similarity, similarity_gradient
+
+Value = Callable[[Tensor, Taps], Tensor]
+Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A function of a layer's filters to minimize.
+
+    name: what users type; meaning: one line for help texts, with its source.
+    value(filters, taps): filters `[groups, S / groups, N, C]` → a scalar, differentiable; it enters `full_precision`
+    by itself.
+    gradient(filters, taps, out): ∂value/∂filters without a graph, written to `out` (contiguous, shaped like filters)
+    unless it is None; call it inside `full_precision`, which a loop enters once.
+    norm_only_pointwise: whether the value of 1×1 kernels depends on the filters' norms alone, so that there is nothing
+    to minimize while norms are preserved.
+    """
+
+    name: str
+    meaning: str
+    value: Value
+    gradient: Gradient
+    norm_only_pointwise: bool
+
+
+def find_objective(name: str) -> Objective:
+    """Return the objective of that name. Raises InputError with the closest name for an unknown one."""
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def _in_full_precision(value: Value) -> Value:
+    """Wrap a value so that it enters `full_precision`; torch.compile goes around it, since it cannot follow that."""
+
+    def exact(filters: Tensor, taps: Taps) -> Tensor:
+        with full_precision(filters.device):
+            return value(filters, taps)
+
+    def call(filters: Tensor, taps: Taps) -> Tensor:
+        if torch.compiler.is_compiling():
+            from convsim_cli.machine.compilation import call as outside
+
+            return cast(Tensor, outside(exact, filters, taps))
+        return exact(filters, taps)
+
+    return call
+
+
+def _neighbours(filters: Tensor, taps: Taps) -> Tensor:
+    """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]."""
+    lags = channel_autocorrelations(filters, taps)
+    return (lags[:, :-1] * lags[:, 1:]).sum()
+
+
+def _neighbours_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """As for Eq. 10, with A_{i−1}[c] + A_{i+1}[c], of each channel by itself, in place of R_i."""
+    lags = channel_autocorrelations(filters, taps)
+    none = torch.zeros_like(lags[:, :1])
+    beside = torch.cat([none, lags[:, :-1]], dim=1) + torch.cat([lags[:, 1:], none], dim=1)
+    return convolve(filters, beside, taps, out)
+
+
+def _kernel(filters: Tensor, _: Taps) -> Tensor:
+    """Σ_{i<j} ⟨K_i, K_j⟩²."""
+    return _inner_products(filters).square().sum() / 2
+
+
+def _kernel_gradient(filters: Tensor, _: Taps, out: Tensor | None = None) -> Tensor:
+    flat = None if out is None else out.flatten(2)
+    return torch.bmm(2 * _inner_products(filters), filters.flatten(2), out=flat).view(filters.shape)
+
+
+def _inner_products(filters: Tensor) -> Tensor:
+    """⟨K_i, K_j⟩ for i ≠ j and 0 for i = j: `[groups, S / groups, S / groups]`."""
+    flat = filters.flatten(2)
+    products = flat @ flat.mT
+    return products.masked_fill(torch.eye(products.shape[-1], dtype=torch.bool, device=products.device), 0)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            "cs",
+            "Eq. 10 of the paper: all pairs of filters, all pairs of their channels",
+            similarity,
+            similarity_gradient,
+            norm_only_pointwise=True,
+        ),
+        Objective(
+            "neighbours",
+            "the authors' public code: each filter and the next, channel by channel",
+            _in_full_precision(_neighbours),
+            _neighbours_gradient,
+            norm_only_pointwise=False,
+        ),
+        Objective(
+            "kernel",
+            "kernel orthogonality (section 3.1 of the paper): squared inner products of all pairs of filters",
+            _in_full_precision(_kernel),
+            _kernel_gradient,
+            norm_only_pointwise=False,
+        ),
+    )
+}
