@@ -24,7 +24,7 @@ from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.machine.cuda_graphs import repeated
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.measurement.figures import Record, describe, is_finite, kernel_figures
+from convsim_cli.measurement.kernel_figures import Record, describe, is_finite, kernel_figures
 from convsim_cli.similarity import Taps, similarity, similarity_gradient
 
 LOOK_EVERY = 50  # iterations between looks at the loss

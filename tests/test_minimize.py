@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from convsim_cli import minimize_
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel
-from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import kernel_figures
+from convsim_cli.measurement.kernel_figures import kernel_figures
+from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.minimize import Minimization, minimize_kernel, rescale_to
 
 
@@ -59,9 +59,7 @@ def test_preserve_norm_lowers_feature_map_similarity_where_subtracting_means_doe
     torch.testing.assert_close(minimized.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
     for probe, fold in (("white", 1.3), ("natural", 2.0)):
-        before, after, control = (
-            probe_kernel(kernel, w, probe).result()["fm_cos"] for w in (weight, minimized, centred)
-        )
+        before, after, control = (LayerProbe(probe).fm_cos(kernel, w) for w in (weight, minimized, centred))
         assert before > fold * after
         assert before < 1.05 * control
 

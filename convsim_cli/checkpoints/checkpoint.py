@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ Changes = Iterable[tuple[str, Tensor]]
 
 class Checkpoint(ABC):
     """An open checkpoint file: what it holds, its tensors one at a time, and the way back to disk."""
+
+    metadata: Mapping[str, str] = MappingProxyType({})  # what a format can hold beside tensors: the `convsim.*` record
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path

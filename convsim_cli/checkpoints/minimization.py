@@ -12,8 +12,8 @@ from convsim_cli import __version__
 from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, Selection
-from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.measurement.kernel_figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.minimize import Minimization, minimize_kernel
 
 CPU = torch.device("cpu")
@@ -40,15 +40,16 @@ def minimize_checkpoint(
     """
     check_kernels(checkpoint, selection)
     records: list[Record] = []
+    layer_probe = LayerProbe(probe, seed=seed) if probe else None
 
     def changes() -> Iterator[tuple[str, Tensor]]:
         for kernel in selection.kernels:
             weight = checkpoint.load(kernel.name).to(device)
             steps = None if advance is None else lambda iterations, kernel=kernel: advance(kernel, iterations)
             minimized, record = minimize_kernel(kernel, weight, how, steps)
-            if probe:
+            if layer_probe:
                 for moment, tensor in (("before", weight), ("after", minimized)):
-                    record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed).result()["fm_cos"]
+                    record[moment]["fm_cos"] = layer_probe.fm_cos(kernel, tensor)
             records.append(record)
             minimized = minimized.to(CPU)
             yield kernel.name, minimized
@@ -64,12 +65,13 @@ def describe_checkpoint(
     """Return the records of a dry run, with their `before` figures alone. Raises as `minimize_checkpoint`."""
     check_kernels(checkpoint, selection)
     records = []
+    layer_probe = LayerProbe(probe, seed=seed) if probe else None
     for kernel in selection.kernels:
         weight = checkpoint.load(kernel.name)
         figures = kernel_figures(kernel, weight)
         before = {key: figures[key] for key in ("cs", "ncs", "norm")}
-        if probe:
-            before["fm_cos"] = probe_kernel(kernel, weight, probe, seed=seed).result()["fm_cos"]
+        if layer_probe:
+            before["fm_cos"] = layer_probe.fm_cos(kernel, weight)
         records.append({**describe(kernel), "before": before})
     return records
 

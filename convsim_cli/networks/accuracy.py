@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.progress import Advance
 
 BATCH_PIXELS = 1000 * 32 * 32  # of the images that are evaluated at once
 
@@ -54,6 +56,32 @@ def evaluation_totals(
             totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
     return totals
+
+
+def measure_accuracy(
+    model: nn.Module, data: Dataset, device: torch.device, side: int | None, advance: Advance
+) -> tuple[float | None, list[str]]:
+    """Return a network's accuracy in per cent over the test images, with its stored statistics, and notes about it.
+
+    None, and a note of why, where the network's output cannot be compared with labels. Arguments as in `evaluate`.
+    """
+    outputs: set[int] = set()
+
+    def forward(images: Tensor) -> Tensor:
+        logits = require_logits(model(images), len(images), data.classes)
+        outputs.add(logits.shape[1])
+        advance(len(images))
+        return logits
+
+    try:
+        with full_precision(device):
+            accuracy = evaluate(model, data, data.test, device, forward, side=side)[1]
+    except NotLogitsError as error:
+        return None, [f"no test accuracy: {error}"]
+    surplus = [count for count in outputs if count != data.classes]
+    return accuracy, [
+        f"{count} outputs for {data.classes} classes: the first {data.classes} count" for count in surplus
+    ]
 
 
 class NotLogitsError(Exception):

@@ -26,6 +26,11 @@ class Source:
     arch: str | None = None
     names: dict[str, str] | None = None  # the network's name → the checkpoint's, of every tensor
 
+    @property
+    def kernels_changed(self) -> bool:
+        """Whether the file says that its kernels were changed after training, by `convsim init`."""
+        return "convsim.layers" in self.checkpoint.metadata
+
 
 def open_source(
     path: Path | None,
@@ -34,9 +39,12 @@ def open_source(
     seed: int = 0,
     classes: int | None = None,
     key: str | None = None,
+    *,
+    parametrized: bool = False,
 ) -> Source:
     """Open a checkpoint, a network by name, or a checkpoint into a network.
 
+    parametrized: whether to select a network's layers that compute their weight from other parameters.
     Raises CheckpointError for a file that cannot be read, InputError for an unknown network, a checkpoint that does
     not fit it, patterns that match nothing, neither path nor arch, classes without arch, or a key without a path.
     """
@@ -56,7 +64,7 @@ def open_source(
     model = build_network(arch, classes, seed)
     if path is None:
         checkpoint = StateDict(Path(arch), model.state_dict())
-        return Source(checkpoint, module_kernels(model, patterns), model, arch)
+        return Source(checkpoint, module_kernels(model, patterns, parametrized=parametrized), model, arch)
     checkpoint = open_checkpoint(path, key)
     names = load_weights(model, checkpoint, arch)
-    return Source(checkpoint, module_kernels(model, patterns, names), model, arch, names)
+    return Source(checkpoint, module_kernels(model, patterns, names, parametrized=parametrized), model, arch, names)

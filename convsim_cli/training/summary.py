@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.kernels import module_kernels
-from convsim_cli.measurement.network import feature_maps
+from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.networks.names import count_parameters
 from convsim_cli.training.results import Row
 from convsim_cli.training.run_state import Progress
@@ -23,8 +22,7 @@ LAST = 5  # epochs of the mean of the last ones
 def feature_map_cosines(model: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float | None]:
     """Return `fm_cos` per layer on the first test images."""
     images = dataset.normalize(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
-    kernels = module_kernels(model).kernels
-    return {name: maps.result()["fm_cos"] for name, maps in feature_maps(model, kernels, [images]).items()}
+    return fm_cos_by_layer(model, images)
 
 
 def summarize_run(trainer: Trainer, progress: Progress) -> dict[str, Any]:
