@@ -6,19 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convsim_cli.closed_forms import decorrelate_, orthogonalize_
     from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_
     from convsim_cli.penalty import ConvSimPenalty
     from convsim_cli.similarity import convolutional_similarity
 
 __version__ = "0.1.0"
-__all__ = ["ConvSimPenalty", "convolutional_similarity", "measure", "minimize_"]
+__all__ = ["ConvSimPenalty", "convolutional_similarity", "decorrelate_", "measure", "minimize_", "orthogonalize_"]
 
 _HOMES = {
     "ConvSimPenalty": "penalty",
     "convolutional_similarity": "similarity",
+    "decorrelate_": "closed_forms",
     "measure": "measurement.network",
     "minimize_": "minimize",
+    "orthogonalize_": "closed_forms",
 }
 
 
