@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from convsim_cli.closed_forms.directions import Advance, Directions, in_float64, norms, record, turned
 from convsim_cli.closed_forms.passes import before_calls, maps_of, undisturbed, undone_on_failure
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import VANISHED, Kernel, Patterns, module_kernels, warn_of_parametrized, weight_of
-from convsim_cli.measurement.figures import Record, check_finite, is_finite
+from convsim_cli.kernels import Kernel, Patterns, module_kernels, warn_of_unsupported, weight_of
+from convsim_cli.kernels.kernel import VANISHED
+from convsim_cli.measurement.kernel_figures import Record, check_finite, is_finite
 
 SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
 _CHUNK = 1 << 22  # values of feature maps that are held in float64 at once
@@ -56,7 +57,7 @@ def decorrelate_(
     True
     """
     selection = module_kernels(model, Patterns(include, exclude))
-    warn_of_parametrized(selection)
+    warn_of_unsupported(selection)
     records = decorrelate_kernels_(model, selection.kernels, images, advance)
     called = {record["name"] for record in records}
     if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:

@@ -29,7 +29,7 @@ def make(path: Path) -> None:
 def test_the_json_document_has_its_keys_in_their_order(tmp_path: Path, convsim: Convsim) -> None:
     make(tmp_path / "m.safetensors")
     document = convsim("measure", tmp_path / "m.safetensors", "--json").document
-    assert tuple(document) == ("schema", "command", "source", "input", "layers", "skipped", "total")
+    assert tuple(document) == ("schema", "command", "source", "input", "layers", "skipped", "total", "version")
     assert document["input"] == "white"
     assert all(tuple(layer) == LAYER for layer in document["layers"])
     assert document["total"]["cs"] == pytest.approx(sum(layer["cs"] for layer in document["layers"]))
