@@ -161,6 +161,7 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     if place.type == "cpu":
         keep_freed_memory()
     choices = _choices(given, str(place))
+    console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
     with CampaignScreen(console, name) as screen:
         content = run_experiment(experiment, choices, given["run_dir"], screen)
     _save(content, given["run_dir"], console)

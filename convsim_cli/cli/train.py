@@ -123,7 +123,8 @@ def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen
     from convsim_cli.training.processes import is_rank_zero
 
     how = run.arguments
-    console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")
+    what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs"
+    console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
     with RunScreen(console, how.epochs) as screen:
         try:
             yield screen
@@ -145,6 +146,7 @@ def _show(finished: list[Finished], console: Console) -> None:
             "mode": done.run.arguments.mode,
             "arch": done.run.arguments.arch,
             "seed": done.run.arguments.seed,
+            "bn_statistics": done.run.arguments.bn_statistics,
             **done.summary,
         }
         for done in finished

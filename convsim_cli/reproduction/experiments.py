@@ -50,6 +50,7 @@ def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, watc
         "claim": paper.CLAIMS.get(experiment.name),
         "reduced": reduced,
         "device": choices.base.device,
+        "bn_statistics": choices.base.bn_statistics,
         "rows": experiment.rows(group(cells, outcomes)),
     }
 

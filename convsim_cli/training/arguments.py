@@ -111,6 +111,12 @@ class Arguments:
         "constant", "Keep beta constant, or lower it with the task loss.", "Method"
     )
     objective: str = setting("cs", "cs (Eq. 10) or neighbours (the authors' public code).", "Method", metavar="NAME")
+    bn_statistics: Literal["precise", "running", "batch"] = setting(
+        "precise",
+        "What batch norm uses in evaluation. precise: statistics re-estimated before each one, on 4,096 training "
+        "images; running: running averages; batch: the statistics of each test batch, as in the authors' code.",
+        "Recipe",
+    )
     precision: Literal["fp32", "bf16"] = setting("fp32", "Full float32, or bfloat16 autocast.", "Recipe")
     compile: bool = setting(False, "Compile the network with torch.compile.", "Recipe")
     limit_train: int | None = setting(None, "Only the first N training images.", "Data", above=0)
@@ -183,7 +189,8 @@ def parse_arguments(values: Any, path: Path) -> dict[str, Any]:
 
 
 def _translated(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Version 0.1 had `pairs` in place of `objective`."""
+    """Version 0.1 had `pairs` in place of `objective`, and evaluated with running batch-norm statistics."""
+    values = {"bn_statistics": "running", **values}
     if "pairs" not in values:
         return values
     objectives = {"all": "cs", "neighbours": "neighbours"}

@@ -37,7 +37,7 @@ def check_network(arguments: Arguments, dataset: Dataset) -> None:
         raise InputError(f"`arch` {arguments.arch}: {error}") from error
     data = dataset.limited(arguments.limit_train, arguments.limit_test)
     _check_logits(model, data, arguments)
-    _check_last_batch(model, data, arguments)
+    _check_small_batches(model, data, arguments)
 
 
 def _check_logits(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
@@ -58,16 +58,20 @@ def _check_logits(model: nn.Module, dataset: Dataset, arguments: Arguments) -> N
         )
 
 
-def _check_last_batch(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
-    """Batch normalization may refuse a batch of one image."""
+def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
+    """Batch normalization may refuse a batch of one image: the last one in training, or one in evaluation."""
     last = len(dataset.train) % arguments.batch_size or arguments.batch_size
-    if last // arguments.processes > 1:
+    in_training = last // arguments.processes <= 1
+    in_evaluation = arguments.bn_statistics == "batch" and len(dataset.test) // arguments.processes <= 1
+    if not in_training and not in_evaluation:
         return
     try:
         with torch.no_grad():
             model.train()(dataset.normalize(dataset.train.images[:1]))
     except ValueError as error:
+        cause = f"`batch_size` {arguments.batch_size}: the last batch of {len(dataset.train)} training images"
+        if not in_training:
+            cause = f"`bn_statistics` batch: the test set of {len(dataset.test)} images"
         raise InputError(
-            f"`batch_size` {arguments.batch_size}: the last batch of {len(dataset.train)} images leaves one image for "
-            f"a process, and {arguments.arch} cannot train on one image ({error})"
+            f"{cause} leaves one image for a process, of which {arguments.arch} cannot normalize a batch ({error})"
         ) from error

@@ -16,9 +16,11 @@ from convsim_cli.errors import DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.machine.device import synchronize
 from convsim_cli.machine.precision import full_precision
+from convsim_cli.measurement.batch_norm import batch_statistics
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.evaluation import evaluate_together
+from convsim_cli.training.batches import permutation, statistics_batches
+from convsim_cli.training.evaluation import evaluate_together, reestimate_together
 from convsim_cli.training.modes import MODES, Advance
 from convsim_cli.training.processes import ALONE, Processes
 
@@ -49,6 +51,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )
+        self._statistics_batches = [indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed)]
         self.epoch = 0
         self.first_loss: Tensor | None = None
         parallel = processes.parallel(self.model)
@@ -70,9 +73,7 @@ class Trainer:
             loss, accuracy = self._train(advance)
             self.processes.broadcast_buffers(self.model)
             with self._autocast():
-                test_loss, test_accuracy = evaluate_together(
-                    self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
-                )
+                test_loss, test_accuracy = self._evaluate()
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss,
@@ -123,7 +124,7 @@ class Trainer:
         self.model.train()
         data = self.dataset.train
         totals = self._totals()
-        order = _permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
+        order = permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
         for batch in order.split(self.arguments.batch_size):
             indices = self.processes.share(batch)
             weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
@@ -145,6 +146,16 @@ class Trainer:
         loss_sum, correct = self.processes.sum(totals).tolist()
         return loss_sum / len(data), 100 * correct / len(data)
 
+    def _evaluate(self) -> tuple[float, float]:
+        """Test loss and accuracy. The statistics that `precise` re-estimates stay in the model, to be saved with it."""
+        if self.arguments.bn_statistics == "precise":
+            reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
+        own = self.arguments.bn_statistics == "batch"
+        with batch_statistics(self.model) if own else nullcontext():
+            return evaluate_together(
+                self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
+            )
+
     def _regularize(self, loss: Tensor, weight: float) -> None:
         """Algorithm 2: add β·∂L_CS to the gradients. With the schedule `loss`, β falls with the task loss."""
         if not self.mode.regularizes:
@@ -162,11 +173,6 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
-
-
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """An order that only seed and epoch decide, so that a resumed run draws the same batches."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def be_deterministic() -> None:

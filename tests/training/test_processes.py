@@ -28,6 +28,7 @@ from torch import nn
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.training.processes import joined
 from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.evaluation import reestimate_together
 from convsim_cli.training.trainer import Trainer
 
 with joined(torch.device("cpu")) as (processes, device):
@@ -38,9 +39,13 @@ with joined(torch.device("cpu")) as (processes, device):
     arguments = Arguments(mode="reg", lr=0.1, beta=0.01, beta_schedule="loss", batch_size=21)
     trainer = Trainer(model, data, arguments, device, processes)
     row = trainer.run_epoch()
+    torch.manual_seed(1)  # from here on the same in every process
+    normalized = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    reestimate_together(normalized, data, torch.arange(60).split(12), processes)  # five batches for two processes
     if processes.is_rank_zero:
         figures = torch.tensor([value for key, value in row.items() if key != "seconds"])
-        torch.save({**trainer.model.state_dict(), "row": figures}, sys.argv[1])
+        statistics = {f"normalized.{name}": tensor for name, tensor in normalized.state_dict().items()}
+        torch.save({**trainer.model.state_dict(), **statistics, "row": figures}, sys.argv[1])
 """
 
 

@@ -14,8 +14,9 @@ from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.batches import permutation
 from convsim_cli.training.modes import MODES
-from convsim_cli.training.trainer import Trainer, _permutation
+from convsim_cli.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     penalty = ConvSimPenalty(model)
     total, first = 0.0, None
-    for indices in _permutation(50, 0, 0).split(20):
+    for indices in permutation(50, 0, 0).split(20):
         loss = nn.functional.cross_entropy(
             model(data.normalize(data.train.images[indices])), data.train.labels[indices]
         )
@@ -72,10 +73,10 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
 
 
 def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
-    orders = [_permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    orders = [permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
-    assert torch.equal(orders[0], _permutation(50, 0, 0))
+    assert torch.equal(orders[0], permutation(50, 0, 0))
 
 
 def test_init_is_algorithm_1_and_rescale_has_its_norms_with_the_old_directions() -> None:
