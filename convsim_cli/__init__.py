@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convsim_cli.measurement.network import measure
-    from convsim_cli.minimize import minimize_
+    from convsim_cli.minimize import minimize_, minimize_weight_
     from convsim_cli.penalty import ConvSimPenalty
     from convsim_cli.similarity import convolutional_similarity
 
 __version__ = "0.1.0"
-__all__ = ["ConvSimPenalty", "convolutional_similarity", "measure", "minimize_"]
+__all__ = ["ConvSimPenalty", "convolutional_similarity", "measure", "minimize_", "minimize_weight_"]
 
 _HOMES = {
     "ConvSimPenalty": "penalty",
     "convolutional_similarity": "similarity",
     "measure": "measurement.network",
     "minimize_": "minimize",
+    "minimize_weight_": "minimize",
 }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.descent import Minimization, Stack, descend_
-from convsim_cli.errors import DivergedError
+from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -147,13 +147,13 @@ def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
 
 
 def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
-    """Small layers together, up to a total size, and each large layer by itself."""
+    """Small layers of one device together, up to a total size, and each large layer by itself."""
     batch: list[Layer] = []
     total = 0
     for kernel, weight in layers:
         most = TOGETHER.get(weight.device.type, LARGE)
         size = most if 4 * weight.numel() > LARGE else 4 * weight.numel()
-        if batch and total + size > most:
+        if batch and (total + size > most or weight.device != batch[0][1].device):
             yield batch
             batch, total = [], 0
         batch.append((kernel, weight.detach()))
@@ -206,5 +206,7 @@ def _rounds_alike_stacked(kernel: Kernel) -> bool:
 
 
 def _figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> dict[str, Any]:
+    if weight.is_meta:
+        raise InputError(f"{kernel.name} is on the meta device and has no values; move the model to a device first")
     figures = kernel_figures(kernel, weight, living)
     return {key: figures[key] for key in ("cs", "ncs", "norm")}
