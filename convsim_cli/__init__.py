@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from convsim_cli.checkpoints.formats import open_checkpoint
     from convsim_cli.closed_forms import decorrelate_, orthogonalize_
     from convsim_cli.measurement.network import measure
-    from convsim_cli.minimize import minimize_
+    from convsim_cli.minimize import minimize_, minimize_weight_
     from convsim_cli.networks.measurement import measure_checkpoint
     from convsim_cli.networks.minimization import minimize_checkpoint
     from convsim_cli.penalty import ConvSimPenalty
@@ -24,6 +24,7 @@ __all__ = [
     "measure_checkpoint",
     "minimize_",
     "minimize_checkpoint",
+    "minimize_weight_",
     "open_checkpoint",
     "orthogonalize_",
 ]
@@ -36,6 +37,7 @@ _HOMES = {
     "measure_checkpoint": "networks.measurement",
     "minimize_": "minimize",
     "minimize_checkpoint": "networks.minimization",
+    "minimize_weight_": "minimize",
     "open_checkpoint": "checkpoints.formats",
     "orthogonalize_": "closed_forms",
 }

@@ -18,6 +18,7 @@ from convsim_cli.cli.options import (
     IncludeOption,
     JsonOption,
     KeyOption,
+    ObjectiveOption,
     QuietOption,
     SeedOption,
     TransposedOption,
@@ -50,6 +51,7 @@ def init(
     preserve_norm: Annotated[
         bool, typer.Option("--preserve-norm", help="Hold every filter at its own L2 norm.")
     ] = False,
+    objective: ObjectiveOption = "cs",
     tol: Annotated[
         float, typer.Option(help="Stop a layer when 50 iterations lower its loss by less than this share.", min=0)
     ] = 0.0,
@@ -90,6 +92,7 @@ def init(
         lr=lr,
         optimizer=optimizer,
         preserve_norm=preserve_norm,
+        objective=objective,
         tol=tol,
         backup=not no_backup,
         dry_run=dry_run,

@@ -64,6 +64,9 @@ ArchOption = Annotated[
         show_default=False,
     ),
 ]
+ObjectiveOption = Annotated[
+    str, typer.Option("--objective", metavar="NAME", help="What to minimize: cs (Eq. 10), neighbours, kernel, …")
+]
 KeyOption = Annotated[
     str | None,
     typer.Option(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
 
-if TYPE_CHECKING:
-    from convsim_cli.measurement.layer import Layer
+Layer = Any  # measurement.layer.Layer, whose module reads this table
 
 
 @dataclass(frozen=True)

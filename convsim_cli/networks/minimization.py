@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from convsim_cli.checkpoints.minimization import describe_kernels, work_of, write_minimized
+from convsim_cli.checkpoints.minimization import describe_kernels, write_minimized
 from convsim_cli.checkpoints.training_evidence import looks_trained
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Patterns
@@ -54,7 +54,7 @@ class MinimizedCheckpoint:
             "checkpoint": _text(self.checkpoint),
             "output": _text(self.output),
             "backup": _text(self.backup),
-            "objective": self.how.objective,
+            "objective": self.how.label,
             "preserve_norm": self.how.preserve_norm,
             "iterations": self.how.iterations,
             "lr": self.how.lr,
@@ -74,6 +74,7 @@ def minimize_checkpoint(
     lr: float = 1e-3,
     optimizer: Literal["adam", "sgd"] = "adam",
     preserve_norm: bool = False,
+    objective: str = "cs",
     tol: float = 0.0,
     backup: bool = True,
     dry_run: bool = False,
@@ -93,14 +94,14 @@ def minimize_checkpoint(
 
     path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names. output: where to
     save; in place if None, which keeps the former file as `path.bak` (`.bak.1`, …) unless `backup` is false. iterations
-    ≥ 0, lr > 0, optimizer, preserve_norm, tol ≥ 0: see `Minimization`. include, exclude, groups, transposed: see
-    `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`, `uniform` or
-    `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. progress: `progress(description, total)`
-    gives a callback that takes the steps completed. Warns, with ConvsimWarning, of a checkpoint that looks trained and
-    of choices made in reading it. Raises CheckpointError, InputError, DivergedError and WriteError; files are then
-    unchanged.
+    ≥ 0, lr > 0, optimizer, preserve_norm, objective, tol ≥ 0: see `Minimization`. include, exclude, groups, transposed:
+    see `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`,
+    `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. progress:
+    `progress(description, total)` gives a callback that takes the steps completed. Warns, with ConvsimWarning, of a
+    checkpoint that looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError
+    and WriteError; files are then unchanged.
     """
-    how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
     source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key)
     source.selection = how.select(source.selection)
@@ -149,7 +150,7 @@ def _minimize(
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[list[Record], Path | None]:
-    watched = progress("init", work_of(source.selection, how)) if progress else nullcontext(None)
+    watched = progress("init", how.steps(source.selection.kernels)) if progress else nullcontext(None)
     with watched as advance:
         return write_minimized(
             source.checkpoint,

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from convsim_cli.machine.progress import Advance
+
 if TYPE_CHECKING:
     from torch import nn
 
     from convsim_cli.minimize import Minimization
-
-Advance = Callable[[int], None]  # called with the number of steps done since its last call
 
 
 class Settings(Protocol):
@@ -70,7 +70,7 @@ class _Algorithm1:
 
         selection = module_kernels(model)
         minimizations = [how for how in self.plan(settings) if how]
-        return sum(how.iterations * len(how.select(selection).kernels) for how in minimizations)
+        return sum(how.steps(how.select(selection).kernels) for how in minimizations)
 
     def apply_(self, model: nn.Module, settings: Settings, advance: Advance) -> None:
         import torch

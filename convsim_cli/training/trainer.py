@@ -16,12 +16,13 @@ from convsim_cli.errors import DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.machine.device import synchronize
 from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.progress import Advance
 from convsim_cli.measurement.batch_norm import batch_statistics
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.batches import permutation, statistics_batches
 from convsim_cli.training.evaluation import evaluate_together, reestimate_together
-from convsim_cli.training.modes import MODES, Advance
+from convsim_cli.training.modes import MODES
 from convsim_cli.training.processes import ALONE, Processes
 
 
