@@ -15,10 +15,18 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.similarity import Taps, channel_autocorrelations, convolve, similarity, similarity_gradient
+from convsim_cli.similarity import (
+    Taps,
+    channel_autocorrelations,
+    convolve,
+    similarity,
+    similarity_gradient,
+    tangent_gradient,
+)
 
 Value = Callable[[Tensor, Taps], Tensor]
 Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
+Tangent = Callable[[Tensor, Taps, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Objective:
     unless it is None; call it inside `full_precision`, which a loop enters once.
     norm_only_pointwise: whether the value of 1×1 kernels depends on the filters' norms alone, so that there is nothing
     to minimize while norms are preserved.
+    tangent(filters, taps, norms, out): what `tangent_gradient` does, where the objective has a shorter way.
     """
 
     name: str
@@ -39,6 +48,18 @@ class Objective:
     value: Value
     gradient: Gradient
     norm_only_pointwise: bool
+    tangent: Tangent | None = None
+
+    def tangent_gradient(self, filters: Tensor, taps: Taps, norms: Tensor, out: Tensor) -> None:
+        """Scale filters, in place, to their L2 norms `[groups, S / groups, 1, 1]`, and write to `out` their gradient,
+        projected onto the tangent space of each filter's sphere.
+        """
+        if self.tangent:
+            self.tangent(filters, taps, norms, out)
+        else:
+            rescale_(filters, norms)
+            self.gradient(filters, taps, out)
+            project_(out, filters, norms)
 
 
 def find_objective(name: str) -> Objective:
@@ -46,6 +67,22 @@ def find_objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
+    """Project a gradient, in place, onto the tangent space of each filter's sphere: g −= ⟨g, K_i⟩ K_i / ‖K_i‖².
+
+    gradient, filters: `[groups, S / groups, N, C]`; norms: the filters' L2 norms `[groups, S / groups, 1, 1]`.
+    """
+    inner = gradient.flatten(2).unsqueeze(-2) @ filters.flatten(2).unsqueeze(-1)  # as products: no copy is made
+    along = inner / torch.where(norms > 0, norms.square(), 1)
+    gradient.addcmul_(along, filters, value=-1)
+
+
+def rescale_(filters: Tensor, norms: Tensor) -> None:
+    """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero."""
+    present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    filters.mul_(torch.where(present > 0, norms / present, 0))
 
 
 def _in_full_precision(value: Value) -> Value:
@@ -105,6 +142,7 @@ OBJECTIVES: dict[str, Objective] = {
             similarity,
             similarity_gradient,
             norm_only_pointwise=True,
+            tangent=tangent_gradient,
         ),
         Objective(
             "neighbours",

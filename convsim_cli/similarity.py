@@ -101,6 +101,24 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
     return _gradient(filters, sum_of_others(autocorrelation(filters, taps)), taps, out)
 
 
+def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scale filters, in place, to their L2 norms and return ∂L_CS/∂filters without its parts along the filters.
+
+    norms: `[groups, S / groups, 1, 1]`. A zero filter stays zero, with a zero gradient. Since ⟨∂L_CS/∂K_i, K_i⟩ =
+    2⟨A_i, R_i⟩ and K_i convolved with a single lag 0 is K_i itself, the part along K_i leaves by one change of R_i at
+    lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no other norm. Both cost next to nothing.
+    """
+    autocorrelations = autocorrelation(filters, taps)
+    least = torch.finfo(filters.dtype).tiny
+    scale = norms.squeeze(-1) / autocorrelations[..., :1].clamp_min(least).sqrt()
+    filters.mul_(scale.unsqueeze(-1))
+    autocorrelations *= scale.square()
+    others = sum_of_others(autocorrelations)
+    along = (autocorrelations * others).sum(-1, keepdim=True)
+    others[..., :1] -= along / autocorrelations[..., :1].clamp_min(least)
+    return _gradient(filters, others, taps, out)
+
+
 def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
     """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
     groups, count, size, _ = filters.shape

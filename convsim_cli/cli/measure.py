@@ -142,7 +142,7 @@ def measure(
     console = Console(quiet, as_json)
     paths, arch = _what(checkpoints or [], arch, console)
     patterns = make_patterns(include, exclude, groups, transposed)
-    normal = parse_channels("--mean", mean), parse_channels("--std", std)
+    normal = parse_channels("mean", mean), parse_channels("std", std)
     heat = None if plot is None else plot_order
     probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat)
     _check(plot, sort)

@@ -10,6 +10,7 @@ from convsim_cli.kernels.modules import (
     current_kernel,
     is_convolution,
     module_kernels,
+    refuse_sharded,
     warn_of_unsupported,
     weight_of,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "is_convolution",
     "living_filters",
     "module_kernels",
+    "refuse_sharded",
     "warn_of_unsupported",
     "weight_of",
 ]

@@ -83,7 +83,7 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
         found = "is no longer in the model" if layer is None else f"is now a {type(layer).__name__}"
         raise InputError(f"{kernel.name}: this convolution {found}; repeat the call that looked for convolutions")
     weight = effective_weight(layer)
-    _refuse_sharded(kernel.name, weight)
+    refuse_sharded(kernel.name, weight)
     reason = _unusable(layer, weight)
     if reason or weight is None:
         raise InputError(f"{kernel.name}: {reason}")
@@ -91,6 +91,15 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
     if (weight.shape, layer.groups, transposed) != (kernel.shape, kernel.groups, kernel.transposed):
         kernel = _kernel_of(kernel.name, layer, tuple(weight.shape))
     return kernel, weight
+
+
+def refuse_sharded(name: str, weight: Tensor | None) -> None:
+    """Raise InputError for a DTensor, of which this process holds a part."""
+    if hasattr(weight, "full_tensor"):
+        raise InputError(
+            f"{name} is a DTensor (fully_shard or tensor parallelism), and convsim needs whole weights; "
+            "call convsim before sharding, or train with DistributedDataParallel"
+        )
 
 
 def is_convolution(layer: nn.Module) -> bool:
@@ -134,7 +143,7 @@ def _unsupported(name: str, layer: nn.Module, parametrized: bool) -> str | None:
     weight = own_weight(layer)
     if weight is None and computes_weight(layer):
         return None if parametrized else "parametrized: no weight of its own; remove the parametrization first"
-    _refuse_sharded(name, weight)
+    refuse_sharded(name, weight)
     return _unusable(layer, weight)
 
 
@@ -149,11 +158,3 @@ def _unusable(layer: Any, weight: Tensor | None) -> str | None:
     if weight.dtype not in _DTYPES:
         return f"its type {str(weight.dtype).removeprefix('torch.')} cannot be optimized"
     return None
-
-
-def _refuse_sharded(name: str, weight: Tensor | None) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise InputError(
-            f"{name} is a DTensor (fully_shard or tensor parallelism), and convsim needs whole weights; "
-            "call convsim before sharding, or train with DistributedDataParallel"
-        )

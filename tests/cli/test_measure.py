@@ -29,16 +29,8 @@ def make(path: Path) -> None:
 def test_the_json_document_has_its_keys_in_their_order(tmp_path: Path, convsim: Convsim) -> None:
     make(tmp_path / "m.safetensors")
     document = convsim("measure", tmp_path / "m.safetensors", "--json").document
-    assert tuple(document) == (
-        "schema",
-        "command",
-        "source",
-        "input",
-        "bn_statistics",
-        "layers",
-        "skipped",
-        "total",
-    )
+    keys = ("schema", "command", "source", "input", "bn_statistics", "layers", "skipped", "total", "version")
+    assert tuple(document) == keys
     assert document["input"] == "white"
     assert all(tuple(layer) == LAYER for layer in document["layers"])
     assert document["total"]["cs"] == pytest.approx(sum(layer["cs"] for layer in document["layers"]))

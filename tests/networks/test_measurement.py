@@ -30,7 +30,7 @@ def test_a_checkpoint_is_measured_as_by_the_command_line(file: Path, convsim: Co
     assert [entry["name"] for entry in report["skipped"]] == ["b.weight"]
 
 
-def test_a_fresh_network_is_measured_by_name(convsim: Convsim) -> None:
+def test_a_fresh_network_is_measured_by_name() -> None:
     report = measure_checkpoint(arch="cnn:4", num_classes=3, samples=2)
     assert report["bn_statistics"] == "inputs"
     assert [layer["calls"] for layer in report["layers"]] == [1] * 4
