@@ -72,3 +72,10 @@ def literal_normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
             scale = group[i].square().sum() * group[j].square().sum()
             ratios.append(literal_similarity(group[[i, j]]) / scale)
     return torch.stack(ratios).mean()
+
+
+LITERAL = {  # the objectives by name
+    "cs": literal_similarity,
+    "neighbours": literal_neighbouring_similarity,
+    "kernel": literal_kernel_orthogonality,
+}
