@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,8 @@ def evaluation_totals(
     with torch.no_grad():  # not inference_mode: a network may keep a tensor for its training
         height, width = split.images.shape[1:3]
         batch = max(1, BATCH_PIXELS // (side * side if side else height * width))
-        for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+        count = max(1, math.ceil(len(split) / batch))  # near-equal: no small rest, whose own statistics would be poor
+        for images, labels in zip(split.images.tensor_split(count), split.labels.tensor_split(count), strict=True):
             logits = forward(resize(dataset.normalize(images.to(device)), side)).float()
             labels = labels.to(device)
             totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")

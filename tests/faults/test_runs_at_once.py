@@ -14,7 +14,7 @@ import pytest
 from cases import cases
 from conftest import Convsim, Start
 
-from convsim_cli.training.run_folder import read_results
+from convsim_cli.training.results import read_results
 
 TRAIN = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", 400, "--limit-test", 60)
 TRAIN += ("--batch-size", 20, "--iterations", 20)

@@ -53,8 +53,6 @@ def test_kernel_figures_leave_a_float64_weight_alone(layout: torch.memory_format
     assert torch.equal(weight, before)
 
 
-
-
 @pytest.mark.parametrize("vanished", [1e-10, 1e-25, 1e-38, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_vanished_filters_count_in_cs_and_norm_and_in_no_normalized_figure(dtype: torch.dtype, vanished: float) -> None:
@@ -89,5 +87,7 @@ def test_cosines_of_many_filters_are_taken_in_blocks_of_rows(monkeypatch: pytest
 def test_a_kernel_with_nan_is_named_with_the_way_out() -> None:
     weight = torch.randn(4, 2, 3, 3)
     weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"k \[4, 2, 3, 3\]: 1 of 72 values is NaN or Inf; fix the checkpoint or `exclude`"):
+    with pytest.raises(
+        InputError, match=r"k \[4, 2, 3, 3\]: 1 of 72 values is NaN or Inf; fix the checkpoint or `exclude`"
+    ):
         kernel_figures(Kernel("k", (4, 2, 3, 3)), weight)
