@@ -179,21 +179,25 @@ def _minimize_together(
 
 def _minimized(batch: list[Layer], how: Minimization, advance: Advance | None) -> dict[str, Tensor]:
     """The minimized weights, as stored, by name. On the CPU one stack after the other: its caches are small."""
-    on_cpu = batch[0][1].device.type == "cpu"
-    alike: dict[object, list[Layer]] = {}
-    for kernel, weight in batch:
-        alone = on_cpu and not _rounds_alike_stacked(kernel)
-        shape = (kernel.groups, kernel.filters, kernel.channels, kernel.taps, weight.dtype == torch.float64)
-        alike.setdefault(kernel.name if alone else shape, []).append((kernel, weight))
-    groups = list(alike.values())
+    groups = _of_one_shape(batch)
     found = {}
-    for together in [[group] for group in groups] if on_cpu else [groups]:
+    for together in [[group] for group in groups] if batch[0][1].device.type == "cpu" else [groups]:
         stacks = [Stack(*zip(*group, strict=True)) for group in together]
         descend_(stacks, how, advance)
         for stack, group in zip(stacks, together, strict=True):
             for part, (kernel, weight) in zip(stack.parts, group, strict=True):
                 found[kernel.name] = part.to_stored(weight)
     return found
+
+
+def _of_one_shape(batch: list[Layer]) -> list[list[Layer]]:
+    """The layers of a batch by what can be stacked."""
+    groups: dict[object, list[Layer]] = {}
+    for kernel, weight in batch:
+        alone = weight.device.type == "cpu" and not _rounds_alike_stacked(kernel)
+        shape = (kernel.groups, kernel.filters, kernel.channels, kernel.taps, weight.dtype == torch.float64)
+        groups.setdefault(kernel.name if alone else shape, []).append((kernel, weight))
+    return list(groups.values())
 
 
 def _rounds_alike_stacked(kernel: Kernel) -> bool:
