@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.descent import Minimization, Stack, descend_
-from convsim_cli.errors import DivergedError
+from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -147,13 +147,13 @@ def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
 
 
 def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
-    """Small layers together, up to a total size, and each large layer by itself."""
+    """Small layers of one device together, up to a total size, and each large layer by itself."""
     batch: list[Layer] = []
     total = 0
     for kernel, weight in layers:
         most = TOGETHER.get(weight.device.type, LARGE)
         size = most if 4 * weight.numel() > LARGE else 4 * weight.numel()
-        if batch and total + size > most:
+        if batch and (total + size > most or weight.device != batch[0][1].device):
             yield batch
             batch, total = [], 0
         batch.append((kernel, weight.detach()))
@@ -179,21 +179,25 @@ def _minimize_together(
 
 def _minimized(batch: list[Layer], how: Minimization, advance: Advance | None) -> dict[str, Tensor]:
     """The minimized weights, as stored, by name. On the CPU one stack after the other: its caches are small."""
-    on_cpu = batch[0][1].device.type == "cpu"
-    alike: dict[object, list[Layer]] = {}
-    for kernel, weight in batch:
-        alone = on_cpu and not _rounds_alike_stacked(kernel)
-        shape = (kernel.groups, kernel.filters, kernel.channels, kernel.taps, weight.dtype == torch.float64)
-        alike.setdefault(kernel.name if alone else shape, []).append((kernel, weight))
-    groups = list(alike.values())
+    groups = _of_one_shape(batch)
     found = {}
-    for together in [[group] for group in groups] if on_cpu else [groups]:
+    for together in [[group] for group in groups] if batch[0][1].device.type == "cpu" else [groups]:
         stacks = [Stack(*zip(*group, strict=True)) for group in together]
         descend_(stacks, how, advance)
         for stack, group in zip(stacks, together, strict=True):
             for part, (kernel, weight) in zip(stack.parts, group, strict=True):
                 found[kernel.name] = part.to_stored(weight)
     return found
+
+
+def _of_one_shape(batch: list[Layer]) -> list[list[Layer]]:
+    """The layers of a batch by what can be stacked."""
+    groups: dict[object, list[Layer]] = {}
+    for kernel, weight in batch:
+        alone = weight.device.type == "cpu" and not _rounds_alike_stacked(kernel)
+        shape = (kernel.groups, kernel.filters, kernel.channels, kernel.taps, weight.dtype == torch.float64)
+        groups.setdefault(kernel.name if alone else shape, []).append((kernel, weight))
+    return list(groups.values())
 
 
 def _rounds_alike_stacked(kernel: Kernel) -> bool:
@@ -206,5 +210,7 @@ def _rounds_alike_stacked(kernel: Kernel) -> bool:
 
 
 def _figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> dict[str, Any]:
+    if weight.is_meta:
+        raise InputError(f"{kernel.name} is on the meta device and has no values; move the model to a device first")
     figures = kernel_figures(kernel, weight, living)
     return {key: figures[key] for key in ("cs", "ncs", "norm")}

@@ -29,6 +29,7 @@ from convsim_cli.cli.options import (
     show_layers,
     show_skipped,
     start,
+    with_option_names,
 )
 from convsim_cli.measurement.figures import FIGURES, compared_keys, shown_keys
 
@@ -46,18 +47,18 @@ def _figures() -> str:
 
 
 EXAMPLES = f"""\b
-Figures of a layer; those that scaling its weights moves are {", ".join(f.key for f in FIGURES if f.moves_with_scale)}:
+Figures of a layer (scaling its weights moves {", ".join(f.key for f in FIGURES if f.moves_with_scale)}):
 {_figures()}
 
 \b
 Examples:
-  convsim measure model.safetensors                    # each layer by itself, on white noise
-  convsim measure before.pth after.pth --input natural # side by side, with changes
-  convsim measure model.pth --sort -fm_rank            # the lowest effective rank first
-  convsim measure model.pth --top 3                    # each layer's three strongest pairs
-  convsim measure --arch cnn1                          # a fresh network's real feature maps
+  convsim measure model.safetensors           # layer by layer, on white noise
+  convsim measure a.pth b.pth --input natural # side by side, with changes
+  convsim measure model.pth --sort -fm_rank   # the lowest rank first
+  convsim measure model.pth --top 3           # the three strongest pairs
+  convsim measure --arch cnn1                 # a fresh network's feature maps
   convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
-  convsim measure --arch torchvision:resnet50 --input photos/ --plot resnet50.png
+  convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
   convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
 
 
@@ -194,6 +195,7 @@ def _check(plot: Path | None, sort: str | None) -> None:
 
 def _say(reports: Sequence[Report], console: Console) -> None:
     for report in reports:
+        report["skipped"] = [{**entry, "reason": with_option_names(entry["reason"])} for entry in report["skipped"]]
         for line in report.warnings:
             console.warn(line)
         for line in report.notes:

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from convsim_cli.errors import InputError, did_you_mean
-
 if TYPE_CHECKING:
     from convsim_cli.measurement.layer import Layer
 
@@ -101,12 +99,9 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 
-def find_figure(key: str) -> Figure:
-    """Return the figure of a key. Raises InputError with the closest key for an unknown one."""
-    found = {figure.key: figure for figure in FIGURES}
-    if key not in found:
-        raise InputError(f"unknown figure {key!r}; {did_you_mean(key, found)}")
-    return found[key]
+def make_record(layer: Layer) -> dict[str, Any]:
+    """Return every figure of a layer, by key. Raises InputError for a kernel with NaN or Inf."""
+    return {figure.key: figure.value(layer) for figure in FIGURES}
 
 
 def compared_keys() -> list[str]:

@@ -1,4 +1,4 @@
-"""A layer that was measured: its kernels, what was seen of its feature maps, and its record of figures."""
+"""A layer that was measured: its kernels, and what was seen of its feature maps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement import figures
 from convsim_cli.measurement.feature_maps import FeatureMapSimilarity
-from convsim_cli.measurement.kernel_figures import Record, describe, kernel_cosine, kernel_figures
+from convsim_cli.measurement.kernel_figures import kernel_cosine, kernel_figures
 from convsim_cli.measurement.mean_cosines import THRESHOLD, clusters, effective_rank, opposite, redundant
 from convsim_cli.measurement.random_kernels import RandomKernels
 
@@ -43,10 +42,6 @@ class Layer:
     weight: Tensor
     seen: LayerMaps
     threshold: float = THRESHOLD
-
-    def record(self) -> Record:
-        """Return what the layer is, and every figure of it. Raises InputError for a kernel with NaN or Inf."""
-        return describe(self.kernel) | {figure.key: figure.value(self) for figure in figures.FIGURES}
 
     @property
     def maps(self) -> FeatureMapSimilarity:

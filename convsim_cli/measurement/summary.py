@@ -18,12 +18,11 @@ def what_stands_out(layers: Sequence[Record]) -> str:
     ranks = sorted(_against_chance(layers, "fm_rank"), key=lambda found: found[0])
     removable = sum(layer["removable"] or 0 for layer in layers)
     listed = [f"{layer['name']} ({ratio:.1f} times)" for ratio, layer in alike[:_NAMED] if ratio >= _ALIKE]
-    said = (
-        [f"maps most alike against chance: {', '.join(listed)}"] if listed else ["no maps are more alike than chance"]
-    )
+    said = [f"maps most alike against chance: {', '.join(listed)}"] if listed else []
     if ranks and ranks[0][0] <= _LOW:
         layer = ranks[0][1]
         said.append(f"lowest rank: {layer['name']} ({layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f})")
+    said = said or ["no layer's maps stand out against chance"]
     return "; ".join([*said, f"{removable} filter{'s' * (removable != 1)} removable"])
 
 

@@ -21,16 +21,17 @@ from convsim_cli.machine.effective_weight import effective_weight
 from convsim_cli.machine.progress import Advance, Progress, unreported
 from convsim_cli.measurement.batch_norm import evaluation_mode
 from convsim_cli.measurement.comparison import add_changes
+from convsim_cli.measurement.figures import make_record
 from convsim_cli.measurement.heat_maps import make_heat_map
 from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics
-from convsim_cli.measurement.kernel_figures import check_finite
+from convsim_cli.measurement.kernel_figures import check_finite, describe
 from convsim_cli.measurement.layer import Layer, LayerMaps
 from convsim_cli.measurement.layer_hooks import layers_of
 from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.measurement.mean_cosines import THRESHOLD, strongest_pairs
 from convsim_cli.measurement.network import feature_maps
 from convsim_cli.networks.accuracy import measure_accuracy
-from convsim_cli.networks.model_checkpoint import Source, open_source
+from convsim_cli.networks.model_checkpoint import ModelCheckpoint, open_model_checkpoint
 from convsim_cli.networks.probe import Probe
 from convsim_cli.networks.report import Report, bound_notes, call_notes, statistics_notes
 
@@ -99,16 +100,18 @@ def measure_checkpoints(
 
     Opens all of them before it measures the first. Arguments and errors as in `measure_checkpoint`.
     """
-    sources = [open_source(path, arch, patterns, probe.seed, num_classes, key, parametrized=True) for path in paths]
+    sources = [
+        open_model_checkpoint(path, arch, patterns, probe.seed, num_classes, key, parametrized=True) for path in paths
+    ]
     reports = [_measure(source, probe, device, progress) for source in sources]
     if len(reports) > 1:
         reports[0].warnings += add_changes(reports)
     return reports
 
 
-def _measure(source: Source, probe: Probe, device: torch.device, progress: Progress) -> Report:
+def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress) -> Report:
     report = Report(str(source.checkpoint.path), probe.input, source.selection)
-    report.warnings += (source.checkpoint.note or "").splitlines()
+    report.warnings += source.checkpoint.notes
     if not source.selection.kernels:
         left_out = ", ".join(f"{skipped.name} ({skipped.reason})" for skipped in source.selection.skipped[:3])
         raise InputError(
@@ -125,7 +128,9 @@ def _measure(source: Source, probe: Probe, device: torch.device, progress: Progr
     return report
 
 
-def _measure_layers(report: Report, source: Source, probe: Probe, device: torch.device, progress: Progress) -> None:
+def _measure_layers(
+    report: Report, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+) -> None:
     probe.require_synthetic()
     checkpoint, kernels = source.checkpoint, source.selection.kernels
     for kernel in kernels:  # before any work is done
@@ -138,7 +143,9 @@ def _measure_layers(report: Report, source: Source, probe: Probe, device: torch.
             advance(1)
 
 
-def _measure_network(report: Report, source: Source, probe: Probe, device: torch.device, progress: Progress) -> None:
+def _measure_network(
+    report: Report, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+) -> None:
     path, kernels, arch = source.checkpoint.path, source.selection.kernels, source.arch or ""
     assert source.model is not None
     model = source.model.to(device)
@@ -174,7 +181,7 @@ def _measure_network(report: Report, source: Source, probe: Probe, device: torch
             report["total"]["accuracy"] = accuracy
 
 
-def _weights(source: Source) -> dict[str, Tensor]:
+def _weights(source: ModelCheckpoint) -> dict[str, Tensor]:
     """The weight that each kernel's layer computes with, on the network's device."""
     assert source.model is not None
     with torch.no_grad(), evaluation_mode(source.model):
@@ -185,7 +192,7 @@ def _weights(source: Source) -> dict[str, Tensor]:
 
 def _add(report: Report, probe: Probe, kernel: Kernel, weight: Tensor, seen: LayerMaps) -> None:
     layer = Layer(kernel, weight, seen, probe.threshold)
-    record = layer.record()
+    record = describe(kernel) | make_record(layer)
     mean = layer.mean_cosines
     if probe.top:
         record["top"] = [] if mean is None else strongest_pairs(mean, probe.top)

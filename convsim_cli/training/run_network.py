@@ -23,7 +23,7 @@ def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
     if arguments.weights:
         checkpoint = open_checkpoint(Path(arguments.weights))
         load_weights(model, checkpoint, arguments.arch)
-        for line in (checkpoint.note or "").splitlines():
+        for line in checkpoint.notes:
             warnings.warn(line, stacklevel=2)
     return model
 

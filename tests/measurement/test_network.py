@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -197,9 +198,7 @@ def test_parametrized_layers_are_measured_by_the_weight_they_compute_with_and_le
     layer = _parametrized()[kind]
     images = torch.randn(2, 3, 9, 9)
     layer.eval()
-    plain = (
-        type(layer)(3, 6, 3) if kind == "pruned" else {"transposed": nn.ConvTranspose2d}.get(kind, nn.Conv2d)(3, 6, 3)
-    )
+    plain = nn.ConvTranspose2d(3, 6, 3) if kind == "transposed" else nn.Conv2d(3, 6, 3)
     layer(images)
     plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     layer.train()
@@ -235,22 +234,10 @@ def test_chance_is_measured_under_the_layers_own_padding_stride_dilation_and_gro
         (record,) = measure(layer, images, seed=5)
         kernel = module_kernels(layer).kernels[0]
         expected = RandomKernels(kernel, seed=5)
-        names = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        )
-        options = {name: getattr(layer, name) for name in names}
-        if isinstance(layer, nn.ConvTranspose2d):
-            options["output_padding"] = layer.output_padding
-        twin = type(layer)(**options, bias=False)
+        twin = deepcopy(layer)
+        twin.bias = None
 
-        def convolve(weight: torch.Tensor, twin: nn.Module = twin) -> torch.Tensor:
+        def convolve(weight: torch.Tensor, twin: nn.Module = twin, images: torch.Tensor = images) -> torch.Tensor:
             twin.load_state_dict({"weight": weight})
             with torch.no_grad():
                 return twin(images)

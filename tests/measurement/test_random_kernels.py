@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement import feature_maps, random_kernels
+from convsim_cli.measurement.figures import make_record
 from convsim_cli.measurement.layer import Layer
 from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.measurement.random_kernels import RandomKernels
@@ -64,7 +65,7 @@ def test_a_fresh_layer_is_as_similar_as_chance(shape: tuple[int, ...], inputs: s
     kernel, probe, ratios = Kernel("k", shape), LayerProbe(inputs, samples=8), []
     for _ in range(3 if shape[1] == 3 else 1):  # few channels: the figure of one layer varies by a tenth by itself
         weight = nn.Conv2d(shape[1], shape[0], 3).weight.detach()
-        record = Layer(kernel, weight, probe.look(kernel, weight)).record()
+        record = make_record(Layer(kernel, weight, probe.look(kernel, weight)))
         ratios.append((record["fm_cos"] / record["fm_cos_random"], record["fm_rank"] / record["fm_rank_random"]))
     for ratio in map(mean, zip(*ratios, strict=True)):
         assert 0.9 < ratio < 1.1
