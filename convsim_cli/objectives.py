@@ -14,7 +14,14 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.machine.differentiation import Differentiable
-from convsim_cli.similarity import Taps, channel_autocorrelations, convolve, similarity, similarity_gradient
+from convsim_cli.similarity import (
+    Taps,
+    channel_autocorrelations,
+    convolve,
+    inner_product,
+    similarity,
+    similarity_gradient,
+)
 
 Value = Callable[[Tensor, Taps], Tensor]
 Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
@@ -50,7 +57,7 @@ def find_objective(name: str) -> Objective:
 def _neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]; and A."""
     lags = channel_autocorrelations(filters, taps)
-    return (lags[:, :-1] * lags[:, 1:]).sum(), lags
+    return inner_product(lags[:, :-1], lags[:, 1:]), lags
 
 
 def _neighbours_gradient(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
