@@ -48,6 +48,10 @@ class WriteError(ConvsimError):
     """A file could not be written; the former one is intact."""
 
 
+class ConvsimWarning(UserWarning):
+    """What a user must know though the work goes on; the command line shows it even when quiet."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "did you mean …?" for the closest known name, or else a list of those that are known, or their first."""
     known = list(known)
@@ -56,3 +60,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     more = f", … ({len(known)} in all)" if len(known) > _LISTED else ""
     return f"known are {', '.join(known[:_LISTED])}{more}"
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return "a", "a or b", "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,48 +1,86 @@
-"""Replace files so that whoever looks, at any moment, finds the former one or the new one, whole.
+"""Replace files so that a crash at any moment leaves either the complete old file or the complete new one.
 
-New files are made in a hidden folder beside the place that they go to. Its lock says that it is in use: the next save
-removes what a killed process left. Of files that belong together the folder is first renamed `.convsim-journal`, in one
-step: from then on they are going to be in place, and whoever comes after a killed process puts there what it had not.
+convsim writes a temporary file in the same directory, fsyncs it and renames it. Files that belong together are all
+complete on disk before the first rename, and a journal commits them together (`scratch`). A backup never overwrites an
+existing file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from convsim_cli.checkpoints.scratch import Scratch, flush_folder
-from convsim_cli.errors import WriteError
+from convsim_cli.checkpoints.scratch import Scratch, finish_save, flush_folder
+from convsim_cli.errors import CheckpointError, WriteError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path | None = None) -> None:
-    """Write a new file beside the target, flush it to disk and rename it over the target.
+def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path | None = None) -> Path | None:
+    """Write a file and rename it over the target; return the name under which the old file is kept, if it is.
 
-    A symbolic link stays a link; mode and owner are kept, a new file follows the umask. backup: keeps the former file
-    under this name (a hard link; a copy where links cannot be made). Raises WriteError naming the file, with the
-    former one intact; whatever `write` raises passes through, with the temporary file removed.
+    A symbolic link stays a link; an existing file keeps its mode and owner, a new one follows the umask. backup: the
+    name to keep the old file under (a hard link, or a copy where links cannot be made), with .1, .2, … added where it
+    exists. Raises WriteError that names the target, with the old file intact; an exception of `write` passes through
+    once the temporary file is removed.
     """
     with Replacements() as files:
         with files.writing(target) as file:
             write(file)
-        files.commit({target: backup} if backup else {})
+        return files.commit({target: backup} if backup else {}).get(target)
+
+
+def free_names(names: Collection[Path]) -> list[Path]:
+    """Return the names, all with the same number added (.1, .2, …) where at least one of them exists."""
+
+    def numbered(name: Path, number: int) -> Path:
+        return name.with_name(f"{name.name}.{number}") if number else name
+
+    free = next(n for n in count() if not any(os.path.lexists(numbered(name, n)) for name in names))
+    return [numbered(name, free) for name in names]
+
+
+def finish_saves(path: Path) -> None:
+    """Complete saves that a dead process had committed in the folders of this file, or in this folder.
+
+    Raises CheckpointError where the moves cannot be made here.
+    """
+    folders = {path} if path.is_dir() else {path.parent, Path(os.path.realpath(path)).parent}
+    for folder in folders:
+        try:
+            finish_save(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: a save to {folder} was interrupted and cannot be completed ({error.strerror or error}); "
+                "open it once as a user who may write there"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A file that goes to its place, for a target; a backup never replaces what is there."""
+
+    target: Path
+    place: Path
+    is_backup: bool = False
 
 
 class Replacements:
-    """Files in the making that take their places together: a context manager that removes them unless committed.
+    """New files that replace old ones together: a context manager that removes them unless they are committed.
 
-    Together means in one folder, links followed. Each method raises WriteError naming a target; the former files are
-    then intact.
+    Together means in one folder, after following links. Each method raises WriteError that names a target; the old
+    files are then intact.
     """
 
     def __init__(self) -> None:
         self._scratch: dict[Path, Scratch] = {}
-        self._made: dict[Path, tuple[Path, BinaryIO]] = {}  # target → where it really is, and its new file
+        self._made: dict[Path, tuple[Path, BinaryIO]] = {}  # target → the real path behind links, and its new file
 
     def __enter__(self) -> Self:
         return self
@@ -56,88 +94,113 @@ class Replacements:
 
     @contextmanager
     def writing(self, target: Path) -> Iterator[BinaryIO]:
-        """Give the new file of a target to write to; can be asked for again."""
+        """Give the new file of a target to write to, the same one each time."""
         with _explained(target):
             if target not in self._made:
                 real = Path(os.path.realpath(target))
-                self._made[target] = real, self._beside(real).create(real)
+                self._made[target] = real, self._scratch_in(real.parent).create(real)
             yield self._made[target][1]
 
-    def commit(self, backups: Mapping[Path, Path] = {}) -> None:
-        """Put every new file in its place. backups: target → the name under which its former file is kept."""
+    def commit(self, backups: Mapping[Path, Path] = {}, reserved: Collection[Path] = ()) -> dict[Path, Path]:
+        """Move every new file to its place; return target → the name of its backup.
+
+        backups: target → the name to keep its old file under. Where one of these or of the `reserved` names exists, all
+        get the same free number.
+        """
         for target, (real, file) in self._made.items():
             with _explained(target):
                 file.flush()
                 _copy_ownership(real, file.fileno())
                 os.fsync(file.fileno())
-        moves = []
-        for target, backup in backups.items():
-            with _explained(target):
-                place = Path(os.path.realpath(backup.parent), backup.name)
-                self._beside(place).keep(self._made[target][0], place.name)
-                moves.append((target, place))
-        moves += [(target, real) for target, (real, _) in self._made.items()]
-        folders = list(dict.fromkeys(place.parent for _, place in moves))  # of backups first: they may come too early
+        kept = self._keep(backups, reserved)
+        moves = [_Move(target, place, is_backup=True) for target, place in kept.items()]
+        moves += [_Move(target, real) for target, (real, _) in self._made.items()]
+        folders = list(dict.fromkeys(move.place.parent for move in moves))  # of backups first: they may come too early
         self._move(moves, folders if len(self._made) > 1 else [])
+        self._flush(folders)
+        return {target: backups[target].with_name(place.name) for target, place in kept.items()}
+
+    def _keep(self, backups: Mapping[Path, Path], reserved: Collection[Path]) -> dict[Path, Path]:
+        """Hold the old files, and return target → the place of its backup.
+
+        No other process takes backups here until this save is done: nothing that it writes is lost in between.
+        """
+        places = [Path(os.path.realpath(backup.parent), backup.name) for backup in backups.values()]
+        for folder in sorted({place.parent for place in places}):
+            with _explained(next(iter(backups))):
+                self._scratch_in(folder).take_turn()
+        numbered = dict(zip(backups, free_names([*places, *reserved]), strict=False))
+        for target, place in numbered.items():
+            with _explained(target):
+                self._scratch[place.parent].keep(self._made[target][0], place)
+        return numbered
+
+    def _scratch_in(self, folder: Path) -> Scratch:
+        if folder not in self._scratch:
+            self._scratch[folder] = Scratch(folder)
+        return self._scratch[folder]
+
+    def _move(self, moves: list[_Move], journals: list[Path]) -> None:
+        """Move each file to its place; if one cannot be moved, move back those before it.
+
+        The last move completes the save: an interruption after it changes nothing.
+        """
+        begun: list[tuple[_Move, Path | None]] = []
+        try:
+            for folder in journals:
+                with _explained(moves[0].target):
+                    self._scratch[folder].make_journal()
+            for move in moves:
+                with _explained(move.target):
+                    scratch = self._scratch[move.place.parent]
+                    old = None if move.is_backup or move == moves[-1] else scratch.keep_if_linkable(move.place)
+                    begun.append((move, old))
+                    scratch.move_beside(move.place) if move.is_backup else scratch.move(move.place)
+        except BaseException as failure:
+            if len(begun) == len(moves) and self._is_moved(moves[-1]):
+                raise
+            self._undo(begun, journals, moves[-1].target, failure)
+            raise
+
+    def _undo(
+        self, begun: list[tuple[_Move, Path | None]], journals: list[Path], last: Path, failure: BaseException
+    ) -> None:
+        try:
+            for move, old in reversed(begun):
+                self._move_back(move, old)
+            for folder in reversed(journals):
+                self._scratch[folder].unmake_journal()
+        except OSError as error:
+            if journals:
+                raise WriteError(
+                    f"{last}: the save failed ({failure}), and files that had been replaced could not "
+                    f"be restored ({error.strerror or error}); the next command that opens it completes the save"
+                ) from failure
+
+    def _move_back(self, move: _Move, old: Path | None) -> None:
+        place, new = move.place, self._scratch[move.place.parent].file_for(move.place)
+        if not self._is_moved(move):
+            if move.is_backup and place.exists() and place.samefile(new):
+                place.unlink()  # interrupted between the two steps of `move_beside`
+        elif old is None:
+            place.replace(new)
+        else:
+            os.link(place, new)  # so that a process killed here leaves a complete journal
+            old.replace(place)
+
+    def _is_moved(self, move: _Move) -> bool:
+        """Return whether a file has left for its place: read from disk, as an interruption may come at any moment."""
+        return not self._scratch[move.place.parent].holds_file_for(move.place)
+
+    def _flush(self, folders: list[Path]) -> None:
         try:
             for folder in folders:
                 flush_folder(folder)
         except OSError as error:
             raise WriteError(
                 f"{next(iter(self._made))}: written, but its folder could not be flushed to disk "
-                f"({error.strerror or error}); if the power fails now the former file may come back"
+                f"({error.strerror or error}); after a power failure you may find the old file again"
             ) from error
-
-    def _beside(self, place: Path) -> Scratch:
-        if place.parent not in self._scratch:
-            self._scratch[place.parent] = Scratch(place.parent)
-        return self._scratch[place.parent]
-
-    def _move(self, moves: list[tuple[Path, Path]], journals: list[Path]) -> None:
-        """Rename each new file to its place; where one cannot be, those before it make room for the former ones.
-
-        Once the last one is in its place all of it is done, and an interruption changes nothing more.
-        """
-        begun: list[tuple[Path, Path | None]] = []
-        try:
-            for folder in journals:
-                with _explained(moves[0][0]):
-                    self._scratch[folder].make_journal()
-            for target, place in moves:
-                with _explained(target):
-                    scratch = self._scratch[place.parent]
-                    former = None if (target, place) == moves[-1] else scratch.second_name(place)
-                    begun.append((place, former))
-                    scratch.holds(place).replace(place)
-                    scratch.holds(place).unlink(missing_ok=True)  # still there if both are names of one file
-        except BaseException as failure:
-            if len(begun) == len(moves) and self._is_moved(moves[-1][1]):
-                raise
-            try:
-                self._move_back(begun)
-                for folder in reversed(journals):
-                    self._scratch[folder].unmake_journal()
-            except OSError as error:
-                if journals:
-                    raise WriteError(
-                        f"{moves[-1][0]}: was being saved when that failed ({failure}), and the files before it could "
-                        f"not be put back ({error.strerror or error}); the next command that opens it ends the save"
-                    ) from failure
-            raise
-
-    def _move_back(self, begun: Iterable[tuple[Path, Path | None]]) -> None:
-        for place, former in reversed(list(begun)):
-            if self._is_moved(place):
-                new = self._scratch[place.parent].holds(place)
-                if former is None:
-                    place.replace(new)
-                else:
-                    os.link(place, new)  # whoever is killed here leaves a journal that is complete
-                    former.replace(place)
-
-    def _is_moved(self, place: Path) -> bool:
-        """Whether a new file has left for its place: seen on disk, for an interruption comes between any two steps."""
-        return not self._scratch[place.parent].holds(place).exists()
 
 
 @contextmanager
@@ -150,17 +213,17 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _copy_ownership(real: Path, descriptor: int) -> None:
-    """Give a new file the mode, owner and group of the former one, as far as this user may."""
+    """Give a new file the mode, owner and group of the old one, as far as this user may."""
     try:
-        former = real.stat()
+        old = real.stat()
     except FileNotFoundError:
         return
-    for owner in (former.st_uid, -1):  # only the superuser gives files away, but one's own groups anyone may set
+    for owner in (old.st_uid, -1):  # only the superuser may change the owner, but a user may set one of their groups
         try:
-            os.fchown(descriptor, owner, former.st_gid)
+            os.fchown(descriptor, owner, old.st_gid)
             break
         except PermissionError:
             continue
     new = os.fstat(descriptor)
-    lost = (0 if new.st_uid == former.st_uid else 0o4000) | (0 if new.st_gid == former.st_gid else 0o2000)
-    os.fchmod(descriptor, former.st_mode & 0o7777 & ~lost)  # nobody gets to run as whom he is not
+    lost = (0 if new.st_uid == old.st_uid else 0o4000) | (0 if new.st_gid == old.st_gid else 0o2000)
+    os.fchmod(descriptor, old.st_mode & 0o7777 & ~lost)  # drop setuid or setgid if ownership changed

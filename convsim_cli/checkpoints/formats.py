@@ -1,53 +1,136 @@
-"""Read any checkpoint without its model's code, and write it back with nothing changed but the kernels.
+"""The checkpoint formats, registered in one table, and how a file of any of them is opened or newly written.
 
-Three formats, told apart by their content: safetensors (`safetensors_format`), an index of safetensors shards
-(`sharded_format`) and pickles of `torch.save` (`pickle_format`).
+Formats are told apart by the content of a file. Importing this module imports no torch: help texts are made from it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from convsim_cli.checkpoints.checkpoint import INDEX, SUFFIXES, Checkpoint, end_saves
-from convsim_cli.errors import CheckpointError, InputError
+from convsim_cli.checkpoints.atomic import finish_saves
+from convsim_cli.checkpoints.folders import checkpoint_in, is_index
+from convsim_cli.errors import CheckpointError, InputError, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convsim_cli.checkpoints.checkpoint import Checkpoint
 
 
-def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
-    """Open a checkpoint for reading: a file, or a folder that holds an index of shards.
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format: a new one is an entry in `FORMATS`, and a module that reads and writes it.
 
-    key: which of a pickle's dictionaries of tensors to take, names joined by dots (`ema.state_dict`). Raises
-    CheckpointError, in one line that says what was found and what to do, for anything that is not a checkpoint.
+    name: what a file of it is called, with its article; suffixes: of its file names; recognizes: takes a path and the
+    file's first 512 bytes; open: takes the path and a key, which only formats with `keys` have; write: takes a new
+    file, a state dict and metadata, None for a format that can only be written back.
     """
-    from convsim_cli.checkpoints.pickle_format import PickledCheckpoint
-    from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint
+
+    name: str
+    suffixes: tuple[str, ...]
+    recognizes: Callable[[Path, bytes], bool]
+    open: Callable[[Path, str | None], Checkpoint]
+    write: Callable[[BinaryIO, Mapping[str, Tensor], Mapping[str, str]], None] | None
+    keys: bool = False
+
+
+def _open_index(path: Path, _: str | None) -> Checkpoint:
     from convsim_cli.checkpoints.sharded_format import ShardedCheckpoint
 
-    end_saves(path)
-    indices = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
-    if len(indices) == 1:
-        path = indices[0]
+    return ShardedCheckpoint(path)
+
+
+def _open_safetensors(path: Path, _: str | None) -> Checkpoint:
+    from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(path)
+
+
+def _write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:
+    from convsim_cli.checkpoints.safetensors_format import write_safetensors
+
+    write_safetensors(file, state, record)
+
+
+def _open_pickle(path: Path, key: str | None) -> Checkpoint:
+    from convsim_cli.checkpoints.pickle_format import PickledCheckpoint
+
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
+        )
+    return PickledCheckpoint(path, key)
+
+
+def _write_pickle(file: BinaryIO, state: Mapping[str, Tensor], _: Mapping[str, str]) -> None:
+    from convsim_cli.checkpoints.pickle_format import write_pickle
+
+    write_pickle(file, dict(state))
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("an index of shards", (".index.json",), lambda path, _: is_index(path), _open_index, None),
+    Format(
+        "a safetensors file",
+        (".safetensors",),
+        lambda _, start: len(start) > 8 and start[8:9] == b"{",
+        _open_safetensors,
+        _write_safetensors,
+    ),
+    Format(
+        "a pickle",
+        (".pt", ".pth", ".th", ".bin", ".ckpt"),
+        lambda _, start: start.startswith((b"PK", b"\x80")),
+        _open_pickle,
+        _write_pickle,
+        keys=True,
+    ),
+)
+
+
+def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
+    """Open a checkpoint for reading: a file of any known format, or a folder that holds one checkpoint.
+
+    key: which dictionary of tensors in a pickle to take, names joined by dots (`ema.state_dict`). Raises
+    CheckpointError, in one line that says what was found and what to do, for anything that is not a checkpoint.
+    """
+    path = Path(path)
+    finish_saves(path)
+    if path.is_dir():
+        path = checkpoint_in(path, new_suffixes())
     start = _first_bytes(path)
-    pickled = start.startswith((b"PK", b"\x80"))
-    if key is not None and not pickled:
-        raise InputError(f"--key {key}: {path} is no pickle, all of its tensors are in one place")
-    if path.name.endswith(INDEX):
-        return ShardedCheckpoint(path)
-    if len(start) > 8 and start[8:9] == b"{":
-        return SafetensorsCheckpoint(path)
-    if pickled:
-        if path.suffix == ".safetensors":
-            raise CheckpointError(
-                f"{path}: named .safetensors but holds a pickle; rename it .pt if you trust where it came from"
-            )
-        return PickledCheckpoint(path, key)
-    raise CheckpointError(f"{path}: {_what_it_is(start)}, not a checkpoint ({', '.join(SUFFIXES)})")
+    for format_ in FORMATS:
+        if format_.recognizes(path, start):
+            break
+    else:
+        raise CheckpointError(f"{path}: {_what_it_is(start)}, not a checkpoint ({one_of(new_suffixes())})")
+    if key is not None and not format_.keys:
+        raise InputError(f"`key` applies only to pickled checkpoints; {path} is {format_.name}")
+    checkpoint = format_.open(path, key)
+    checkpoint.suffixes = format_.suffixes
+    return checkpoint
+
+
+def format_for(target: Path) -> Format:
+    """Return the format of a new file, by its suffix. Raises InputError for a suffix that no format has."""
+    for format_ in FORMATS:
+        if format_.write and target.name.lower().endswith(format_.suffixes):
+            return format_
+    what = f"unknown suffix {target.suffix}" if target.suffix else "has no suffix"
+    raise InputError(f"{target}: {what}; name it {one_of(new_suffixes())}")
+
+
+def new_suffixes() -> list[str]:
+    """Return the suffixes that a new file may have."""
+    return [suffix for format_ in FORMATS if format_.write for suffix in format_.suffixes]
 
 
 def _first_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise CheckpointError(f"{path}: a folder; name a checkpoint file in it")
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -66,5 +149,5 @@ def _what_it_is(start: bytes) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "a git-LFS pointer (run git lfs pull)"
     if start.lstrip()[:1] == b"<":
-        return "a web page (the download led to a page; fetch the raw file)"
+        return "a web page (download the raw file instead)"
     return "an unknown kind of file"

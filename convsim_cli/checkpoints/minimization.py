@@ -1,8 +1,8 @@
-"""Algorithm 1 on a checkpoint file: read its kernels one at a time, minimize them, write the file back."""
+"""Algorithm 1 on the kernels of an open checkpoint: minimize them one at a time and write the checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,75 +10,87 @@ from torch import Tensor
 
 from convsim_cli import __version__
 from convsim_cli.checkpoints.checkpoint import Checkpoint
-from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Selection
-from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import Record, check_finite, describe, kernel_figures
-from convsim_cli.minimize import Minimization, minimize_kernel
+from convsim_cli.errors import CheckpointError
+from convsim_cli.kernels import Kernel, Selection, living_filters
+from convsim_cli.machine.progress import Advance
+from convsim_cli.measurement.kernel_figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.measurement.layer_probe import LayerProbe
+from convsim_cli.minimize import Minimization, minimize_kernels
 
 CPU = torch.device("cpu")
-Advance = Callable[[Kernel, int], None]  # told the kernel, and how many iterations it has done since the last call
+Aliases = Mapping[str, Sequence[str]]  # a kernel's name → the other names that the checkpoint holds it under
 
 
-def minimize_checkpoint(
+def write_minimized(
     checkpoint: Checkpoint,
     selection: Selection,
     how: Minimization,
     target: Path,
     *,
-    backup: Path | None = None,
+    aliases: Aliases | None = None,
+    backup: bool = False,
     probe: str | None = None,
     seed: int = 0,
     device: torch.device = CPU,
     advance: Advance | None = None,
-) -> list[Record]:
-    """Minimize the selected kernels of a checkpoint and write it to `target`, atomically; return a record per layer.
+) -> tuple[list[Record], Path | None]:
+    """Minimize the selected kernels and write the checkpoint to `target`; return a record per layer, and the backup.
 
-    One layer is held at a time; whatever is not a selected kernel stays bit-identical. probe: adds `fm_cos` to
-    `before` and `after`, on such inputs. Raises InputError for a kernel with NaN or Inf, DivergedError for a loss that
-    stops being finite, WriteError; the target is then as it was.
+    Large layers are in memory one at a time; everything but the selected kernels stays bit-identical. aliases: a
+    kernel is written under each of these names as well. probe: adds `fm_cos` on such inputs to `before` and `after`.
+    advance: takes the steps (`Minimization.steps`) completed since the last call. Raises InputError for a kernel with
+    NaN or Inf, DivergedError for a loss that stops being finite, WriteError; the target is then unchanged.
     """
     check_kernels(checkpoint, selection)
+    aliases = aliases or {}
     records: list[Record] = []
+    layer_probe = LayerProbe(probe, seed=seed) if probe else None
+
+    def weights() -> Iterator[tuple[Kernel, Tensor]]:
+        for kernel in selection.kernels:
+            yield kernel, checkpoint.load(kernel.name).to(device)
 
     def changes() -> Iterator[tuple[str, Tensor]]:
-        for kernel in selection.kernels:
-            weight = checkpoint.load(kernel.name).to(device)
-            steps = None if advance is None else lambda iterations, kernel=kernel: advance(kernel, iterations)
-            minimized, record = minimize_kernel(kernel, weight, how, steps)
-            if probe:
-                for moment, tensor in (("before", weight), ("after", minimized)):
-                    record[moment]["fm_cos"] = probe_kernel(kernel, tensor, probe, seed=seed).result()["fm_cos"]
+        minimized_layers = minimize_kernels(weights(), how, advance)
+        for kernel, (minimized, record) in zip(selection.kernels, minimized_layers, strict=True):
+            if layer_probe:
+                former = checkpoint.load(kernel.name).to(device)
+                living = living_filters(kernel.to_filters(former))
+                for moment, tensor in (("before", former), ("after", minimized)):
+                    record[moment]["fm_cos"] = layer_probe.fm_cos(kernel, tensor, living)
+                del former
             records.append(record)
             minimized = minimized.to(CPU)
-            yield kernel.name, minimized
-            del weight, minimized
+            for name in (kernel.name, *aliases.get(kernel.name, ())):
+                yield name, minimized
+            del minimized  # one layer less in memory while the next one is minimized
 
-    checkpoint.write(target, changes(), make_metadata(selection, how), backup)
-    return records
+    kept = checkpoint.write(target, changes(), make_metadata(selection, how), backup=backup)
+    return records, kept
 
 
-def describe_checkpoint(
+def describe_kernels(
     checkpoint: Checkpoint, selection: Selection, probe: str | None = None, seed: int = 0
 ) -> list[Record]:
-    """Return the records of a dry run, with their `before` figures alone. Raises as `minimize_checkpoint`."""
+    """Return the records of a dry run, with `before` alone. Raises InputError as `write_minimized` does."""
     check_kernels(checkpoint, selection)
     records = []
+    layer_probe = LayerProbe(probe, seed=seed) if probe else None
     for kernel in selection.kernels:
         weight = checkpoint.load(kernel.name)
         figures = kernel_figures(kernel, weight)
         before = {key: figures[key] for key in ("cs", "ncs", "norm")}
-        if probe:
-            before["fm_cos"] = probe_kernel(kernel, weight, probe, seed=seed).result()["fm_cos"]
+        if layer_probe:
+            before["fm_cos"] = layer_probe.fm_cos(kernel, weight)
         records.append({**describe(kernel), "before": before})
     return records
 
 
 def check_kernels(checkpoint: Checkpoint, selection: Selection) -> None:
-    """Raise InputError, before any work is done, where there is nothing to act on or a kernel holds NaN or Inf."""
+    """Raise InputError, before any work is done, if there is nothing to act on or a kernel holds NaN or Inf."""
     if not selection.kernels:
         left_out = ", ".join(f"{skipped.name} ({skipped.reason})" for skipped in selection.skipped[:3])
-        raise InputError(
+        raise CheckpointError(
             f"{checkpoint.path}: no convolution kernels to act on" + (f"; left out: {left_out}" if left_out else "")
         )
     for kernel in selection.kernels:
@@ -86,10 +98,10 @@ def check_kernels(checkpoint: Checkpoint, selection: Selection) -> None:
 
 
 def make_metadata(selection: Selection, how: Minimization) -> Mapping[str, str]:
-    """Return the `convsim.*` record of what is done to a file."""
+    """Return the `convsim.*` record that tells how a file was changed."""
     return {
         "convsim.version": __version__,
-        "convsim.objective": how.objective,
+        "convsim.objective": how.label,
         "convsim.optimizer": how.optimizer,
         "convsim.lr": repr(how.lr),
         "convsim.iterations": str(how.iterations),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint, tensor_infos
-from convsim_cli.errors import CheckpointError, InputError, did_you_mean
+from convsim_cli.errors import CheckpointError, did_you_mean
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 _DEEPEST = 8  # dictionaries within dictionaries that are searched
@@ -43,8 +43,9 @@ class PickledCheckpoint(Checkpoint):
         if len(found) > 1:
             taken, *others = (".".join(place) or "the top level" for place, _ in found)
             more = f" and {len(others) - 9} more" if len(others) > 9 else ""
-            self.note = (
-                f"{path}: took the tensors under {taken}; there are others under {', '.join(others[:9])}{more} (--key)"
+            self.notes.append(
+                f"{path}: took the tensors under {taken}; there are others under {', '.join(others[:9])}{more} "
+                "(choose with `key`)"
             )
         self.unfit = _shared_memory(strided)
 
@@ -52,12 +53,12 @@ class PickledCheckpoint(Checkpoint):
         tensor: Tensor = self._state[name].detach()
         return tensor
 
-    def write(self, target: Path, changes: Changes, record: Mapping[str, str], backup: Path | None = None) -> None:
-        if target.suffix == ".safetensors":
-            raise InputError(
-                f"{target}: the checkpoint is a pickle and is written back as one; name it {self.path.suffix or '.pt'}"
-            )
-        replace_file(target, lambda file: self._write(file, changes), backup)
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        self.check_suffix(target)
+        kept = target.with_name(f"{target.name}.bak") if backup else None
+        return replace_file(target, lambda file: self._write(file, changes), kept)
 
     def _write(self, file: BinaryIO, changes: Changes) -> None:
         for name, tensor in changes:

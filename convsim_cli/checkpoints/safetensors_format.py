@@ -1,4 +1,4 @@
-"""Checkpoints in the safetensors format: read through a memory map, written by copying all other bytes as they are."""
+"""Checkpoints in the safetensors format: read through a memory map, written back with all other bytes copied."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
-from convsim_cli.checkpoints.checkpoint import SUFFIXES, Changes, Checkpoint
-from convsim_cli.errors import CheckpointError, InputError
+from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint
+from convsim_cli.errors import CheckpointError
 from convsim_cli.kernels import TensorInfo
 
 _TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -39,7 +39,7 @@ class SafetensorsCheckpoint(Checkpoint):
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
         self._data_start = 8 + length
-        self.metadata: dict[str, str] = self._header.pop("__metadata__", None) or {}
+        self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
         names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
         super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
 
@@ -47,24 +47,23 @@ class SafetensorsCheckpoint(Checkpoint):
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-    def write(self, target: Path, changes: Changes, record: Mapping[str, str], backup: Path | None = None) -> None:
-        if target.suffix in SUFFIXES[1:]:
-            raise InputError(
-                f"{target}: the checkpoint is a safetensors file and is written back as one; name it .safetensors"
-            )
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        self.check_suffix(target)
 
         def write(file: BinaryIO) -> None:
-            put = self.copy_to(file, record)
+            put = self.copy_to(file, record or {})
             for name, tensor in changes:
                 put(name, tensor)
-                del tensor  # a layer less while the next one is minimized
+                del tensor  # one layer less in memory while the next one is minimized
 
-        replace_file(target, write, backup)
+        return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
 
     def copy_to(self, file: BinaryIO, record: Mapping[str, str]) -> Callable[[str, Tensor], None]:
-        """Write the file as it is, but for the record, and return what writes a changed tensor over the old one.
+        """Copy the file with a new record, and return a function that overwrites one tensor in the copy.
 
-        A new header, then the old data byte for byte: the tensors' offsets stay as they were.
+        Only the header changes, so the tensors keep their offsets in the data.
         """
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
         header = _make_header(metadata, self._header)
@@ -81,9 +80,9 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:
-    """Write a state dict in this format; tensors that share memory are written under each of their names.
+    """Write a state dict in this format, tensors that share memory once under each name.
 
-    The same state and record give the same bytes.
+    The same state and record always give the same bytes.
     """
     memory: set[int] = set()
     tensors = {}
@@ -98,7 +97,7 @@ def write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mappi
 
 
 def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> bytes:
-    """The start of a safetensors file: its length, then the JSON that says where each tensor's bytes are."""
+    """Return the start of a safetensors file: the length of the header, and the header in JSON."""
     header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
@@ -109,16 +108,16 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON leaves open, and readers answer differently: which of two values of one name counts."""
+    """Refuse duplicate names: JSON does not define which value counts, and readers differ."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"it has {twice[:80]!r} twice")
+        raise ValueError(f"{twice[:80]!r} appears twice")
     return found
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sorting key under which layer2 comes before layer10."""
+    """Return a key that sorts layer2 before layer10."""
     return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

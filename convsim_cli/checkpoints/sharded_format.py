@@ -1,12 +1,13 @@
-"""Checkpoints in several safetensors files and an index of them, as Hugging Face writes large ones.
+"""Checkpoints in several safetensors files with an index, as Hugging Face writes large ones.
 
-Only the shards that hold a changed tensor are written anew, a tensor at a time, and all of them are on disk before the
-first one takes its place. Where that is cut short, the next one to open the checkpoint puts the others in place.
+Only shards with a changed tensor are written, one tensor at a time, and all of them are on disk before the first one
+replaces its old file. If that is interrupted, the next one to open the checkpoint completes it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +15,13 @@ from shutil import copyfileobj
 
 from torch import Tensor
 
-from convsim_cli.checkpoints.atomic import Replacements
-from convsim_cli.checkpoints.checkpoint import INDEX, SUFFIXES, Changes, Checkpoint, end_saves
+from convsim_cli.checkpoints.atomic import Replacements, finish_saves, free_names
+from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint
+from convsim_cli.checkpoints.folders import is_index
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, natural_order
 from convsim_cli.errors import CheckpointError, InputError, WriteError
+
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # unlike the .5 of a folder called v1.5
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -40,47 +44,67 @@ class ShardedCheckpoint(Checkpoint):
             name: self._shards[self._shard_of[name]].tensors[name] for name in sorted(self._shard_of, key=natural_order)
         }
         super().__init__(path, tensors)
+        self.metadata = {key: text for shard in self._shards.values() for key, text in shard.metadata.items()}
 
     def load(self, name: str) -> Tensor:
         return self._shards[self._shard_of[name]].load(name)
 
-    def target(self, output: Path) -> Path:
-        """Return the index to write for a folder, which is made if need be, or for an index in one."""
-        if output.name.endswith(INDEX):
-            target = super().target(output)
-        elif output.is_file() or (output.suffix in SUFFIXES and not output.is_dir()):
+    def target_for(self, output: Path) -> Path:
+        """Return the index to write for a folder, which may not exist yet, or for an index in one."""
+        if is_index(output):
+            target = super().target_for(output)
+        elif output.is_file() or (_FILE_SUFFIX.fullmatch(output.suffix) and not output.is_dir()):
             raise InputError(f"{output}: the checkpoint is in shards; name a folder to write them to")
         elif not output.parent.is_dir():
-            raise InputError(f"{output}: there is no folder {output.parent}; make it first")
+            raise InputError(f"{output}: there is no folder {output.parent}; create it first")
         else:
             target = output / self.path.name
-        self._is_in_place(target)
+        self.is_in_place(target)
         return target
 
-    def backup(self, target: Path) -> Path | None:
-        """Return the pattern of the names under which the former shards are kept."""
-        return target.with_name("*.safetensors.bak") if self._is_in_place(target) else None
+    def check_suffix(self, target: Path) -> None:
+        """Accept any name of an index."""
 
-    def write(self, target: Path, changes: Changes, record: Mapping[str, str], backup: Path | None = None) -> None:
-        """Write the shards that change, where they are; with another index as `target`, all of them and it beside it.
+    def is_in_place(self, target: Path) -> bool:
+        """Return whether all files are this checkpoint's own. Raises InputError where only some of them are."""
+        sources = self._sources(target).items()
+        own = [place for place, source in sources if place.exists() and place.samefile(source)]
+        if own and len(own) < len(sources):
+            raise InputError(
+                f"{target}: {own[0].name} beside it belongs to the checkpoint itself; name another folder, or leave "
+                "out `output` to save in place"
+            )
+        return bool(own)
 
-        backup: wherever it is, each replaced shard is kept as SHARD.bak.
+    def backup_for(self, target: Path) -> Path:
+        """Return the pattern of the names under which shards would be kept now."""
+        return _pattern(free_names(self._backups(target))[0])
+
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        """Write the shards that change to the folder of the target; elsewhere also the others, and the index.
+
+        backup: keep each replaced shard as SHARD.bak, or all of one save as SHARD.bak.1, … Returns the pattern of
+        these names.
         """
-        in_place = self._is_in_place(target)
+        in_place = self.is_in_place(target)
         new_folder = not target.parent.exists()
         try:
             target.parent.mkdir(exist_ok=True)
         except OSError as error:
-            raise WriteError(f"{target.parent}: cannot be made ({error.strerror or error})") from error
+            raise WriteError(f"{target.parent}: cannot be created ({error.strerror or error})") from error
         try:
-            self._write(target, changes, record, in_place, backup is not None)
+            return self._write(target, changes, record or {}, in_place, backup)
         except BaseException:
             if new_folder:
                 with suppress(OSError):
                     target.parent.rmdir()
             raise
 
-    def _write(self, target: Path, changes: Changes, record: Mapping[str, str], in_place: bool, keep: bool) -> None:
+    def _write(
+        self, target: Path, changes: Changes, record: Mapping[str, str], in_place: bool, backup: bool
+    ) -> Path | None:
         with Replacements() as files:
             put: dict[Path, Callable[[str, Tensor], None]] = {}
             for name, tensor in changes:
@@ -90,27 +114,27 @@ class ShardedCheckpoint(Checkpoint):
                     if place not in put:
                         put[place] = shard.copy_to(file, record)
                     put[place](name, tensor)
-            for place, former in {} if in_place else self._sources(target).items():
+            for place, source in {} if in_place else self._sources(target).items():
                 if place not in put:
-                    with files.writing(place) as file, former.open("rb") as source:
-                        copyfileobj(source, file)
-            files.commit({place: place.with_name(place.name + ".bak") for place in put} if keep else {})
+                    with files.writing(place) as file, source.open("rb") as former:
+                        copyfileobj(former, file)
+            backups = {place: place.with_name(f"{place.name}.bak") for place in put} if backup else {}
+            kept = files.commit(backups, self._backups(target))
+        return _pattern(next(iter(kept.values()))) if kept else None
+
+    def _backups(self, target: Path) -> list[Path]:
+        """Return the names of every shard's backup: one number belongs to one save, whichever shards it changes."""
+        return [target.with_name(f"{shard.path.name}.bak") for shard in self._shards.values()]
 
     def _sources(self, target: Path) -> dict[Path, Path]:
-        """The files of a checkpoint with this index, and which of this one's each is made from."""
+        """Return each file of a checkpoint with this index, and the file of this checkpoint that it is made from."""
         shards = {target.with_name(shard.path.name): shard.path for shard in self._shards.values()}
         return {**shards, target: self.path}
 
-    def _is_in_place(self, target: Path) -> bool:
-        """Whether these are this checkpoint's own files. Raises InputError where only some of them are."""
-        sources = self._sources(target).items()
-        own = [place for place, former in sources if place.exists() and place.samefile(former)]
-        if own and len(own) < len(sources):
-            raise InputError(
-                f"{target}: beside it, {own[0].name} is the checkpoint's own; name another folder, or no output at all "
-                "to write the checkpoint back"
-            )
-        return bool(own)
+
+def _pattern(backup: Path) -> Path:
+    """Return the pattern of a shard's backup: *.safetensors.bak, with its number."""
+    return backup.with_name(f"*{backup.name[backup.name.rindex('.safetensors.bak') :]}")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -125,7 +149,7 @@ def _read_index(path: Path) -> dict[str, str]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder")
         try:
-            end_saves(path.with_name(shard))
+            finish_saves(path.with_name(shard))
             found = path.with_name(shard).is_file()
         except CheckpointError:
             raise

@@ -1,4 +1,4 @@
-"""State dicts in memory, and their way to a new file."""
+"""A state dict in memory as a checkpoint, and how it is written to a new file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import BinaryIO
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
-from convsim_cli.checkpoints.checkpoint import SUFFIXES, Changes, Checkpoint, tensor_infos
-from convsim_cli.checkpoints.pickle_format import write_pickle
-from convsim_cli.checkpoints.safetensors_format import write_safetensors
+from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint, tensor_infos
+from convsim_cli.checkpoints.formats import format_for
 
 
 class StateDict(Checkpoint):
-    """A state dict that has no file yet. path: what to call it."""
+    """A state dict that has no file yet. path: what to call it in messages."""
 
     def __init__(self, path: Path, state: Mapping[str, Tensor]) -> None:
         self._state = dict(state)
@@ -24,20 +23,24 @@ class StateDict(Checkpoint):
     def load(self, name: str) -> Tensor:
         return self._state[name]
 
-    def write(self, target: Path, changes: Changes, record: Mapping[str, str], backup: Path | None = None) -> None:
-        def write(file: BinaryIO) -> None:
-            state = self._state | dict(changes)
-            if target.suffix in SUFFIXES[1:]:
-                write_pickle(file, state)
-            else:
-                write_safetensors(file, state, record)
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        write_new = format_for(target).write
+        assert write_new  # `format_for` returns no other
 
-        replace_file(target, write, backup)
+        def write(file: BinaryIO) -> None:
+            write_new(file, self._state | dict(changes), record or {})
+
+        return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+
+    def check_suffix(self, target: Path) -> None:
+        format_for(target)
 
 
 def save_state_dict(state: Mapping[str, Tensor], target: Path, record: Mapping[str, str]) -> None:
-    """Write a state dict to a file, atomically: safetensors, or a pickle where the name says .pt or its kin.
+    """Write a state dict to a file, atomically, in the format that its suffix says.
 
-    record: metadata of a safetensors file. Raises WriteError.
+    record: metadata of a safetensors file. Raises InputError for an unknown suffix, WriteError.
     """
     StateDict(target, state).write(target, (), record)

@@ -17,11 +17,13 @@ from typer.main import get_command
 
 from convsim_cli import __version__
 from convsim_cli.cli.console import say
+from convsim_cli.cli.grouped_help import GroupedCommand
 from convsim_cli.cli.init import init
 from convsim_cli.cli.measure import measure
 from convsim_cli.cli.plot import plot
 from convsim_cli.cli.reproduce import reproduce
 from convsim_cli.cli.train import train
+from convsim_cli.errors import ConvsimWarning
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -70,7 +72,7 @@ COMMANDS: dict[Callable[..., None], str] = {
 }
 for command, summary in COMMANDS.items():
     examples = sys.modules[command.__module__].EXAMPLES
-    app.command(context_settings=SETTINGS, short_help=summary, epilog=examples)(command)
+    app.command(cls=GroupedCommand, context_settings=SETTINGS, short_help=summary, epilog=examples)(command)
 
 
 def main() -> None:
@@ -78,7 +80,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the encoding has no ×
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
     code = run(sys.argv[1:])
     if code == 130:  # whatever was cut short, a library's import for one, would have its say at the interpreter's end
         for stream in (sys.stdout, sys.stderr):
@@ -88,15 +89,22 @@ def main() -> None:
     sys.exit(code)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
-    say(f"convsim: warning: {' '.join(str(message).split())}")
-
-
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code.
 
-    An error is one line on stderr; CONVSIM_DEBUG=1 lets the traceback through.
+    An error or a warning is one line on stderr; CONVSIM_DEBUG=1 lets the traceback of an error through.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ConvsimWarning)
+        warnings.showwarning = lambda message, *_: _show_warning(str(message), arguments)
+        return _run(arguments)
+
+
+def _show_warning(message: str, arguments: list[str]) -> None:
+    say(f"convsim: warning: {with_options(' '.join(message.split()), arguments)}")
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = app(arguments or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):

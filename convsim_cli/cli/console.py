@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from errno import EBADF
 from typing import Any, TextIO
 
+from convsim_cli import __version__
+
 Cell = str | int | float | bool | None
 
 _SECOND_LINE = re.compile(
@@ -39,7 +41,7 @@ class Console:
 
     def document(self, command: str, content: dict[str, Any]) -> dict[str, Any]:
         """Return the one JSON document of a command, printed where it was asked for."""
-        document = {"schema": 1, "command": command, **content}
+        document = {"schema": 1, "command": command, **content, "version": __version__}
         if self.as_json:
             with _while_read():
                 print(json.dumps(document, indent=2, allow_nan=False))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,22 +18,15 @@ from convsim_cli.cli.options import (
     IncludeOption,
     JsonOption,
     KeyOption,
+    ObjectiveOption,
     QuietOption,
     SeedOption,
     TransposedOption,
-    make_patterns,
-    note_choice,
+    parse_groups,
     show_layers,
     show_skipped,
-    skipped_entries,
     start,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from convsim_cli.minimize import Minimization
-    from convsim_cli.networks.model_checkpoint import Source
 
 EXAMPLES = """\b
 Examples:
@@ -59,6 +51,7 @@ def init(
     preserve_norm: Annotated[
         bool, typer.Option("--preserve-norm", help="Hold every filter at its own L2 norm.")
     ] = False,
+    objective: ObjectiveOption = "cs",
     tol: Annotated[
         float, typer.Option(help="Stop a layer when 50 iterations lower its loss by less than this share.", min=0)
     ] = 0.0,
@@ -82,114 +75,46 @@ def init(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Lower the similarity of a network's feature maps by its kernels alone, before it is trained (Algorithm 1).
+    """Lower the similarity of a network's feature maps by its kernels alone, before training (Algorithm 1).
 
-    Without --preserve-norm this is the paper's objective, which mostly shrinks the filters; with it every filter keeps
-    its norm and only similarity moves. For weights that are going to be trained: a trained network loses what it has
-    learned.
+    The paper's objective mostly shrinks the filters. With --preserve-norm every filter keeps its norm, and only their
+    similarity changes. This is for weights before training: a trained network loses what it has learned.
     """
     from convsim_cli.machine.allocator import return_freed_memory
-    from convsim_cli.minimize import Minimization
-    from convsim_cli.networks.model_checkpoint import open_source
+    from convsim_cli.networks.minimization import minimize_checkpoint
 
     console = Console(quiet, as_json)
-    how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
-    source = open_source(checkpoint, arch, make_patterns(include, exclude, groups, transposed), seed, num_classes, key)
-    source.selection = how.select(source.selection)
-    target = _target(source, checkpoint, output, dry_run)
-    place = start(device, console)
     return_freed_memory()
-    began = time.perf_counter()
-    backup = None if no_backup or checkpoint is None or target is None else source.checkpoint.backup(target)
-    _warn(source, backup, console)
-    if dry_run:
-        layers = _describe(source, probe, seed)
-    else:
-        layers = _minimize(source, how, target, backup, probe, seed, place, console)
-    content = {
-        "checkpoint": _text(checkpoint),
-        "output": _text(target),
-        "backup": _text(backup),
-        "objective": how.objective,
-        "iterations": iterations,
-        "lr": lr,
-        "device": str(place),
-        "seconds": time.perf_counter() - began,
-        "layers": layers,
-        "skipped": skipped_entries(source.selection),
-        "total": {when: sum(layer[when]["cs"] or 0.0 for layer in layers) for when in _moments(layers)},
-    }
-    console.document("init", content)
+    minimized = minimize_checkpoint(
+        checkpoint,
+        output,
+        iterations=iterations,
+        lr=lr,
+        optimizer=optimizer,
+        preserve_norm=preserve_norm,
+        objective=objective,
+        tol=tol,
+        backup=not no_backup,
+        dry_run=dry_run,
+        include=include,
+        exclude=exclude,
+        groups=parse_groups(groups),
+        transposed=transposed,
+        arch=arch,
+        num_classes=num_classes,
+        key=key,
+        probe=probe,
+        seed=seed,
+        device=start(device, console),
+        progress=console.progress,
+    )
+    document = console.document("init", minimized.document())
     if not as_json:
-        _show(content, console)
-
-
-def _target(source: Source, checkpoint: Path | None, output: Path | None, dry_run: bool) -> Path | None:
-    from convsim_cli.errors import InputError
-
-    if output is not None:
-        return source.checkpoint.target(output)
-    if checkpoint is None and not dry_run:
-        raise InputError("--arch makes a fresh network: say with -o where to write it")
-    return None if checkpoint is None else source.checkpoint.path
-
-
-def _warn(source: Source, backup: Path | None, console: Console) -> None:
-    if source.checkpoint.looks_trained():
-        kept = f"; {backup} keeps the old ones" if backup else ""
-        console.warn(
-            f"{source.checkpoint.path} looks trained, and init is for weights that are going to be trained: "
-            f"evaluated as it is, the network will have lost what it learned{kept}"
-        )
-    note_choice(source.checkpoint, console)
-
-
-def _describe(source: Source, probe: str | None, seed: int) -> list[dict[str, Any]]:
-    from convsim_cli.checkpoints.minimization import describe_checkpoint
-
-    return describe_checkpoint(source.checkpoint, source.selection, probe, seed)
-
-
-def _minimize(
-    source: Source,
-    how: Minimization,
-    target: Path | None,
-    backup: Path | None,
-    probe: str | None,
-    seed: int,
-    device: torch.device,
-    console: Console,
-) -> list[dict[str, Any]]:
-    from math import prod
-
-    from convsim_cli.checkpoints.minimization import minimize_checkpoint
-
-    assert target is not None  # only a dry run does without
-    kernels = source.selection.kernels
-    with console.progress("init", sum(how.iterations * prod(kernel.shape) for kernel in kernels)) as advance:
-        return minimize_checkpoint(
-            source.checkpoint,
-            source.selection,
-            how,
-            target,
-            backup=backup,
-            probe=probe,
-            seed=seed,
-            device=device,
-            advance=lambda kernel, iterations: advance(iterations * prod(kernel.shape)),
-        )
-
-
-def _moments(layers: list[dict[str, Any]]) -> list[str]:
-    return ["before", "after"] if any("after" in layer for layer in layers) else ["before"]
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+        _show(document, console)
 
 
 def _show(content: dict[str, Any], console: Console) -> None:
-    layers, when = content["layers"], _moments(content["layers"])
+    layers, when = content["layers"], list(content["total"])
     keys = [key for key in ("cs", "ncs", "norm", "fm_cos") if any(key in layer["before"] for layer in layers)]
     columns = ["name", "shape", "groups", "assumed", *(f"{key}_{moment}" for key in keys for moment in when)]
     rows = [

@@ -1,13 +1,16 @@
-"""The options that several commands share, and how a command starts."""
+"""The options that several commands share, and what they show in the same way."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console
+from convsim_cli.errors import one_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +53,7 @@ TransposedOption = Annotated[
 
 CheckpointArgument = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="[CHECKPOINT]", help="A .safetensors, .pt, .pth, .th, .bin or .ckpt file.", show_default=False
-    ),
+    typer.Argument(metavar="[CHECKPOINT]", help=f"A {one_of(new_suffixes())} file.", show_default=False),
 ]
 ArchOption = Annotated[
     str | None,
@@ -62,6 +63,9 @@ ArchOption = Annotated[
         help="The network: cnn1, cnn2, cnn:WIDTH, resnet18, torchvision:NAME, timm:NAME or package.module:callable.",
         show_default=False,
     ),
+]
+ObjectiveOption = Annotated[
+    str, typer.Option("--objective", metavar="NAME", help="What to minimize: cs (Eq. 10), neighbours, kernel, …")
 ]
 KeyOption = Annotated[
     str | None,
@@ -87,23 +91,29 @@ def start(device: str, console: Console) -> torch.device:
     return found
 
 
-def make_patterns(include: list[str], exclude: list[str], groups: list[str], transposed: list[str]) -> Patterns:
-    """Return the user's corrections. Raises InputError for a --groups without a number."""
+def parse_groups(groups: list[str]) -> dict[str, int]:
+    """Return glob → number of groups. Raises InputError for a --groups without a number."""
     from convsim_cli.errors import InputError
-    from convsim_cli.kernels import Patterns
 
-    parsed = []
+    parsed = {}
     for item in groups:
         glob, separator, number = item.rpartition("=")
         if not separator or not number.isdecimal() or int(number) < 1:
             raise InputError(f"--groups {item!r}: expected GLOB=N with N ≥ 1, for instance 'layer3.*=32'")
-        parsed.append((glob, int(number)))
-    return Patterns(include, exclude, parsed, transposed)
+        parsed[glob] = int(number)
+    return parsed
+
+
+def make_patterns(include: list[str], exclude: list[str], groups: list[str], transposed: list[str]) -> Patterns:
+    """Return the user's corrections. Raises InputError for a --groups without a number."""
+    from convsim_cli.kernels import Patterns
+
+    return Patterns(include, exclude, list(parse_groups(groups).items()), transposed)
 
 
 def note_choice(checkpoint: Checkpoint, console: Console) -> None:
-    """Say, even when quiet, what a reader of the file had to choose between, and what of it has no place."""
-    for line in (checkpoint.note or "").splitlines():
+    """Warn, even when quiet, of choices made in reading the file and of tensors that the network has no place for."""
+    for line in checkpoint.notes:
         console.warn(line)
 
 
@@ -117,8 +127,20 @@ def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> 
 
 
 def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
-    """Return the `skipped` list of a JSON document."""
-    return [{"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in selection.skipped]
+    """Return the `skipped` list of a JSON document; its reasons name options in place of `arguments`."""
+    return [
+        {
+            "name": entry.name,
+            "shape": list(entry.shape),
+            "reason": with_option_names(entry.reason),
+        }
+        for entry in selection.skipped
+    ]
+
+
+def with_option_names(reason: str) -> str:
+    """Return why a tensor was skipped with options in place of `arguments`."""
+    return re.sub("`([a-z_]+)`", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 
 def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:

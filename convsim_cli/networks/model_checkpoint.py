@@ -1,9 +1,10 @@
-"""A checkpoint by itself, a checkpoint with its network, or a fresh network."""
+"""A checkpoint alone, a checkpoint with the network that it belongs to, or a new network."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,46 +18,67 @@ from convsim_cli.networks.weights import load_weights
 
 
 @dataclass
-class Source:
-    """A checkpoint, the kernels chosen in it, and the network with its weights where `--arch` named one."""
+class ModelCheckpoint:
+    """A checkpoint, the kernels selected in it, and with `arch` the network that holds its weights.
+
+    names: the network's name of each tensor → the checkpoint's; aliases: a kernel's name → the checkpoint's other names
+    of the same parameter.
+    """
 
     checkpoint: Checkpoint
     selection: Selection
     model: nn.Module | None = None
     arch: str | None = None
-    names: dict[str, str] | None = None  # the network's name → the checkpoint's, of every tensor
+    names: dict[str, str] | None = None
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """Return name, shape and reason of what was not selected, as in a JSON document."""
+        return [
+            {"name": skipped.name, "shape": list(skipped.shape), "reason": skipped.reason}
+            for skipped in self.selection.skipped
+        ]
+
+    @property
+    def kernels_changed(self) -> bool:
+        """Whether the file says that its kernels were changed after training, by `convsim init`."""
+        return "convsim.layers" in self.checkpoint.metadata
 
 
-def open_source(
-    path: Path | None,
-    arch: str | None,
+def open_model_checkpoint(
+    path: str | Path | None,
+    arch: str | None = None,
     patterns: Patterns | None = None,
     seed: int = 0,
     classes: int | None = None,
     key: str | None = None,
-) -> Source:
-    """Open a checkpoint, a network by name, or a checkpoint into a network.
+    *,
+    parametrized: bool = False,
+) -> ModelCheckpoint:
+    """Open a checkpoint, build a new network by name, or load a checkpoint into a network.
 
-    Raises CheckpointError for a file that cannot be read, InputError for an unknown network, a checkpoint that does
-    not fit it, patterns that match nothing, neither path nor arch, classes without arch, or a key without a path.
+    parametrized: whether to select a network's layers that compute their weight from other parameters. Raises
+    CheckpointError for a file that cannot be read; InputError for an unknown network, a checkpoint that does not fit
+    it, patterns that match nothing, and arguments that would have no effect.
     """
     patterns = patterns or Patterns()
     if path is None and arch is None:
-        raise InputError("name a CHECKPOINT, or a fresh network with --arch")
+        raise InputError("name a `checkpoint`, or a new network by `arch`")
     if key is not None and path is None:
-        raise InputError(f"--key {key}: chooses among the dictionaries of a CHECKPOINT; name one")
+        raise InputError("`key` applies only to a `checkpoint`; `arch` alone creates a new network")
     if classes is not None and arch is None:
-        raise InputError(f"--num-classes {classes}: is of the --arch network; name one")
+        raise InputError("`num_classes` requires `arch`")
     if arch is None:
         assert path is not None
         checkpoint = open_checkpoint(path, key)
-        return Source(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
+        return ModelCheckpoint(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
     if patterns.groups or patterns.transposed:
-        raise InputError("--groups and --transposed correct what a file leaves open; with --arch the network tells")
+        raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
     model = build_network(arch, classes, seed)
     if path is None:
-        checkpoint = StateDict(Path(arch), model.state_dict())
-        return Source(checkpoint, module_kernels(model, patterns), model, arch)
+        new = StateDict(Path(arch), model.state_dict())
+        return ModelCheckpoint(new, module_kernels(model, patterns, parametrized=parametrized), model, arch)
     checkpoint = open_checkpoint(path, key)
     names = load_weights(model, checkpoint, arch)
-    return Source(checkpoint, module_kernels(model, patterns, names), model, arch, names)
+    selection = module_kernels(model, patterns, names, parametrized=parametrized)
+    return ModelCheckpoint(checkpoint, selection, model, arch, names)

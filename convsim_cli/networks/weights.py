@@ -42,10 +42,9 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     if others:
         fit = ", ".join(other or "no prefix" for other in others)
         took = f"took the tensors under {prefix}" if prefix else "took the tensors without a prefix"
-        _note(checkpoint, f"{checkpoint.path}: {took}; those under {fit} would fit as well")
+        checkpoint.notes.append(f"{checkpoint.path}: {took}; those under {fit} would fit as well")
     if unexpected:
-        _note(
-            checkpoint,
+        checkpoint.notes.append(
             f"{checkpoint.path}: --arch{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
             f"({_some(unexpected)}); they are left as they are",
         )
@@ -106,10 +105,6 @@ def _refuse_codes(state: Mapping[str, Tensor], names: Mapping[str, str], checkpo
     if codes:
         more = f", and {len(codes) - 1} others like it" if codes[1:] else ""
         raise InputError(f"{checkpoint.path}: {codes[0]} is {types[codes[0]]}: dequantize it first{more}")
-
-
-def _note(checkpoint: Checkpoint, line: str) -> None:
-    checkpoint.note = f"{checkpoint.note}\n{line}" if checkpoint.note else line
 
 
 def _some(items: list[str]) -> str:

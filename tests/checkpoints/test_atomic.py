@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -11,6 +13,7 @@ from typing import BinaryIO
 import pytest
 
 from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.scratch import Scratch
 from convsim_cli.errors import WriteError
 
 
@@ -45,15 +48,71 @@ def test_a_symbolic_link_stays_a_link_and_its_target_is_replaced(tmp_path: Path)
     assert names(tmp_path / "store") == ["blob"]
 
 
-def test_the_backup_is_the_former_file_itself_and_replaces_an_older_one(tmp_path: Path) -> None:
+def test_a_backup_is_the_former_file_itself_and_overwrites_no_older_one(tmp_path: Path) -> None:
     target, backup = tmp_path / "file", tmp_path / "file.bak"
-    target.write_bytes(b"one")
-    backup.write_bytes(b"zero")
-    inode = target.stat().st_ino
-    replace_file(target, lambda file: file.write(b"two"), backup)
-    assert backup.read_bytes() == b"one"
-    assert backup.stat().st_ino == inode
-    assert names(tmp_path) == ["file", "file.bak"]
+    target.write_bytes(b"0")
+    made = []
+    for number in range(1, 4):
+        inode = target.stat().st_ino
+        made.append(replace_file(target, lambda file, text=str(number): file.write(text.encode()), backup))
+        assert made[-1] is not None
+        assert made[-1].stat().st_ino == inode
+    assert made == [backup, tmp_path / "file.bak.1", tmp_path / "file.bak.2"]
+    assert [path.read_bytes() for path in made if path] == [b"0", b"1", b"2"]
+    assert target.read_bytes() == b"3"
+    assert names(tmp_path) == ["file", "file.bak", "file.bak.1", "file.bak.2"]
+
+
+def test_a_dangling_link_is_a_name_that_is_taken(tmp_path: Path) -> None:
+    target, backup = tmp_path / "file", tmp_path / "file.bak"
+    target.write_bytes(b"old")
+    backup.symlink_to(tmp_path / "elsewhere")
+    assert replace_file(target, lambda file: file.write(b"new"), backup) == tmp_path / "file.bak.1"
+    assert backup.is_symlink()
+
+
+REPLACE_OFTEN = """
+import sys
+from pathlib import Path
+from convsim_cli.checkpoints.atomic import replace_file
+folder, number = Path(sys.argv[1]), sys.argv[2]
+for case in range(20):
+    text = f"{number}.{case}".encode()
+    replace_file(folder / "file", lambda file: file.write(text), folder / "file.bak")
+"""
+
+
+def test_of_processes_that_save_at_once_every_file_is_kept_under_a_name_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"first")
+    command = [sys.executable, "-c", REPLACE_OFTEN, str(tmp_path)]
+    children = [subprocess.Popen([*command, str(number)]) for number in range(4)]
+    assert [child.wait() for child in children] == [0] * 4
+    kept = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert len(names(tmp_path)) == 81
+    assert sorted(kept) == sorted([b"first", *(f"{n}.{case}".encode() for n in range(4) for case in range(20))])
+
+
+def test_without_locks_a_backup_that_appears_at_the_last_moment_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    target, backup = tmp_path / "file", tmp_path / "file.bak"
+    target.write_bytes(b"old")
+    (tmp_path / ".convsim-backup.tmp").mkdir()
+    (tmp_path / ".convsim-backup.tmp" / "file").write_bytes(b"of another process, running or not")
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    keep = Scratch.keep
+
+    def keep_late(scratch: Scratch, real: Path, place: Path) -> None:
+        keep(scratch, real, place)
+        backup.write_bytes(b"made by another process")
+
+    monkeypatch.setattr(Scratch, "keep", keep_late)
+    with pytest.raises(WriteError, match=r"File exists\); the former file is intact"):
+        replace_file(target, lambda file: file.write(b"new"), backup)
+    assert (target.read_bytes(), backup.read_bytes()) == (b"old", b"made by another process")
 
 
 @pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt()])
@@ -125,9 +184,9 @@ def test_the_backup_in_the_making_is_not_swept_by_others(tmp_path: Path, monkeyp
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The flushes and renames from now on, each with the name of what it is of."""
+    """The flushes, renames and links from now on, each with the name of its file."""
     calls: list[str] = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, replace, link = os.fsync, Path.replace, os.link
 
     def record_fsync(descriptor: int) -> None:
         calls.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
@@ -137,7 +196,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(f"rename {to.name}")
         return replace(path, to)
 
+    def record_link(path: Path, to: Path) -> None:
+        link(path, to)
+        calls.append(f"link {to.parent.name[:9]}/{to.name}")
+
     monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "link", record_link)
     monkeypatch.setattr(Path, "replace", record_replace)
     return calls
 
@@ -168,7 +232,14 @@ def test_the_folder_of_a_link_where_the_backup_is_is_swept_and_flushed(
     (links / "file").symlink_to(store / "blob")
     calls = recorded(monkeypatch)
     replace_file(links / "file", lambda file: file.write(b"new"), links / "file.bak")
-    assert calls == ["flush blob", "rename file.bak", "rename blob", "flush links", "flush store"]
+    assert calls == [
+        "flush blob",
+        "link .convsim-/file.bak",
+        "link links/file.bak",
+        "rename blob",
+        "flush links",
+        "flush store",
+    ]
     assert (names(store), names(links)) == (["blob"], ["file", "file.bak"])
 
 

@@ -13,8 +13,9 @@ from conftest import Convsim
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from convsim_cli.checkpoints import atomic
+from convsim_cli.checkpoints.atomic import Replacements
 from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.checkpoints.scratch import Scratch
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 INDEX = "model.safetensors.index.json"
@@ -106,7 +107,7 @@ def test_what_stops_the_work_leaves_every_shard_and_no_other_file(folder: Path) 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(checkpoint.path, changes(), {})
+        checkpoint.write(checkpoint.path, changes())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -136,13 +137,13 @@ def test_an_index_that_cannot_be_followed_is_one_line(folder: Path, content: str
 def test_shards_go_to_a_folder_and_a_single_file_does_not(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for output in (tmp_path / "x.safetensors", tmp_path / "missing" / "new"):
-        with pytest.raises(InputError, match=r"name a folder|make it first"):
-            checkpoint.target(output)
+        with pytest.raises(InputError, match=r"name a folder|create it first"):
+            checkpoint.target_for(output)
     with pytest.raises(InputError, match="a folder; name the file to write"):
-        open_checkpoint(folder / SHARDS[0]).target(tmp_path)
+        open_checkpoint(folder / SHARDS[0]).target_for(tmp_path)
     (tmp_path / "v1.5").mkdir()
     for name in ("v1.5", "resnet-v1.6"):
-        assert checkpoint.target(tmp_path / name) == tmp_path / name / INDEX
+        assert checkpoint.target_for(tmp_path / name) == tmp_path / name / INDEX
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -161,9 +162,10 @@ def test_an_output_that_would_overwrite_shards_of_the_source_is_refused(
     before = contents(folder)
     outcome = convsim("init", folder, "-o", output, "--iterations", 2)
     assert outcome.code == 2
-    assert f"{SHARDS[0]} is the checkpoint's own" in outcome.error
+    assert f"{SHARDS[0]} beside it belongs to the checkpoint itself; name another folder" in outcome.error
+    assert "or leave out --output to save in place" in outcome.error
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(InputError, match="the checkpoint's own"):
+    with pytest.raises(InputError, match="belongs to the checkpoint itself"):
         checkpoint.write(output / INDEX if links else output, [("conv1.weight", torch.zeros(8, 3, 3, 3))], {})
     assert contents(folder) == before
 
@@ -194,7 +196,7 @@ def test_a_folder_that_cannot_be_made_is_named(folder: Path, monkeypatch: pytest
 
     checkpoint = open_checkpoint(folder)
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(WriteError, match=r"new: cannot be made \(Read-only file system\)"):
+    with pytest.raises(WriteError, match=r"new: cannot be created \(Read-only file system\)"):
         checkpoint.write(folder.parent / "new" / INDEX, [], {})
 
 
@@ -203,7 +205,7 @@ def save(folder: Path, value: float) -> None:
     changes = [("conv1.weight", torch.full((8, 3, 3, 3), value)), ("conv10.weight", torch.full((8, 8, 3, 3), value))]
     checkpoint = open_checkpoint(folder)
     cast = [(name, tensor.to(checkpoint.load(name).dtype)) for name, tensor in changes]
-    checkpoint.write(checkpoint.path, cast, {}, folder / "any.bak")
+    checkpoint.write(checkpoint.path, cast, backup=True)
 
 
 def values(folder: Path, suffix: str = "") -> list[float]:
@@ -221,17 +223,17 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("end", ["failure", "failure without links", "kill"])
-@pytest.mark.parametrize("number", range(5))
-def test_a_save_that_ends_at_any_rename_leaves_shards_of_one_save_and_whole_backups(
+@pytest.mark.parametrize("number", range(6))
+def test_a_save_that_ends_at_any_move_leaves_shards_of_one_save_and_whole_backups(
     folder: Path, number: int, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal, two backups and two shards are renamed."""
+    """Six moves: the turn, the journal, two backups and two shards."""
     save(folder, 1.0)
     save(folder, 2.0)
     left = [number]
-    replace, rename = Path.replace, Path.rename
+    replace, rename, link = Path.replace, Path.rename, os.link
 
-    def counted(real: Callable[[Path, Path], Path], path: Path, to: Path) -> Path:
+    def counted(real: Callable[[Path, Path], Path | None], path: Path, to: Path) -> Path | None:
         left[0] -= 1
         if left[0] == -1 and end == "kill":
             raise Killed
@@ -239,31 +241,43 @@ def test_a_save_that_ends_at_any_rename_leaves_shards_of_one_save_and_whole_back
             raise OSError(5, "Input/output error")
         return real(path, to)
 
-    def no_link(*_: object) -> None:
-        raise OSError(1, "Operation not permitted")
+    def link_counted(path: Path, to: Path) -> None:
+        if end == "failure without links":
+            raise OSError(1, "Operation not permitted")
+        counted(link, path, to) if to.parent == folder and left[0] >= 0 else link(path, to)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda path, to: counted(replace, path, to))
         patch.setattr(Path, "rename", lambda path, to: counted(rename, path, to))
-        if end == "failure without links":
-            patch.setattr(os, "link", no_link)
+        patch.setattr(os, "link", link_counted)
         if end == "kill":
-            patch.setattr(atomic.Replacements, "_move_back", lambda *_: None)
-            patch.setattr(atomic._Scratch, "unmake_journal", lambda _: None)
-            patch.setattr(atomic._Scratch, "remove", lambda scratch: os.close(scratch._descriptor))
+            patch.setattr(Replacements, "_move_back", lambda *_: None)
+            patch.setattr(Scratch, "unmake_journal", lambda _: None)
+            patch.setattr(Scratch, "remove", lambda scratch: os.close(scratch._descriptor))
         with pytest.raises(Killed if end == "kill" else WriteError) as caught:
             save(folder, 3.0)
-    ended = (end == "kill" and number > 0) or (end == "failure without links" and number > 1)
+    ended = (end == "kill" and number > 1) or (end == "failure without links" and number == 5)
     if end != "kill":
-        text = "the next command that opens it ends the save" if ended else "the former file is intact"
+        text = "the next command that opens it completes the save" if ended else "the former file is intact"
         assert text in str(caught.value)
         assert ended or values(folder) == [2.0, 2.0]
     open_checkpoint(folder)
     assert values(folder) == ([3.0, 3.0] if ended else [2.0, 2.0])
-    assert values(folder, ".bak") == ([2.0, 2.0] if ended else [1.0, 1.0])
     save(folder, 4.0)
     assert values(folder) == [4.0, 4.0]
-    assert sorted(contents(folder)) == sorted([*SHARDS, INDEX, f"{SHARDS[0]}.bak", f"{SHARDS[2]}.bak"])
+    saved = 4 if ended else 3
+    assert [values(folder, f".bak.{n}") for n in range(1, saved)] == [[n, n] for n in range(1, saved)]
+    backups = [f"{SHARDS[shard]}.bak{number}" for shard in (0, 2) for number in ("", ".1", ".2", ".3")[:saved]]
+    assert sorted(contents(folder)) == sorted([*SHARDS, INDEX, *backups])
+
+
+def test_the_shards_of_one_save_share_a_number_whichever_of_them_it_changes(folder: Path, convsim: Convsim) -> None:
+    first = convsim("init", folder, "--iterations", 1, "--exclude", "conv10*", "--json").document
+    planned = convsim("init", folder, "--include", "conv10*", "--dry-run", "--json").document
+    second = convsim("init", folder, "--iterations", 1, "--include", "conv10*", "--json").document
+    assert first["backup"] == str(folder / "*.safetensors.bak")
+    assert planned["backup"] == second["backup"] == str(folder / "*.safetensors.bak.1")
+    assert sorted(path.name for path in folder.glob("*.bak*")) == [f"{SHARDS[0]}.bak", f"{SHARDS[2]}.bak.1"]
 
 
 def test_a_folder_that_cannot_be_flushed_by_its_file_system_is_no_failure(
@@ -295,5 +309,5 @@ def test_an_unfinished_save_that_cannot_be_ended_here_is_said(folder: Path, monk
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(CheckpointError, match=r"was cut short and cannot be ended \(Read-only file system\)"):
+    with pytest.raises(CheckpointError, match=r"was interrupted and cannot be completed \(Read-only file system\)"):
         open_checkpoint(folder)

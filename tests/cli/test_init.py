@@ -24,6 +24,7 @@ DOCUMENT = (
     "output",
     "backup",
     "objective",
+    "preserve_norm",
     "iterations",
     "lr",
     "device",
@@ -31,6 +32,7 @@ DOCUMENT = (
     "layers",
     "skipped",
     "total",
+    "version",
 )
 
 
@@ -192,8 +194,8 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
     ("arguments", "said"),
     [
         (["nothing.pt"], "no such file"),
-        ([], "name a CHECKPOINT, or a fresh network with --arch"),
-        (["--arch", "cnn1"], "say with -o where to write it"),
+        ([], "name a CHECKPOINT, or a new network by --arch"),
+        (["--arch", "cnn1"], "--arch creates a new network; --output is required"),
         (["--arch", "resnet81", "-o", "x.pt"], "did you mean 'resnet18'"),
         (["--arch", "cnn1", "-o", "."], "a folder"),
         (["--arch", "cnn1", "-o", "/dev/null"], "not a regular file"),
@@ -204,7 +206,10 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpuu"], "did you mean 'cpu'"),
         (["--arch", "cnn1", "-o", "x.pt", "--lr", "0"], "lr > 0"),
         (["--arch", "cnn1", "-o", "x.pt", "--groups", "a=b"], "expected GLOB=N"),
-        (["--arch", "cnn1", "-o", "x.pt", "--groups", "0.weight=2"], "with --arch the network tells"),
+        (
+            ["--arch", "cnn1", "-o", "x.pt", "--groups", "0.weight=2"],
+            "--groups and --transposed apply only without --arch",
+        ),
         (["--arch", "cnn1", "-o", "x.pt", "--include", "conv9*"], "matches no tensor"),
         (["--arch", "cnn1", "-o", "x.pt", "--optimizer", "lion"], "lion"),
         (["--iteration", "5"], "--iterations"),

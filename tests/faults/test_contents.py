@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.checkpoints.minimization import minimize_checkpoint
+from convsim_cli.checkpoints.minimization import write_minimized
 from convsim_cli.cli import console
 from convsim_cli.kernels import file_kernels
 from convsim_cli.minimize import Minimization
@@ -64,7 +64,7 @@ def test_whatever_is_no_chosen_kernel_stays_bit_identical(suffix: str, tmp_path:
             save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
         checkpoint = open_checkpoint(path)
         selection = file_kernels(checkpoint.tensors, None, checkpoint.unfit)
-        minimize_checkpoint(checkpoint, selection, Minimization(2), path)
+        write_minimized(checkpoint, selection, Minimization(2), path)
         written = torch.load(path, weights_only=True) if suffix == ".pt" else load_file(path)
         chosen = {kernel.name for kernel in selection.kernels}
         assert "kernel.weight" in chosen, seed

@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.checkpoints.training_evidence import looks_trained
 from convsim_cli.errors import CheckpointError, ConvsimError
 from convsim_cli.kernels import file_kernels
 
@@ -31,7 +32,7 @@ def read_all(path: Path) -> Checkpoint:
     """All that `init` and `measure` read of a file."""
     checkpoint = open_checkpoint(path)
     file_kernels(checkpoint.tensors, None, checkpoint.unfit)
-    checkpoint.looks_trained()
+    looks_trained(checkpoint)
     for name in checkpoint.tensors:
         checkpoint.load(name)
     return checkpoint
@@ -246,9 +247,9 @@ def test_dictionaries_that_hold_themselves_or_each_other_many_times_are_read_at_
         torch.save(content, path)
         checkpoint = read_all(path)
         assert list(checkpoint.tensors) == ["a.weight"]
-        assert checkpoint.note is not None
-        assert f" and {more} more (--key)" in checkpoint.note
-        assert checkpoint.note.count(",") == 8
+        [note] = checkpoint.notes
+        assert f" and {more} more (choose with `key`)" in note
+        assert note.count(",") == 8
 
 
 @pytest.mark.parametrize("name", ["1" * 5000 + ".weight", "0" * 5000 + "7", "layer" + "9" * 5000])
@@ -278,4 +279,4 @@ def test_statistics_of_any_type_are_read(dtype: torch.dtype, tmp_path: Path) -> 
     path = tmp_path / "model.safetensors"
     for value in (0, 1):
         path.write_bytes(save({"bn.num_batches_tracked": torch.tensor([0, value]).to(dtype)}))
-        assert open_checkpoint(path).looks_trained() == bool(value)
+        assert looks_trained(open_checkpoint(path)) == bool(value)

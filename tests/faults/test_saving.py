@@ -64,21 +64,23 @@ def save_for_ever(save: Callable[[Path, float], None], path: Path, done: Connect
 
 def save_one_file(path: Path, value: float) -> None:
     kernel = torch.full((64, 64, 9, 9), value)
-    open_checkpoint(path).write(path, [("a.weight", kernel)], {}, path.with_name("model.bak"))
+    open_checkpoint(path).write(path, [("a.weight", kernel)], backup=True)
 
 
 def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp_path: Path) -> None:
-    path, backup = tmp_path / "model.safetensors", tmp_path / "model.bak"
+    path = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.zeros(64, 64, 9, 9), "b": torch.full((1000,), 7.0)}, path)
     chance = random.Random(0)
     for case in cases(20):
         kill_after(chance.uniform(0, 0.05), save_one_file, path)
         assert is_whole(path), case
-        assert not backup.exists() or is_whole(backup), case
-        names = {entry.name for entry in tmp_path.iterdir()} - {path.name, backup.name}
-        assert len(names) <= 1, case
+        backups = list(tmp_path.glob("model.safetensors.bak*"))
+        assert all(is_whole(backup) for backup in backups), case
+        for backup in backups:
+            backup.unlink()
+        assert len({entry.name for entry in tmp_path.iterdir()} - {path.name}) <= 1, case
     replace_file(tmp_path / "other", lambda file: file.write(b"x"))
-    assert {entry.name for entry in tmp_path.iterdir()} <= {path.name, backup.name, "other"}  # the next save has swept
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "other"}  # the next save has swept
 
 
 def save_shards_slowly(index: Path, value: float) -> None:
@@ -92,7 +94,7 @@ def save_shards_slowly(index: Path, value: float) -> None:
     kernels = [(f"{number}.weight", torch.full((16, 16, 3, 3), value)) for number in range(8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", replace_slowly)
-        open_checkpoint(index).write(index, kernels, {}, index.with_name("any.bak"))
+        open_checkpoint(index).write(index, kernels, backup=True)
 
 
 def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(tmp_path: Path) -> None:
@@ -109,12 +111,14 @@ def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(t
         checkpoint = open_checkpoint(index)
         kernels = [checkpoint.load(name) for name in checkpoint.tensors]
         assert len({value for kernel in kernels for value in kernel.unique().tolist()}) == 1, case
-        backups = [load_file(entry) for entry in sorted(tmp_path.glob("*.bak"))]
-        assert len(backups) in (0, 8), case
-        assert len({value for backup in backups for value in next(iter(backup.values())).unique().tolist()}) <= 1, case
+        saves: dict[str, list[float]] = {}
+        for backup in tmp_path.glob("*.bak*"):
+            saves.setdefault(backup.suffix, []).extend(next(iter(load_file(backup).values())).unique().tolist())
+            backup.unlink()
+        assert all(len(values) == 8 and len(set(values)) == 1 for values in saves.values()), case
     assert found  # some were killed on the way
     replace_file(tmp_path / "other", lambda file: file.write(b"x"))
-    assert {entry.name for entry in tmp_path.iterdir()} == {index.name, "other", *shards, *(f"{s}.bak" for s in shards)}
+    assert {entry.name for entry in tmp_path.iterdir()} == {index.name, "other", *shards}
 
 
 def _failing(real: Callable[..., Any], number: int, once: bool) -> Callable[..., Any]:
@@ -140,7 +144,7 @@ class Broken:
         return getattr(self._file, name)
 
 
-STEPS = ("open", "write", "flush", "mode", "sync", "backup", "rename", "folder")
+STEPS = ("open", "write", "flush", "mode", "sync", "backup", "turn", "rename", "folder")
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "for ever"])
@@ -165,6 +169,8 @@ def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
         elif step == "backup":
             patch.setattr(os, "link", _failing(os.link, number, False))
             patch.setattr(shutil, "copy2", _failing(shutil.copy2, number, once))
+        elif step == "turn":
+            patch.setattr(Path, "rename", _failing(Path.rename, number, once))
         elif step == "rename":
             real, fail = Path.replace, _failing(Path.replace, number, once)
             patch.setattr(Path, "replace", lambda new, to: (fail if to == path else real)(new, to))
@@ -172,13 +178,12 @@ def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
             patch.setattr(atomic, "flush_folder", _failing(atomic.flush_folder, number, once))
         with pytest.raises(WriteError, match="model: written, but" if step == "folder" else "former file is intact"):
             replace_file(path, lambda file: file.write(b"new"), backup)
-    if step == "folder":  # the rename is done, and only its being on disk is in doubt
-        assert path.read_bytes() == b"new"
-        assert backup.read_bytes() == b"old"
-    else:
-        assert path.read_bytes() == b"old"
-        assert backup.read_bytes() == b"older"
-    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak"}
+    done = step == "folder"  # the rename is done, and only its being on disk is in doubt
+    assert path.read_bytes() == (b"new" if done else b"old")
+    assert backup.read_bytes() == b"older"
+    kept = {"model.bak.1": b"old"} if done else {}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak", *kept}
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
 
 
 def descriptors() -> set[str]:
@@ -208,7 +213,8 @@ def test_any_one_system_call_of_a_save_may_fail_and_leaves_neither_a_file_nor_a_
             with contextlib.suppress(WriteError):
                 replace_file(path, lambda file: file.write(b"new"), backup)
         assert descriptors() == before, number
-        assert {entry.name for entry in tmp_path.iterdir()} <= {"model", "model.bak"}, number
+        left_over = {entry.name for entry in tmp_path.iterdir()}
+        assert {name for name in left_over if not name.startswith("model.bak")} == {"model"}, number
         if left[0] >= 0:
             assert number  # it was reached, and has failed once in each place
             break
@@ -283,12 +289,10 @@ def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(
         both[then] = load_file(copy)["a.weight"]
     children = [start("init", path, "-q", "--iterations", 30, "--lr", rate) for rate in rates]
     assert [child.wait() for child in children] == [0, 0]
-    found = load_file(path)["a.weight"]
-    backup = load_file(tmp_path / "model.safetensors.bak")["a.weight"]
-    outcomes = []
-    for first, last in (rates, rates[::-1]):
-        outcomes += [(one[first], one[last]), (one[first], both[last]), (kernel, one[last])]
-    assert any(torch.equal(backup, former) and torch.equal(found, result) for former, result in outcomes)
+    found, *kept = (load_file(tmp_path / f"model.safetensors{suffix}")["a.weight"] for suffix in ("", ".bak", ".bak.1"))
+    outcomes = [(one[first], last) for first, then in (rates, rates[::-1]) for last in (one[then], both[then])]
+    assert any(torch.equal(kept[1], former) and torch.equal(found, last) for former, last in outcomes)
+    assert torch.equal(kept[0], kernel)  # whoever saves second, the weights before both are kept
     assert not list(tmp_path.glob(".convsim-*"))
 
 
@@ -318,13 +322,13 @@ def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
     path, backup = tmp_path / "model", tmp_path / "model.bak"
     path.write_bytes(b"old")
     backup.write_bytes(b"older")
-    real, remove, left = Path.replace, Path.unlink, [rename]
+    real, link, remove, left = Path.replace, os.link, Path.unlink, [rename]
 
-    def replace(self: Path, to: Path) -> Path:
+    def moved(move: Callable[[Path, Path], Any], source: Path, to: Path) -> Any:
         left[0] -= 1
         if left[0] == 0 and moment == "before":
             raise KeyboardInterrupt
-        found = real(self, to)
+        found = move(source, to)
         if left[0] == 0 and moment == "after":
             raise KeyboardInterrupt
         return found
@@ -336,7 +340,8 @@ def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
         remove(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(Path, "replace", lambda self, to: moved(real, self, to))
+    monkeypatch.setattr(os, "link", lambda self, to: moved(link, self, to) if to.parent == tmp_path else link(self, to))
     interrupted = nullcontext() if rename == 2 and not backed_up else pytest.raises(KeyboardInterrupt)
     with interrupted:
         replace_file(path, lambda file: file.write(b"new"), backup if backed_up else None)
@@ -344,8 +349,10 @@ def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
     last = 2 if backed_up else 1
     done = rename > last or (rename == last and moment != "before")
     assert path.read_bytes() == (b"new" if done else b"old")
-    assert backup.read_bytes() == (b"old" if done and backed_up else b"older")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak"}
+    assert backup.read_bytes() == b"older"
+    kept = {"model.bak.1"} if done and backed_up else set()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "model.bak", *kept}
+    assert all((tmp_path / name).read_bytes() == b"old" for name in kept)
 
 
 INTERRUPTED = """
@@ -377,6 +384,7 @@ for case in range(1, int(sys.argv[2]) + 1):
     now = path.read_bytes()
     assert now == after or (code and now == before), (case, code, before, now)
     assert now == before or backup.read_bytes() == before, (case, code, before, now, backup.read_bytes())
+    backup.unlink(missing_ok=True)
 replace_file(path, lambda file: file.write(b"last"), backup)
 print(interrupted, *sorted(os.listdir(sys.argv[1])))
 """

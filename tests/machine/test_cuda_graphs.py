@@ -82,14 +82,12 @@ def test_elsewhere_and_where_it_is_switched_off_nothing_is_recorded(monkeypatch:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_replayed_minimization_comes_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convsim_cli.minimize import Minimization, minimize_filters_
-    from convsim_cli.similarity import to_filters
+    from convsim_cli.kernels import Kernel
+    from convsim_cli.minimize import Minimization, minimize_kernel
 
-    weight = torch.randn(64, 64, 3, 3, device="cuda")
+    kernel, weight = Kernel("a", (64, 64, 3, 3)), torch.randn(64, 64, 3, 3, device="cuda")
     results = []
     for switch in ("1", "0"):
         monkeypatch.setenv("CONVSIM_CUDA_GRAPHS", switch)
-        filters, taps = to_filters(weight.clone())
-        minimize_filters_(filters, taps, Minimization(120, preserve_norm=True), "a")
-        results.append(filters)
+        results.append(minimize_kernel(kernel, weight, Minimization(120, preserve_norm=True))[0])
     torch.testing.assert_close(*results)

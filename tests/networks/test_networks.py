@@ -116,11 +116,10 @@ def test_of_copies_under_several_prefixes_the_average_is_not_taken_and_the_choic
     state |= {f"online.{name}": tensor for name, tensor in source.state_dict().items()}
     checkpoint = StateDict(Path("file"), state)
     assert load_weights(target, checkpoint)["0.weight"] == "online.0.weight"
-    assert checkpoint.note == "file: took the tensors under online.; those under ema_model. would fit as well"
+    assert checkpoint.notes == ["file: took the tensors under online.; those under ema_model. would fit as well"]
     checkpoint = StateDict(Path("file"), state | source.state_dict())
     assert load_weights(target, checkpoint)["0.weight"] == "0.weight"
-    assert checkpoint.note is not None
-    assert "took the tensors without a prefix; those under " in checkpoint.note
+    assert "took the tensors without a prefix; those under " in checkpoint.notes[0]
 
 
 def test_a_tied_weight_may_be_in_the_file_under_one_of_its_names() -> None:
@@ -137,6 +136,6 @@ def test_a_tied_weight_may_be_in_the_file_under_one_of_its_names() -> None:
 def test_an_option_that_would_do_nothing_is_refused(tmp_path: Path, convsim: Convsim) -> None:
     torch.save(build_network("cnn:4").state_dict(), tmp_path / "model.pt")
     outcome = convsim("measure", tmp_path / "model.pt", "--num-classes", 5)
-    assert "--num-classes 5: is of the --arch network; name one" in outcome.error
+    assert "--num-classes requires --arch" in outcome.error
     outcome = convsim("measure", "--arch", "cnn:4", "--key", "ema")
-    assert "--key ema: chooses among the dictionaries of a CHECKPOINT; name one" in outcome.error
+    assert "--key applies only to a checkpoint; --arch alone creates a new network" in outcome.error

@@ -20,11 +20,11 @@ from convsim_cli.reproduction.numerical import (
     draw_episodes,
     find_table,
     inner_products,
+    numerical_rows,
     numerical_steps,
-    numerical_table,
     run_episodes,
 )
-from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, TABLES
+from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, NUMERICAL_TABLES
 
 
 @pytest.mark.parametrize("padding", ["full", "valid"])
@@ -82,7 +82,7 @@ def test_published_correlations_come_back_for_3_and_9_taps(name: str) -> None:
 
 def test_rows_have_the_keys_of_the_design_and_progress_ends_at_its_total() -> None:
     told: list[int] = []
-    for row in numerical_table("table1", episodes=10, advance=told.append):
+    for row in numerical_rows("table1", episodes=10, advance=told.append):
         assert tuple(row) == ("N", "optimizer", "published", "measured", "fixed_norms")
         assert tuple(row["published"]) == KEYS
         assert tuple(row["measured"]) == tuple(row["fixed_norms"]) == (*KEYS, "cos_before", "cos_after")
@@ -98,7 +98,12 @@ def test_fixed_norms_stay_fixed() -> None:
 
 
 def test_every_published_row_has_its_place_in_a_table() -> None:
-    assert [len([row for row in NUMERICAL_ROWS if row.table == table.name]) for table in TABLES] == [6, 6, 6, 6]
+    assert [len([row for row in NUMERICAL_ROWS if row.table == table.name]) for table in NUMERICAL_TABLES] == [
+        6,
+        6,
+        6,
+        6,
+    ]
     assert all(len(row.published) == len(KEYS) for row in NUMERICAL_ROWS)
 
 

@@ -20,15 +20,9 @@ from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Silence, execute
-from convsim_cli.training.run_folder import (
-    COLUMNS,
-    Run,
-    create_run,
-    find_or_create_run,
-    is_finished,
-    open_run,
-    read_results,
-)
+from convsim_cli.training.results import COLUMNS, read_results
+from convsim_cli.training.reuse import find_or_create_run, is_finished
+from convsim_cli.training.run_folder import Run, create_run, open_run
 from convsim_cli.training.trainer import Trainer
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
@@ -150,7 +144,9 @@ def test_a_torn_or_foreign_state_is_refused_and_the_folder_stays(tmp_path: Path)
 
 def test_a_run_is_resumed_by_as_many_processes_as_began_it(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, processes=2), tmp_path, "two")
-    with pytest.raises(InputError, match="is trained by 2 processes, these are 1; start as many"):
+    with pytest.raises(
+        InputError, match="was started with 2 processes, but this launch has 1; use torchrun --nproc-per-node 2"
+    ):
         execute(run)
 
 
@@ -191,7 +187,7 @@ def test_a_torn_results_file_is_one_line(harm: str, tmp_path: Path) -> None:
 def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     execute(run)
-    with pytest.raises(InputError, match="has done 3 epochs, --epochs 2 is fewer"):
+    with pytest.raises(InputError, match="has done 3 epochs, more than `epochs` 2"):
         execute(open_run(run.folder, epochs=2))
     (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {"color": 1}))
     with pytest.raises(InputError, match="unknown arguments color"):
@@ -205,7 +201,9 @@ def test_folders_are_never_shared(tmp_path: Path) -> None:
         runs = list(pool.map(lambda _: create_run(SMALL, tmp_path, None), range(40)))
     assert len({run.folder for run in runs}) == 40
     create_run(SMALL, tmp_path, "mine")
-    with pytest.raises(InputError, match="there already; go on with --resume"):
+    with pytest.raises(
+        InputError, match=r"mine already exists; resume it with `resume` .*mine or choose another `name`"
+    ):
         create_run(SMALL, tmp_path, "mine")
     with pytest.raises(InputError, match="plain folder name"):
         create_run(SMALL, tmp_path, "../mine")

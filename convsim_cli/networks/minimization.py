@@ -1,0 +1,170 @@
+"""Algorithm 1 on a checkpoint file or on a new network, with the same safety as `convsim init`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from convsim_cli.checkpoints.minimization import describe_kernels, write_minimized
+from convsim_cli.checkpoints.training_evidence import looks_trained
+from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.kernels import Patterns
+from convsim_cli.machine.device import resolve_device
+from convsim_cli.measurement.kernel_figures import Record
+from convsim_cli.minimize import Minimization
+from convsim_cli.networks.model_checkpoint import ModelCheckpoint, open_model_checkpoint
+
+Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
+
+
+@dataclass(frozen=True)
+class MinimizedCheckpoint:
+    """What `minimize_checkpoint` did.
+
+    checkpoint: None for a new network; output: None for a dry run of one; backup: where the former file was kept, or a
+    pattern of the shards' backups; seconds: of the minimization and the save; layers: a record each, with `before` and,
+    unless it was a dry run, `after`; skipped: name, shape and reason of each tensor that was left out.
+    """
+
+    checkpoint: Path | None
+    output: Path | None
+    backup: Path | None
+    how: Minimization
+    device: torch.device
+    seconds: float
+    layers: list[Record]
+    skipped: list[dict[str, Any]]
+
+    @property
+    def total(self) -> dict[str, float]:
+        """L_CS summed over the layers, `before` and `after`."""
+        moments = [moment for moment in ("before", "after") if any(moment in layer for layer in self.layers)]
+        return {moment: sum(layer[moment]["cs"] or 0.0 for layer in self.layers) for moment in moments}
+
+    def document(self) -> dict[str, Any]:
+        """Return the content of the JSON document of `convsim init`."""
+        return {
+            "checkpoint": _text(self.checkpoint),
+            "output": _text(self.output),
+            "backup": _text(self.backup),
+            "objective": self.how.label,
+            "preserve_norm": self.how.preserve_norm,
+            "iterations": self.how.iterations,
+            "lr": self.how.lr,
+            "device": str(self.device),
+            "seconds": self.seconds,
+            "layers": self.layers,
+            "skipped": self.skipped,
+            "total": self.total,
+        }
+
+
+def minimize_checkpoint(
+    path: str | Path | None,
+    output: str | Path | None = None,
+    *,
+    iterations: int = 500,
+    lr: float = 1e-3,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    preserve_norm: bool = False,
+    objective: str = "cs",
+    tol: float = 0.0,
+    backup: bool = True,
+    dry_run: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    groups: Mapping[str, int] | None = None,
+    transposed: Sequence[str] = (),
+    arch: str | None = None,
+    num_classes: int | None = None,
+    key: str | None = None,
+    probe: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> MinimizedCheckpoint:
+    """Minimize the kernels of a checkpoint and save it, atomically (Algorithm 1).
+
+    path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names. output: where to
+    save; in place if None, which keeps the former file as `path.bak` (`.bak.1`, …) unless `backup` is false. iterations
+    ≥ 0, lr > 0, optimizer, preserve_norm, objective, tol ≥ 0: see `Minimization`. include, exclude, groups, transposed:
+    see `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`,
+    `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. progress:
+    `progress(description, total)` gives a callback that takes the steps completed. Warns, with ConvsimWarning, of a
+    checkpoint that looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError
+    and WriteError; files are then unchanged.
+    """
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
+    patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
+    source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key)
+    source.selection = how.select(source.selection)
+    target = _target(source, path, output, dry_run)
+    place = resolve_device(device) if isinstance(device, str) else device
+    began = time.perf_counter()
+    in_place = path is not None and target is not None and source.checkpoint.is_in_place(target)
+    kept = source.checkpoint.backup_for(target) if backup and in_place and target else None
+    _warn(source, kept)
+    if dry_run or target is None:
+        layers = describe_kernels(source.checkpoint, source.selection, probe, seed)
+    else:
+        layers, kept = _minimize(source, how, target, kept is not None, probe, seed, place, progress)
+    given = None if path is None else Path(path)
+    return MinimizedCheckpoint(given, target, kept, how, place, time.perf_counter() - began, layers, source.skipped())
+
+
+def _target(source: ModelCheckpoint, path: str | Path | None, output: str | Path | None, dry_run: bool) -> Path | None:
+    if output is not None:
+        return source.checkpoint.target_for(Path(output))
+    if path is None and not dry_run:
+        raise InputError("`arch` creates a new network; `output` is required")
+    return None if path is None else source.checkpoint.path
+
+
+def _warn(source: ModelCheckpoint, backup: Path | None) -> None:
+    """Warn of weights that look trained, and of what a reader of the file had to choose between."""
+    if looks_trained(source.checkpoint):
+        kept = f"; {backup} keeps the old ones" if backup else ""
+        message = (
+            f"{source.checkpoint.path} looks trained, and Algorithm 1 is for weights before training: until it is "
+            f"trained again, the network will have lost what it learned{kept}"
+        )
+        warnings.warn(message, ConvsimWarning, stacklevel=3)
+    for note in source.checkpoint.notes:
+        warnings.warn(note, ConvsimWarning, stacklevel=3)
+
+
+def _minimize(
+    source: ModelCheckpoint,
+    how: Minimization,
+    target: Path,
+    backup: bool,
+    probe: str | None,
+    seed: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[list[Record], Path | None]:
+    watched = progress("init", how.steps(source.selection.kernels)) if progress else nullcontext(None)
+    with watched as advance:
+        return write_minimized(
+            source.checkpoint,
+            source.selection,
+            how,
+            target,
+            aliases=source.aliases,
+            backup=backup,
+            probe=probe,
+            seed=seed,
+            device=device,
+            advance=advance,
+        )
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
