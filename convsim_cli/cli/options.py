@@ -11,6 +11,7 @@ import typer
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console
 from convsim_cli.errors import one_of
+from convsim_cli.training.arguments import declarations
 
 if TYPE_CHECKING:
     import torch
@@ -64,9 +65,7 @@ ArchOption = Annotated[
         show_default=False,
     ),
 ]
-ObjectiveOption = Annotated[
-    str, typer.Option("--objective", metavar="NAME", help="What to minimize: cs (Eq. 10), neighbours, kernel, …")
-]
+ObjectiveOption = Annotated[str, typer.Option("--objective", metavar="NAME", help=declarations()["objective"].help)]
 KeyOption = Annotated[
     str | None,
     typer.Option(
