@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.differentiation import Differentiable
 from convsim_cli.similarity import (
     Taps,
     channel_autocorrelations,
@@ -85,45 +84,28 @@ def rescale_(filters: Tensor, norms: Tensor) -> None:
     filters.mul_(torch.where(present > 0, norms / present, 0))
 
 
-def _in_full_precision(value: Value) -> Value:
-    """Wrap a value so that it enters `full_precision`; torch.compile goes around it, since it cannot follow that."""
-
-    def exact(filters: Tensor, taps: Taps) -> Tensor:
-        with full_precision(filters.device):
-            return value(filters, taps)
-
-    def call(filters: Tensor, taps: Taps) -> Tensor:
-        if torch.compiler.is_compiling():
-            from convsim_cli.machine.compilation import call as outside
-
-            return cast(Tensor, outside(exact, filters, taps))
-        return exact(filters, taps)
-
-    return call
-
-
-def _neighbours(filters: Tensor, taps: Taps) -> Tensor:
-    """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]."""
+def _neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]; and A."""
     lags = channel_autocorrelations(filters, taps)
-    return (lags[:, :-1] * lags[:, 1:]).sum()
+    return (lags[:, :-1] * lags[:, 1:]).sum(), lags
 
 
-def _neighbours_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+def _neighbours_gradient(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
     """As for Eq. 10, with A_{i−1}[c] + A_{i+1}[c], of each channel by itself, in place of R_i."""
-    lags = channel_autocorrelations(filters, taps)
     none = torch.zeros_like(lags[:, :1])
     beside = torch.cat([none, lags[:, :-1]], dim=1) + torch.cat([lags[:, 1:], none], dim=1)
     return convolve(filters, beside, taps, out)
 
 
-def _kernel(filters: Tensor, _: Taps) -> Tensor:
-    """Σ_{i<j} ⟨K_i, K_j⟩²."""
-    return _inner_products(filters).square().sum() / 2
+def _kernel(filters: Tensor, _: Taps) -> tuple[Tensor, Tensor]:
+    """Σ_{i<j} ⟨K_i, K_j⟩²; and ⟨K_i, K_j⟩."""
+    products = _inner_products(filters)
+    return products.square().sum() / 2, products
 
 
-def _kernel_gradient(filters: Tensor, _: Taps, out: Tensor | None = None) -> Tensor:
+def _kernel_gradient(filters: Tensor, products: Tensor, _: Taps, out: Tensor | None = None) -> Tensor:
     flat = None if out is None else out.flatten(2)
-    return torch.bmm(2 * _inner_products(filters), filters.flatten(2), out=flat).view(filters.shape)
+    return torch.bmm(2 * products, filters.flatten(2), out=flat).view(filters.shape)
 
 
 def _inner_products(filters: Tensor) -> Tensor:
@@ -147,15 +129,17 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(
             "neighbours",
             "the authors' public code: each filter and the next, channel by channel",
-            _in_full_precision(_neighbours),
-            _neighbours_gradient,
+            Differentiable("neighbours", _neighbours, _neighbours_gradient),
+            lambda filters, taps, out: _neighbours_gradient(
+                filters, channel_autocorrelations(filters, taps), taps, out
+            ),
             norm_only_pointwise=False,
         ),
         Objective(
             "kernel",
             "kernel orthogonality (section 3.1 of the paper): squared inner products of all pairs of filters",
-            _in_full_precision(_kernel),
-            _kernel_gradient,
+            Differentiable("kernel", _kernel, _kernel_gradient),
+            lambda filters, taps, out: _kernel_gradient(filters, _inner_products(filters), taps, out),
             norm_only_pointwise=False,
         ),
     )

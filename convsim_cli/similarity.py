@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import log2, prod
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.differentiation import Differentiable
+from convsim_cli.machine.differentiation import Taps as Taps
+from convsim_cli.machine.modes import constant
 
-Taps = tuple[int, ...]
-
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FEW_FILTERS = 128  # up to which everyone else's sum is one product with a matrix
 _FEW_TAPS = 25  # up to which taps are folded onto lags by a product with a matrix
 
@@ -52,10 +52,12 @@ def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     1.
     """
     filters, taps = to_filters(weight, groups)
-    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    live = (norms > 0).sum(dim=1).flatten()
-    value = similarity(filters / torch.where(norms > 0, norms, 1), taps)
-    return value / (live * (live - 1) / 2).sum()
+    largest = filters.detach().abs().amax(dim=(-2, -1), keepdim=True)  # the result does not depend on it; squares do
+    live = largest > 0
+    directions = filters / torch.where(live, largest, 1)
+    norms = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
+    count = live.sum(dim=1).flatten()
+    return similarity(directions / torch.where(live, norms, 1), taps) / (count * (count - 1) / 2).sum()
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
@@ -64,9 +66,12 @@ def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
     This is the layout that the batched products like (and no copy of a channels_last weight). Half types become
     float32.
     """
-    if not weight.is_floating_point() or not 3 <= weight.ndim <= 5:
+    if weight.dtype not in _TYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+        raise ValueError(f"expected a weight in {known}, got {weight.dtype} {list(weight.shape)}; convert it first")
+    if not 3 <= weight.ndim <= 5 or 0 in weight.shape:
         raise ValueError(
-            "expected a floating convolution weight [S, C, taps…] of 3 to 5 axes, "
+            "expected a convolution weight [S, C, taps…] of 3 to 5 axes, none of them empty, "
             f"got {weight.dtype} {list(weight.shape)}"
         )
     if groups < 1 or weight.shape[0] % groups:
@@ -86,11 +91,7 @@ def to_weight(filters: Tensor, taps: Taps) -> Tensor:
 
 def similarity(filters: Tensor, taps: Taps) -> Tensor:
     """Return L_CS of filters in the layout of `to_filters`, differentiable to any order, in full precision."""
-    if torch.compiler.is_compiling():  # torch.compile cannot follow the precision switches
-        from convsim_cli.machine.compilation import call
-
-        return cast(Tensor, call(_ConvolutionalSimilarity.apply, filters, taps))
-    return cast(Tensor, _ConvolutionalSimilarity.apply(filters, taps))
+    return _SIMILARITY(filters, taps)
 
 
 def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
@@ -126,8 +127,8 @@ def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
         return _to_lags(_power(filters, taps).sum(-1, keepdim=True), taps).squeeze(-1)
     gram = (filters @ filters.mT).reshape(groups, count, size * size)
     if _folds_by_matrix(taps, filters.device):
-        return gram @ _lag_matrix(taps, filters.device, filters.dtype)
-    return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(taps, filters.device), gram)
+        return gram @ _lag_matrix(filters, taps)
+    return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
 
 
 def channel_autocorrelations(filters: Tensor, taps: Taps) -> Tensor:
@@ -143,7 +144,7 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
     """
     count = autocorrelations.shape[1]
     if count <= _FEW_FILTERS:
-        return _all_but_one(count, autocorrelations.device, autocorrelations.dtype) @ autocorrelations
+        return _all_but_one(autocorrelations, count) @ autocorrelations
     zero = torch.zeros_like(autocorrelations[:, :1])
     before = torch.cat([zero, autocorrelations[:, :-1]], dim=1).cumsum(1)
     after = torch.cat([autocorrelations[:, 1:], zero], dim=1).flip(1).cumsum(1).flip(1)
@@ -158,9 +159,9 @@ def _gradient(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = 
     if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
         return convolve(filters, others.unsqueeze(-1), taps, out)
     if _folds_by_matrix(taps, filters.device):
-        toeplitz = others @ _lag_matrix(taps, filters.device, filters.dtype, 2.0).mT
+        toeplitz = others @ _lag_matrix(filters, taps, 2.0).mT
     else:
-        toeplitz = (2 * others).index_select(-1, _lag_index(taps, filters.device))
+        toeplitz = (2 * others).index_select(-1, _lag_index(filters, taps))
     flat = None if out is None else out.flatten(0, 1)
     return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
 
@@ -189,23 +190,14 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
     return device.type != "cpu" or prod(taps) <= _FEW_TAPS
 
 
-class _ConvolutionalSimilarity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, filters: Tensor, taps: Taps) -> Tensor:
-        with full_precision(filters.device):
-            autocorrelations = autocorrelation(filters, taps)
-            others = sum_of_others(autocorrelations)
-            ctx.taps = taps
-            ctx.save_for_backward(filters, others)
-            return _half_product(autocorrelations, others)
+def _value(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """½ Σ_i ⟨A_i, R_i⟩, and R_i, which the gradient needs as well."""
+    autocorrelations = autocorrelation(filters, taps)
+    others = sum_of_others(autocorrelations)
+    return _half_product(autocorrelations, others), others
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        filters, others = ctx.saved_tensors
-        with full_precision(filters.device):
-            if torch.is_grad_enabled():  # create_graph: the second derivative flows through R_i as well
-                return upstream * similarity_gradient(filters, ctx.taps), None
-            return upstream * _gradient(filters, others, ctx.taps), None
+
+_SIMILARITY = Differentiable("cs", _value, _gradient)
 
 
 def _lag_shape(taps: Taps) -> Taps:
@@ -242,28 +234,26 @@ def _fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
     return 1.8 * channels * lags * log2(2 * lags) < size * size * (4 + 0.023 * channels)
 
 
-@lru_cache(maxsize=64)
-def _lag_index(taps: Taps, device: torch.device) -> Tensor:
+@constant
+def _lag_index(like: Tensor, taps: Taps) -> Tensor:
     """For each pair of taps (m, n), row by row, the position of the lag m − n."""
-    with torch.inference_mode(False):
-        position = torch.zeros(1, 1, dtype=torch.long)
-        for k in taps:
-            tap = torch.arange(k)
-            lag = (tap[:, None] - tap[None, :]) % (2 * k - 1)
-            rows, columns = position.shape[0] * k, position.shape[1] * k
-            position = (position[:, None, :, None] * (2 * k - 1) + lag[None, :, None, :]).reshape(rows, columns)
-        return position.flatten().to(device)
+    position = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+    for k in taps:
+        tap = torch.arange(k, device=like.device)
+        lag = (tap[:, None] - tap[None, :]) % (2 * k - 1)
+        rows, columns = position.shape[0] * k, position.shape[1] * k
+        position = (position[:, None, :, None] * (2 * k - 1) + lag[None, :, None, :]).reshape(rows, columns)
+    return position.flatten()
 
 
-@lru_cache(maxsize=64)
-def _lag_matrix(taps: Taps, device: torch.device, dtype: torch.dtype, value: float = 1.0) -> Tensor:
+@constant
+def _lag_matrix(like: Tensor, taps: Taps, value: float = 1.0) -> Tensor:
     """`[N², lags]`, `value` where the pair of taps has the lag: folds a Gram product onto lags."""
-    with torch.inference_mode(False):
-        return value * torch.nn.functional.one_hot(_lag_index(taps, device), prod(_lag_shape(taps))).to(dtype)
+    lags = torch.arange(prod(_lag_shape(taps)), device=like.device)
+    return value * (_lag_index(like, taps)[:, None] == lags).to(like.dtype)
 
 
-@lru_cache(maxsize=64)
-def _all_but_one(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+@constant
+def _all_but_one(like: Tensor, count: int) -> Tensor:
     """`[count, count]`, one everywhere but on the diagonal."""
-    with torch.inference_mode(False):
-        return 1 - torch.eye(count, device=device, dtype=dtype)
+    return 1 - torch.eye(count, device=like.device, dtype=like.dtype)

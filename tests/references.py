@@ -120,3 +120,10 @@ def literal_merges(similarity: Tensor, linkage: str) -> list[tuple[set[int], flo
         merges.append((clusters[a] | clusters[b], near[a, b]))
         clusters = [cluster for c, cluster in enumerate(clusters) if c not in (a, b)] + [clusters[a] | clusters[b]]
     return merges
+
+
+LITERAL = {  # the objectives by name
+    "cs": literal_similarity,
+    "neighbours": literal_neighbouring_similarity,
+    "kernel": literal_kernel_orthogonality,
+}

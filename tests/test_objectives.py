@@ -2,18 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import literal_kernel_orthogonality, literal_neighbouring_similarity, literal_similarity
+from references import LITERAL
 from torch import Tensor
 
 from convsim_cli.errors import InputError
 from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
 from convsim_cli.similarity import to_filters, to_weight
 
-LITERAL = {
-    "cs": literal_similarity,
-    "neighbours": literal_neighbouring_similarity,
-    "kernel": literal_kernel_orthogonality,
-}
 SHAPES = [((1, 2, 3), 1), ((4, 1, 1, 1), 1), ((5, 3, 3, 2), 1), ((6, 2, 4), 2), ((6, 2, 2, 1, 3), 3), ((3, 2, 3, 3), 3)]
 
 

@@ -10,7 +10,6 @@ from references import (
 from torch import Tensor
 
 from convsim_cli import convolutional_similarity, similarity
-from convsim_cli.machine.precision import _switches, full_precision
 from convsim_cli.similarity import normalized_similarity, similarity_gradient, to_filters
 
 TAPS = [(1,), (2,), (3,), (5,), (7,), (1, 1), (2, 2), (3, 1), (3, 3), (5, 3), (4, 2), (1, 1, 1), (2, 3, 2)]
@@ -101,7 +100,7 @@ def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
 def test_folding_by_a_matrix_as_accelerators_do_matches_folding_by_index() -> None:
     filters, taps = to_filters(torch.randn(4, 3, 3, 2, dtype=torch.float64))
     gram = (filters @ filters.mT).flatten(-2)
-    folded = gram @ similarity._lag_matrix(taps, filters.device, filters.dtype)
+    folded = gram @ similarity._lag_matrix(filters, taps)
     torch.testing.assert_close(folded, similarity.autocorrelation(filters, taps), rtol=1e-12, atol=1e-12)
 
 
@@ -124,22 +123,6 @@ def test_autocast_does_not_touch_value_or_gradient() -> None:
         (cast,) = torch.autograd.grad(value, weight)
     assert torch.equal(value, convolutional_similarity(weight))
     assert torch.equal(cast, plain)
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_tf32_is_off_inside_and_back_as_it_was_outside(kind: str) -> None:
-    torch.set_float32_matmul_precision("medium")
-    try:
-        switches = _switches(kind)
-        before = [read() for read, _, _ in switches]
-        with full_precision(torch.device(kind)):
-            inside = [read() for read, _, _ in switches]
-        assert inside == [exact for _, _, exact in switches]
-        assert inside != before
-        assert [read() for read, _, _ in switches] == before
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_normalized_form_matches_its_definition_and_does_not_move_with_scale() -> None:
@@ -170,8 +153,7 @@ def test_gradient_needs_no_graph() -> None:
 
 
 def test_constants_made_in_inference_mode_serve_training_too() -> None:
-    similarity._lag_index.cache_clear()
-    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    weight = torch.randn(4, 3, 2, 4, requires_grad=True)  # of taps that no other test has
     with torch.inference_mode():
         convolutional_similarity(weight)
     (gradient,) = torch.autograd.grad(convolutional_similarity(weight), weight, create_graph=True)
@@ -184,6 +166,11 @@ def test_constants_made_in_inference_mode_serve_training_too() -> None:
     [
         (torch.zeros(4, 4), 1, r"\[4, 4\]"),
         (torch.zeros(4, 4, 3, dtype=torch.int8), 1, "int8"),
+        (torch.zeros(4, 4, 3, dtype=torch.complex64), 1, "float64, got torch.complex64"),
+        (torch.zeros(4, 4, 3, dtype=torch.float8_e4m3fn), 1, "float8_e4m3fn"),
+        (torch.zeros(4, 0, 3), 1, r"none of them empty, got torch.float32 \[4, 0, 3\]"),
+        (torch.zeros(4, 4, 3, 0), 1, r"\[4, 4, 3, 0\]"),
+        (torch.zeros(0, 4, 3), 1, r"\[0, 4, 3\]"),
         (torch.zeros(4, 4, 3), 3, "3 groups do not divide the 4 filters"),
     ],
 )
