@@ -244,7 +244,7 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
     (tmp_path / "three.PNG").write_bytes(b"not one either")
     assert "three.PNG: not a readable image" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path).error
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path / "empty").error
+    assert "contains no images" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path / "empty").error
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
         (["--arch", "cnn:4", "--input", "digits", "--std", "1,nan,1"], "--std '1,nan,1': expected finite numbers"),
         (["--arch", "cnn:4", "--mean", "1,1,1"], "--mean and --std normalize images: --input white has none"),
         (["--arch", "cnn:4", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png"),
-        (["m.safetensors", "--key", "ema"], "--key ema: m.safetensors is no pickle"),
+        (["m.safetensors", "--key", "ema"], "--key applies only to pickled checkpoints; m.safetensors is"),
         (["m.safetensors", "--input", "folder:x"], "needs --arch"),
         (["--arch", "cnn:4", "--input", "folder:nowhere"], "nowhere: expected a folder of images for each class"),
     ],

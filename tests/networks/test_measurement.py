@@ -12,7 +12,7 @@ from convsim_cli import measure_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.measurement import feature_maps, random_kernels
 
-SHARED_KEYS = ("schema", "command")  # of all commands' documents
+SHARED_KEYS = ("schema", "command", "version")  # of all commands' documents
 
 
 @pytest.fixture
