@@ -17,7 +17,7 @@ from convsim_cli.inputs.images import Channels, Dataset, Split
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def load_images(
@@ -28,9 +28,9 @@ def load_images(
     mean, std: normalize by these, ImageNet's if None. Raises InputError for a folder without images, and for an image
     that cannot be read.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise InputError(f"{folder}: contains no images ({', '.join(SUFFIXES)})")
+        raise InputError(f"{folder}: contains no images ({', '.join(IMAGE_SUFFIXES)})")
     count = min(samples, len(files))
     images = torch.stack([_decode(files[i * len(files) // count], side) for i in range(count)])
     split = Split(images, torch.zeros(count, dtype=torch.long))

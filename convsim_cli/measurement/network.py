@@ -66,10 +66,14 @@ def measure(
     ]
 
 
-def fm_cos_by_layer(model: nn.Module, images: Tensor) -> dict[str, float | None]:
-    """Return `fm_cos` of every convolution on one batch, on the model's device: a fraction of the cost of `measure`."""
+def fm_cos_by_layer(model: nn.Module, images: Tensor, kernels_changed: bool = False) -> dict[str, float | None]:
+    """Return `fm_cos` of every convolution on one batch, on the model's device: a fraction of the cost of `measure`.
+
+    kernels_changed: whether the kernels were changed after the batch-norm statistics were stored.
+    """
     kernels = module_kernels(model, parametrized=True).kernels
-    seen = feature_maps(model, kernels, [images], bn_statistics=choose_statistics(model), whole=False)
+    statistics = choose_statistics(model, kernels_changed=kernels_changed)
+    seen = feature_maps(model, kernels, [images], bn_statistics=statistics, whole=False)
     return {name: layer.similarity.fm_cos for name, layer in seen.items()}
 
 

@@ -30,7 +30,7 @@ class NumericalRow:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RowSettings:
     """How a row minimizes: the optimizer's learning rate, and how many iterations."""
 
     lr: float
@@ -91,15 +91,15 @@ NUMERICAL_ROWS = (
     NumericalRow("table6", 16, "adam", (0.77, 0.28, 99.9, 99.80, 2.49, 688.54, None)),
     NumericalRow("table6", 16, "sgd", (0.851, 0.23, 98.6, 98.68, 8.20, 10.90e4, 40.35e4)),
 )
-TABLE_9: dict[tuple[int, str], Settings] = {  # by N and optimizer; Tables 7 and 8 did not survive
-    (3, "adam"): Settings(0.1, 300),
-    (3, "sgd"): Settings(0.1, 300),
-    (9, "adam"): Settings(0.1, 300),
-    (9, "sgd"): Settings(0.05, 400),
-    (16, "adam"): Settings(0.05, 500),
-    (16, "sgd"): Settings(0.01, 700),
+TABLE_9: dict[tuple[int, str], RowSettings] = {  # by N and optimizer; Tables 7 and 8 did not survive
+    (3, "adam"): RowSettings(0.1, 300),
+    (3, "sgd"): RowSettings(0.1, 300),
+    (9, "adam"): RowSettings(0.1, 300),
+    (9, "sgd"): RowSettings(0.05, 400),
+    (16, "adam"): RowSettings(0.05, 500),
+    (16, "sgd"): RowSettings(0.01, 700),
 }
-FITTED = {("table1", 16, "sgd"): Settings(0.1, 300)}  # by table, N and optimizer, where Table 9 does not serve
+FITTED = {("table1", 16, "sgd"): RowSettings(0.1, 300)}  # by table, N and optimizer, where Table 9 does not serve
 FITTED_NOTES = {
     "table1": "N = 16 with SGD has learning rate 0.1 and 300 iterations, found by trying seven settings; "
     "with those of Table 9 (0.01, 700) the published row does not come back"
@@ -121,6 +121,6 @@ CLAIMS = {
 }
 
 
-def settings_of(table: str, taps: int, optimizer: str) -> Settings:
+def settings_of(table: str, taps: int, optimizer: str) -> RowSettings:
     """Return the learning rate and the iterations of a row of Tables 1, 2, 3 or 6."""
     return FITTED.get((table, taps, optimizer)) or TABLE_9[taps, optimizer]

@@ -9,11 +9,10 @@ from typing import Any
 
 from convsim_cli.reproduction.campaign import Job, Outcome
 from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.results import Row
+from convsim_cli.training.results import LAST_EPOCHS, Row
 from convsim_cli.training.run_folder import plain_name
 
 FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
-LAST = 5  # epochs of the mean of the last ones
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     figures: dict[str, Callable[[list[Row]], float]] = {
         "best_test_accuracy": lambda rows: max(row["test_accuracy"] for row in rows),
         "last_test_accuracy": lambda rows: rows[-1]["test_accuracy"],
-        "mean_last5_test_accuracy": lambda rows: mean(row["test_accuracy"] for row in rows[-LAST:]),
+        "mean_last5_test_accuracy": lambda rows: mean(row["test_accuracy"] for row in rows[-LAST_EPOCHS:]),
         "last_train_accuracy": lambda rows: rows[-1]["train_accuracy"],
         "cs": lambda rows: rows[-1]["cs"],
         "seconds": lambda rows: sum(row["seconds"] for row in rows),

@@ -59,9 +59,9 @@ class Declaration:
             return f"{', '.join(others)} or {last}"
         if self.above is not None:
             return f"a number above {self.above}"
-        return (
-            f"a number {f'from {self.least} to {self.most}' if self.most < math.inf else f'of {self.least} or above'}"
-        )
+        if self.most < math.inf:
+            return f"a number from {self.least} to {self.most}"
+        return f"a number of {self.least} or above"
 
 
 def setting(default: Any, help: str, group: str | None = None, **more: Any) -> Any:
@@ -110,7 +110,12 @@ class Arguments:
     beta_schedule: Literal["constant", "loss"] = setting(
         "constant", "Keep beta constant, or lower it with the task loss.", "Method"
     )
-    objective: str = setting("cs", "cs (Eq. 10) or neighbours (the authors' public code).", "Method", metavar="NAME")
+    objective: str = setting(
+        "cs",
+        "What to minimize: cs (Eq. 10), neighbours (the authors' public code) or kernel (kernel orthogonality).",
+        "Method",
+        metavar="NAME",
+    )
     bn_statistics: Literal["precise", "running", "batch"] = setting(
         "precise",
         "What batch norm uses in evaluation. precise: statistics re-estimated before each one, on 4,096 training "
@@ -129,8 +134,11 @@ class Arguments:
 
     def check(self) -> None:
         """Raise InputError for a value out of range, and for arguments that contradict each other."""
+        from convsim_cli.objectives import find_objective  # imports torch
+
         for name, declaration in declarations().items():
             declaration.check(getattr(self, name))
+        find_objective(self.objective)
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
             raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
         if self.rescale and not (self.mode == "init" and self.preserve_norm):
@@ -138,7 +146,7 @@ class Arguments:
         for name, declaration in declarations().items():
             takers = modes_that_take(name)
             if takers and self.mode not in takers and getattr(self, name) != declaration.default:
-                raise InputError(f"`{name}` goes with `mode` {' or '.join(takers)}, got `mode` {self.mode}")
+                raise InputError(f"`{name}` goes with `mode` {', '.join(takers)}, got `mode` {self.mode}")
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run the one it is: all but the number of epochs and where its data lies."""

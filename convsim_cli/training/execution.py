@@ -16,7 +16,7 @@ from convsim_cli.training.results import Row, write_results
 from convsim_cli.training.run_data import load_data
 from convsim_cli.training.run_folder import Run, locked, open_run, write_arguments, write_json
 from convsim_cli.training.run_network import build_with_weights
-from convsim_cli.training.run_state import Progress, read_state, save_state
+from convsim_cli.training.run_state import Log, read_state, save_state
 from convsim_cli.training.summary import feature_map_cosines, summarize_run
 from convsim_cli.training.trainer import Trainer, be_deterministic
 
@@ -64,18 +64,18 @@ def execute(
         data = dataset or load_data(arguments)
         data = data.limited(arguments.limit_train, arguments.limit_test)
         state = processes.on_rank_zero(lambda: read_state(run))
-        trainer, progress = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
+        trainer, log = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
         if processes.is_rank_zero:
             _update_folder(run, trainer.epoch)
         while trainer.epoch < arguments.epochs:
             listener.phase(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps)
             row = trainer.run_epoch(listener.advance)
-            progress["history"].append(row)
-            save_state(run, trainer, progress)
+            log["history"].append(row)
+            save_state(run, trainer, log)
             listener.row(row)
         if not processes.is_rank_zero:
             return {}
-        summary = summarize_run(trainer, progress)
+        summary = summarize_run(trainer, log)
         write_json(run.folder / "summary.json", summary)
     return summary
 
@@ -97,7 +97,7 @@ def _update_folder(run: Run, epochs_done: int) -> None:
         (run.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
 
 
-def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, Progress]:
+def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, _device(run, processes)
     model = build_with_weights(arguments, data.classes).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
@@ -106,13 +106,14 @@ def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) ->
         listener.phase("init", preparation.steps(model, arguments))
         processes.on_rank_zero(lambda: preparation.apply_(model, arguments, listener.advance))
     trainer = Trainer(model, data, arguments, device, processes)
-    cosines = feature_map_cosines(model, data, device) if processes.is_rank_zero else {}
-    progress: Progress = {"history": [], "fm_cos_start": cosines}
-    save_state(run, trainer, progress)
-    return trainer, progress
+    changed = preparation is not None
+    cosines = feature_map_cosines(model, data, device, changed) if processes.is_rank_zero else {}
+    log: Log = {"history": [], "fm_cos_start": cosines}
+    save_state(run, trainer, log)
+    return trainer, log
 
 
-def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> tuple[Trainer, Progress]:
+def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, _device(run, processes)
     model = build_network(arguments.arch, data.classes, arguments.seed)
     trainer = Trainer(model, data, arguments, device, processes)

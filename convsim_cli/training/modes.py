@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from convsim_cli.minimize import Minimization
 
 
-class Settings(Protocol):
+class PreparationSettings(Protocol):
     """The arguments of a run that a preparation reads (see `arguments.Arguments`)."""
 
     @property
     def iterations(self) -> int: ...
     @property
     def init_lr(self) -> float: ...
+    @property
+    def objective(self) -> str: ...
     @property
     def preserve_norm(self) -> bool: ...
     @property
@@ -33,10 +35,10 @@ class Settings(Protocol):
 class Preparation(Protocol):
     """What a mode does to a network before training."""
 
-    def steps(self, model: nn.Module, settings: Settings) -> int:
+    def steps(self, model: nn.Module, settings: PreparationSettings) -> int:
         """Return the number of steps that `apply_` reports to `advance`."""
 
-    def apply_(self, model: nn.Module, settings: Settings, advance: Advance) -> None:
+    def apply_(self, model: nn.Module, settings: PreparationSettings, advance: Advance) -> None:
         """Change the network in place. Raises InputError and DivergedError, with the network untouched."""
 
 
@@ -59,53 +61,56 @@ class Mode:
 class _Algorithm1:
     """Give each kernel the directions, the norms, or both, that Algorithm 1 would give it.
 
-    plan: the minimization that the directions come from, and the one that the norms come from; None keeps the present
-    ones. Without a minimization for the norms, they come with the directions.
+    plan: the minimization that the directions come from, and the one that the norms come from. Without the first, the
+    directions stay; without the second, the norms come with the directions.
     """
 
-    plan: Callable[[Settings], tuple[Minimization | None, Minimization | None]]
+    plan: Callable[[PreparationSettings], tuple[Minimization | None, Minimization | None]]
 
-    def steps(self, model: nn.Module, settings: Settings) -> int:
+    def steps(self, model: nn.Module, settings: PreparationSettings) -> int:
         from convsim_cli.kernels import module_kernels
 
         selection = module_kernels(model)
-        minimizations = [how for how in self.plan(settings) if how]
-        return sum(how.steps(how.select(selection).kernels) for how in minimizations)
+        return sum(how.steps(how.select(selection).kernels) for how in self.plan(settings) if how)
 
-    def apply_(self, model: nn.Module, settings: Settings, advance: Advance) -> None:
+    def apply_(self, model: nn.Module, settings: PreparationSettings, advance: Advance) -> None:
         import torch
 
         from convsim_cli.kernels import module_kernels, weight_of
-        from convsim_cli.minimize import minimize_kernel, rescale_to
+        from convsim_cli.minimize import minimize_kernels, rescale_to
 
         selection = module_kernels(model)
+        weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
+        results = {name: weight.detach() for name, weight in weights.items()}
         directions, norms = self.plan(settings)
-        turned = directions.select(selection).kernels if directions else []
-        results = []
-        for kernel in selection.kernels:
-            weight = result = weight_of(model, kernel).detach()
-            if directions and kernel in turned:
-                result, _ = minimize_kernel(kernel, weight, directions, advance)
-            if norms:
-                result = rescale_to(kernel, result, minimize_kernel(kernel, weight, norms, advance)[0])
-            results.append((weight, result))
+        if directions:
+            kernels = directions.select(selection).kernels
+            layers = [(kernel, weights[kernel.name]) for kernel in kernels]
+            for kernel, (turned, _) in zip(kernels, minimize_kernels(layers, directions, advance), strict=True):
+                results[kernel.name] = turned
+        if norms:
+            kernels = norms.select(selection).kernels
+            layers = [(kernel, weights[kernel.name]) for kernel in kernels]
+            for kernel, (shrunk, _) in zip(kernels, minimize_kernels(layers, norms, advance), strict=True):
+                results[kernel.name] = rescale_to(kernel, results[kernel.name], shrunk)
         with torch.no_grad():
-            for weight, result in results:
-                weight.copy_(result)
+            for name, weight in weights.items():
+                weight.copy_(results[name])
 
 
-def _minimization(settings: Settings, preserve_norm: bool) -> Minimization:
+def _minimization(settings: PreparationSettings, preserve_norm: bool) -> Minimization:
     from convsim_cli.minimize import Minimization
 
-    return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm)
+    objective = settings.objective
+    return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
 
 
-def _init(settings: Settings) -> tuple[Minimization, Minimization | None]:
+def _init(settings: PreparationSettings) -> tuple[Minimization, Minimization | None]:
     raw = _minimization(settings, preserve_norm=False)
     return _minimization(settings, settings.preserve_norm), raw if settings.rescale else None
 
 
-def _rescale(settings: Settings) -> tuple[None, Minimization]:
+def _rescale(settings: PreparationSettings) -> tuple[None, Minimization]:
     return None, _minimization(settings, preserve_norm=False)
 
 
@@ -116,11 +121,16 @@ MODES: dict[str, Mode] = {
         Mode(
             "init",
             "Algorithm 1 before training",
-            frozenset({"preserve_norm", "rescale"}),
+            frozenset({"objective", "preserve_norm", "rescale"}),
             preparation=_Algorithm1(_init),
         ),
         Mode("reg", "Algorithm 2 during training", frozenset({"objective", "beta_schedule"}), regularizes=True),
-        Mode("rescale", "a control that only scales the filters as init would", preparation=_Algorithm1(_rescale)),
+        Mode(
+            "rescale",
+            "a control that only scales the filters as init would",
+            frozenset({"objective"}),
+            preparation=_Algorithm1(_rescale),
+        ),
     )
 }
 

@@ -13,6 +13,7 @@ from convsim_cli.errors import InputError
 
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
 FILE = "results.csv"
+LAST_EPOCHS = 5  # that the mean of the last test accuracies is over
 Row = dict[str, Any]
 
 

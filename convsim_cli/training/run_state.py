@@ -20,13 +20,13 @@ from convsim_cli.training.results import Row, write_results
 from convsim_cli.training.run_folder import Run
 from convsim_cli.training.trainer import Trainer
 
-Progress = dict[str, Any]  # "history": the rows so far; "fm_cos_start": per layer, before training
+Log = dict[str, Any]  # "history": the rows so far; "fm_cos_start": `fm_cos` per layer, before training
 
 
-def save_state(run: Run, trainer: Trainer, progress: Progress) -> None:
+def save_state(run: Run, trainer: Trainer, log: Log) -> None:
     """Save a run between two epochs. Rank 0 writes; all processes must call this. Raises WriteError."""
-    state = {"arguments": asdict(run.arguments), "progress": progress, "trainer": trainer.state()}
-    trainer.processes.on_rank_zero(lambda: _write(run, trainer, progress["history"], state))
+    state = {"arguments": asdict(run.arguments), "progress": log, "trainer": trainer.state()}
+    trainer.processes.on_rank_zero(lambda: _write(run, trainer, log["history"], state))
 
 
 def read_state(run: Run) -> dict[str, Any] | None:

@@ -80,6 +80,13 @@ def test_published_correlations_come_back_for_3_and_9_taps(name: str) -> None:
             assert abs(found["correlation_mean"] - row.published[0]) < 0.08
 
 
+def test_table_1_comes_back_for_16_taps_and_sgd_with_settings_that_were_found() -> None:
+    (row,) = (row for row in NUMERICAL_ROWS if (row.table, row.taps, row.optimizer) == ("table1", 16, "sgd"))
+    found = run_episodes(draw_episodes(16, "full", EPISODES, seed=0), find_table("table1"), "sgd")
+    for key, published, tolerance in zip(KEYS, row.published, (0.03, 0.03, 2, 3, 3), strict=False):
+        assert found[key] == pytest.approx(published, abs=tolerance)
+
+
 def test_rows_have_the_keys_of_the_design_and_progress_ends_at_its_total() -> None:
     told: list[int] = []
     for row in numerical_rows("table1", episodes=10, advance=told.append):
@@ -120,5 +127,9 @@ def test_reproduce_prints_and_saves_one_document(tmp_path: Path, convsim: Convsi
     assert document["rows"][0]["published"]["reduction_frequency"] is None
     assert "near 100 %" in document["claim"]
     assert json.loads((tmp_path / "table3.json").read_text()) == document
-    rows = convsim("reproduce", "table1", "--episodes", 10, "--run-dir", tmp_path).rows
-    assert rows[0]["correlation_published"] == "0.67 ± 0.28"
+    assert document["note"] is None
+    outcome = convsim("reproduce", "table1", "--episodes", 10, "--run-dir", tmp_path)
+    assert outcome.rows[0]["correlation_published"] == "0.67 ± 0.28"
+    note = json.loads((tmp_path / "table1.json").read_text())["note"]
+    assert "found by trying seven settings" in note
+    assert note in outcome.err

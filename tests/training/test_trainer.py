@@ -90,6 +90,15 @@ def test_init_is_algorithm_1_and_rescale_has_its_norms_with_the_old_directions()
     assert not torch.allclose(directions(initialized), directions(fresh), atol=1e-3)
 
 
+def test_init_and_rescale_follow_the_objective() -> None:
+    initialized, rescaled, reference = (build_network("cnn:8") for _ in range(3))
+    minimize_(reference, 50, objective="kernel")
+    prepare_(initialized, Arguments(mode="init", iterations=50, objective="kernel"))
+    prepare_(rescaled, Arguments(mode="rescale", iterations=50, objective="kernel"))
+    assert all(torch.equal(a, b) for a, b in zip(initialized.parameters(), reference.parameters(), strict=True))
+    torch.testing.assert_close(norms(rescaled), norms(reference))
+
+
 def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> None:
     preserved, both, raw = (build_network("cnn:8") for _ in range(3))
     prepare_(preserved, Arguments(mode="init", preserve_norm=True, iterations=50))
@@ -101,12 +110,14 @@ def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"),
-    [({"mode": "init"}, 40), ({"mode": "rescale"}, 40)]
-    + [({"mode": "init", "preserve_norm": True, "rescale": rescale}, 40 + 40 * rescale) for rescale in (False, True)],
+    ("options", "minimizations"),
+    [({"mode": "init"}, 1), ({"mode": "rescale"}, 1)]
+    + [({"mode": "init", "preserve_norm": True, "rescale": rescale}, 1 + rescale) for rescale in (False, True)],
 )
-def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, object], steps: int) -> None:
+def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, object], minimizations: int) -> None:
     model, arguments = build_network("cnn:4"), Arguments(**options, iterations=10)  # type: ignore[arg-type]
+    values = sum(weight.numel() for weight in model.parameters() if weight.ndim == 4)
+    steps = 10 * values * minimizations
     preparation = MODES[arguments.mode].preparation
     assert preparation is not None
     assert preparation.steps(model, arguments) == steps
@@ -156,7 +167,8 @@ def test_compiled_training_comes_to_the_same(data: Dataset) -> None:
         ({"beta": -0.1}, "`beta` -0.1: expected a number of 0 or above"),
         ({"rescale": True}, "`rescale` goes with `mode` init and `preserve_norm`"),
         ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, got `mode` baseline"),
-        ({"objective": "neighbours"}, "`objective` goes with `mode` reg"),
+        ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, rescale, got `mode` baseline"),
+        ({"mode": "reg", "objective": "neighbors"}, "unknown `objective` 'neighbors'; did you mean 'neighbours'"),
         ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg"),
     ],
 )
