@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convsim_cli.checkpoints.formats import open_checkpoint
+    from convsim_cli.closed_forms import decorrelate_, orthogonalize_
     from convsim_cli.measurement.network import measure
-    from convsim_cli.minimize import minimize_
+    from convsim_cli.minimize import minimize_, minimize_weight_
+    from convsim_cli.networks.measurement import measure_checkpoint
     from convsim_cli.networks.minimization import minimize_checkpoint
     from convsim_cli.penalty import ConvSimPenalty
     from convsim_cli.similarity import convolutional_similarity
@@ -17,19 +19,27 @@ __version__ = "0.2.0"
 __all__ = [
     "ConvSimPenalty",
     "convolutional_similarity",
+    "decorrelate_",
     "measure",
+    "measure_checkpoint",
     "minimize_",
     "minimize_checkpoint",
+    "minimize_weight_",
     "open_checkpoint",
+    "orthogonalize_",
 ]
 
 _HOMES = {
     "ConvSimPenalty": "penalty",
     "convolutional_similarity": "similarity",
+    "decorrelate_": "closed_forms",
     "measure": "measurement.network",
+    "measure_checkpoint": "networks.measurement",
     "minimize_": "minimize",
     "minimize_checkpoint": "networks.minimization",
+    "minimize_weight_": "minimize",
     "open_checkpoint": "checkpoints.formats",
+    "orthogonalize_": "closed_forms",
 }
 
 

@@ -1,71 +1,47 @@
-"""Algorithm 1: minimize L_CS of the kernels alone, before training.
+"""Algorithm 1: minimize an objective of the kernels alone, before training.
 
-Layers are independent under Adam and SGD, so each is minimized by itself and one layer's state is held at a time.
-Kernels stay in the layout that the products like; the loop never waits for the device but for a look at the loss every
-50 iterations, and on CUDA an iteration is a graph that is replayed.
+Layers are independent under Adam and SGD. Small ones are minimized together: layers of equal shape are stacked along
+the axis of groups, which changes no bit of the result on the CPU, and on CUDA all share one graph. A large layer is
+minimized by itself, so that no other optimizer state is held beside its own.
 
 Raw, as in the paper, the objective is homogeneous of degree 4 and mostly shrinks the filters. `preserve_norm` holds
 every filter at its own L2 norm: the gradient is projected onto the tangent space before the optimizer sees it, and the
 filter rescaled after the step; rescaling alone does not work under Adam, whose steps do not depend on the gradient's
-length.
+length. Dead filters (`living_filters`) keep every bit.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from convsim_cli.descent import Minimization, Stack, descend_
 from convsim_cli.errors import DivergedError, InputError
-from convsim_cli.kernels import Kernel, Selection, module_kernels, warn_of_parametrized, weight_of
-from convsim_cli.machine.cuda_graphs import repeated
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.measurement.figures import Record, describe, is_finite, kernel_figures
-from convsim_cli.similarity import Taps, similarity, similarity_gradient
+from convsim_cli.kernels import (
+    Kernel,
+    Patterns,
+    Selection,
+    living_filters,
+    module_kernels,
+    refuse_sharded,
+    warn_of_unsupported,
+    weight_of,
+)
+from convsim_cli.machine.progress import Advance
+from convsim_cli.measurement.kernel_figures import Record, describe, is_finite, kernel_figures
+from convsim_cli.objectives import rescale_
+from convsim_cli.similarity import to_filters
 
-LOOK_EVERY = 50  # iterations between looks at the loss
+__all__ = ["Minimization", "minimize_", "minimize_kernel", "minimize_kernels", "minimize_weight_", "rescale_to"]
 
-Advance = Callable[[int], None]  # told how many iterations have been done since the last call
+LARGE = 16 << 20  # bytes of float32: a layer above this is minimized by itself
+TOGETHER = {"cuda": 256 << 20}  # bytes of small layers minimized together, by device; LARGE elsewhere
 
-
-@dataclass(frozen=True)
-class Minimization:
-    """How to minimize: the paper's settings (section 4.2) unless given.
-
-    iterations: ≥ 0; lr: step size, > 0; preserve_norm: hold every filter at its own L2 norm; tol: stop a layer when 50
-    iterations lower its loss by less than this share, 0 to never stop.
-    """
-
-    iterations: int = 500
-    lr: float = 1e-3
-    optimizer: Literal["adam", "sgd"] = "adam"
-    preserve_norm: bool = False
-    tol: float = 0.0
-
-    def __post_init__(self) -> None:
-        in_range = self.iterations >= 0 and 0 < self.lr < math.inf and 0 <= self.tol < math.inf
-        if not in_range or self.optimizer not in ("adam", "sgd"):
-            raise InputError(
-                "expected iterations ≥ 0, lr > 0, tol ≥ 0 and optimizer adam or sgd, "
-                f"got {self.iterations}, {self.lr}, {self.tol} and {self.optimizer!r}"
-            )
-
-    @property
-    def objective(self) -> str:
-        return "norm-preserving" if self.preserve_norm else "raw"
-
-    def select(self, selection: Selection) -> Selection:
-        """Leave out what this objective cannot act on: under `preserve_norm`, kernels whose L_CS is pure norm."""
-        if not self.preserve_norm:
-            return selection
-        kept = Selection(skipped=list(selection.skipped))
-        for kernel in selection.kernels:
-            kept.add(kernel, "1×1: its L_CS is pure norm, which --preserve-norm holds" if kernel.pointwise else None)
-        return kept
+Layer = tuple[Kernel, Tensor]
 
 
 def minimize_(
@@ -76,133 +52,165 @@ def minimize_(
     optimizer: Literal["adam", "sgd"] = "adam",
     preserve_norm: bool = False,
     tol: float = 0.0,
+    objective: str = "cs",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     advance: Advance | None = None,
 ) -> list[Record]:
-    """Minimize L_CS of every convolution of a module, in place, and return a record per layer (Algorithm 1).
+    """Minimize an objective of every convolution of a module, in place, and return a record per layer (Algorithm 1).
 
-    iterations ≥ 0, lr > 0, tol ≥ 0: see `Minimization`. advance: called with the number of iterations done since the
-    last call. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
-    `norm`. Warns of parametrized layers, which are left out. Raises InputError for a kernel with NaN or Inf and
-    DivergedError for a loss that stops being finite; the model is then untouched.
+    iterations ≥ 0, lr > 0, tol ≥ 0, objective: see `Minimization`. include, exclude: globs over names of kernels, such
+    as `layer1.*`. advance: takes the steps completed since the last call; each value of a kernel takes one step per
+    iteration. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
+    `norm`. Warns of layers that are left out because convsim cannot act on them: parametrized, lazy, of unknown types.
+    Raises InputError for settings out of range, a pattern that matches nothing, a sharded weight and a kernel with NaN
+    or Inf, and DivergedError for a loss that stops being finite; the model is then untouched.
 
     >>> from torch import nn
     >>> record = minimize_(nn.Sequential(nn.Conv2d(3, 8, 3)), iterations=100)[0]
     >>> record["after"]["cs"] < record["before"]["cs"]
     True
     """
-    how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
-    selection = how.select(module_kernels(model))
-    warn_of_parametrized(selection)
-    kernels = selection.kernels
-    done = [(kernel, *minimize_kernel(kernel, weight_of(model, kernel).detach(), how, advance)) for kernel in kernels]
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
+    selection = how.select(module_kernels(model, Patterns(include, exclude)))
+    warn_of_unsupported(selection)
+    weights = [weight_of(model, kernel) for kernel in selection.kernels]
+    done = list(minimize_kernels(zip(selection.kernels, weights, strict=True), how, advance))
     with torch.no_grad():
-        for kernel, weight, _ in done:
-            weight_of(model, kernel).copy_(weight)
-    return [record for _, _, record in done]
+        for weight, (minimized, _) in zip(weights, done, strict=True):
+            weight.copy_(minimized)
+    return [record for _, record in done]
+
+
+def minimize_weight_(
+    weight: Tensor,
+    groups: int = 1,
+    *,
+    iterations: int = 500,
+    lr: float = 1e-3,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    preserve_norm: bool = False,
+    tol: float = 0.0,
+    objective: str = "cs",
+) -> Tensor:
+    """Minimize an objective of one convolution's weight, in place, and return the weight, as `torch.nn.init` does.
+
+    weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups. For a
+    transposed convolution without groups pass `weight.transpose(0, 1)`. The settings are those of `minimize_`. Warns
+    where there is nothing to minimize. Raises ValueError for another shape, type or number of groups, for settings out
+    of range and for NaN or Inf, and DivergedError for a loss that stops being finite; the weight is then untouched.
+
+    >>> weight = minimize_weight_(torch.nn.init.kaiming_normal_(torch.empty(8, 3, 3, 3)), iterations=100)
+    """
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
+    refuse_sharded("the weight", weight)
+    to_filters(weight, groups)  # raises for what is no weight
+    selection = Selection()
+    selection.add(Kernel("weight", tuple(weight.shape), groups))
+    selection = how.select(selection)
+    if selection.skipped:
+        warnings.warn(f"the weight is left as it is: {selection.skipped[0].reason}", stacklevel=2)
+        return weight
+    minimized, _ = minimize_kernel(selection.kernels[0], weight, how)
+    with torch.no_grad():
+        return weight.copy_(minimized)
 
 
 def minimize_kernel(
     kernel: Kernel, weight: Tensor, how: Minimization, advance: Advance | None = None
 ) -> tuple[Tensor, Record]:
-    """Return the minimized weight, in the stored shape and dtype, on its device, and the layer's record.
+    """Return the minimized weight of one layer and its record, as `minimize_kernels` does."""
+    return next(minimize_kernels([(kernel, weight)], how, advance))
 
-    weight: as stored, untouched. Half types are minimized in float32 and cast back. Raises InputError, DivergedError.
+
+def minimize_kernels(
+    layers: Iterable[Layer], how: Minimization, advance: Advance | None = None
+) -> Iterator[tuple[Tensor, Record]]:
+    """Yield each layer's minimized weight, in the stored shape and dtype, on its device, and its record; in order.
+
+    layers: kernels and their weights as stored, on one device; the weights are not written to. Half types are minimized
+    in float32 and cast back. Small layers are taken ahead and minimized together, a large one by itself. advance: takes
+    the steps (`Minimization.steps`) completed since the last call. Raises InputError for NaN or Inf, DivergedError.
     """
-    before = _figures(kernel, weight)
-    filters = _own_filters(kernel, weight)
-    with full_precision(weight.device):
-        minimize_filters_(filters, kernel.taps, how, kernel.name, advance)
-    minimized = kernel.to_stored(filters, weight.dtype)
-    del filters  # a layer less while the figures are computed
-    if not is_finite(minimized):
-        raise DivergedError(
-            f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower --lr"
-        )
-    return minimized, {**describe(kernel), "before": before, "after": _figures(kernel, minimized)}
-
-
-def minimize_filters_(
-    filters: Tensor, taps: Taps, how: Minimization, name: str, advance: Advance | None = None
-) -> None:
-    """Minimize L_CS of filters `[groups, S / groups, N, C]` in place. Raises DivergedError with the layer's name."""
-    filters.requires_grad_()  # what optimizers take; no graph is ever built
-    filters.grad = gradient = torch.empty_like(filters)
-    optimizer = _optimizer(filters, how)
-    former = math.inf
-    with torch.no_grad():
-        norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-
-        def step() -> None:
-            similarity_gradient(filters, taps, out=gradient)
-            if how.preserve_norm:
-                project_(gradient, filters, norms)
-            optimizer.step()
-            if how.preserve_norm:
-                rescale_(filters, norms)
-
-        iterate = repeated(step, filters.device)
-        done = 0
-        while done < how.iterations:
-            block = min(LOOK_EVERY, how.iterations - done)
-            for _ in range(block):
-                iterate()
-            done += block
-            loss = similarity(filters, taps).item()
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"{name}: L_CS is {loss} after {done} iterations at lr {how.lr:g}; nothing was written, "
-                    "lower --lr, or scale kernels this large down first"
-                )
-            if advance:
-                advance(block)
-            if how.tol > 0 and former - loss < how.tol * former < math.inf:
-                break
-            former = loss
-    if advance and done < how.iterations:
-        advance(how.iterations - done)
-    filters.requires_grad_(False).grad = None
+    for batch in _batches(layers):
+        yield from _minimize_together(batch, how, advance)
 
 
 def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
     """Return `weight` with each filter scaled to the L2 norm that it has in `norms_of`, both as stored.
 
-    The control for what shrinking alone does: directions of one, norms of the other. A zero filter stays zero.
+    The control for what shrinking alone does: directions of one, norms of the other. Dead filters keep every bit.
     """
-    filters, target = _own_filters(kernel, weight), kernel.to_filters(norms_of.detach())
-    rescale_(filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
-    return kernel.to_stored(filters, weight.dtype)
+    stack, target = Stack([kernel], [weight.detach()]), kernel.to_filters(norms_of.detach())
+    rescale_(stack.filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
+    return stack.parts[0].to_stored(weight)
 
 
-def _own_filters(kernel: Kernel, weight: Tensor) -> Tensor:
-    """Filters that may be written to: where their layout is that of the stored weight, a copy."""
-    filters = kernel.to_filters(weight.detach())
-    shared = filters.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-    return filters.clone() if shared else filters
+def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Small layers of one device together, up to a total size, and each large layer by itself."""
+    batch: list[Layer] = []
+    total = 0
+    for kernel, weight in layers:
+        most = TOGETHER.get(weight.device.type, LARGE)
+        size = most if 4 * weight.numel() > LARGE else 4 * weight.numel()
+        if batch and (total + size > most or weight.device != batch[0][1].device):
+            yield batch
+            batch, total = [], 0
+        batch.append((kernel, weight.detach()))
+        total += size
+    if batch:
+        yield batch
 
 
-def _optimizer(filters: Tensor, how: Minimization) -> torch.optim.Optimizer:
-    fused = filters.device.type in ("cpu", "cuda", "mps")
-    if how.optimizer == "sgd":
-        return torch.optim.SGD([filters], lr=how.lr, fused=fused)
-    return torch.optim.Adam([filters], lr=how.lr, fused=fused, capturable=filters.device.type == "cuda")
+def _minimize_together(
+    batch: list[Layer], how: Minimization, advance: Advance | None
+) -> Iterator[tuple[Tensor, Record]]:
+    before = [_figures(kernel, weight) for kernel, weight in batch]
+    minimized = _minimized(batch, how, advance)
+    for (kernel, weight), figures in zip(batch, before, strict=True):
+        found = minimized.pop(kernel.name)
+        if not is_finite(found):
+            raise DivergedError(
+                f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower `lr`"
+            )
+        living = living_filters(kernel.to_filters(weight))  # the same filters count before and after
+        yield found, {**describe(kernel), "before": figures, "after": _figures(kernel, found, living)}
 
 
-def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
-    """Project a gradient, in place, onto the tangent space of each filter's sphere: g −= ⟨g, K_i⟩ K_i / ‖K_i‖².
+def _minimized(batch: list[Layer], how: Minimization, advance: Advance | None) -> dict[str, Tensor]:
+    """The minimized weights, as stored, by name. On the CPU one stack after the other: its caches are small."""
+    groups = _of_one_shape(batch)
+    found = {}
+    for together in [[group] for group in groups] if batch[0][1].device.type == "cpu" else [groups]:
+        stacks = [Stack(*zip(*group, strict=True)) for group in together]
+        descend_(stacks, how, advance)
+        for stack, group in zip(stacks, together, strict=True):
+            for part, (kernel, weight) in zip(stack.parts, group, strict=True):
+                found[kernel.name] = part.to_stored(weight)
+    return found
 
-    gradient, filters: `[groups, S / groups, N, C]`; norms: the filters' L2 norms `[groups, S / groups, 1, 1]`.
+
+def _of_one_shape(batch: list[Layer]) -> list[list[Layer]]:
+    """The layers of a batch by what can be stacked."""
+    groups: dict[object, list[Layer]] = {}
+    for kernel, weight in batch:
+        alone = weight.device.type == "cpu" and not _rounds_alike_stacked(kernel)
+        shape = (kernel.groups, kernel.filters, kernel.channels, kernel.taps, weight.dtype == torch.float64)
+        groups.setdefault(kernel.name if alone else shape, []).append((kernel, weight))
+    return list(groups.values())
+
+
+def _rounds_alike_stacked(kernel: Kernel) -> bool:
+    """Return whether a layer's results on the CPU have the same bits in a stack as alone.
+
+    With 16 filters every tensor of each layer starts at a cache line, so that vectorized loops and products take the
+    same course. A single tap makes vectors of matrices, which are multiplied in another way as soon as there are two.
     """
-    inner = gradient.flatten(2).unsqueeze(-2) @ filters.flatten(2).unsqueeze(-1)  # as products: no copy is made
-    along = inner / torch.where(norms > 0, norms.square(), 1)
-    gradient.addcmul_(along, filters, value=-1)
+    return kernel.filters % 16 == 0 and not kernel.pointwise
 
 
-def rescale_(filters: Tensor, norms: Tensor) -> None:
-    """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero."""
-    present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    filters.mul_(torch.where(present > 0, norms / present, 0))
-
-
-def _figures(kernel: Kernel, weight: Tensor) -> dict[str, Any]:
-    figures = kernel_figures(kernel, weight)
+def _figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> dict[str, Any]:
+    if weight.is_meta:
+        raise InputError(f"{kernel.name} is on the meta device and has no values; move the model to a device first")
+    figures = kernel_figures(kernel, weight, living)
     return {key: figures[key] for key in ("cs", "ncs", "norm")}

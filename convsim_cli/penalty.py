@@ -1,32 +1,37 @@
-"""Algorithm 2: L_CS as a regularization term, for anyone's training loop."""
+"""Algorithm 2: an objective as a regularization term, for any training loop."""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, module_kernels, warn_of_parametrized, weight_of
+from convsim_cli.kernels import Kernel, Patterns, current_kernel, module_kernels, warn_of_unsupported
+from convsim_cli.machine.effective_weight import pull_back
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.similarity import (
-    convolutional_similarity,
-    neighbouring_similarity,
-    similarity,
-    similarity_gradient,
-)
+from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
 
-Pairs = Literal["all", "neighbours"]
+Layers = list[tuple[Kernel, Tensor]]
 
 
 class ConvSimPenalty:
-    """The sum of L_CS over a model's convolutions: `loss = task_loss + beta * penalty()`.
+    """An objective, summed over a model's convolutions: `loss = task_loss + beta * penalty()`.
 
-    model: any module; its kernels are found once. pairs: `all` for Eq. 10, `neighbours` for what the authors' public
-    code sums. Not a module: it owns no parameters and does not enter state dicts. Warns of
-    parametrized layers, which it leaves out. Raises InputError for a model without convolution kernels that form pairs.
-    Source: Algorithm 2.
+    model: any module. objective: `cs` is Eq. 10; `convsim_cli.objectives.OBJECTIVES` lists all. include, exclude: globs
+    over names of kernels, such as `layer1.*`.
+
+    The penalty selects layers by name when it is created, and looks their weights up at each call: it follows replaced
+    layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It computes a
+    parametrized weight once per call. It does not see layers with new names. A call raises InputError where a selected
+    layer is gone, is no convolution any more, or has a weight that the penalty cannot follow, such as a DTensor
+    (`fully_shard`).
+
+    The penalty is not a module: it owns no parameters and does not enter state dicts. Warns of layers that it leaves
+    out because it cannot act on them (lazy layers, unknown types). Raises InputError for an unknown objective, for a
+    pattern that matches nothing, and for a model without kernels that form pairs. Source: Algorithm 2.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -36,56 +41,85 @@ class ConvSimPenalty:
     torch.Size([8, 3, 3, 3])
     """
 
-    def __init__(self, model: nn.Module, pairs: Pairs = "all") -> None:
-        selection = module_kernels(model)
-        warn_of_parametrized(selection)
+    def __init__(
+        self, model: nn.Module, objective: str = "cs", *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> None:
+        self._objective = find_objective(objective)
+        selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
+        warn_of_unsupported(selection)
         if not selection.kernels:
-            raise InputError("the model has no convolution kernels that form pairs")
-        if pairs not in ("all", "neighbours"):
-            raise InputError(f"expected pairs 'all' or 'neighbours', got {pairs!r}")
-        self.pairs = pairs
-        self._layers: list[tuple[Kernel, nn.Parameter]] = [
-            (kernel, weight_of(model, kernel)) for kernel in selection.kernels
-        ]
+            raise InputError(
+                "the model has no convolution kernels that form pairs"
+                + "".join(f"; {skipped.name}: {skipped.reason}" for skipped in selection.skipped[:3])
+            )
+        self._model = model
+        self._kernels = selection.kernels
 
     def __call__(self) -> Tensor:
-        """Return the penalty, a scalar ≥ 0, differentiable with respect to the model's kernels."""
-        term = convolutional_similarity if self.pairs == "all" else neighbouring_similarity
-        values = [term(kernel.to_convolution(weight), kernel.groups) for kernel, weight in self._layers]
-        return torch.stack([value.to(values[0]) for value in values]).sum()
+        """Return the penalty, a scalar ≥ 0, differentiable with respect to the model's parameters."""
+        return self._sum(self._objective)
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        """Return Eq. 10 summed over the layers, whatever `pairs` is: the figure to log."""
-        device = self._layers[0][1].device
-        with full_precision(device):
-            values = [similarity(kernel.to_filters(weight), kernel.taps) for kernel, weight in self._layers]
-        return torch.stack([value.to(values[0]) for value in values]).sum()
+        """Return Eq. 10 summed over the layers, whatever the objective: the figure to log.
+
+        Parametrized weights are read as in evaluation mode, so that logging does not change the model.
+        """
+        return self._sum(OBJECTIVES["cs"])
 
     @torch.no_grad()
     def add_gradient_(self, beta: float | Tensor) -> None:
-        """Add β·∂penalty to the gradients that the parameters hold, as `(β·penalty()).backward()` would, without a
-        graph.
+        """Add β·∂penalty to the parameters' gradients, as `(beta * penalty()).backward()` would, without a graph.
 
-        Frozen parameters are left alone. beta: weight on L_CS, dimensionless, ≥ 0; a scalar tensor stays on its
-        device. Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step.
+        Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step. beta: weight
+        of the penalty, dimensionless, finite and ≥ 0. A tensor with one element stays on its device: its value is
+        checked on the CPU only, since reading it elsewhere would wait for the device. Frozen parameters are left
+        alone. Half-precision gradients are added to in float32 and rounded once. Raises InputError for another beta,
+        and as a call of the penalty; all gradients are then as they were.
         """
-        with full_precision(self._layers[0][1].device):
-            for kernel, weight in self._layers:
-                if not weight.requires_grad:  # frozen: backward() would leave it alone as well
+        _check_beta(beta)
+        with torch.enable_grad():  # a computed weight leads to its parameters through a graph
+            layers = self._layers()
+        added: list[tuple[Tensor, Tensor, float | Tensor]] = []
+        with full_precision(layers[0][1].device):
+            for kernel, weight in layers:
+                if not weight.requires_grad:
                     continue
-                gradient = self._gradient(kernel, weight).to(weight.dtype)
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-                if isinstance(beta, Tensor):
-                    weight.grad.addcmul_(gradient, beta.to(gradient))
+                gradient = self._gradient(kernel, weight)
+                if weight.is_leaf:
+                    added.append((weight, gradient, beta))
                 else:
-                    weight.grad.add_(gradient, alpha=beta)
+                    added.extend((leaf, part, 1.0) for leaf, part in pull_back(weight, beta * gradient))
+        for parameter, gradient, factor in added:
+            _accumulate(parameter, gradient, factor)
+
+    def _layers(self) -> Layers:
+        return [current_kernel(self._model, kernel) for kernel in self._kernels]
+
+    def _sum(self, objective: Objective) -> Tensor:
+        values = [objective.value(kernel.to_filters(weight), kernel.taps) for kernel, weight in self._layers()]
+        return torch.stack([value.to(values[0]) for value in values]).sum()
 
     def _gradient(self, kernel: Kernel, weight: Tensor) -> Tensor:
-        if self.pairs == "all":
-            return kernel.to_stored(similarity_gradient(kernel.to_filters(weight), kernel.taps), weight.dtype)
-        with torch.enable_grad():
-            leaf = weight.detach().requires_grad_()
-            value = neighbouring_similarity(kernel.to_convolution(leaf), kernel.groups)
-            return torch.autograd.grad(value, leaf)[0]
+        """∂objective/∂weight, in float32 or float64, in the weight's shape."""
+        gradient = self._objective.gradient(kernel.to_filters(weight.detach()), kernel.taps, None)
+        return kernel.view_as_stored(gradient)
+
+
+def _check_beta(beta: float | Tensor) -> None:
+    if isinstance(beta, Tensor):
+        if beta.numel() != 1:
+            raise InputError(f"`beta` has the shape {list(beta.shape)}; expected one number")
+        if beta.device.type != "cpu":
+            return
+    if not 0 <= float(beta) < math.inf:
+        raise InputError(f"`beta` is {float(beta)}; expected a finite number ≥ 0")
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor, factor: float | Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    if isinstance(factor, Tensor):
+        parameter.grad.addcmul_(gradient, factor)
+    else:
+        parameter.grad.add_(gradient, alpha=factor)

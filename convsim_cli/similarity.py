@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import log2, prod
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.differentiation import Differentiable
+from convsim_cli.machine.differentiation import Taps as Taps
+from convsim_cli.machine.modes import constant
 
-Taps = tuple[int, ...]
-
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FEW_FILTERS = 128  # up to which everyone else's sum is one product with a matrix
 _FEW_TAPS = 25  # up to which taps are folded onto lags by a product with a matrix
 
@@ -34,15 +34,14 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     """Return the Convolutional Similarity L_CS of a layer's kernels, differentiable to any order.
 
     weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups, pairs counted
-    within each. Half types are computed in float32. Returns a scalar ≥ 0 (float32, or float64 for a float64 weight).
-    Raises ValueError for another shape, type or number of groups. Source: Eq. 10, by the identity in this module's
-    head.
+    within each. Half types are computed in float32. Returns a scalar ≥ 0 (float32, or float64 for a float64 weight),
+    inf where L_CS exceeds its type; on CUDA, float32 weights beyond 1e17 may give NaN instead. Raises ValueError for
+    another shape, type or number of groups. Source: Eq. 10, by the identity in this module's head.
 
     >>> convolutional_similarity(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])).item()  # ‖(1, 2) ⋆ (3, 0)‖² = 3² + 6²
     45.0
     """
-    filters, taps = to_filters(weight, groups)
-    return _similarity(filters, taps)
+    return similarity(*to_filters(weight, groups))
 
 
 def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
@@ -53,23 +52,12 @@ def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     1.
     """
     filters, taps = to_filters(weight, groups)
-    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    live = (norms > 0).sum(dim=1).flatten()
-    value = _similarity(filters / torch.where(norms > 0, norms, 1), taps)
-    return value / (live * (live - 1) / 2).sum()
-
-
-def neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
-    """Return what the authors' public code sums instead of Eq. 10: neighbouring filters of one channel only.
-
-    Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖², for comparison. weight, errors, result: as `convolutional_similarity`.
-    """
-    filters, taps = to_filters(weight, groups)
-    if torch.compiler.is_compiling():
-        from convsim_cli.machine.compilation import call
-
-        return cast(Tensor, call(_neighbouring, filters, taps))
-    return _neighbouring(filters, taps)
+    largest = filters.detach().abs().amax(dim=(-2, -1), keepdim=True)  # the result does not depend on it; squares do
+    live = largest > 0
+    directions = filters / torch.where(live, largest, 1)
+    norms = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
+    count = live.sum(dim=1).flatten()
+    return similarity(directions / torch.where(live, norms, 1), taps) / (count * (count - 1) / 2).sum()
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
@@ -78,9 +66,12 @@ def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
     This is the layout that the batched products like (and no copy of a channels_last weight). Half types become
     float32.
     """
-    if not weight.is_floating_point() or not 3 <= weight.ndim <= 5:
+    if weight.dtype not in _TYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+        raise ValueError(f"expected a weight in {known}, got {weight.dtype} {list(weight.shape)}; convert it first")
+    if not 3 <= weight.ndim <= 5 or 0 in weight.shape:
         raise ValueError(
-            "expected a floating convolution weight [S, C, taps…] of 3 to 5 axes, "
+            "expected a convolution weight [S, C, taps…] of 3 to 5 axes, none of them empty, "
             f"got {weight.dtype} {list(weight.shape)}"
         )
     if groups < 1 or weight.shape[0] % groups:
@@ -99,9 +90,8 @@ def to_weight(filters: Tensor, taps: Taps) -> Tensor:
 
 
 def similarity(filters: Tensor, taps: Taps) -> Tensor:
-    """Return L_CS of filters in the layout of `to_filters`, by plain differentiable operations."""
-    autocorrelations = autocorrelation(filters, taps)
-    return _half_product(autocorrelations, sum_of_others(autocorrelations))
+    """Return L_CS of filters in the layout of `to_filters`, differentiable to any order, in full precision."""
+    return _SIMILARITY(filters, taps)
 
 
 def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
@@ -112,17 +102,38 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
     return _gradient(filters, sum_of_others(autocorrelation(filters, taps)), taps, out)
 
 
+def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scale filters, in place, to their L2 norms and return ∂L_CS/∂filters without its parts along the filters.
+
+    norms: `[groups, S / groups, 1, 1]`. A zero filter stays zero, with a zero gradient. Since ⟨∂L_CS/∂K_i, K_i⟩ =
+    2⟨A_i, R_i⟩ and K_i convolved with a single lag 0 is K_i itself, the part along K_i leaves by one change of R_i at
+    lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no other norm. Both cost next to nothing.
+    """
+    autocorrelations = autocorrelation(filters, taps)
+    least = torch.finfo(filters.dtype).tiny
+    scale = norms.squeeze(-1) / autocorrelations[..., :1].clamp_min(least).sqrt()
+    filters.mul_(scale.unsqueeze(-1))
+    autocorrelations *= scale.square()
+    others = sum_of_others(autocorrelations)
+    along = (autocorrelations * others).sum(-1, keepdim=True)
+    others[..., :1] -= along / autocorrelations[..., :1].clamp_min(least)
+    return _gradient(filters, others, taps, out)
+
+
 def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
     """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
     groups, count, size, _ = filters.shape
     if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
-        spectrum = _spectrum(filters, taps)
-        power = (spectrum.real.square() + spectrum.imag.square()).sum(-1, keepdim=True)
-        return torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps)).reshape(groups, count, -1)
+        return _to_lags(_power(filters, taps).sum(-1, keepdim=True), taps).squeeze(-1)
     gram = (filters @ filters.mT).reshape(groups, count, size * size)
     if _folds_by_matrix(taps, filters.device):
-        return gram @ _lag_matrix(taps, filters.device, filters.dtype)
-    return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(taps, filters.device), gram)
+        return gram @ _lag_matrix(filters, taps)
+    return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
+
+
+def channel_autocorrelations(filters: Tensor, taps: Taps) -> Tensor:
+    """Return K_i[c] ⋆ K_i[c] for each channel of each filter: `[groups, S / groups, lags, C]`."""
+    return _to_lags(_power(filters, taps), taps)
 
 
 def sum_of_others(autocorrelations: Tensor) -> Tensor:
@@ -133,7 +144,7 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
     """
     count = autocorrelations.shape[1]
     if count <= _FEW_FILTERS:
-        return _all_but_one(count, autocorrelations.device, autocorrelations.dtype) @ autocorrelations
+        return _all_but_one(autocorrelations, count) @ autocorrelations
     zero = torch.zeros_like(autocorrelations[:, :1])
     before = torch.cat([zero, autocorrelations[:, :-1]], dim=1).cumsum(1)
     after = torch.cat([autocorrelations[:, 1:], zero], dim=1).flip(1).cumsum(1).flip(1)
@@ -142,32 +153,38 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
 
 def _gradient(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
     """2 Σ_m K_i[c][m] · R_i[m − n]: each filter times the symmetric Toeplitz matrix of its R_i."""
-    groups, count, size, _ = filters.shape
+    size = filters.shape[2]
     if size == 1:
         return torch.mul(2 * others.unsqueeze(-1), filters, out=out)
     if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
-        weights = torch.fft.rfftn(others.reshape(groups, count, *_lag_shape(taps), 1), dim=_tap_axes(taps)).real
-        full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=_lag_shape(taps), dim=_tap_axes(taps))
-        inner = full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
-        return inner if out is None else out.copy_(inner)
+        return convolve(filters, others.unsqueeze(-1), taps, out)
     if _folds_by_matrix(taps, filters.device):
-        toeplitz = others @ _lag_matrix(taps, filters.device, filters.dtype, 2.0).mT
+        toeplitz = others @ _lag_matrix(filters, taps, 2.0).mT
     else:
-        toeplitz = (2 * others).index_select(-1, _lag_index(taps, filters.device))
+        toeplitz = (2 * others).index_select(-1, _lag_index(filters, taps))
     flat = None if out is None else out.flatten(0, 1)
     return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
 
 
-def _neighbouring(filters: Tensor, taps: Taps) -> Tensor:
-    with full_precision(filters.device):
-        spectrum = _spectrum(filters, taps)
-        power = spectrum.real.square() + spectrum.imag.square()
-        lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
-        return (lags[:, :-1] * lags[:, 1:]).sum()
+def convolve(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return 2 Σ_m K_i[c][m] · R_i[c][m − n] by FFT, in the layout of filters.
+
+    lags: R, symmetric, `[groups, S / groups, lags, C]`, or with one channel for all.
+    """
+    axes, lag_shape = _tap_axes(taps), _lag_shape(taps)
+    weights = torch.fft.rfftn(lags.reshape(*lags.shape[:2], *lag_shape, lags.shape[-1]), dim=axes).real
+    full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=lag_shape, dim=axes)
+    inner = full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
+    return inner if out is None else out.copy_(inner)
 
 
-def _half_product(autocorrelations: Tensor, others: Tensor) -> Tensor:
-    return (autocorrelations * others).sum() / 2
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ⟨a, b⟩, on accelerators in float64, so that products that leave float32 do not add up to ∞ − ∞ = NaN.
+
+    On the CPU, `Differentiable` looks at the value and, if need be, computes all of it in float64; on an accelerator it
+    would have to wait. mps has no float64.
+    """
+    return (a * (b if a.device.type in ("cpu", "mps") else b.double())).sum()
 
 
 def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
@@ -178,32 +195,14 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
     return device.type != "cpu" or prod(taps) <= _FEW_TAPS
 
 
-def _similarity(filters: Tensor, taps: Taps) -> Tensor:
-    """L_CS by its own gradient. torch.compile goes around it: it cannot follow the precision switches."""
-    if torch.compiler.is_compiling():
-        from convsim_cli.machine.compilation import call
-
-        return cast(Tensor, call(_ConvolutionalSimilarity.apply, filters, taps))
-    return cast(Tensor, _ConvolutionalSimilarity.apply(filters, taps))
+def _value(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """½ Σ_i ⟨A_i, R_i⟩, and R_i, which the gradient needs as well."""
+    autocorrelations = autocorrelation(filters, taps)
+    others = sum_of_others(autocorrelations)
+    return inner_product(autocorrelations, others) / 2, others
 
 
-class _ConvolutionalSimilarity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, filters: Tensor, taps: Taps) -> Tensor:
-        with full_precision(filters.device):
-            autocorrelations = autocorrelation(filters, taps)
-            others = sum_of_others(autocorrelations)
-            ctx.taps = taps
-            ctx.save_for_backward(filters, others)
-            return _half_product(autocorrelations, others)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        filters, others = ctx.saved_tensors
-        with full_precision(filters.device):
-            if torch.is_grad_enabled():  # create_graph: the second derivative flows through R_i as well
-                return upstream * similarity_gradient(filters, ctx.taps), None
-            return upstream * _gradient(filters, others, ctx.taps), None
+_SIMILARITY = Differentiable("cs", _value, _gradient)
 
 
 def _lag_shape(taps: Taps) -> Taps:
@@ -219,6 +218,18 @@ def _spectrum(filters: Tensor, taps: Taps) -> Tensor:
     return torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lag_shape(taps), dim=_tap_axes(taps))
 
 
+def _power(filters: Tensor, taps: Taps) -> Tensor:
+    """The power spectrum of each channel of each filter."""
+    spectrum = _spectrum(filters, taps)
+    return spectrum.real.square() + spectrum.imag.square()
+
+
+def _to_lags(power: Tensor, taps: Taps) -> Tensor:
+    """Autocorrelations `[groups, S / groups, lags, C]` from power spectra."""
+    lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
+    return lags.flatten(2, -2)
+
+
 @lru_cache(maxsize=64)
 def _fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
     """Nanoseconds per filter of either route, fitted on two CPU cores (kernels from 3×3 to 31×31, 3 to 64 channels)."""
@@ -228,28 +239,26 @@ def _fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
     return 1.8 * channels * lags * log2(2 * lags) < size * size * (4 + 0.023 * channels)
 
 
-@lru_cache(maxsize=64)
-def _lag_index(taps: Taps, device: torch.device) -> Tensor:
+@constant
+def _lag_index(like: Tensor, taps: Taps) -> Tensor:
     """For each pair of taps (m, n), row by row, the position of the lag m − n."""
-    with torch.inference_mode(False):
-        position = torch.zeros(1, 1, dtype=torch.long)
-        for k in taps:
-            tap = torch.arange(k)
-            lag = (tap[:, None] - tap[None, :]) % (2 * k - 1)
-            rows, columns = position.shape[0] * k, position.shape[1] * k
-            position = (position[:, None, :, None] * (2 * k - 1) + lag[None, :, None, :]).reshape(rows, columns)
-        return position.flatten().to(device)
+    position = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+    for k in taps:
+        tap = torch.arange(k, device=like.device)
+        lag = (tap[:, None] - tap[None, :]) % (2 * k - 1)
+        rows, columns = position.shape[0] * k, position.shape[1] * k
+        position = (position[:, None, :, None] * (2 * k - 1) + lag[None, :, None, :]).reshape(rows, columns)
+    return position.flatten()
 
 
-@lru_cache(maxsize=64)
-def _lag_matrix(taps: Taps, device: torch.device, dtype: torch.dtype, value: float = 1.0) -> Tensor:
+@constant
+def _lag_matrix(like: Tensor, taps: Taps, value: float = 1.0) -> Tensor:
     """`[N², lags]`, `value` where the pair of taps has the lag: folds a Gram product onto lags."""
-    with torch.inference_mode(False):
-        return value * torch.nn.functional.one_hot(_lag_index(taps, device), prod(_lag_shape(taps))).to(dtype)
+    lags = torch.arange(prod(_lag_shape(taps)), device=like.device)
+    return value * (_lag_index(like, taps)[:, None] == lags).to(like.dtype)
 
 
-@lru_cache(maxsize=64)
-def _all_but_one(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+@constant
+def _all_but_one(like: Tensor, count: int) -> Tensor:
     """`[count, count]`, one everywhere but on the diagonal."""
-    with torch.inference_mode(False):
-        return 1 - torch.eye(count, device=device, dtype=dtype)
+    return 1 - torch.eye(count, device=like.device, dtype=like.dtype)

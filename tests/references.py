@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations, product
 
 import torch
@@ -45,12 +46,22 @@ def pairwise_similarity(weight: Tensor) -> tuple[Tensor, Tensor]:
     return total, gradient
 
 
-def literal_neighbouring_similarity(weight: Tensor) -> Tensor:
-    """What the authors' public code sums: j = i + 1 and c1 = c2."""
+def literal_neighbouring_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+    """What the authors' public code sums: j = i + 1 and c1 = c2; neighbours within each group."""
     total = torch.zeros((), dtype=weight.dtype)
-    for i in range(weight.shape[0] - 1):
-        for c in range(weight.shape[1]):
-            total = total + correlate(weight[i, c], weight[i + 1, c]).square().sum()
+    for group in weight.chunk(groups):
+        for i in range(group.shape[0] - 1):
+            for c in range(group.shape[1]):
+                total = total + correlate(group[i, c], group[i + 1, c]).square().sum()
+    return total
+
+
+def literal_kernel_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
+    """Section 3.1 of the paper: Σ_{i<j} ⟨K_i, K_j⟩², pairs within each group."""
+    total = torch.zeros((), dtype=weight.dtype)
+    for group in weight.chunk(groups):
+        for i, j in combinations(range(group.shape[0]), 2):
+            total = total + (group[i] * group[j]).sum().square()
     return total
 
 
@@ -62,3 +73,57 @@ def literal_normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
             scale = group[i].square().sum() * group[j].square().sum()
             ratios.append(literal_similarity(group[[i, j]]) / scale)
     return torch.stack(ratios).mean()
+
+
+def literal_map_figures(maps: Tensor, groups: int = 1) -> tuple[float, float]:
+    """Mean over inputs and pairs of |cos(F_i, F_j)| and of ⟨F_i, F_j⟩², by loops in float64."""
+    cosines, products = [], []
+    for image in maps.double().flatten(2):
+        for group in image.chunk(groups):
+            for i, j in combinations(range(group.shape[0]), 2):
+                product = group[i] @ group[j]
+                products.append(product**2)
+                if group[i].any() and group[j].any():
+                    cosines.append((product / group[i].norm() / group[j].norm()).abs())
+    return torch.stack(cosines).mean().item(), torch.stack(products).mean().item()
+
+
+def literal_mean_cosines(maps: Tensor) -> Tensor:
+    """The mean over inputs of the signed cos(F_i, F_j) of one group, by loops in float64; its diagonal is 1."""
+    maps = maps.double().flatten(2)
+    mean = torch.eye(maps.shape[1], dtype=torch.float64)
+    for i, j in combinations(range(maps.shape[1]), 2):
+        cosines = [
+            a @ b / a.norm() / b.norm() for a, b in zip(maps[:, i], maps[:, j], strict=True) if a.any() and b.any()
+        ]
+        mean[i, j] = mean[j, i] = torch.stack(cosines).mean() if cosines else 0.0
+    return mean
+
+
+def literal_effective_rank(mean: Tensor) -> float:
+    """Exp of the entropy of the eigenvalues of a matrix, clamped at 0 and divided by their sum."""
+    eigenvalues = [max(value.real.item(), 0.0) for value in torch.linalg.eigvals(mean.double())]
+    shares = [value / sum(eigenvalues) for value in eigenvalues]
+    return math.exp(-sum(share * math.log(share) for share in shares if share > 0))
+
+
+def literal_merges(similarity: Tensor, linkage: str) -> list[tuple[set[int], float]]:
+    """Merge the two most similar clusters until one is left: every merged cluster and how similar its halves were."""
+    reduce = {"complete": min, "average": lambda values: sum(values) / len(values)}[linkage]
+    clusters, merges = [{index} for index in range(len(similarity))], []
+    while len(clusters) > 1:
+        near = {
+            (a, b): reduce([similarity[i, j].item() for i in clusters[a] for j in clusters[b]])
+            for a, b in combinations(range(len(clusters)), 2)
+        }
+        a, b = max(near, key=lambda pair: near[pair])
+        merges.append((clusters[a] | clusters[b], near[a, b]))
+        clusters = [cluster for c, cluster in enumerate(clusters) if c not in (a, b)] + [clusters[a] | clusters[b]]
+    return merges
+
+
+LITERAL = {  # the objectives by name
+    "cs": literal_similarity,
+    "neighbours": literal_neighbouring_similarity,
+    "kernel": literal_kernel_orthogonality,
+}

@@ -17,7 +17,7 @@ ORDER = (  # a module imports from its own line and the lines above it
     ("objectives",),
     ("kernels",),
     ("measurement",),
-    ("minimize", "penalty", "closed_forms"),
+    ("descent", "minimize", "penalty", "closed_forms"),
     ("checkpoints",),
     ("inputs",),
     ("networks",),

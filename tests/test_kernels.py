@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, Selection, TensorInfo, file_kernels, module_kernels
+from convsim_cli.kernels import Kernel, Patterns, Selection, TensorInfo, file_kernels, living_filters, module_kernels
 
 
 def infos(**shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
@@ -59,7 +59,7 @@ def test_patterns_correct_the_guesses_and_given_groups_are_not_assumed() -> None
 def test_include_restricts_and_lets_3d_and_5d_tensors_join() -> None:
     tensors = infos(audio=(8, 4, 5), image=(8, 4, 3, 3), video=(8, 4, 3, 3, 3))
     assert taken(file_kernels(tensors)) == ["image"]
-    assert "--include" in reasons(file_kernels(tensors))["audio"]
+    assert "`include`" in reasons(file_kernels(tensors))["audio"]
     assert taken(file_kernels(tensors, Patterns(include=["audio", "video"]))) == ["audio", "video"]
     assert taken(file_kernels(tensors, Patterns(include=["*"], exclude=["v*"]))) == ["audio", "image"]
 
@@ -152,3 +152,21 @@ def test_a_file_that_holds_a_shared_weight_under_one_name_gives_one_kernel() -> 
     model[1].weight = model[0].weight
     found = module_kernels(model, names={"0.weight": "1.weight", "1.weight": "1.weight"})
     assert taken(found) == ["1.weight"]
+
+
+WIDE = [(dtype, scale) for dtype in (torch.bfloat16, torch.float32, torch.float64) for scale in (1e-30, 1.0, 1e30)]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1.0), *WIDE])
+def test_filters_below_a_millionth_of_the_largest_norm_in_their_layer_are_dead(
+    dtype: torch.dtype, scale: float
+) -> None:
+    shares = torch.tensor([1.0, 1e-4, 2e-6, 5e-7, 1e-10, 1e-25, 1e-38, 0.0], dtype=torch.float64)
+    weight = (scale * shares.reshape(-1, 1, 1, 1) * torch.ones(8, 3, 3, 3, dtype=torch.float64)).to(dtype)
+    kernel = Kernel("conv.weight", (8, 3, 3, 3), groups=2)
+    living = living_filters(kernel.to_filters(weight))
+    assert living.tolist() == [[True, True, True, False], [False, False, False, False]]
+
+
+def test_every_filter_of_a_zero_layer_is_dead() -> None:
+    assert not living_filters(torch.zeros(1, 4, 9, 3)).any()

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from conftest import same_bits
 from references import literal_similarity
 from torch import Tensor, nn
 
-from convsim_cli import minimize_
+from convsim_cli import descent, minimize, minimize_, minimize_weight_
+from convsim_cli.descent import Stack
 from convsim_cli.errors import DivergedError, InputError
-from convsim_cli.kernels import Kernel
-from convsim_cli.measurement.feature_maps import probe_kernel
-from convsim_cli.measurement.figures import kernel_figures
-from convsim_cli.minimize import Minimization, minimize_kernel, rescale_to
+from convsim_cli.kernels import Kernel, living_filters, module_kernels, weight_of
+from convsim_cli.machine.progress import Advance
+from convsim_cli.measurement.kernel_figures import kernel_figures
+from convsim_cli.measurement.layer_probe import LayerProbe
+from convsim_cli.minimize import Minimization, minimize_kernel, minimize_kernels, rescale_to
+from convsim_cli.objectives import OBJECTIVES
+from convsim_cli.similarity import to_filters
 
 
 def fresh(filters: int = 64, channels: int = 64) -> tuple[Kernel, Tensor]:
@@ -22,27 +27,61 @@ def fresh(filters: int = 64, channels: int = 64) -> tuple[Kernel, Tensor]:
     return Kernel("conv.weight", tuple(weight.shape)), weight
 
 
+def literally_projected(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient without its part along each filter: g − ⟨g, K_i⟩ K_i / ‖K_i‖²."""
+    along = (gradient * weight).flatten(1).sum(1) / weight.flatten(1).square().sum(1)
+    return gradient - along.reshape(-1, *[1] * (weight.ndim - 1)) * weight
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("preserve_norm", [False, True])
-def test_the_loop_matches_torchs_optimizer_on_the_literal_equation(optimizer: str, preserve_norm: bool) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loop_is_torchs_optimizer_on_the_literally_projected_gradient(
+    optimizer: str, preserve_norm: bool, objective: str
+) -> None:
     kernel = Kernel("k", (4, 2, 3, 2), groups=2)
     weight = torch.randn(kernel.shape, dtype=torch.float64)
-    how = Minimization(7, 0.01, optimizer, preserve_norm)  # type: ignore[arg-type]
+    how = Minimization(7, 0.01, optimizer, preserve_norm, objective=objective)  # type: ignore[arg-type]
     expected = weight.clone().requires_grad_()
     norms = weight.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     step = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([expected], lr=0.01)
     for _ in range(7):
         step.zero_grad()
-        literal_similarity(expected, 2).backward()
+        if objective == "cs":
+            literal_similarity(expected, 2).backward()
+        else:
+            OBJECTIVES[objective].value(kernel.to_filters(expected), kernel.taps).backward()
         if preserve_norm:
             assert expected.grad is not None
-            along = (expected.grad * expected.detach()).sum((1, 2, 3), keepdim=True) / norms**2
-            expected.grad -= along * expected.detach()
+            expected.grad = literally_projected(expected.grad, expected.detach())
         step.step()
         if preserve_norm:
             expected.data *= norms / expected.data.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     found, _ = minimize_kernel(kernel, weight, how)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("taps", [(1,), (3, 3), (7, 7), (31,), (2, 3, 2)])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_tangent_gradient_is_the_gradient_literally_projected_at_the_norms_that_are_held(
+    objective: str, taps: tuple[int, ...], dtype: torch.dtype, rtol: float
+) -> None:
+    weight = torch.randn(6, 3, *taps, dtype=dtype)
+    weight[4] = 0
+    filters, _ = to_filters(weight, 2)
+    norms = torch.rand(2, 3, 1, 1, dtype=dtype) + 0.5
+    held = filters * norms / torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    held[1, 1] = 0
+    norms[1, 1] = 0
+    gradient = OBJECTIVES[objective].gradient(held, taps, None)
+    expected = literally_projected(gradient.flatten(0, 1), held.flatten(0, 1)).nan_to_num()
+    found = torch.empty_like(filters)
+    OBJECTIVES[objective].tangent_gradient(filters, taps, norms, found)
+    torch.testing.assert_close(filters, held, rtol=rtol, atol=0)
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=0, atol=rtol * gradient.abs().max().item())
+    assert not filters[1, 1].any()
+    assert not found[1, 1].any()
 
 
 def test_raw_lowers_cs_a_thousandfold_and_says_that_it_shrank_the_filters() -> None:
@@ -59,9 +98,7 @@ def test_preserve_norm_lowers_feature_map_similarity_where_subtracting_means_doe
     torch.testing.assert_close(minimized.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
     for probe, fold in (("white", 1.3), ("natural", 2.0)):
-        before, after, control = (
-            probe_kernel(kernel, w, probe).result()["fm_cos"] for w in (weight, minimized, centred)
-        )
+        before, after, control = (LayerProbe(probe).fm_cos(kernel, w) for w in (weight, minimized, centred))
         assert before > fold * after
         assert before < 1.05 * control
 
@@ -89,7 +126,7 @@ def test_a_zero_filter_stays_zero_and_harms_nobody() -> None:
 
 def test_a_diverging_layer_is_named() -> None:
     kernel, weight = fresh(8, 4)
-    with pytest.raises(DivergedError, match=r"conv\.weight: L_CS is .*lower --lr"):
+    with pytest.raises(DivergedError, match=r"conv\.weight: the objective is .*lower `lr`"):
         minimize_kernel(kernel, weight, Minimization(200, lr=1e6, optimizer="sgd"))
 
 
@@ -98,7 +135,7 @@ def test_a_module_is_untouched_when_one_of_its_layers_cannot_be_minimized() -> N
     with torch.no_grad():
         model[1].weight[0, 0, 0, 0] = torch.nan
     before = model[0].weight.detach().clone()
-    with pytest.raises(InputError, match=r"1\.weight .* 1 of 144 values are NaN or Inf"):
+    with pytest.raises(InputError, match=r"1\.weight .* 1 of 144 values is NaN or Inf"):
         minimize_(model, 10)
     assert torch.equal(model[0].weight, before)
 
@@ -108,7 +145,7 @@ def test_tol_stops_a_layer_that_has_converged_and_progress_still_ends_at_the_tot
     told: list[int] = []
     stopped, _ = minimize_kernel(kernel, weight, Minimization(1000, preserve_norm=True, tol=0.01), told.append)
     full, _ = minimize_kernel(kernel, weight, Minimization(1000, preserve_norm=True, tol=0), told.append)
-    assert sum(told) == 2000
+    assert sum(told) == 2000 * weight.numel()
     assert 20 < len(told) < 40
     assert not torch.equal(stopped, full)
 
@@ -117,7 +154,7 @@ def test_without_tol_every_iteration_is_done_though_the_loss_rises() -> None:
     kernel, weight = fresh(8, 8)
     told: list[int] = []
     minimize_kernel(kernel, weight, Minimization(1000, lr=0.01, preserve_norm=True), told.append)
-    assert told == [50] * 20
+    assert told == [50 * weight.numel()] * 20
 
 
 def test_pointwise_layers_are_included_raw_and_left_alone_under_preserve_norm() -> None:
@@ -146,11 +183,20 @@ def test_rescaling_keeps_directions_and_takes_the_other_norms() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"iterations": -1}, {"lr": 0.0}, {"lr": float("nan")}, {"tol": -0.1}, {"optimizer": "lion"}]
+    "wrong",
+    [
+        {"iterations": -1},
+        {"iterations": 1.5},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"tol": -0.1},
+        {"optimizer": "lion"},
+        {"objective": "kernels"},
+    ],
 )
-def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="expected iterations"):
-        Minimization(**wrong)  # type: ignore[arg-type]
+def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"`{next(iter(wrong))}`"):
+        Minimization(**wrong)
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -182,3 +228,227 @@ def test_a_weight_laid_out_like_its_filters_is_not_written_to(dtype: torch.dtype
     before = weight.clone()
     minimize_kernel(kernel, weight, Minimization(3))
     assert torch.equal(weight, before)
+
+
+def fresh_network() -> nn.Sequential:
+    """Layers that are stacked on the CPU, and layers of their shapes' company that are not."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(16, 16, 1),
+        nn.Conv2d(16, 16, 3),
+        nn.ConvTranspose2d(16, 16, 3),
+        nn.Conv2d(16, 32, 3, groups=2),
+        nn.Conv2d(32, 15, 3),
+        nn.Conv2d(15, 15, 3),
+        nn.Conv2d(15, 15, 3),
+        nn.Conv2d(16, 16, 3).double(),
+    )
+
+
+@pytest.mark.parametrize("preserve_norm", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layers_minimized_together_have_the_bits_of_layers_minimized_one_by_one(
+    preserve_norm: bool, optimizer: str, objective: str
+) -> None:
+    how = Minimization(10, 1e-3, optimizer, preserve_norm, objective=objective)  # type: ignore[arg-type]
+    model = fresh_network()
+    layers = [(kernel, weight_of(model, kernel)) for kernel in module_kernels(model).kernels]
+    together = list(minimize_kernels(layers, how))
+    assert [record["name"] for _, record in together] == [kernel.name for kernel, _ in layers]
+    for (kernel, weight), (found, record) in zip(layers, together, strict=True):
+        alone, expected = minimize_kernel(kernel, weight, how)
+        assert torch.equal(found, alone)
+        assert record == expected
+
+
+@pytest.fixture
+def descents(monkeypatch: pytest.MonkeyPatch) -> list[list[list[str]]]:
+    """The names of the layers of each stack of each descent, as they happen."""
+    seen: list[list[list[str]]] = []
+
+    def descend_(stacks: Sequence[Stack], how: Minimization, advance: Advance | None = None) -> None:
+        seen.append([[part.kernel.name for part in stack.parts] for stack in stacks])
+        descent.descend_(stacks, how, advance)
+
+    monkeypatch.setattr(minimize, "descend_", descend_)
+    return seen
+
+
+def test_small_layers_of_one_shape_are_stacked_and_a_large_layer_is_alone(
+    descents: list[list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minimize, "LARGE", 4 * 3 * 16 * 16 * 9)  # three layers of 16×16×3×3
+    model = nn.Sequential(*[nn.Conv2d(16, 16, 3) for _ in range(4)], nn.Conv2d(32, 32, 3), nn.Conv2d(16, 16, 3))
+    minimize_(model, 1)
+    names = [[f"{index}.weight"] for index in range(6)]
+    assert descents == [[[*names[0], *names[1], *names[2]]], [names[3]], [names[4]], [names[5]]]
+
+
+def test_layers_are_read_no_further_ahead_than_they_are_minimized_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minimize, "LARGE", 4 * 2 * 16 * 16 * 9)
+    read = 0
+
+    def layers() -> Iterator[tuple[Kernel, Tensor]]:
+        nonlocal read
+        for index in range(6):
+            read += 1
+            yield Kernel(str(index), (16, 16, 3, 3)), torch.randn(16, 16, 3, 3)
+
+    found = minimize_kernels(layers(), Minimization(1))
+    counts = [read for _ in found]
+    assert counts == [3, 3, 5, 5, 6, 6]
+
+
+def test_tol_stops_each_layer_of_a_stack_by_itself(descents: list[list[list[str]]]) -> None:
+    torch.manual_seed(1)
+    how = Minimization(1000, 1e-3, tol=0.3)
+    kernels = [Kernel(name, (16, 4, 3, 3)) for name in "abc"]
+    weights = [scale * torch.randn(16, 4, 3, 3) for scale in (0.02, 0.1, 0.3)]
+    told: list[int] = []
+    together = list(minimize_kernels(zip(kernels, weights, strict=True), how, told.append))
+    assert descents == [[["a", "b", "c"]]]
+    assert sum(told) == how.steps(kernels)
+    lengths = []
+    for kernel, weight, (found, _) in zip(kernels, weights, together, strict=True):
+        told.clear()
+        alone, _ = minimize_kernel(kernel, weight, how, told.append)
+        assert torch.equal(found, alone)
+        lengths.append(len(told))
+    assert len(set(lengths)) == 3
+
+
+SHARES = (1.0, 1e-10, 0.5, 1e-25, 2.0, 1e-38, 1.0, 0.0)  # of a filter's norm in its layer
+ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-9}
+LIVING, DEAD = [0, 2, 4, 6], [1, 3, 5, 7]
+
+
+def partly_vanished(dtype: torch.dtype) -> Tensor:
+    weight = torch.randn(8, 4, 3, 3, dtype=torch.float64) * torch.tensor(SHARES).reshape(-1, 1, 1, 1)
+    weight[7] = -0.0
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("preserve_norm", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_vanished_filters_keep_every_bit_and_the_others_are_minimized_as_if_they_were_not_there(
+    dtype: torch.dtype, preserve_norm: bool, objective: str
+) -> None:
+    weight = partly_vanished(dtype)
+    how = Minimization(20, preserve_norm=preserve_norm, objective=objective)
+    minimized, record = minimize_kernel(Kernel("k", (8, 4, 3, 3)), weight, how)
+    assert same_bits(minimized[DEAD], weight[DEAD])
+    assert minimized.isfinite().all()
+    if objective != "neighbours":  # whose neighbours would be others
+        alone, expected = minimize_kernel(Kernel("k", (4, 4, 3, 3)), weight[LIVING].contiguous(), how)
+        torch.testing.assert_close(minimized[LIVING], alone, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] / 10)
+        assert record["before"]["ncs"] == pytest.approx(expected["before"]["ncs"], rel=1e-6)
+        assert record["after"]["ncs"] == pytest.approx(expected["after"]["ncs"], rel=1e-2)
+
+
+def test_a_filter_that_is_dead_before_stays_dead_in_the_figures_after() -> None:
+    kernel, weight = Kernel("k", (8, 4, 3, 3)), torch.randn(8, 4, 3, 3) / 10
+    weight[3] *= 5e-7  # raw minimization brings the others nearer to it than a millionth
+    minimized, record = minimize_kernel(kernel, weight, Minimization(200, 0.01))
+    assert torch.equal(minimized[3], weight[3])
+    assert living_filters(kernel.to_filters(minimized)).all()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    expected = kernel_figures(Kernel("k", (7, 4, 3, 3)), minimized[others])["ncs"]
+    assert record["after"]["ncs"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_rescaling_keeps_every_bit_of_vanished_filters() -> None:
+    weight = partly_vanished(torch.float32)
+    scaled = rescale_to(Kernel("k", (8, 4, 3, 3)), weight, torch.randn(8, 4, 3, 3))
+    assert same_bits(scaled[DEAD], weight[DEAD])
+    assert not torch.equal(scaled[0], weight[0])
+
+
+def test_a_weight_is_minimized_in_place_and_returned_as_by_torchs_initializers() -> None:
+    layer = nn.Conv2d(4, 8, 3, groups=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    expected, _ = minimize_kernel(Kernel("k", (8, 2, 3, 3), 2), layer.weight, Minimization(20, preserve_norm=True))
+    strides = layer.weight.stride()
+    assert minimize_weight_(layer.weight, 2, iterations=20, preserve_norm=True) is layer.weight
+    assert torch.equal(layer.weight, expected)
+    assert layer.weight.stride() == strides
+    assert layer.weight.requires_grad
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_weight_is_minimized_for_any_objective(objective: str) -> None:
+    weight = torch.randn(8, 4, 3)
+    value = OBJECTIVES[objective].value
+    before = value(*to_filters(weight))
+    minimize_weight_(weight, iterations=100, preserve_norm=True, objective=objective, optimizer="adam", lr=0.01)
+    assert value(*to_filters(weight)) < before
+
+
+@pytest.mark.parametrize(
+    ("weight", "settings"),
+    [
+        (torch.randn(8, 4), {}),
+        (torch.ones(8, 4, 3, 3, dtype=torch.int64), {}),
+        (torch.randn(8, 4, 3, 3), {"groups": 3}),
+        (torch.full((8, 4, 3, 3), torch.nan), {}),
+        (torch.randn(8, 4, 3, 3), {"lr": -1.0}),
+        (torch.randn(8, 4, 3, 3), {"objective": "cosine"}),
+        (torch.randn(8, 4, 3, 3, device="meta"), {}),
+    ],
+)
+def test_a_weight_that_cannot_be_minimized_is_a_value_error_and_untouched(
+    weight: Tensor, settings: dict[str, Any]
+) -> None:
+    version = weight._version
+    with pytest.raises(ValueError, match=r"."):
+        minimize_weight_(weight, **settings)
+    assert weight._version == version
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "reason"),
+    [((4, 1, 3, 3), 4, "no pairs"), ((1, 4, 3, 3), 1, "no pairs"), ((4, 4, 1, 1), 1, "1×1")],
+)
+def test_a_weight_with_nothing_to_minimize_is_left_as_it_is_with_a_warning(
+    shape: tuple[int, ...], groups: int, reason: str
+) -> None:
+    weight = torch.randn(shape)
+    before = weight.clone()
+    with pytest.warns(UserWarning, match=reason) as caught:
+        minimize_weight_(weight, groups, preserve_norm=True)
+    assert torch.equal(weight, before)
+    assert caught[0].filename == __file__
+
+
+def test_patterns_select_the_layers_of_a_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    before = model[1].weight.detach().clone()
+    assert [record["name"] for record in minimize_(model, 1, include=["0.*", "1.*"], exclude=["1.*"])] == ["0.weight"]
+    assert torch.equal(model[1].weight, before)
+    with pytest.raises(InputError, match="matches no tensor"):
+        minimize_(model, 1, exclude=["layer1.*"])
+
+
+def test_other_objectives_act_on_pointwise_layers_while_norms_are_held() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1))
+    before = model[0].weight.detach().clone()
+    minimize_(model, 5, preserve_norm=True, objective="kernel")
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_layers_that_cannot_be_minimized_are_named_in_one_warning() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.LazyConv2d(4, 3)
+    )
+    with pytest.warns(UserWarning, match=r"1\.weight \(parametrized: .*; 2\.weight \(lazy") as caught:
+        assert [record["name"] for record in minimize_(model, 1)] == ["0.weight"]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_reports_call_the_papers_objective_raw_or_norm_preserving_and_others_by_name() -> None:
+    assert Minimization().label == "raw"
+    assert Minimization(preserve_norm=True).label == "norm-preserving"
+    assert Minimization(objective="kernel", preserve_norm=True).label == "kernel"

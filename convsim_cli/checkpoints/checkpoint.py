@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Checkpoint(ABC):
     """
 
     suffixes: tuple[str, ...] = ()  # that its file may be named with, set by `open_checkpoint`; empty for any
+
+    metadata: Mapping[str, str] = MappingProxyType({})  # what a format can hold beside tensors: the `convsim.*` record
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path

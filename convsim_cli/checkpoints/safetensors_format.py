@@ -37,7 +37,7 @@ class SafetensorsCheckpoint(Checkpoint):
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
         self._data_start = 8 + length
-        self.metadata: dict[str, str] = self._header.pop("__metadata__", None) or {}
+        self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
         names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
         super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
 

@@ -44,6 +44,7 @@ class ShardedCheckpoint(Checkpoint):
             name: self._shards[self._shard_of[name]].tensors[name] for name in sorted(self._shard_of, key=natural_order)
         }
         super().__init__(path, tensors)
+        self.metadata = {key: text for shard in self._shards.values() for key, text in shard.metadata.items()}
 
     def load(self, name: str) -> Tensor:
         return self._shards[self._shard_of[name]].load(name)

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from convsim_cli import __version__
 from convsim_cli.cli.console import say
+from convsim_cli.cli.grouped_help import GroupedCommand
 from convsim_cli.cli.init import init
 from convsim_cli.cli.measure import measure
 from convsim_cli.cli.plot import plot
@@ -71,7 +72,7 @@ COMMANDS: dict[Callable[..., None], str] = {
 }
 for command, summary in COMMANDS.items():
     examples = sys.modules[command.__module__].EXAMPLES
-    app.command(context_settings=SETTINGS, short_help=summary, epilog=examples)(command)
+    app.command(cls=GroupedCommand, context_settings=SETTINGS, short_help=summary, epilog=examples)(command)
 
 
 def main() -> None:

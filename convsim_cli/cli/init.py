@@ -18,6 +18,7 @@ from convsim_cli.cli.options import (
     IncludeOption,
     JsonOption,
     KeyOption,
+    ObjectiveOption,
     QuietOption,
     SeedOption,
     TransposedOption,
@@ -25,6 +26,7 @@ from convsim_cli.cli.options import (
     show_layers,
     show_skipped,
     start,
+    with_option_names,
 )
 
 EXAMPLES = """\b
@@ -50,6 +52,7 @@ def init(
     preserve_norm: Annotated[
         bool, typer.Option("--preserve-norm", help="Hold every filter at its own L2 norm.")
     ] = False,
+    objective: ObjectiveOption = "cs",
     tol: Annotated[
         float, typer.Option(help="Stop a layer when 50 iterations lower its loss by less than this share.", min=0)
     ] = 0.0,
@@ -93,6 +96,7 @@ def init(
         lr=lr,
         optimizer=optimizer,
         preserve_norm=preserve_norm,
+        objective=objective,
         tol=tol,
         backup=not no_backup,
         force=force,
@@ -109,7 +113,9 @@ def init(
         device=start(device, console),
         progress=console.progress,
     )
-    document = console.document("init", minimized.document())
+    content = minimized.document()
+    content["skipped"] = [{**entry, "reason": with_option_names(entry["reason"])} for entry in content["skipped"]]
+    document = console.document("init", content)
     if not as_json:
         _show(document, console)
 

@@ -1,11 +1,11 @@
-"""`convsim measure`: section by section, what scaling moves and what it cannot move."""
+"""`convsim measure`: what scaling the weights moves, and what it does not, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import takewhile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from textwrap import wrap
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,31 +26,39 @@ from convsim_cli.cli.options import (
     StdOption,
     TransposedOption,
     make_patterns,
-    note_choice,
     show_layers,
     show_skipped,
-    skipped_entries,
     start,
+    with_option_names,
 )
+from convsim_cli.measurement.figures import FIGURES, compared_keys, shown_keys
 
 if TYPE_CHECKING:
-    import torch
+    from convsim_cli.networks.report import Report
 
-    from convsim_cli.inputs.images import Channels
-    from convsim_cli.networks.measurement import Probe, Report
-    from convsim_cli.networks.model_checkpoint import ModelCheckpoint
 
-SHOWN = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_inner2", "norm", "dead", "redundant")
-CHANGES = ("ncs", "fm_cos")  # of what scale cannot move, shown from checkpoint to checkpoint
+def _figures() -> str:
+    """The figures, a line or two each, for `--help`."""
+    lines = []
+    for figure in FIGURES:
+        first, *rest = wrap(figure.meaning, 60)
+        lines += [f"  {figure.key:<15} {first}", *(f"  {'':<15} {line}" for line in rest)]
+    return "\n".join(lines)
 
-EXAMPLES = """\b
+
+EXAMPLES = f"""\b
+Figures of a layer (scaling its weights moves {", ".join(f.key for f in FIGURES if f.moves_with_scale)}):
+{_figures()}
+
+\b
 Examples:
-  convsim measure model.safetensors                    # each layer by itself, on white noise
-  convsim measure before.pth after.pth --input natural # side by side
-  convsim measure --arch cnn1                          # a fresh network, each convolution's real output
+  convsim measure model.safetensors           # layer by layer, on white noise
+  convsim measure a.pth b.pth --input natural # side by side, with changes
+  convsim measure model.pth --sort -fm_rank   # the lowest rank first
+  convsim measure model.pth --top 3           # the three strongest pairs
+  convsim measure --arch cnn1                 # a fresh network's feature maps
   convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
-  convsim measure --arch torchvision:resnet50 --input photos/ --plot resnet50.png   # on a folder of images
-  convsim measure model.pth --top 3                    # each layer's three most similar pairs of filters
+  convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
   convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
 
 
@@ -73,7 +81,7 @@ def measure(
             help="white, uniform or natural; with --arch also cifar10, cifar100, digits, folder:PATH, or a folder.",
         ),
     ] = "white",
-    input_size: Annotated[
+    side: Annotated[
         int | None,
         typer.Option(
             "--input-size",
@@ -90,44 +98,70 @@ def measure(
     data_dir: DataDirOption = Path("data"),
     mean: MeanOption = None,
     std: StdOption = None,
-    top: Annotated[int, typer.Option(metavar="N", help="List each layer's N most similar filter pairs.", min=0)] = 0,
+    bn_statistics: Annotated[
+        Literal["auto", "stored", "inputs"],
+        typer.Option(
+            "--bn-statistics",
+            help="With --arch: the stored batch-norm statistics, those of the inputs, or auto: of the inputs where the "
+            "stored ones do not belong to the kernels.",
+        ),
+    ] = "auto",
+    threshold: Annotated[
+        float, typer.Option(help="Mean cosine above which two filters are duplicates.", min=0, max=1)
+    ] = 0.95,
+    sort: Annotated[
+        str | None,
+        typer.Option(metavar="[-]KEY", help="Sort layers by a figure, the largest first; -KEY: the smallest first."),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(metavar="N", help="List each layer's N strongest pairs, with their signed cosine.", min=0)
+    ] = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw |cos| of each layer's feature maps there.", show_default=False),
+        typer.Option(metavar="FILE.png", help="Draw every layer's mean cosines there.", show_default=False),
     ] = None,
+    plot_order: Annotated[
+        Literal["similarity", "index"],
+        typer.Option("--plot-order", help="Draw similar filters next to each other, or filters by index."),
+    ] = "similarity",
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV; with --top, the pairs alone.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure, per layer, how similar filters and feature maps are.
+    """Measure how similar the filters and the feature maps of each layer are.
 
-    cs is the paper's L_CS (Eq. 10) and grows with the fourth power of the weights' scale; ncs (below 1: filters share
-    the spectrum out), kernel_cos and fm_cos (mean |cos| over pairs) do not move with scale. norm is ‖W‖, dead counts
-    filters without output, redundant those with a partner of mean |cos| above 0.95; fm_cos_random is what fm_cos would
-    be by chance.
+    From a checkpoint alone, each layer is probed by itself. With --arch the network runs, and each convolution's real
+    output counts.
     """
     from convsim_cli.inputs.images import parse_channels
-    from convsim_cli.networks.measurement import Probe
-    from convsim_cli.networks.model_checkpoint import open_model_checkpoint
-    from convsim_cli.reproduction.plots import require_matplotlib
+    from convsim_cli.networks.measurement import measure_checkpoints
+    from convsim_cli.networks.probe import Probe
 
     console = Console(quiet, as_json)
     paths, arch = _what(checkpoints or [], arch, console)
     patterns = make_patterns(include, exclude, groups, transposed)
-    sources = [open_model_checkpoint(path, arch, patterns, seed, num_classes, key) for path in paths]
-    normal = parse_channels("--mean", mean), parse_channels("--std", std)
-    _check(input_, normal, plot)
-    probe = Probe(input_, samples, input_size, data_dir, seed, *normal, top, plot is not None)
+    normal = parse_channels("mean", mean), parse_channels("std", std)
+    heat = None if plot is None else plot_order
+    probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat)
+    _check(plot, sort)
+    reports = measure_checkpoints(
+        paths,
+        probe,
+        start(device, console),
+        arch=arch,
+        num_classes=num_classes,
+        key=key,
+        patterns=patterns,
+        progress=console.progress,
+    )
+    _say(reports, console)
+    if sort is not None:
+        _sort(reports, sort)
     if plot is not None:
-        require_matplotlib()
-    place = start(device, console)
-    measured = [_measure(source, probe, place, console) for source in sources]
-    reports = [_report(source, probe, report) for source, report in zip(sources, measured, strict=True)]
-    if plot is not None:
-        _plot(reports, measured, plot, console)
-    console.document("measure", reports[0] if len(reports) == 1 else {"checkpoints": reports})
+        _plot(reports, plot, console)
+    console.document("measure", dict(reports[0]) if len(reports) == 1 else {"checkpoints": reports})
     if not as_json:
         _show(reports, console, as_csv)
 
@@ -145,52 +179,56 @@ def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[P
     return [None], "cnn1"
 
 
-def _check(input_: str, normal: tuple[Channels | None, Channels | None], plot: Path | None) -> None:
-    """Raise InputError for options that would do nothing, or something else than they say."""
+def _check(plot: Path | None, sort: str | None) -> None:
+    """Raise InputError, before any work is done, for what could not be shown in the end."""
     from convsim_cli.errors import InputError
-    from convsim_cli.measurement.synthetic_inputs import PROBES
+    from convsim_cli.measurement.summary import sort_layers
+    from convsim_cli.reproduction.plots import require_matplotlib
 
-    if input_ in PROBES and normal != (None, None):
-        raise InputError(f"--mean and --std normalize images: --input {input_} has none; name a data set or folder")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise InputError(f"--plot {plot}: expected a name that ends in .png")
-
-
-def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, console: Console) -> Report:
-    note_choice(source.checkpoint, console)
-    report = probe.measure(source, device, console.progress)
-    for note in report.notes:
-        console.note(f"{source.checkpoint.path}: {note}")
-    return report
+    if sort is not None:
+        sort_layers([], sort)
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise InputError(f"`plot` {plot}: expected a name that ends in .png")
+        require_matplotlib()
 
 
-def _report(source: ModelCheckpoint, probe: Probe, report: Report) -> dict[str, Any]:
-    return {
-        "source": str(source.checkpoint.path),
-        "input": probe.name,
-        "layers": report.layers,
-        "skipped": skipped_entries(source.selection),
-        "total": report.total,
-    }
+def _say(reports: Sequence[Report], console: Console) -> None:
+    for report in reports:
+        report["skipped"] = [{**entry, "reason": with_option_names(entry["reason"])} for entry in report["skipped"]]
+        for line in report.warnings:
+            console.warn(line)
+        for line in report.notes:
+            console.note(f"{report['source']}: {line}")
 
 
-def _plot(reports: list[dict[str, Any]], measured: list[Report], path: Path, console: Console) -> None:
-    """A page per network: FILE.png, or FILE-1.png and so on for several."""
+def _sort(reports: Sequence[Report], by: str) -> None:
+    from convsim_cli.measurement.summary import sort_layers
+
+    for report in reports:
+        sort_layers(report["layers"], by)
+
+
+def _plot(reports: Sequence[Report], path: Path, console: Console) -> None:
+    """Draw a page per checkpoint: FILE.png, or FILE-1.png and so on for several."""
     from convsim_cli.measurement.heat_maps import draw_heat
-    from convsim_cli.networks.measurement import HEAT
     from convsim_cli.reproduction.plots import save_figure
 
-    for number, (report, found) in enumerate(zip(reports, measured, strict=True), 1):
+    for number, report in enumerate(reports, 1):
         page = path if len(reports) == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        cosines = {layer["name"]: layer["fm_cos"] for layer in report["layers"]}
-        title = f"{report['source']}: mean |cos| of feature maps, filter by filter ({report['input']} inputs)"
-        if any(matrix.shape[-1] == HEAT for matrix in found.heat.values()):
-            title += f"; of more than {HEAT} filters, the largest of neighbours"
-        save_figure(draw_heat(found.heat, cosines, title), page)
+        captions = {
+            layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report["layers"] if layer["name"] in report.heat
+        }
+        title = f"{report['source']}: mean cosine of feature maps, filter by filter ({report['input']} inputs)"
+        if any(heat.pooled for heat in report.heat.values()):
+            title += "; in large layers a cell shows the strongest of several pairs"
+        save_figure(draw_heat(report.heat, captions, title), page)
         console.note(f"wrote {page}")
 
 
-def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
+def _show(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
+    from convsim_cli.measurement.summary import what_stands_out
+
     if not (as_csv and _show_pairs(reports, console, as_csv)):  # CSV is one table
         _show_layers(reports, console, as_csv)
         if not as_csv:
@@ -199,58 +237,31 @@ def _show(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None
         show_skipped(report["skipped"], console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
+        console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
 
 
-def _show_layers(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> None:
+def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
+    from convsim_cli.measurement.comparison import side_by_side
+
     several = len(reports) > 1
-    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *SHOWN]
-    columns += [f"{key}_change" for key in CHANGES if several]
-    places: dict[str, int] = {}
-    rows: list[tuple[int, list[Any]]] = []
-    for report in reports:
-        partners = _partners(reports[0], report)
-        if not partners:
-            console.warn(f"{report['source']}: has no layer in common with {reports[0]['source']}")
-        for layer in report["layers"]:
-            first = partners.get(layer["name"])
-            place = places.setdefault(first["name"] if first else layer["name"], len(places))
-            row = [layer["name"], *([report["source"]] if several else []), shape(layer["shape"]), layer["groups"]]
-            row += [layer["assumed"], *(layer[key] for key in SHOWN)]
-            rows.append((place, row + [_change(first, layer, key) for key in CHANGES if several]))
-    rows.sort(key=lambda row: row[0])  # the rows of one layer stand together
-    table = [row for _, row in rows]
-    console.delimited(columns, table, ",") if as_csv else show_layers(columns, table, console)
+    figures = [*shown_keys(), *(f"{key}_change" for key in compared_keys() if several)]
+    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *figures]
+    rows: list[list[Any]] = [
+        [
+            layer["name"],
+            *([report["source"]] if several else []),
+            shape(layer["shape"]),
+            layer["groups"],
+            layer["assumed"],
+            *(layer[key] for key in figures),
+        ]
+        for report, layer in side_by_side(reports)
+    ]
+    console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, console)
 
 
-def _partners(first: dict[str, Any], report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Which layer of the first checkpoint each of another one's is, by its name.
-
-    Where no two names are the same, what all of a checkpoint's names begin with, such as `module.`, is left out.
-    """
-    theirs = {layer["name"]: layer for layer in first["layers"]}
-    ours = {layer["name"]: layer["name"] for layer in report["layers"]}
-    if not theirs.keys() & ours.keys():
-        theirs = {name[_common(theirs) :]: layer for name, layer in theirs.items()}
-        ours = {name: name[_common(ours) :] for name in ours}
-    return {name: theirs[short] for name, short in ours.items() if short in theirs}
-
-
-def _common(names: Iterable[str]) -> int:
-    """The length of what all names begin with, up to a dot."""
-    low, high = min(names), max(names)  # what these two share, all in between do
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
-    return low.rfind(".", 0, shared) + 1
-
-
-def _change(first: dict[str, Any] | None, layer: dict[str, Any], key: str) -> float | None:
-    """What a layer's figure has changed by since the first checkpoint; empty for that one itself."""
-    if first is None or first is layer or None in (first[key], layer[key]):
-        return None
-    return float(layer[key] - first[key])
-
-
-def _show_pairs(reports: list[dict[str, Any]], console: Console, as_csv: bool) -> bool:
-    """Show the most similar pairs, after an empty line unless they stand alone. Return whether there are any."""
+def _show_pairs(reports: Sequence[Report], console: Console, as_csv: bool) -> bool:
+    """Show the strongest pairs, after an empty line unless they stand alone. Return whether there are any."""
     rows = [
         [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["cos"]]
         for report in reports

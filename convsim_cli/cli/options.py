@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +12,13 @@ import typer
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console
 from convsim_cli.errors import ConvsimWarning, one_of
+from convsim_cli.training.arguments import declarations
 
 if TYPE_CHECKING:
     import torch
 
     from convsim_cli.checkpoints.checkpoint import Checkpoint
-    from convsim_cli.kernels import Patterns, Selection
+    from convsim_cli.kernels import Patterns
 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
@@ -64,6 +66,7 @@ ArchOption = Annotated[
         show_default=False,
     ),
 ]
+ObjectiveOption = Annotated[str, typer.Option("--objective", metavar="NAME", help=declarations()["objective"].help)]
 KeyOption = Annotated[
     str | None,
     typer.Option(
@@ -123,9 +126,9 @@ def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> 
         console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")
 
 
-def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
-    """Return the `skipped` list of a JSON document."""
-    return [{"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in selection.skipped]
+def with_option_names(reason: str) -> str:
+    """Return why a tensor was skipped with options in place of `arguments`."""
+    return re.sub("`([a-z_]+)`", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 
 def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:

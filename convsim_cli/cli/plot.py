@@ -1,4 +1,4 @@
-"""`convsim plot`: the curves of runs, overlaid."""
+"""`convsim plot`: the curves of runs in one figure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Examples:
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.png", help="Where the PNG goes.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.png", help="The PNG to write.")] = Path(
         "curves.png"
     ),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw the training loss, accuracies and L_CS of runs against epochs, as a PNG. A run may still be training."""
+    """Draw the training loss, accuracies and L_CS of runs over epochs, as a PNG. Runs may still be training."""
     from convsim_cli.reproduction.plots import Curve, draw_runs, require_matplotlib, save_figure
-    from convsim_cli.training.run_folder import read_results
+    from convsim_cli.training.results import read_results
 
     console = Console(quiet, as_json)
     require_matplotlib()
@@ -37,6 +37,6 @@ def plot(
 
 
 def _labels(runs: list[Path]) -> list[str]:
-    """The folders' names, or their paths where names alone do not tell them apart."""
+    """The names of the folders, or their paths if two names are the same."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(runs) else [str(run) for run in runs]

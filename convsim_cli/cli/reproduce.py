@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -20,18 +21,33 @@ from convsim_cli.cli.options import (
     SeedOption,
     start,
 )
-from convsim_cli.cli.reproduction_tables import TABLES, numerical_table
+from convsim_cli.cli.reproduction_tables import EXPERIMENT_TABLES, numerical_table
 from convsim_cli.cli.training_screen import CampaignScreen
+from convsim_cli.reproduction.arms import SETS, arms_of, choose_arms
 
 if TYPE_CHECKING:
-    from convsim_cli.reproduction.experiments import Choices
+    from convsim_cli.reproduction.trained import Choices
 
-EXAMPLES = """\b
+
+def _arms() -> str:
+    """The sets of arms, a paragraph of the help each; names are not broken at their hyphens."""
+    width = max(map(len, SETS))
+    lines = (f"  {name:<{width}}  {', '.join(arms_of(name))}" for name in SETS)
+    indent = " " * (width + 4)
+    return "\n".join(fill(line, 78, subsequent_indent=indent, break_on_hyphens=False) for line in lines)
+
+
+EXAMPLES = f"""\b
+Sets of arms:
+{_arms()}
+
+\b
 Examples:
   convsim reproduce table1                      # kernel orthogonality and feature maps: half a minute, no data
   convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
   convsim reproduce table5 --archs cnn1 --arms baseline,init,rescale --epochs 10 --data-dir data
-  convsim reproduce figure3 --archs cnn1 --arms baseline,init,rescale --epochs 10   # of the same runs
+  convsim reproduce figure3 --archs cnn1 --arms baseline,init,rescale --epochs 10   # reuses the same runs
+  convsim reproduce table5 --archs cnn1 --arms published,controls --seeds 5 --limit-train 10000 --epochs 30
   convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5 --limit-train 5000
   convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
 
@@ -43,7 +59,9 @@ def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="table1, 2, 3, 5 or 6, or figure1 to figure5.")],
     episodes: Annotated[
         int | None,
-        typer.Option(help="table1, 2, 3, 6: episodes per row; 1000 unless given.", min=2, show_default=False),
+        typer.Option(
+            metavar="N", help="table1, 2, 3, 6: episodes per row; 1000 unless given.", min=2, show_default=False
+        ),
     ] = None,
     archs: Annotated[
         str | None,
@@ -53,8 +71,8 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="table5, figure1 to 3: of baseline, init, reg, rescale, init-norm, init-norm-rescaled, "
-            "reg-neighbours, baseline-lr0.1; all unless given.",
+            help="table5, figure1 to 3: arms, sets of arms (see below), or all; "
+            f"{', '.join(arm.name for arm in choose_arms(None))} unless given.",
             show_default=False,
         ),
     ] = None,
@@ -69,7 +87,8 @@ def reproduce(
         int | None, typer.Option(metavar="N", help="Runs per configuration, from --seed.", min=1, show_default="1")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a run; the paper's unless given.", min=1, show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Epochs of a run; the paper's unless given.", min=1, show_default=False),
     ] = None,
     limit_train: LimitTrainOption = None,
     limit_test: LimitTestOption = None,
@@ -80,54 +99,80 @@ def reproduce(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run an experiment of the paper again and show published and measured numbers side by side.
+    """Repeat an experiment of the paper and show published and measured numbers side by side.
 
-    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Runs of RUN_DIR with the same arguments
-    are reused, and go on where they have fewer epochs. Per cent throughout, but for correlations, cosines and L_CS.
-    What the paper does not show stands beside what it does: in the numerical tables mean |cos| of the two feature maps,
-    which scale cannot move, and the same with every kernel held at its norm; in Table 5 arms that say where a gain
-    comes from.
+    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Finished runs in RUN_DIR with the same
+    arguments are reused, and unfinished ones resumed. Batch-norm statistics are re-estimated before each evaluation, as
+    in convsim train --bn-statistics precise. All numbers are in per cent except correlations, cosines and L_CS.
+    Some columns are not in the paper: in the numerical tables, mean |cos| of the two feature maps, which scaling cannot
+    change, also with the norm of every kernel fixed; in Table 5, arms that say where a gain comes from.
     """
-    from convsim_cli.errors import InputError
-    from convsim_cli.reproduction.published import TABLES
-    from convsim_cli.training.run_folder import make_folder
+    from convsim_cli.reproduction.published import NUMERICAL_TABLES
 
     console = Console(quiet, as_json)
-    if any(table.name == name for table in TABLES):
-        _refuse(context.params, name, _OF_RUNS)
-        if device != "auto" and start(device, console).type != "cpu":
-            raise InputError(f"{name} is computed in float64 on the CPU, within a minute; leave --device out")
-        make_folder(run_dir)
-        _numerical(name, episodes or 1000, seed, run_dir, console)
+    if any(table.name == name for table in NUMERICAL_TABLES):
+        _numerical(name, context.params, console)
     else:
         _trained(name, context.params, console)
 
 
-_OF_RUNS = ("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test")
+_OF_TRAINING = ("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test")
 
 
-def _refuse(given: dict[str, Any], name: str, useless: Sequence[str]) -> None:
+def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:
     from convsim_cli.errors import InputError
 
     for key in useless:
         if given[key] is not None:
-            raise InputError(f"{name} has no --{key.replace('_', '-')}")
+            raise InputError(f"{name} has no `{key}`")
 
 
-def _numerical(name: str, episodes: int, seed: int, run_dir: Path, console: Console) -> None:
-    from convsim_cli.reproduction import numerical
+def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
+    from convsim_cli.errors import InputError
+    from convsim_cli.reproduction.numerical import EPISODES, numerical_steps, reproduce_table
+    from convsim_cli.training.run_folder import make_folder
 
-    table = numerical.find_table(name)
-    with console.progress(name, numerical.numerical_steps(name)) as advance:
-        rows = numerical.numerical_table(name, episodes, seed, advance)
-    content = {"name": name, "title": table.title, "claim": table.claim or None, "episodes": episodes, "seed": seed}
-    _save(content | {"rows": rows}, run_dir, console)
+    _refuse(name, given, _OF_TRAINING)
+    if given["device"] != "auto" and start(given["device"], console).type != "cpu":
+        raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
+    make_folder(given["run_dir"])
+    with console.progress(name, numerical_steps(name)) as advance:
+        content = reproduce_table(name, given["episodes"] or EPISODES, given["seed"], advance)
+    _save(content, given["run_dir"], console)
     if not console.as_json:
-        console.table(*numerical_table(rows))
-        console.note(
-            f"{table.title}; {episodes} episodes a row" + (f"; published: {table.claim}" if table.claim else "")
-        )
-        console.note(f"saved {run_dir / f'{name}.json'}")
+        console.table(*numerical_table(content["rows"]))
+        notes = [f"{content['title']}; {content['episodes']} episodes per row"]
+        notes += [f"published: {content['claim']}"] if content["claim"] else []
+        console.note("; ".join(notes + ([content["note"]] if content["note"] else [])))
+        console.note(f"saved {given['run_dir'] / f'{name}.json'}")
+
+
+def _trained(name: str, given: dict[str, Any], console: Console) -> None:
+    from convsim_cli.machine.allocator import keep_freed_memory
+    from convsim_cli.reproduction.experiments import find_experiment, run_experiment
+    from convsim_cli.reproduction.plots import draw_experiment, require_matplotlib, save_figure
+
+    experiment = find_experiment(name)
+    _refuse(name, given, ["episodes"])
+    is_figure = name.startswith("figure")
+    if is_figure:
+        require_matplotlib()
+    place = start(given["device"], console)
+    if place.type == "cpu":
+        keep_freed_memory()
+    choices = _choices(given, str(place))
+    console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
+    with CampaignScreen(console, name) as screen:
+        content = run_experiment(experiment, choices, given["run_dir"], screen)
+    _save(content, given["run_dir"], console)
+    if is_figure:
+        save_figure(draw_experiment(name, content["rows"], content["title"]), given["run_dir"] / f"{name}.png")
+    if not console.as_json:
+        console.table(*EXPERIMENT_TABLES[name](content["rows"]), epochs=choices.epochs or experiment.epochs, diverged=0)
+        seeds = f"{choices.seeds} seeds" if choices.seeds > 1 else "1 seed"
+        claim = f"; published: {content['claim']}" if content["claim"] else ""
+        console.note(f"{content['title']}; {seeds}{claim}")
+    console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if is_figure else ""))
 
 
 def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
@@ -136,55 +181,8 @@ def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
     write_json(run_dir / f"{content['name']}.json", console.document("reproduce", content))
 
 
-def _trained(name: str, given: dict[str, Any], console: Console) -> None:
-    from convsim_cli.inputs.datasets import load_dataset
-    from convsim_cli.machine.allocator import keep_freed_memory
-    from convsim_cli.reproduction.campaign import carry_out
-    from convsim_cli.reproduction.experiments import find_experiment, group, plan, reductions
-    from convsim_cli.reproduction.plots import draw_experiment, require_matplotlib, save_figure
-    from convsim_cli.reproduction.published import CLAIMS
-    from convsim_cli.training.execution import check_network
-    from convsim_cli.training.run_folder import make_folder
-
-    experiment = find_experiment(name)
-    _refuse(given, name, ["episodes"])
-    drawn = name.startswith("figure")
-    if drawn:
-        require_matplotlib()
-    place = start(given["device"], console)
-    if place.type == "cpu":
-        keep_freed_memory()
-    choices = _choices(given, str(place))
-    cells = plan(experiment, choices)
-    dataset = load_dataset(choices.base.dataset, Path(choices.base.data_dir))
-    reduced = reductions(experiment, choices, dataset)
-    for arguments in {job.arguments.arch: job.arguments for cell in cells for job in cell.jobs}.values():
-        check_network(arguments, dataset)
-    make_folder(given["run_dir"])
-    with CampaignScreen(console, name) as screen:
-        outcomes = carry_out([job for cell in cells for job in cell.jobs], given["run_dir"], dataset, screen)
-    rows = experiment.rows(group(cells, outcomes))
-    title = experiment.title + (f" (reduced: {'; '.join(reduced)})" if reduced else "")
-    content = {
-        "name": name,
-        "title": title,
-        "claim": CLAIMS.get(name),
-        "reduced": reduced,
-        "device": choices.base.device,
-    }
-    _save(content | {"rows": rows}, given["run_dir"], console)
-    if drawn:
-        save_figure(draw_experiment(name, rows, title), given["run_dir"] / f"{name}.png")
-    if not console.as_json:
-        epochs = choices.epochs or experiment.epochs
-        console.table(*TABLES[name](rows), epochs=epochs, diverged=0)
-        seeds = f"; {choices.seeds} seeds" if choices.seeds > 1 else "; 1 seed"
-        console.note(title + seeds + (f"; published: {CLAIMS[name]}" if name in CLAIMS else ""))
-    console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if drawn else ""))
-
-
 def _choices(given: dict[str, Any], device: str) -> Choices:
-    from convsim_cli.reproduction.experiments import Choices
+    from convsim_cli.reproduction.trained import Choices
     from convsim_cli.training.arguments import Arguments
 
     base = Arguments(
@@ -198,18 +196,19 @@ def _choices(given: dict[str, Any], device: str) -> Choices:
         base,
         given["seeds"] or 1,
         given["epochs"],
-        _list("--archs", given["archs"], str),
-        _list("--arms", given["arms"], str),
-        _list("--lrs", given["lrs"], float),
-        _list("--batch-sizes", given["batch_sizes"], int, least=1),
-        _list("--iterations", given["iterations"], int, least=0),
+        _list("archs", given, str),
+        _list("arms", given, str),
+        _list("lrs", given, float),
+        _list("batch_sizes", given, int, least=1),
+        _list("iterations", given, int, least=0),
     )
 
 
-def _list(option: str, text: str | None, kind: Callable[[str], T], least: int | None = None) -> tuple[T, ...] | None:
-    """What a comma-separated option lists, each once. Raises InputError."""
+def _list(name: str, given: dict[str, Any], kind: Callable[[str], T], least: int | None = None) -> tuple[T, ...] | None:
+    """The items of a comma-separated option, each once. Raises InputError."""
     from convsim_cli.errors import InputError
 
+    text = given[name]
     if text is None:
         return None
     try:
@@ -218,5 +217,5 @@ def _list(option: str, text: str | None, kind: Callable[[str], T], least: int | 
         found = ()
     if not found or (least is not None and any(item < least for item in found)):  # type: ignore[operator]
         what = {str: "names", float: "numbers", int: f"whole numbers of {least} or above"}[kind]  # type: ignore[index]
-        raise InputError(f"{option} {text!r}: expected {what} separated by commas")
+        raise InputError(f"`{name}` {text!r}: expected {what} separated by commas")
     return found

@@ -11,7 +11,7 @@ Table = tuple[list[str], list[list[Any]]]
 
 
 def numerical_table(rows: list[dict[str, Any]]) -> Table:
-    """Return Table 1, 2, 3 or 6 with what it measures at fixed norms."""
+    """Return Table 1, 2, 3 or 6, with the figures at fixed norms."""
     figures = ("correlation", "reduction", "decrease", "increase")
     columns = ["N", "optimizer", *(f"{figure}_{side}" for figure in figures for side in ("published", "measured"))]
     columns += ["cos_before", "cos_after", "cos_after_fixed_norms", "reduction_fixed_norms"]
@@ -84,7 +84,7 @@ def _iterations_table(rows: list[dict[str, Any]]) -> Table:
     return [*columns, *_LAST], [[row["iterations"], *_measured(row["measured"])] for row in rows]
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
+EXPERIMENT_TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
     "table5": _arms_table,
     "figure1": _curves_table,
     "figure2": _curves_table,

@@ -1,37 +1,25 @@
-"""`convsim train`: the paper's training runs, with Algorithm 1, Algorithm 2, neither, or the controls."""
+"""`convsim train`: train a network with Algorithm 1, Algorithm 2, neither, or a control."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convsim_cli.cli.console import Console, duration
-from convsim_cli.cli.options import (
-    DataDirOption,
-    DeviceOption,
-    JsonOption,
-    LimitTestOption,
-    LimitTrainOption,
-    MeanOption,
-    QuietOption,
-    RunDirOption,
-    SeedOption,
-    StdOption,
-    start,
-)
+from convsim_cli.cli.options import JsonOption, QuietOption, start
+from convsim_cli.cli.training_options import with_training_options
 from convsim_cli.cli.training_screen import RunScreen
 
 if TYPE_CHECKING:
-    from convsim_cli.inputs.images import Dataset
     from convsim_cli.training.arguments import Arguments
-    from convsim_cli.training.processes import Processes
+    from convsim_cli.training.launch import Finished, Seeds
     from convsim_cli.training.run_folder import Run
 
 EXAMPLES = """\b
@@ -43,213 +31,125 @@ Examples:
   convsim train --resume runs/reg20 --epochs 40
   torchrun --nproc-per-node 2 -m convsim_cli train --mode init   # two processes share each batch"""
 
-_RESUMABLE = {"resume", "epochs", "as_json", "quiet"}
+_RUN: dict[str, Any] = {"show_default": False, "rich_help_panel": "Run"}  # the heading in the help
 
 
+@with_training_options
 def train(
     context: typer.Context,
-    mode: Annotated[
-        Literal["baseline", "init", "reg", "rescale"],
-        typer.Option(
-            help="Nothing; Algorithm 1 before training; Algorithm 2 during it; only the scaling that init would do."
-        ),
-    ] = "baseline",
-    arch: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="cnn1, cnn2, cnn:WIDTH, resnet18, torchvision:NAME, timm:NAME or package.module:callable.",
-        ),
-    ] = "cnn1",
-    dataset: Annotated[
-        str, typer.Option(metavar="NAME", help="cifar10, cifar100, digits, or folder:PATH with a folder per class.")
-    ] = "cifar10",
-    data_dir: DataDirOption = Path("data"),
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size",
-            metavar="N",
-            help="folder:PATH: pixels along each axis; 32 for the built-in networks, else 224, unless given.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start from this checkpoint.", show_default=False)
-    ] = None,
-    epochs: Annotated[int, typer.Option(help="Number of epochs.", min=1)] = 100,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per step.", min=1)] = 512,
-    lr: Annotated[float, typer.Option(help="Learning rate of SGD, above 0.")] = 0.01,
-    momentum: Annotated[float, typer.Option(help="Momentum of SGD.", min=0)] = 0.0,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="L2 penalty of SGD.", min=0)] = 0.0,
-    iterations: Annotated[int, typer.Option(help="Iterations of Algorithm 1 (init, rescale).", min=0)] = 500,
-    init_lr: Annotated[float, typer.Option("--init-lr", help="Adam's step size in Algorithm 1.")] = 0.001,
-    preserve_norm: Annotated[
-        bool, typer.Option("--preserve-norm", help="init: hold every filter at its own norm.")
-    ] = False,
-    rescale: Annotated[
-        bool,
-        typer.Option(
-            "--rescale", help="init --preserve-norm: then scale the filters to the norms that raw init would give."
-        ),
-    ] = False,
-    beta: Annotated[float, typer.Option(help="reg: weight on L_CS, dimensionless.", min=0)] = 0.001,
-    beta_schedule: Annotated[
-        Literal["constant", "loss"],
-        typer.Option("--beta-schedule", help="reg: constant, or falling with the task loss."),
-    ] = "constant",
-    pairs: Annotated[
-        Literal["all", "neighbours"],
-        typer.Option(help="reg: all pairs (Eq. 10), or what the authors' public code sums."),
-    ] = "all",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Full float32, or bfloat16 autocast.")] = "fp32",
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
+    *,
     seeds: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, … from --seed.", min=1, show_default=False),
+        int | None, typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, … from --seed.", min=1, **_RUN)
     ] = None,
-    limit_train: LimitTrainOption = None,
-    limit_test: LimitTestOption = None,
-    run_dir: RunDirOption = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="Name of the run's folder.", show_default=False)] = None,
+    run_dir: Annotated[
+        Path,
+        typer.Option("--run-dir", metavar="DIR", help="Where the folders of runs are created.", rich_help_panel="Run"),
+    ] = Path("runs"),
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run's folder.", **_RUN)] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Go on with this run's folder; only --epochs may differ.", show_default=False),
+        typer.Option(
+            metavar="RUN", help="Resume the run in this folder; only --epochs and --data-dir may differ.", **_RUN
+        ),
     ] = None,
     config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Take what is not given here from a run's args.json.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Take what is not given here from a run's args.json.", **_RUN)
     ] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Bit-exact on CUDA too; the CPU always is.")
-    ] = False,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Run")
+    ] = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **arguments: Any,
 ) -> None:
-    """Train a network and keep its results in a folder: args.json, results.csv, best and last weights, summary.json.
+    """Train a network and save its results in a folder: args.json, results.csv, best and last weights, summary.json.
 
-    The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. Stopped at any moment, a
-    run goes on with --resume, to the same result.
+    The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. You can stop a run at any
+    moment and resume it with --resume: the result is the same.
     """
-    from convsim_cli.machine.allocator import keep_freed_memory
-    from convsim_cli.training.execution import load_inputs
-    from convsim_cli.training.processes import joined, leads
+    from convsim_cli.training.launch import resume_run, start_runs
+    from convsim_cli.training.processes import is_rank_zero
 
-    console = Console(quiet or not leads(), as_json and leads())
-    resumed = None if resume is None else _resumed(context, resume, epochs)
-    given = context.params | ({} if config is None else _from_config(context, config))
-    place = start(given["device"] if resumed is None else resumed.arguments.device, console)
-    if place.type == "cpu":
-        keep_freed_memory()
-    with joined(place) as (processes, _):
-        if resumed is not None:
-            runs, data = iter([(resumed, "")]), None  # the run's own arguments say the rest
-        else:
-            arguments = _arguments(given, str(place), processes.size)
-            data = processes.leader_first(lambda: load_inputs(arguments))
-            runs = _new_runs(arguments, run_dir, name, seeds, processes)
-        done = [(run, _execute(run, data, console, processes, left)) for run, left in runs]
-    if processes.leads:
-        _show(done, console)
+    console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero())
+    watch = partial(_watch, console)
+    typed = _typed(context)
+    if resume is not None:
+        finished = resume_run(_resumed(resume, typed, console), watch)
+    else:
+        chosen = _arguments({**arguments, "device": device}, config, typed, console)
+        finished = start_runs(chosen, run_dir, name, seeds, watch)
+    if is_rank_zero():
+        _show(finished, console)
 
 
-def _arguments(given: dict[str, Any], device: str, processes: int) -> Arguments:
-    from dataclasses import fields
-
-    from convsim_cli.training.arguments import Arguments
-
-    values = given | {"compile": given["compile_"], "device": device, "processes": processes}
-    for key in ("data_dir", "weights"):
-        values[key] = None if values[key] is None else str(values[key])
-    return Arguments(**{field.name: values[field.name] for field in fields(Arguments)})
+def _typed(context: typer.Context) -> dict[str, Any]:
+    """The options given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
-def _from_config(context: typer.Context, path: Path) -> dict[str, Any]:
-    """What a run's args.json says of the options that the command line leaves open."""
-    import json
-    from dataclasses import asdict
+def _resumed(folder: Path, typed: dict[str, Any], console: Console) -> Run:
+    from convsim_cli.training.run_folder import open_to_resume
 
-    from convsim_cli.errors import InputError
-    from convsim_cli.training.arguments import make_arguments
-
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: not a readable args.json ({error})") from error
-    found = asdict(make_arguments(values, path)) | {"compile_": values.get("compile", False)}
-    given = {*_typed(context), "processes"}  # which are as many as there are
-    return {key: found[key] for key in found if (key in values or key == "compile_") and key not in given}
-
-
-def _typed(context: typer.Context) -> set[str]:
-    """The options that were given on the command line."""
-    return {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}  # type: ignore[union-attr]
-
-
-def _new_runs(
-    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
-) -> Iterator[tuple[Run, str]]:
-    """The runs, each made when its turn comes, with what is to be said of the seeds left should it be stopped."""
-    from convsim_cli.training.run_folder import create_run, free_stem
-
-    if seeds is None:
-        yield processes.led(lambda: create_run(arguments, run_dir, name)), ""
-        return
-    numbers = range(arguments.seed, arguments.seed + seeds)
-    stem = processes.led(lambda: free_stem(arguments, run_dir, name, numbers))
-    for seed in numbers:
-        one, left = replace(arguments, seed=seed), numbers[-1] - seed
-        run = processes.led(partial(create_run, one, run_dir, f"{stem}-s{seed}"))
-        yield run, f"; then the other seeds with: --name {quote(stem)} --seed {seed + 1} --seeds {left}" if left else ""
-
-
-def _resumed(context: typer.Context, folder: Path, epochs: int) -> Run:
-    """The run to go on with. Options that say something else than its args.json are refused, all but --epochs."""
-    from convsim_cli.errors import InputError
-    from convsim_cli.training.run_folder import open_run
-
-    given = _typed(context)
-    run = open_run(folder, epochs if "epochs" in given else None)
-    for key in sorted(given - _RESUMABLE):
-        wanted, had = context.params[key], getattr(run.arguments, key.rstrip("_"), None)
-        if str(wanted) != str(had):
-            raise InputError(
-                f"--{key.strip('_').replace('_', '-')} {wanted}: the run {folder} has {had}; "
-                "with --resume only --epochs may differ"
-            )
+    given = {name: value for name, value in typed.items() if name not in ("resume", "as_json", "quiet")}
+    run = open_to_resume(folder, given)
+    _start(run.arguments.device, console)
     return run
 
 
-def _execute(run: Run, dataset: Dataset | None, console: Console, processes: Processes, left: str) -> dict[str, Any]:
-    from convsim_cli.training.execution import execute
+def _arguments(given: dict[str, Any], config: Path | None, typed: dict[str, Any], console: Console) -> Arguments:
+    """The arguments of a new run: those typed, then those of --config, then the defaults."""
+    from convsim_cli.training.arguments import Arguments, declarations
+    from convsim_cli.training.run_folder import read_config
+
+    if config is not None:
+        given |= {name: value for name, value in read_config(config).items() if name not in typed}
+    options = {name: given[name] for name, declaration in declarations().items() if declaration.group}
+    return Arguments(**options, device=_start(given["device"], console))
+
+
+def _start(device: str, console: Console) -> str:
+    from convsim_cli.machine.allocator import keep_freed_memory
+
+    found = start(device, console)
+    if found.type == "cpu":
+        keep_freed_memory()
+    return str(found)
+
+
+@contextmanager
+def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen]:
+    """Show a run while it trains. If it is interrupted, say how to resume it and how to start those that follow."""
+    from convsim_cli.training.processes import is_rank_zero
 
     how = run.arguments
-    console.note(f"{run.folder}: {how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs")
-    with RunScreen(console, how.epochs) as listener:
+    what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs"
+    console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
+    with RunScreen(console, how.epochs) as screen:
         try:
-            return execute(run, listener, dataset, processes)
+            yield screen
         except KeyboardInterrupt:
-            if processes.leads:
-                folder = quote(str(run.folder))
-                console.warn(f"stopped; go on with: convsim train --resume {folder}{left}")
+            if is_rank_zero():
+                resume = f"convsim train --resume {quote(str(run.folder))}"
+                console.warn(f"stopped; resume with: {resume}{_others(rest) if rest else ''}")
             raise
 
 
-def _show(done: list[tuple[Run, dict[str, Any]]], console: Console) -> None:
+def _others(rest: Seeds) -> str:
+    return f"; then the other seeds with: --name {quote(rest.stem)} --seed {rest.first} --seeds {rest.count}"
+
+
+def _show(finished: list[Finished], console: Console) -> None:
     documents = [
         {
-            "run": str(run.folder),
-            "mode": run.arguments.mode,
-            "arch": run.arguments.arch,
-            "seed": run.arguments.seed,
-            **summary,
+            "run": str(done.run.folder),
+            "mode": done.run.arguments.mode,
+            "arch": done.run.arguments.arch,
+            "seed": done.run.arguments.seed,
+            "bn_statistics": done.run.arguments.bn_statistics,
+            **done.summary,
         }
-        for run, summary in done
+        for done in finished
     ]
     console.document("train", {"runs": documents, "mean": _spread(documents)})
     if console.as_json:

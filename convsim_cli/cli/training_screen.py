@@ -1,4 +1,4 @@
-"""What training looks like on the screen: one run, and many runs as one piece of work."""
+"""What training shows on the screen: one run, or many runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Screen:
-    """A listener that shows something for as long as its `with` lasts."""
+    """A listener that shows something while its `with` block runs."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._stack = console, ExitStack()
@@ -40,9 +40,9 @@ class RunScreen(_Screen):
         self._progress = Progress()
 
     def phase(self, name: str, steps: int) -> None:
-        """Begin a phase of so many steps."""
+        """Begin a phase of this many steps."""
         self._stack.close()
-        shown = self._console.live or name == "init"  # elsewhere an epoch is one line, when it has ended
+        shown = self._console.live or name == "init"  # without a bar, an epoch is one line at its end
         self._progress = self._stack.enter_context(self._console.progress(name, steps if shown else 0))
 
     def advance(self, steps: int) -> None:
@@ -50,7 +50,7 @@ class RunScreen(_Screen):
         self._progress(steps)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Say how an epoch ended."""
+        """Show the figures of an epoch."""
         self._stack.close()
         self._seconds.append(row["seconds"])
         left = duration((self._epochs - row["epoch"]) * sum(self._seconds) / len(self._seconds))
@@ -58,7 +58,7 @@ class RunScreen(_Screen):
 
 
 class CampaignScreen(_Screen):
-    """Many runs: one bar over the whole and a line per run on a terminal, a line per epoch elsewhere."""
+    """Many runs: one bar for all and a line per run on a terminal, a line per epoch elsewhere."""
 
     def __init__(self, console: Console, name: str) -> None:
         super().__init__(console)
@@ -67,39 +67,39 @@ class CampaignScreen(_Screen):
         self._done = self._work = self._start = 0.0
 
     def begin(self, runs: int, finished: int, work: float) -> None:
-        """Say what there is to do."""
+        """Say how many runs there are, and how many of them are reused."""
         reused = f", {finished} of them finished before" if finished else ""
         self._console.note(f"{self._name}: {runs} run{'s' if runs > 1 else ''}{reused}")
         if work and not finished:
-            self._console.note("stopped at any moment, the same command goes on")
+            self._console.note("you can stop at any moment; the same command resumes")
         self._runs, self._work, self._start = runs, work, time.monotonic()
         if self._console.live:
             self._progress = self._stack.enter_context(self._console.progress(self._name, work))
 
     def run(self, name: str, number: int, epochs: int) -> None:
-        """Note which run is at work."""
+        """Note the current run."""
         self._run, self._epochs = f"{name} ({number} of {self._runs})", epochs
 
     def phase(self, name: str, steps: int) -> None:
-        """Show the phase of the run at work."""
+        """Show the phase of the current run."""
         self._progress.describe(f"{self._run} {name}")
 
     def advance(self, steps: int) -> None:
-        """Leave the bar to `done`, which knows what share of the whole a step is."""
+        """Do nothing: `done` advances the bar, by FLOPs."""
 
     def done(self, work: float) -> None:
-        """Advance the whole."""
+        """Advance the bar."""
         self._done += work
         self._progress(work)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Say how an epoch ended, where there is no bar."""
+        """Show the figures of an epoch, unless there is a bar."""
         if not self._console.live:
             whole = remaining(self._done, self._work, time.monotonic() - self._start)
             self._console.note(f"{self._run} {_epoch(row, self._epochs)}  {row['seconds']:.1f} s; {self._name} {whole}")
 
     def end(self, outcome: Outcome) -> None:
-        """Say how a run ended."""
+        """Show how a run ended."""
         if outcome.diverged:
             self._console.warn(f"{outcome.run.folder}: {outcome.diverged}")
         elif self._console.live:
@@ -109,7 +109,7 @@ class CampaignScreen(_Screen):
             self._console.note(f"{outcome.run.folder}: test accuracy {best:.2f} % at best, {last:.2f} % last, {took}")
 
     def waiting(self, name: str) -> None:
-        """Say that another process has what is left."""
+        """Say that only runs of other processes are left."""
         said = f"waiting for {name}, which another process is training"
         if said != self._run:
             self._run = said

@@ -30,12 +30,13 @@ def load_dataset(
 ) -> Dataset:
     """Read a data set by its name.
 
-    name: `cifar10` or `cifar100`, downloaded through torchvision when it is not in `data_dir`; `digits`, which needs no
-    file; or `folder:PATH`, a folder of images per class, in PATH/train and PATH/val (or test) or else with every fifth
-    image for testing, side × side pixels cut from the middle, either split in one fixed shuffled order, so that its
-    first images are of all classes. mean, std: instead of the data set's own. test_only: leave a folder's training
-    images undecoded and that split empty. Raises InputError for an unknown name, and where data cannot be had: it says
-    which file to get and where to put it.
+    name: `cifar10` or `cifar100`, downloaded through torchvision if not in `data_dir`; `digits`, which needs no file;
+    or `folder:PATH` with one folder of images per class, in PATH/train and PATH/val (or test), or in PATH itself, where
+    every fifth image is then for testing. Images of a folder are resized and center-cropped to side × side
+    pixels; each split is in a fixed shuffled order, so that its first images are from all classes.
+    mean, std: normalize by these instead of the data set's own. test_only: do not decode the training images of a
+    folder. Raises InputError for an unknown name, and for data that is missing and cannot be downloaded: it says which
+    file to get and where to put it.
     """
     if name in _CIFAR:
         found = _cifar(name, data_dir)
@@ -59,13 +60,12 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     except (URLError, OSError, RuntimeError) as error:
         if folder.is_dir():
             raise InputError(
-                f"{kind} in {folder} is damaged or incomplete; remove that folder, and it is fetched anew, "
-                "or name the parent of a whole one with --data-dir"
+                f"{kind} in {folder} is damaged or incomplete; remove that folder to download it again, "
+                "or name the parent of an intact one with `data_dir`"
             ) from error
         raise InputError(
-            f"{kind} in {folder} is not there and cannot be downloaded ({str(error).rstrip('.')}); "
-            f"put the unpacked {source.url} there or name its parent with --data-dir; "
-            "--dataset digits needs no download"
+            f"{kind} is not in {folder} and cannot be downloaded ({str(error).rstrip('.')}); "
+            f"unpack {source.url} there, or name its parent with `data_dir`; the data set digits needs no download"
         ) from error
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
     return Dataset(name, train, test, classes, mean, std)
@@ -76,7 +76,7 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
+        raise InputError("the data set digits needs scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     gray = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)  # 0 to 16 as shipped
     images = gray.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(-1).repeat(1, 1, 1, 3)

@@ -1,4 +1,4 @@
-"""Images in memory, as uint8, and normalized where they are used: no worker processes."""
+"""Images in memory as uint8, normalized when they are used: no worker processes are needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Split:
         return self.images.shape[0]
 
     def first(self, count: int | None) -> Split:
-        """Return the first `count` images, all of them for None. Raises InputError for fewer than one."""
+        """Return the first `count` images, or all for None. Raises InputError for a count below 1."""
         if count is not None and count < 1:
             raise InputError(f"expected at least one image, got a limit of {count}")
         return Split(self.images[:count], self.labels[:count])
@@ -36,7 +36,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, and the mean and standard deviation per channel to normalize by (the full range is 0 to 1)."""
+    """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1."""
 
     name: str
     train: Split
@@ -46,7 +46,7 @@ class Dataset:
     std: Channels
 
     def limited(self, train: int | None, test: int | None) -> Dataset:
-        """Return the first images of either split."""
+        """Return the data set with the first images of each split only, all of them for None."""
         return replace(self, train=self.train.first(train), test=self.test.first(test))
 
     def to(self, device: torch.device) -> Dataset:
@@ -60,22 +60,25 @@ class Dataset:
 
 @lru_cache(maxsize=8)
 def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kept on the device: making them for every batch would wait for it."""
+    """Cached on the device: creating them for every batch would wait for it."""
     with torch.inference_mode(False):
         mean_, std_ = torch.tensor(mean), torch.tensor(std)
         return (1 / (255 * std_)).to(device), (-mean_ / std_).to(device)
 
 
-def parse_channels(option: str, text: str | None) -> Channels | None:
-    """Return what --mean or --std lists. Raises InputError unless it is three finite numbers, of a --std above 0."""
+def parse_channels(name: str, text: str | None) -> Channels | None:
+    """Return the three numbers of the argument `mean` or `std`, None for None.
+
+    Raises InputError unless there are three finite numbers, those of `std` above 0.
+    """
     if text is None:
         return None
     try:
         red, green, blue = (float(item) for item in text.replace(",", " ").split())
     except ValueError:
-        raise InputError(f"{option} {text!r}: expected three numbers, for instance 0.485,0.456,0.406") from None
+        raise InputError(f"`{name}` {text!r}: expected three numbers, for instance 0.485,0.456,0.406") from None
     if not all(map(isfinite, (red, green, blue))):
-        raise InputError(f"{option} {text!r}: expected finite numbers")
-    if option == "--std" and min(red, green, blue) <= 0:
-        raise InputError(f"{option} {text!r}: expected numbers above 0")
+        raise InputError(f"`{name}` {text!r}: expected finite numbers")
+    if name == "std" and min(red, green, blue) <= 0:
+        raise InputError(f"`{name}` {text!r}: expected numbers above 0")
     return red, green, blue

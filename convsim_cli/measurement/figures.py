@@ -1,80 +1,114 @@
-"""The per-layer report: what scaling moves, and what it cannot move.
+"""The figures that convsim measures per layer, each defined once.
 
-Keys of a record: `cs` L_CS (Eq. 10); `ncs` L_CS free of scale; `kernel_cos` mean |cos| of filter pairs; `fm_cos` mean
-|cos| of feature-map pairs; `fm_cos_random` what it would be by chance; `fm_inner2` the paper's feature-map similarity;
-`norm` ‖W‖; `dead` filters that are zero or whose map is zero on every input; `redundant` filters with a partner of mean
-|cos| above 0.95.
+A figure is one entry of `FIGURES`: the record of a layer, JSON, tables, CSV, `measure --help` and the README's table
+follow from it. This module imports no torch, so that help texts can read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.measurement.feature_maps import finite
-from convsim_cli.similarity import similarity
-
-Record = dict[str, Any]
-FIGURES = ("cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead", "fm_cos_random", "redundant")
+if TYPE_CHECKING:
+    from convsim_cli.measurement.layer import Layer
 
 
-def layer_record(kernel: Kernel, weight: Tensor, maps: Mapping[str, Any]) -> Record:
-    """Join what a layer is, its kernel figures and those of its feature maps (`FeatureMapSimilarity.result`)."""
-    figures = kernel_figures(kernel, weight)
-    found = {**figures, **maps, "dead": max(figures["zero"], maps["dead"] or 0)}
-    return describe(kernel) | {key: found[key] for key in FIGURES}
+@dataclass(frozen=True)
+class Figure:
+    """A number that is measured of every layer.
 
-
-def describe(kernel: Kernel) -> Record:
-    """Return the keys that say which layer a record is of."""
-    return {"name": kernel.name, "shape": list(kernel.shape), "groups": kernel.groups, "assumed": kernel.assumed}
-
-
-def kernel_figures(kernel: Kernel, weight: Tensor) -> Record:
-    """Return `cs`, `ncs`, `kernel_cos`, `norm` and the number of `zero` filters of a stored weight, in float64.
-
-    `ncs` and `kernel_cos` are None where fewer than two filters of a group are non-zero. Raises InputError for NaN or
-    Inf.
+    key: its name in JSON and in tables; meaning: one line for help texts and the README; value: what computes it, None
+    where no number can be given; unit: empty where it is dimensionless; moves_with_scale: whether scaling a layer's
+    weights changes it; shown: whether tables have a column for it (JSON has every figure); compared: whether several
+    checkpoints also get its change, under `KEY_change`.
     """
-    check_finite(kernel, weight)
-    stored = weight.detach().cpu() if weight.device.type == "mps" else weight.detach()  # mps has no float64
-    filters = kernel.to_filters(stored).to(torch.float64, copy=True)  # the one copy that is held, divided in place
-    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    live = (norms > 0).sum(dim=1).flatten()
-    pairs = (live * (live - 1)).sum().item() / 2
-    with full_precision(stored.device):
-        value = similarity(filters, kernel.taps).item()
-        unit = filters.div_(torch.where(norms > 0, norms, 1)).flatten(2)
-        ncs = 1.0 if kernel.pointwise or not pairs else similarity(filters, kernel.taps).item() / pairs
-        cosines = unit @ unit.mT
-    cosines.diagonal(dim1=-2, dim2=-1).zero_()
-    return {
-        "cs": finite(value),
-        "ncs": ncs if pairs else None,
-        "kernel_cos": cosines.abs_().sum().item() / 2 / pairs if pairs else None,
-        "norm": finite(torch.linalg.vector_norm(norms).item()),
-        "zero": norms.numel() - int(live.sum().item()),
-    }
+
+    key: str
+    meaning: str
+    value: Callable[[Layer], Any]
+    unit: str = ""
+    moves_with_scale: bool = False
+    shown: bool = True
+    compared: bool = False
 
 
-def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> None:
-    """Raise InputError, naming the tensor (and the file it is in), where a kernel holds NaN or Inf."""
-    if not is_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        file = f"{where}: " if where else ""
-        raise InputError(
-            f"{file}{kernel.name} {list(kernel.shape)}: {bad} of {weight.numel()} values are NaN or Inf; "
-            "mend it, or leave it out (--exclude)"
-        )
+FIGURES: tuple[Figure, ...] = (
+    Figure("cs", "L_CS, Eq. 10 of the paper", lambda layer: layer.kernels["cs"], "weight⁴", moves_with_scale=True),
+    Figure(
+        "ncs",
+        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 filters share the spectrum, above 1 they crowd the same frequencies",
+        lambda layer: layer.kernels["ncs"],
+        compared=True,
+    ),
+    Figure("kernel_cos", "mean abs cosine between filters", lambda layer: layer.kernel_cos),
+    Figure("fm_cos", "mean abs cosine between feature maps", lambda layer: layer.maps.fm_cos, compared=True),
+    Figure("fm_cos_random", "fm_cos of random kernels on the same inputs", lambda layer: layer.fm_cos_random),
+    Figure(
+        "fm_rank",
+        "effective rank of the feature maps: how many of them say something of their own",
+        lambda layer: layer.fm_rank,
+        "filters",
+        compared=True,
+    ),
+    Figure(
+        "fm_rank_random",
+        "fm_rank of random kernels on the same inputs",
+        lambda layer: layer.fm_rank_random,
+        "filters",
+    ),
+    Figure(
+        "fm_inner2",
+        "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²",
+        lambda layer: layer.maps.fm_inner2,
+        "map⁴",
+        moves_with_scale=True,
+    ),
+    Figure("norm", "‖W‖ of the layer", lambda layer: layer.kernels["norm"], "weight", moves_with_scale=True),
+    Figure(
+        "dead",
+        "filters whose norm is below 1e-6 of the layer's largest, or whose map is zero on every input",
+        lambda layer: layer.dead,
+        "filters",
+    ),
+    Figure(
+        "redundant",
+        "filters with a partner whose mean cosine exceeds the threshold",
+        lambda layer: layer.redundant,
+        "filters",
+    ),
+    Figure(
+        "opposite",
+        "filters with a partner whose mean cosine is below minus the threshold: complementary after a rectifier",
+        lambda layer: layer.opposite,
+        "filters",
+    ),
+    Figure(
+        "removable",
+        "filters that could go while each cluster of duplicates keeps one",
+        lambda layer: layer.removable,
+        "filters",
+    ),
+    Figure(
+        "clusters",
+        "the clusters of duplicates, in which every two filters exceed the threshold: lists of filter indices",
+        lambda layer: layer.clusters,
+        "filters",
+        shown=False,
+    ),
+)
 
 
-def is_finite(weight: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor Inf, without a copy of it."""
-    return not weight.numel() or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
+def make_record(layer: Layer) -> dict[str, Any]:
+    """Return every figure of a layer, by key. Raises InputError for a kernel with NaN or Inf."""
+    return {figure.key: figure.value(layer) for figure in FIGURES}
+
+
+def compared_keys() -> list[str]:
+    """Return the keys of the figures whose change is shown from checkpoint to checkpoint."""
+    return [figure.key for figure in FIGURES if figure.compared]
+
+
+def shown_keys() -> list[str]:
+    """Return the keys that are columns of tables."""
+    return [figure.key for figure in FIGURES if figure.shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.progress import Advance
 
 BATCH_PIXELS = 1000 * 32 * 32  # of the images that are evaluated at once
 
@@ -48,12 +51,39 @@ def evaluation_totals(
     with torch.no_grad():  # not inference_mode: a network may keep a tensor for its training
         height, width = split.images.shape[1:3]
         batch = max(1, BATCH_PIXELS // (side * side if side else height * width))
-        for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+        count = max(1, math.ceil(len(split) / batch))  # near-equal: no small rest, whose own statistics would be poor
+        for images, labels in zip(split.images.tensor_split(count), split.labels.tensor_split(count), strict=True):
             logits = forward(resize(dataset.normalize(images.to(device)), side)).float()
             labels = labels.to(device)
             totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
     return totals
+
+
+def measure_accuracy(
+    model: nn.Module, data: Dataset, device: torch.device, side: int | None, advance: Advance
+) -> tuple[float | None, list[str]]:
+    """Return a network's accuracy in per cent over the test images, with its stored statistics, and notes about it.
+
+    None, and a note of why, where the network's output cannot be compared with labels. Arguments as in `evaluate`.
+    """
+    outputs: set[int] = set()
+
+    def forward(images: Tensor) -> Tensor:
+        logits = require_logits(model(images), len(images), data.classes)
+        outputs.add(logits.shape[1])
+        advance(len(images))
+        return logits
+
+    try:
+        with full_precision(device):
+            accuracy = evaluate(model, data, data.test, device, forward, side=side)[1]
+    except NotLogitsError as error:
+        return None, [f"no test accuracy: {error}"]
+    surplus = [count for count in outputs if count != data.classes]
+    return accuracy, [
+        f"{count} outputs for {data.classes} classes: the first {data.classes} count" for count in surplus
+    ]
 
 
 class NotLogitsError(Exception):

@@ -3,198 +3,212 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from math import ceil
+from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from convsim_cli.checkpoints.minimization import check_kernels
-from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.inputs import datasets
-from convsim_cli.inputs.datasets import load_dataset
-from convsim_cli.inputs.image_folders import load_images
-from convsim_cli.inputs.images import Channels, Dataset
-from convsim_cli.kernels import Kernel, is_convolution
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, probe_kernel
-from convsim_cli.measurement.figures import Record, layer_record
+from convsim_cli.errors import InputError
+from convsim_cli.inputs.images import Channels
+from convsim_cli.kernels import Kernel, Patterns
+from convsim_cli.machine.device import resolve_device
+from convsim_cli.machine.effective_weight import effective_weight
+from convsim_cli.machine.progress import Advance, Progress, unreported
+from convsim_cli.measurement.batch_norm import evaluation_mode
+from convsim_cli.measurement.comparison import add_changes
+from convsim_cli.measurement.figures import make_record
+from convsim_cli.measurement.heat_maps import make_heat_map
+from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics
+from convsim_cli.measurement.kernel_figures import check_finite, describe
+from convsim_cli.measurement.layer import Layer, LayerMaps
+from convsim_cli.measurement.layer_hooks import layers_of
+from convsim_cli.measurement.layer_probe import LayerProbe
+from convsim_cli.measurement.mean_cosines import THRESHOLD, strongest_pairs
 from convsim_cli.measurement.network import feature_maps
-from convsim_cli.measurement.synthetic_inputs import PROBES, SIDE, make_inputs
-from convsim_cli.networks.accuracy import NotLogitsError, evaluate, require_logits, resize
-from convsim_cli.networks.model_checkpoint import ModelCheckpoint
-from convsim_cli.networks.names import usual_side
+from convsim_cli.networks.accuracy import measure_accuracy
+from convsim_cli.networks.model_checkpoint import ModelCheckpoint, open_model_checkpoint
+from convsim_cli.networks.probe import Probe
+from convsim_cli.networks.report import Report, bound_notes, call_notes, statistics_notes
 
-MAP_BATCH = 32  # images at once where feature maps are kept for their Gram product
-HEAT = 128  # filters along each axis of a layer's heat map, beyond which the largest of neighbours is kept
-Advance = Callable[[float], None]  # told how many steps were done since the last call
-Watch = Callable[[str, float], AbstractContextManager[Advance]]  # told what is being done, and in how many steps
+MAP_BATCH = 32  # images that a network runs on at once
 
 
-def _unwatched(_: str, __: float) -> AbstractContextManager[Advance]:
-    return nullcontext(lambda _: None)
+def measure_checkpoint(
+    path: str | PathLike[str] | None = None,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    key: str | None = None,
+    input: str = "white",
+    samples: int = 16,
+    side: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    groups: Sequence[tuple[str, int]] = (),
+    transposed: Sequence[str] = (),
+    data_dir: str | PathLike[str] = "data",
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    threshold: float = THRESHOLD,
+    bn_statistics: str = "auto",
+    top: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress = unreported,
+) -> Report:
+    """Measure how similar the filters and feature maps of a checkpoint are, layer by layer.
 
-
-@dataclass(frozen=True)
-class Report:
-    """The records of a source's layers; its totals: `cs`, and `accuracy` in per cent where there are labels; and notes.
-
-    heat: mean |cos| of feature maps by filter pairs, `[groups, side, side]` per layer, where it was asked for.
+    path: a checkpoint file, or None for a fresh network. arch: the network by name, which is then run, with its number
+    of classes; without it each layer is probed by itself. key: which of a pickle's dictionaries. include, exclude,
+    groups, transposed: see `kernels.Patterns`. The others: see `Measurement`. Returns what `convsim measure --json`
+    prints, as a dictionary (`Report`). Warns of what a reader of the file had to choose between. Raises InputError for
+    a file without kernels, a kernel with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
+    probe = Probe(input, samples, side, Path(data_dir), seed, mean, std, threshold, bn_statistics, top)
+    (report,) = measure_checkpoints(
+        [None if path is None else Path(path)],
+        probe,
+        resolve_device(device),
+        arch=arch,
+        num_classes=num_classes,
+        key=key,
+        patterns=Patterns(include, exclude, groups, transposed),
+        progress=progress,
+    )
+    for line in report.warnings:
+        warnings.warn(line, stacklevel=2)
+    return report
 
-    layers: list[Record]
-    total: dict[str, float]
-    notes: list[str] = field(default_factory=list)
-    heat: dict[str, Tensor] = field(default_factory=dict)
 
+def measure_checkpoints(
+    paths: Sequence[Path | None],
+    probe: Probe,
+    device: torch.device,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    key: str | None = None,
+    patterns: Patterns | None = None,
+    progress: Progress = unreported,
+) -> list[Report]:
+    """Return a report per checkpoint; those of several have the changes from the first (`comparison.add_changes`).
 
-@dataclass(frozen=True)
-class Probe:
-    """What to measure with, and what beside the figures.
-
-    name: a synthetic input, a data set, or a folder of images; side: pixels along each axis, the usual for None; mean,
-    std: to normalize images by, the data set's own for None; top: how many of the most similar filter pairs to list;
-    heat: whether to keep what heat maps are drawn from.
+    Opens all of them before it measures the first. Arguments and errors as in `measure_checkpoint`.
     """
+    sources = [
+        open_model_checkpoint(path, arch, patterns, probe.seed, num_classes, key, parametrized=True) for path in paths
+    ]
+    reports = [_measure(source, probe, device, progress) for source in sources]
+    if len(reports) > 1:
+        reports[0].warnings += add_changes(reports)
+    return reports
 
-    name: str = "white"
-    samples: int = 16
-    side: int | None = None
-    data_dir: Path = Path("data")
-    seed: int = 0
-    mean: Channels | None = None
-    std: Channels | None = None
-    top: int = 0
-    heat: bool = False
 
-    def measure(self, source: ModelCheckpoint, device: torch.device, progress: Watch = _unwatched) -> Report:
-        """Return the report of a source.
-
-        progress: told what is being done and in how many steps, gives what is called with the steps that were done.
-        Raises InputError where there are no kernels or one holds NaN or Inf, where the network cannot be run on such
-        inputs, and as `load_dataset` and `make_inputs`.
-        """
-        check_kernels(source.checkpoint, source.selection)
-        report = Report([], {})
-        if source.model is None:
-            self._measure_layers(report, source, device, progress)
-        else:
-            with redirect_stdout(sys.stderr):  # what a user's network prints is no data
-                self._measure_network(report, source, source.model.to(device), device, progress)
-        report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
-        return report
-
-    def _measure_layers(self, report: Report, source: ModelCheckpoint, device: torch.device, progress: Watch) -> None:
-        self._check_synthetic()
-        with progress(f"measure {source.checkpoint.path}", len(source.selection.kernels)) as advance:
-            for kernel in source.selection.kernels:
-                weight = source.checkpoint.load(kernel.name).to(device)
-                maps = probe_kernel(kernel, weight, self.name, self.samples, self.side, self.seed)
-                self._add(report, kernel, weight, maps)
-                advance(1)
-
-    def _measure_network(
-        self, report: Report, source: ModelCheckpoint, model: nn.Module, device: torch.device, progress: Watch
-    ) -> None:
-        path, kernels = source.checkpoint.path, source.selection.kernels
-        data = self._dataset(source.arch or "")
-        images = self._inputs(model, source.arch or "", data)
-        try:
-            with progress(f"feature maps of {path}", len(images)) as advance:
-                maps = feature_maps(model, kernels, _batches(images, device, advance), source.names)
-        except Exception as error:  # whatever a network's own code raises
-            raise InputError(
-                f"--arch {source.arch}: does not run on inputs {list(images.shape)} "
-                f"({' '.join(str(error).split())[:160] or type(error).__name__}); try another --input-size or --input"
-            ) from error
-        with progress(f"measure {path}", len(kernels)) as advance:
-            for kernel in kernels:
-                found = maps.pop(kernel.name)
-                self._add(report, kernel, source.checkpoint.load(kernel.name), found)
-                report.layers[-1]["calls"] = found.calls // -(-len(images) // MAP_BATCH)
-                advance(1)
-        report.notes.extend(_notes(report.layers))
-        if data is not None:
-            with progress(f"test accuracy of {path}", len(data.test)) as advance:
-                self._classify(report, model, data, device, advance)
-
-    def _classify(
-        self, report: Report, model: nn.Module, data: Dataset, device: torch.device, advance: Advance
-    ) -> None:
-        """Add the test accuracy, or a note of why there is none."""
-
-        def forward(images: Tensor) -> Tensor:
-            logits = require_logits(model(images), len(images), data.classes)
-            outputs.add(logits.shape[1])
-            advance(len(images))
-            return logits
-
-        outputs: set[int] = set()
-        try:
-            with full_precision(device):
-                accuracy = evaluate(model, data, data.test, device, forward, side=self.side)[1]
-        except NotLogitsError as error:
-            report.notes.append(f"no test accuracy: {error}")
-            return
-        report.total["accuracy"] = accuracy
-        report.notes.extend(
-            f"{count} outputs for {data.classes} classes: the first {data.classes} are taken for them"
-            for count in outputs
-            if count != data.classes
+def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress) -> Report:
+    report = Report(str(source.checkpoint.path), probe.input, source.selection)
+    report.warnings += source.checkpoint.notes
+    if not source.selection.kernels:
+        left_out = ", ".join(f"{skipped.name} ({skipped.reason})" for skipped in source.selection.skipped[:3])
+        raise InputError(
+            f"{source.checkpoint.path}: no convolution kernels to measure"
+            + (f"; left out: {left_out}" if left_out else "")
         )
-
-    def _add(self, report: Report, kernel: Kernel, weight: Tensor, maps: FeatureMapSimilarity) -> None:
-        record = layer_record(kernel, weight, maps.result())
-        if self.top:
-            record["top"] = maps.most_similar(self.top)
-        report.layers.append(record)
-        if self.heat and record["fm_cos"] is not None:
-            matrix = maps.matrix().cpu()
-            side = min(HEAT, matrix.shape[-1])
-            report.heat[kernel.name] = nn.functional.adaptive_max_pool2d(matrix, side)
-
-    def _check_synthetic(self) -> None:
-        if self.name not in PROBES:
-            known = self.name in datasets.NAMES or self.name.startswith("folder:") or Path(self.name).is_dir()
-            hint = "needs --arch: a checkpoint alone is probed layer by layer" if known else ""
-            raise InputError(f"--input {self.name}: {hint or did_you_mean(self.name, (*PROBES, *datasets.NAMES))}")
-
-    def _dataset(self, arch: str) -> Dataset | None:
-        """The labelled images to take, or None for synthetic ones and a folder of images."""
-        labelled = self.name in datasets.NAMES or self.name.startswith("folder:")
-        if self.name in PROBES or (not labelled and Path(self.name).is_dir()):
-            return None
-        if not labelled:
-            raise InputError(
-                f"--input {self.name!r}: {did_you_mean(self.name, (*PROBES, *datasets.NAMES))}, or a folder"
-            )
-        side = self.side or usual_side(arch)
-        return load_dataset(self.name, self.data_dir, side, self.mean, self.std, test_only=True)
-
-    def _inputs(self, model: nn.Module, arch: str, data: Dataset | None) -> Tensor:
-        if data is not None:
-            return resize(data.normalize(data.test.images[: self.samples]), self.side)
-        first = next((layer for layer in model.modules() if is_convolution(layer)), None)
-        assert first is not None  # there are kernels
-        axes, channels = len(first.kernel_size), int(first.in_channels)  # type: ignore[arg-type]
-        side = self.side or (usual_side(arch) if axes == 2 else SIDE[axes])
-        if self.name in PROBES:
-            return make_inputs(self.name, self.samples, channels, (side,) * axes, self.seed)
-        return load_images(Path(self.name), self.samples, side, self.mean, self.std)
+    if source.model is None:
+        _measure_layers(report, source, probe, device, progress)
+    else:
+        with redirect_stdout(sys.stderr):  # what a user's network prints is no data
+            _measure_network(report, source, probe, device, progress)
+    report.notes += bound_notes(report["layers"])
+    report["total"]["cs"] = float(sum(layer["cs"] or 0.0 for layer in report["layers"]))
+    return report
 
 
-def _batches(images: Tensor, device: torch.device, advance: Advance) -> Iterator[Tensor]:
-    for batch in images.split(MAP_BATCH):
-        yield batch.to(device)
-        advance(len(batch))
+def _measure_layers(
+    report: Report, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+) -> None:
+    probe.require_synthetic()
+    checkpoint, kernels = source.checkpoint, source.selection.kernels
+    for kernel in kernels:  # before any work is done
+        check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
+    layer_probe = LayerProbe(probe.input, probe.samples, probe.side, probe.seed)
+    with progress(f"measure {checkpoint.path}", len(kernels)) as advance:
+        for kernel in kernels:
+            weight = checkpoint.load(kernel.name).to(device)
+            _add(report, probe, kernel, weight, layer_probe.look(kernel, weight))
+            advance(1)
 
 
-def _notes(layers: list[dict[str, Any]]) -> list[str]:
-    """What a reader has to know of layers that the network does not call once."""
-    never = [layer["name"] for layer in layers if layer["calls"] == 0]
-    often = [f"{layer['name']} ({layer['calls']} times)" for layer in layers if layer["calls"] > 1]
-    notes = [f"never called, so without feature maps: {', '.join(never)}"] if never else []
-    return notes + ([f"called more than once, all of their maps counted: {', '.join(often)}"] if often else [])
+def _measure_network(
+    report: Report, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+) -> None:
+    path, kernels, arch = source.checkpoint.path, source.selection.kernels, source.arch or ""
+    assert source.model is not None
+    model = source.model.to(device)
+    weights = _weights(source)
+    for kernel in kernels:
+        check_finite(kernel, weights[kernel.name], path)
+    data = probe.dataset(arch)
+    images = probe.images(model, arch, data)
+    report["bn_statistics"] = chosen = choose_statistics(model, probe.bn_statistics, source.kernels_changed)
+    report.notes += statistics_notes(chosen, probe.bn_statistics)
+    passes = 2 if chosen == INPUTS else 1
+    try:
+        with progress(f"feature maps of {path}", passes * len(images)) as advance:
+            batches = _Batches(images, device, advance)
+            maps = feature_maps(model, kernels, batches, source.names, bn_statistics=chosen, seed=probe.seed)
+    except Exception as error:  # whatever a network's own code raises
+        raise InputError(
+            f"`arch` {arch}: does not run on inputs {list(images.shape)} "
+            f"({' '.join(str(error).split())[:160] or type(error).__name__}); try another `side` or `input`"
+        ) from error
+    with progress(f"measure {path}", len(kernels)) as advance:
+        for kernel in kernels:
+            seen = maps.pop(kernel.name)
+            _add(report, probe, kernel, weights[kernel.name], seen)
+            report["layers"][-1]["calls"] = seen.calls // batches.count
+            advance(1)
+    report.notes += call_notes(report["layers"])
+    if data is not None:
+        with progress(f"test accuracy of {path}", len(data.test)) as advance:
+            accuracy, notes = measure_accuracy(model, data, device, probe.side, advance)
+        report.notes += notes
+        if accuracy is not None:
+            report["total"]["accuracy"] = accuracy
+
+
+def _weights(source: ModelCheckpoint) -> dict[str, Tensor]:
+    """The weight that each kernel's layer computes with, on the network's device."""
+    assert source.model is not None
+    with torch.no_grad(), evaluation_mode(source.model):
+        layers = layers_of(source.model, source.selection.kernels, source.names or {})
+        found = {kernel.name: effective_weight(layer) for kernel, layer in layers}
+    return {name: weight.detach() for name, weight in found.items() if weight is not None}
+
+
+def _add(report: Report, probe: Probe, kernel: Kernel, weight: Tensor, seen: LayerMaps) -> None:
+    layer = Layer(kernel, weight, seen, probe.threshold)
+    record = describe(kernel) | make_record(layer)
+    mean = layer.mean_cosines
+    if probe.top:
+        record["top"] = [] if mean is None else strongest_pairs(mean, probe.top)
+    if probe.heat and mean is not None:
+        report.heat[kernel.name] = make_heat_map(mean, probe.heat)
+    report["layers"].append(record)
+
+
+class _Batches:
+    """Images in batches of nearly equal size, moved to a device as they are taken; can be taken several times."""
+
+    def __init__(self, images: Tensor, device: torch.device, advance: Advance) -> None:
+        self.count = ceil(len(images) / MAP_BATCH)
+        self._images, self._device, self._advance = images, device, advance
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._images.tensor_split(self.count):
+            yield batch.to(self._device)
+            self._advance(len(batch))

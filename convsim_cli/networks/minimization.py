@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from convsim_cli.checkpoints.minimization import describe_kernels, work_of, write_minimized
+from convsim_cli.checkpoints.minimization import describe_kernels, write_minimized
 from convsim_cli.checkpoints.protection import check_replaceable
 from convsim_cli.checkpoints.training_evidence import looks_trained
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Patterns
 from convsim_cli.machine.device import resolve_device
-from convsim_cli.measurement.figures import Record
+from convsim_cli.machine.progress import Progress, unreported
+from convsim_cli.measurement.kernel_figures import Record
 from convsim_cli.minimize import Minimization
 from convsim_cli.networks.model_checkpoint import ModelCheckpoint, open_model_checkpoint
-
-Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class MinimizedCheckpoint:
             "checkpoint": _text(self.checkpoint),
             "output": _text(self.output),
             "backup": _text(self.backup),
-            "objective": self.how.objective,
+            "objective": self.how.label,
             "preserve_norm": self.how.preserve_norm,
             "iterations": self.how.iterations,
             "lr": self.how.lr,
@@ -75,6 +73,7 @@ def minimize_checkpoint(
     lr: float = 1e-3,
     optimizer: Literal["adam", "sgd"] = "adam",
     preserve_norm: bool = False,
+    objective: str = "cs",
     tol: float = 0.0,
     backup: bool = True,
     force: bool = False,
@@ -89,20 +88,20 @@ def minimize_checkpoint(
     probe: str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
-    progress: Progress | None = None,
+    progress: Progress = unreported,
 ) -> MinimizedCheckpoint:
     """Minimize the kernels of a checkpoint and save it, atomically (Algorithm 1).
 
     path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names. output: where to
     save; in place if None, which keeps the former file as `path.bak` (`.bak.1`, …) unless `backup` is false. force:
-    replace also a file that is read-only or that others share. iterations ≥ 0, lr > 0, optimizer, preserve_norm, tol
-    ≥ 0: see `Minimization`. include, exclude, groups, transposed: see `Patterns`. key: which dictionary of a pickle to
-    take. probe: adds `fm_cos` to the records, on `white`, `uniform` or `natural` inputs drawn with `seed`. dry_run:
-    measures and saves nothing. progress: `progress(description, total)` gives a callback that takes the steps
-    completed. Warns, with ConvsimWarning, of a checkpoint that looks trained and of choices made in reading it. Raises
-    CheckpointError, InputError, DivergedError and WriteError; files are then unchanged.
+    replace also a file that is read-only or that others share. iterations ≥ 0, lr > 0, optimizer, preserve_norm,
+    objective, tol ≥ 0: see `Minimization`. include, exclude, groups, transposed: see `Patterns`. key: which dictionary
+    of a pickle to take. probe: adds `fm_cos` to the records, on `white`, `uniform` or `natural` inputs drawn with
+    `seed`. dry_run: measures and saves nothing. Warns, with ConvsimWarning, of a checkpoint that looks trained and of
+    choices made in reading it. Raises CheckpointError, InputError, DivergedError and WriteError; files are then
+    unchanged.
     """
-    how = Minimization(iterations, lr, optimizer, preserve_norm, tol)
+    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
     source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key)
     source.selection = how.select(source.selection)
@@ -151,10 +150,9 @@ def _minimize(
     probe: str | None,
     seed: int,
     device: torch.device,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[list[Record], Path | None]:
-    watched = progress("init", work_of(source.selection, how)) if progress else nullcontext(None)
-    with watched as advance:
+    with progress("init", how.steps(source.selection.kernels)) as advance:
         return write_minimized(
             source.checkpoint,
             source.selection,

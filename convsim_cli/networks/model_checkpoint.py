@@ -40,6 +40,11 @@ class ModelCheckpoint:
             for skipped in self.selection.skipped
         ]
 
+    @property
+    def kernels_changed(self) -> bool:
+        """Whether the file says that its kernels were changed after training, by `convsim init`."""
+        return "convsim.layers" in self.checkpoint.metadata
+
 
 def open_model_checkpoint(
     path: str | Path | None,
@@ -48,11 +53,14 @@ def open_model_checkpoint(
     seed: int = 0,
     classes: int | None = None,
     key: str | None = None,
+    *,
+    parametrized: bool = False,
 ) -> ModelCheckpoint:
     """Open a checkpoint, build a new network by name, or load a checkpoint into a network.
 
-    Raises CheckpointError for a file that cannot be read; InputError for an unknown network, a checkpoint that does not
-    fit it, patterns that match nothing, and arguments that would have no effect.
+    parametrized: whether to select a network's layers that compute their weight from other parameters. Raises
+    CheckpointError for a file that cannot be read; InputError for an unknown network, a checkpoint that does not fit
+    it, patterns that match nothing, and arguments that would have no effect.
     """
     patterns = patterns or Patterns()
     if path is None and arch is None:
@@ -72,5 +80,5 @@ def open_model_checkpoint(
     checkpoint = StateDict(Path(arch), model.state_dict()) if path is None else open_checkpoint(path, key)
     if path is not None:
         names = load_weights(model, checkpoint, arch)
-    selection = module_kernels(model, patterns, names)
+    selection = module_kernels(model, patterns, names, parametrized=parametrized)
     return ModelCheckpoint(checkpoint, selection, model, arch, names, find_aliases(model, selection.kernels, names))

@@ -49,7 +49,9 @@ def find_aliases(
     aliases: dict[str, list[str]] = {}
     groups = names_of_one_tensor(state)
     for kernel in kernels:
-        group = next(group for group in groups if kernel.name in [names.get(name) for name in group])
+        group = next((group for group in groups if kernel.name in [names.get(name) for name in group]), None)
+        if group is None:  # a parametrized layer has its weight under no name
+            continue
         other = next((name for name in state if name not in group and _overlap(state[name], state[group[0]])), None)
         if other is not None and other in names:
             raise InputError(f"{kernel.name}: shares memory with {names[other]}, a tensor of another shape; exclude it")

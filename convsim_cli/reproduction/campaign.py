@@ -1,4 +1,4 @@
-"""Many runs as one piece of work: finished ones are reused, interrupted ones go on, others' are left to them."""
+"""Carry out many runs: finished ones are reused, unfinished ones resumed. Processes can share a run directory."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Listener, execute
-from convsim_cli.training.run_folder import (
-    Row,
-    Run,
-    epochs_done,
-    find_or_create_run,
-    find_run,
-    is_finished,
-    read_results,
-)
+from convsim_cli.training.results import Row, epochs_done, read_results
+from convsim_cli.training.reuse import find_or_create_run, find_run, is_finished
+from convsim_cli.training.run_folder import Run
 
-POLL = 2.0  # seconds between looks at a run that another process is working on
+POLL = 2.0  # seconds between checks on a run that another process is working on
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is wanted: its arguments, and what to call its folder where there is none yet."""
+    """A requested run: its arguments, and the name of its folder if it has to be created."""
 
     stem: str
     arguments: Arguments
@@ -40,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run and its rows, as many as were asked for; with what was wrong where it diverged before its end."""
+    """A run and its rows, for the requested epochs. diverged: why it ended early, if it did."""
 
     run: Run
     rows: list[Row]
@@ -48,29 +42,29 @@ class Outcome:
 
 
 class Watcher(Listener, Protocol):
-    """What a campaign tells whoever watches. `phase`, `advance` and `row` are those of the run at work."""
+    """What a campaign reports. `phase`, `advance` and `row` are those of the current run."""
 
     def begin(self, runs: int, finished: int, work: float) -> None:
-        """So many runs are wanted, so many of them are there, and the others are so much work."""
+        """`runs` requested, `finished` complete, `work` FLOPs remaining."""
 
     def run(self, name: str, number: int, epochs: int) -> None:
-        """Run number `number` of all is at work."""
+        """Run `number` of all is the current one."""
 
     def done(self, work: float) -> None:
-        """Some of the work was done."""
+        """This many FLOPs are done."""
 
     def end(self, outcome: Outcome) -> None:
-        """A run that was at work has ended."""
+        """The current run has ended."""
 
     def waiting(self, name: str) -> None:
-        """Nothing is left but what other processes are working on."""
+        """Only runs of other processes are left; this is the first of them."""
 
 
 def carry_out(jobs: Sequence[Job], run_dir: Path, dataset: Dataset, watcher: Watcher) -> list[Outcome]:
-    """Train whatever is wanted and not there, and return the outcomes in the order of the jobs.
+    """Train the requested runs that are not finished, and return the outcomes in the order of the jobs.
 
-    A run that another process is working on is passed over until there is nothing else to do, and then waited for. A
-    run that diverges is reported, and the rest goes on.
+    A run that another process is working on is skipped, and waited for once nothing else is left. A run that diverges
+    is reported, and the others are trained.
     """
     left = {job: work_left(job, run_dir, dataset) for job in jobs}
     outcomes: dict[Job, Outcome] = {}
@@ -90,11 +84,11 @@ def carry_out(jobs: Sequence[Job], run_dir: Path, dataset: Dataset, watcher: Wat
 
 
 def work_left(job: Job, run_dir: Path, dataset: Dataset) -> float:
-    """Return the floating-point operations of the epochs that a job has still to do: 0 where it is finished."""
+    """Return the floating-point operations of a job's remaining epochs, 0 if it is finished."""
     run = find_run(job.arguments, run_dir)
     if run and is_finished(run, job.arguments.epochs):
         return 0.0
-    epochs = job.arguments.epochs - (min(epochs_done(run), job.arguments.epochs - 1) if run else 0)
+    epochs = job.arguments.epochs - (min(epochs_done(run.folder), job.arguments.epochs - 1) if run else 0)
     return epochs * _epoch_work(job.arguments, dataset)
 
 
@@ -113,9 +107,9 @@ def _carry_out(job: Job, run_dir: Path, dataset: Dataset, part: _Part) -> Outcom
 
 
 class _Part:
-    """A run's listener: tells the campaign's watcher how much of the whole its steps are."""
+    """A run's listener, which tells the campaign's watcher how many FLOPs its steps are."""
 
-    run: Run | None = None  # none: another process has finished it in the meantime
+    run: Run | None = None  # None if another process has finished it in the meantime
 
     def __init__(self, watcher: Watcher, job: Job, number: int, work: float) -> None:
         self._watcher, self._job, self._number, self._left = watcher, job, number, work
@@ -125,7 +119,7 @@ class _Part:
         assert self.run is not None
         self._watcher.run(self.run.name, self._number, self._job.arguments.epochs)
         self._watcher.phase(name, steps)
-        epochs = self._job.arguments.epochs - epochs_done(self.run)
+        epochs = self._job.arguments.epochs - epochs_done(self.run.folder)
         self._step = self._left / max(epochs, 1) / steps if name.startswith("epoch") else 0.0
 
     def advance(self, steps: int) -> None:
@@ -147,7 +141,7 @@ class _Part:
 
 
 def _epoch_work(arguments: Arguments, dataset: Dataset) -> float:
-    """Operations of an epoch: three passes over each training image, one over each test image."""
+    """FLOPs of an epoch: three forward passes for each training image, one for each test image."""
     data = dataset.limited(arguments.limit_train, arguments.limit_test)
     height, width = dataset.train.images.shape[1:3]
     return _operations(arguments.arch, height, width) * (3 * len(data.train) + len(data.test))
@@ -155,7 +149,7 @@ def _epoch_work(arguments: Arguments, dataset: Dataset) -> float:
 
 @cache
 def _operations(arch: str, height: int, width: int) -> float:
-    """Floating-point operations of a network on one image, by torch's own count; nothing is computed."""
+    """FLOPs of a network on one image, as torch counts them on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         build_network(arch).eval()(torch.empty(1, 3, height, width))
     return float(counter.get_total_flops())

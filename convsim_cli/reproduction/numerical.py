@@ -1,8 +1,8 @@
 """The numerical experiments of Tables 1, 2, 3 and 6: two kernels, one input, and what minimizing does to their maps.
 
-K1, K2 ~ U(−1, 1) of N taps, X ~ U(0, 1) of length 64; all episodes at once, as the groups of one layer of two filters
-each, in float64. With W the windows of X that the kernels see, ⟨F1, F2⟩ = K1ᵀ(WᵀW)K2, exactly, whatever the padding:
-the maps themselves are never formed. Feature-map similarity is ⟨F1, F2⟩².
+K1, K2 ~ U(−1, 1) with N taps, X ~ U(0, 1) of length 64. All episodes run at once in float64, as the groups of one layer
+with two filters each. With W the windows of X that the kernels see, ⟨F1, F2⟩ = K1ᵀ(WᵀW)K2 exactly, for any padding, so
+the maps themselves are never computed. Feature-map similarity is ⟨F1, F2⟩².
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.minimize import project_, rescale_
-from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, SETTINGS, TABLES, NumericalTable
+from convsim_cli.objectives import project_, rescale_
+from convsim_cli.reproduction.published import (
+    FITTED_NOTES,
+    KEYS,
+    NUMERICAL_ROWS,
+    NUMERICAL_TABLES,
+    NumericalTable,
+    settings_of,
+)
 from convsim_cli.similarity import autocorrelation, similarity_gradient
 
 INPUT_LENGTH = 64  # M of section 3.1
@@ -27,19 +34,27 @@ Measured = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Episodes:
-    """Kernels `[episodes, 2, N, 1]`, in the layout of `similarity.to_filters`, and WᵀW of their inputs `[episodes, N,
-    N]`."""
+    """Kernels `[episodes, 2, N, 1]`, as `similarity.to_filters` has them; WᵀW of their inputs `[episodes, N, N]`."""
 
     kernels: Tensor
     gram: Tensor
 
 
-def numerical_table(
+def reproduce_table(
+    name: str, episodes: int = EPISODES, seed: int = 0, advance: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Return the content of a numerical table's JSON. Arguments and errors as `numerical_rows`."""
+    table = find_table(name)
+    about = {"name": name, "title": table.title, "claim": table.claim or None, "note": FITTED_NOTES.get(name)}
+    return about | {"episodes": episodes, "seed": seed, "rows": numerical_rows(name, episodes, seed, advance)}
+
+
+def numerical_rows(
     name: str, episodes: int = EPISODES, seed: int = 0, advance: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of a numerical table, published beside measured, and measured again at fixed norms.
+    """Return the rows of a numerical table: published, measured, and measured with every kernel's norm fixed.
 
-    advance: told of each iteration (see `numerical_steps`). Raises InputError for an unknown name.
+    advance: called with 1 after each iteration, `numerical_steps` times in all. Raises InputError for an unknown name.
     """
     table = find_table(name)
     rows = []
@@ -61,20 +76,21 @@ def numerical_table(
 
 
 def find_table(name: str) -> NumericalTable:
-    """Return a numerical table by its name. Raises InputError for another one."""
-    for table in TABLES:
+    """Return a numerical table by its name. Raises InputError for an unknown one."""
+    for table in NUMERICAL_TABLES:
         if table.name == name:
             return table
-    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, (table.name for table in TABLES))}")
+    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, (table.name for table in NUMERICAL_TABLES))}")
 
 
 def numerical_steps(name: str) -> int:
-    """Return how many iterations `numerical_table` reports."""
-    return 2 * sum(SETTINGS[row.taps, row.optimizer][1] for row in NUMERICAL_ROWS if row.table == name)
+    """Return how many iterations `numerical_rows` reports."""
+    rows = [row for row in NUMERICAL_ROWS if row.table == name]
+    return 2 * sum(settings_of(name, row.taps, row.optimizer).iterations for row in rows)
 
 
 def draw_episodes(taps: int, padding: Literal["full", "valid"], episodes: int, seed: int) -> Episodes:
-    """Draw kernels and inputs (section 3.1), the same for the same seed."""
+    """Draw kernels and inputs (section 3.1). The same seed gives the same ones."""
     generator = torch.Generator().manual_seed(seed)
     kernels = 2 * torch.rand(episodes, 2, taps, 1, generator=generator, dtype=torch.float64) - 1
     inputs = torch.rand(episodes, INPUT_LENGTH, generator=generator, dtype=torch.float64)
@@ -90,22 +106,22 @@ def run_episodes(
     fixed_norms: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> Measured:
-    """Minimize the table's objective in every episode and return its figures, by `KEYS` and `cos_before`, `cos_after`.
+    """Minimize the table's objective in every episode; return the figures by `KEYS`, and `cos_before`, `cos_after`.
 
-    Correlation: Pearson over the iterates of an episode, the first included, between objective and feature-map
-    similarity. Reduction frequency: share of episodes that end lower. Decrease and increase: |after − before| / before
-    over the episodes that fall or rise. Per cent but for correlations and cosines; None where there is no such episode.
+    Correlation: Pearson's, between objective and feature-map similarity over the iterates of an episode, including the
+    first. Reduction frequency: share of episodes that end lower. Decrease and increase: |after − before| / before over
+    the episodes that fall or rise. All in per cent except correlations and cosines; None if there is no such episode.
     """
-    lr, iterations = SETTINGS[episodes.kernels.shape[2], optimizer]
+    settings = settings_of(table.name, episodes.kernels.shape[2], optimizer)
     kernels = episodes.kernels.clone().requires_grad_()
-    step = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([kernels], lr=lr)
+    step = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([kernels], lr=settings.lr)
     objectives, similarities = [], []
     with torch.no_grad(), full_precision(kernels.device):
         norms = torch.linalg.vector_norm(kernels, dim=(-2, -1), keepdim=True)
-        for iteration in range(iterations + 1):
+        for iteration in range(settings.iterations + 1):
             objectives.append(_objective(kernels, table))
             similarities.append(inner_products(kernels, episodes.gram)[:, 0, 1].square())
-            if iteration == iterations:
+            if iteration == settings.iterations:
                 break
             kernels.grad = _gradient(kernels, table)
             if fixed_norms:

@@ -1,7 +1,7 @@
-"""Figures as PNG: curves over epochs, and what the paper's Figures 1 to 5 show.
+"""Figures as PNG: curves over epochs, and the paper's Figures 1 to 5.
 
-Told apart in gray and by the color-blind: the colors are Okabe and Ito's, and every curve has a dash pattern of its
-own, every bar a hatching. matplotlib is imported here alone; it is the extra `plot`.
+They can be read in gray and by color-blind readers: the colors are Okabe and Ito's, and each curve also has its own
+dash pattern, each bar its own hatching. matplotlib is the extra `plot`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.errors import InputError
-from convsim_cli.reproduction.experiments import CURVES
-from convsim_cli.training.run_folder import Row
+from convsim_cli.reproduction.arm_experiments import CURVES
+from convsim_cli.training.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,14 +41,14 @@ LOGARITHMIC = {"cs", "train_loss"}
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over epochs: its label, and its rows of results.csv, one history per seed."""
+    """A line over epochs: its label, and one history of rows of results.csv per seed."""
 
     label: str
     histories: Sequence[Sequence[Row]]
 
 
 def require_matplotlib() -> None:
-    """Raise InputError, with what to install, where matplotlib is missing."""
+    """Raise InputError, saying what to install, if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -56,7 +56,7 @@ def require_matplotlib() -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, replacing the file whole. Raises WriteError."""
+    """Write a figure as PNG, creating its folder. Raises WriteError, with a former file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
@@ -71,7 +71,7 @@ def draw_experiment(name: str, rows: Sequence[dict[str, Any]], title: str) -> Fi
 
 
 def draw_runs(curves: Sequence[Curve]) -> Figure:
-    """Draw loss, accuracies and L_CS of runs, overlaid."""
+    """Draw the loss, accuracies and L_CS of runs in one figure."""
     figure, axes = _panels(2, 2)
     for panel, column in zip(axes, ("train_loss", "test_accuracy", "train_accuracy", "cs"), strict=True):
         _draw_curves(panel, curves, column)
@@ -82,7 +82,7 @@ def draw_runs(curves: Sequence[Curve]) -> Figure:
 def draw_arms(rows: Sequence[dict[str, Any]], column: str, title: str) -> Figure:
     """Draw Figure 1, 2 or 3: a panel per network, a curve per arm; several seeds as mean and range.
 
-    rows: of the figure's JSON, each with `arch`, `arm`, `epoch` and the column.
+    rows: those of the figure's JSON, each with `arch`, `arm`, `epoch` and the column.
     """
     by_arch = [(arch, list(found)) for arch, found in groupby(rows, key=lambda row: row["arch"])]
     figure, axes = _panels(1, len(by_arch))
@@ -166,11 +166,11 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
     for index, curve in enumerate(curves):
-        round_ = index // len(COLORS)  # beyond eight curves a color comes again, with another dash pattern
+        round_ = index // len(COLORS)  # after eight curves the colors repeat, with other dash patterns
         style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[(index + round_) % len(DASHES)]}
         points = sorted((row["epoch"], row[column]) for rows in curve.histories for row in rows)
         by_epoch = {epoch: [v for _, v in found] for epoch, found in groupby(points, key=lambda point: point[0])}
-        epochs, values = list(by_epoch), list(by_epoch.values())  # a seed that diverged counts as far as it came
+        epochs, values = list(by_epoch), list(by_epoch.values())  # a diverged seed has fewer epochs
         marker = "o" if len(epochs) == 1 else None
         means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
         axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
@@ -188,7 +188,7 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, title: str) -> None:
-    """Add the title, and one legend for all panels, with room made for both."""
+    """Add the title and one legend for all panels, and make the figure higher for them."""
     handles, labels = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     columns = max(1, min(len(labels), int(width / (0.75 + 0.065 * max(map(len, labels), default=1)))))

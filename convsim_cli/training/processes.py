@@ -1,7 +1,7 @@
-"""The processes of one data-parallel run, as `torchrun` starts them: who leads, and who does what share.
+"""The processes of one data-parallel run, as `torchrun` starts them. Only rank 0 writes files and logs.
 
-Nothing here knows convsim: torch's own DistributedDataParallel averages the gradients, over nccl on CUDA and gloo
-elsewhere. A process that dies takes the others with it: their next exchange fails.
+Nothing here knows convsim: torch's DistributedDataParallel averages the gradients, over nccl on CUDA and gloo
+elsewhere. If a process dies, the others fail at their next exchange.
 """
 
 from __future__ import annotations
@@ -23,74 +23,71 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run. Every method that exchanges something is to be called by all of them.
-
-    rank: 0 ≤ rank < size; the process of rank 0 leads: it alone writes and talks.
-    """
+    """This process among those of a run, 0 ≤ rank < size. All processes must call the methods that communicate."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's part of a batch, along its first axis."""
         return batch.tensor_split(self.size)[self.rank]
 
-    def add_up(self, totals: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes."""
+    def sum(self, totals: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes, which replaces it."""
         if self.size > 1:
             distributed.all_reduce(totals)
         return totals
 
-    def from_leader(self, value: T) -> T:
-        """Return what the leading process has here."""
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value."""
         if self.size == 1:
             return value
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def led(self, function: Callable[[], T]) -> T:
-        """Return what a function gives in the leading process, which alone calls it.
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 only and return its result on every rank.
 
-        Raises there what the function raises, and FollowedError elsewhere.
+        Raises on rank 0 what the function raises, and FollowedError elsewhere.
         """
-        found, failure = None, None
-        if self.leads:
+        result, failure = None, None
+        if self.is_rank_zero:
             try:
-                found = function()
+                result = function()
             except ConvsimError as error:
                 failure = error
-        found, code = self.from_leader((found, failure.exit_code if failure else None))
+        result, code = self.broadcast((result, failure.exit_code if failure else None))
         if failure is not None:
             raise failure
         if code is not None:
             raise FollowedError(code)
-        return cast(T, found)
+        return cast(T, result)
 
-    def leader_first(self, function: Callable[[], T]) -> T:
-        """Return what a function gives, called by the leading process before the others: it may fetch files."""
-        found: list[T] = []
-        self.led(lambda: found.append(function()))
-        return found[0] if found else function()
+    def rank_zero_first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0, then on the others, and return each one's own result: it may download files."""
+        results: list[T] = []
+        self.on_rank_zero(lambda: results.append(function()))
+        return results[0] if results else function()
 
     def gather(self, value: T) -> list[T]:
-        """Return what each process has here, by rank."""
+        """Return the value of every process, by rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Return a module whose gradients are averaged over the processes, having taken the leader's weights."""
+        """Return a module that averages its gradients over the processes. The model takes rank 0's weights."""
         return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the leader's buffers: the running statistics that evaluation takes."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every process rank 0's buffers: the running statistics that evaluation uses."""
         if self.size > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, src=0)
@@ -99,14 +96,14 @@ class Processes:
 ALONE = Processes()
 
 
-def leads() -> bool:
-    """Return whether this process is to talk, before it has joined the others."""
+def is_rank_zero() -> bool:
+    """Return whether this process is rank 0 of its launch, before it has joined the others."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the run that `torchrun` started this process for, if any; give its processes and this one's device.
+    """Join the processes that `torchrun` started together, if any; yield them and this process's device.
 
     Raises InputError for a device that all of them would share, and for fewer GPUs than processes.
     """
@@ -116,10 +113,10 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
         return
     if device.type == "cuda":
         if device.index is not None:
-            raise InputError(f"--device {device}: torchrun gives each process a GPU of its own; take --device cuda")
+            raise InputError(f"`device` {device}: torchrun gives each process its own GPU; use `device` cuda")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if (count := torch.cuda.device_count()) <= device.index:
-            raise InputError(f"process {device.index} of this machine has no GPU of its own: there are {count}")
+            raise InputError(f"process {device.index} of this machine has no GPU: the machine has {count}")
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,19 +16,22 @@ from convsim_cli.errors import DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.machine.device import synchronize
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.minimize import Advance
+from convsim_cli.machine.progress import Advance
+from convsim_cli.measurement.batch_norm import batch_statistics
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.evaluation import evaluate_together
+from convsim_cli.training.batches import permutation, statistics_batches
+from convsim_cli.training.evaluation import evaluate_together, reestimate_together
+from convsim_cli.training.modes import MODES
 from convsim_cli.training.processes import ALONE, Processes
 
 
 class Trainer:
-    """A network in training: one epoch at a time, and its whole state.
+    """A network in training, one epoch at a time, and the state that a resume needs.
 
-    The task loss is the cross entropy. Batches are drawn without replacement, in an order that the seed and the epoch
-    alone decide. Nothing in the loop waits for the device. Several processes each take their share of every batch, and
-    do together what one would: but for batch normalization, which sees a share at a time.
+    The task loss is the cross entropy. Batches are drawn without replacement, in an order that only the seed and the
+    epoch decide. Nothing in the loop waits for the device. Several processes each take a share of every batch; together
+    they do what one process would, except that batch normalization sees one share at a time.
     """
 
     def __init__(
@@ -44,34 +47,34 @@ class Trainer:
         self.arguments = arguments
         self.device = device
         self.processes = processes
-        self.penalty = ConvSimPenalty(model, arguments.pairs if arguments.mode == "reg" else "all")
+        self.mode = MODES[arguments.mode]
+        self.penalty = ConvSimPenalty(model, arguments.objective)
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )
+        self._statistics_batches = [indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed)]
         self.epoch = 0
         self.first_loss: Tensor | None = None
         parallel = processes.parallel(self.model)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(parallel) if arguments.compile else parallel
-        self._evaluated = self._forward if processes.size == 1 else self.model  # what exchanges nothing
+        self._evaluated = self._forward if processes.size == 1 else self.model  # DDP would communicate
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps in an epoch; the last batch may be smaller."""
+        """Optimizer steps in an epoch. The last batch may be smaller."""
         return math.ceil(len(self.dataset.train) / self.arguments.batch_size)
 
     def run_epoch(self, advance: Advance | None = None) -> dict[str, float]:
         """Train for one epoch, evaluate, and return its row of `results.csv`.
 
-        advance: called after every step with 1. Raises DivergedError when a loss is no longer finite.
+        advance: called with 1 after every step. Raises DivergedError if a loss is no longer finite.
         """
         start = time.perf_counter()
         with full_precision(self.device):  # fp32 means fp32; bf16 is switched on inside
             loss, accuracy = self._train(advance)
-            self.processes.share_buffers(self.model)
+            self.processes.broadcast_buffers(self.model)
             with self._autocast():
-                test_loss, test_accuracy = evaluate_together(
-                    self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
-                )
+                test_loss, test_accuracy = self._evaluate()
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss,
@@ -81,18 +84,12 @@ class Trainer:
             "cs": self.penalty.value().item(),
             "seconds": time.perf_counter() - start,
         }
-        if not all(math.isfinite(value) for value in row.values()):
-            if not self.processes.leads:
-                raise FollowedError
-            raise DivergedError(
-                f"epoch {self.epoch + 1}: the loss is {loss:g} in training and {test_loss:g} in testing; lower --lr"
-                + (" or --beta" if self.arguments.mode == "reg" else "")
-            )
+        self._check_finite(row)
         self.epoch += 1
         return row
 
     def state(self) -> dict[str, Any]:
-        """Return all that a bit-exact continuation needs, beside the arguments; all processes are to ask at once."""
+        """Return what a bit-exact resume needs besides the arguments. All processes must call this."""
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
@@ -102,7 +99,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take a `state` up again."""
+        """Continue from a `state`."""
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -112,6 +109,14 @@ class Trainer:
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, self.device)
 
+    def _check_finite(self, row: Mapping[str, float]) -> None:
+        if all(math.isfinite(value) for value in row.values()):
+            return
+        if not self.processes.is_rank_zero:
+            raise FollowedError
+        losses = f"the loss is {row['train_loss']:g} in training and {row['test_loss']:g} in testing"
+        raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
+
     def _random_states(self) -> tuple[Tensor, Tensor | None]:
         on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return torch.get_rng_state(), on_device
@@ -120,12 +125,12 @@ class Trainer:
         self.model.train()
         data = self.dataset.train
         totals = self._totals()
-        order = _permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
+        order = permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
         for batch in order.split(self.arguments.batch_size):
             indices = self.processes.share(batch)
             weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
             if not len(indices):
-                indices = batch[:1]  # a batch of fewer images than processes: one more look, that counts for nothing
+                indices = batch[:1]  # fewer images than processes: this one is computed with a weight of 0
             labels = data.labels[indices]
             with self._autocast():
                 logits = self._forward(self.dataset.normalize(data.images[indices]))
@@ -139,34 +144,39 @@ class Trainer:
             if advance:
                 advance(1)
         synchronize(self.device)
-        loss_sum, correct = self.processes.add_up(totals).tolist()
+        loss_sum, correct = self.processes.sum(totals).tolist()
         return loss_sum / len(data), 100 * correct / len(data)
 
+    def _evaluate(self) -> tuple[float, float]:
+        """Test loss and accuracy. The statistics that `precise` re-estimates stay in the model, to be saved with it."""
+        if self.arguments.bn_statistics == "precise":
+            reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
+        own = self.arguments.bn_statistics == "batch"
+        with batch_statistics(self.model) if own else nullcontext():
+            return evaluate_together(
+                self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
+            )
+
     def _regularize(self, loss: Tensor, weight: float) -> None:
-        """Algorithm 2: β·∂L_CS straight into the gradients. With the schedule `loss`, β falls with the task loss."""
-        if self.arguments.mode != "reg":
+        """Algorithm 2: add β·∂L_CS to the gradients. With the schedule `loss`, β falls with the task loss."""
+        if not self.mode.regularizes:
             return
         if self.arguments.beta_schedule == "constant":
             return self.penalty.add_gradient_(self.arguments.beta)
-        loss = self.processes.add_up(weight * loss) / self.processes.size
+        loss = self.processes.sum(weight * loss) / self.processes.size
         if self.first_loss is None:
             self.first_loss = loss
         self.penalty.add_gradient_(self.arguments.beta * loss / self.first_loss)
 
     def _totals(self) -> Tensor:
-        """Sums of loss and of right answers, on the device: nothing is read back before the end."""
+        """Sums of the loss and of correct predictions. They stay on the device until the end of the epoch."""
         return torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
 
 
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """An order that seed and epoch alone decide: a run resumed at an epoch draws what it would have drawn."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
 def be_deterministic() -> None:
-    """Let nothing but deterministic algorithms run from now on: before the first product on the device."""
+    """Allow only deterministic algorithms from now on. Call it before the first product on the device."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

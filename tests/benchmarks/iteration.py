@@ -10,42 +10,46 @@ from collections.abc import Callable
 import torch
 from timing import arguments, interleave, report
 
+from convsim_cli.descent import Minimization, Stack, _iteration
 from convsim_cli.kernels import module_kernels, weight_of
 from convsim_cli.machine.cuda_graphs import repeated
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.minimize import Minimization, _optimizer, project_, rescale_
+from convsim_cli.minimize import _batches, _of_one_shape
 from convsim_cli.networks.names import build_network
-from convsim_cli.similarity import similarity_gradient
+
+Step = Callable[[], None]
 
 
-def steps(network: str, device: torch.device) -> dict[str, Callable[[], object]]:
-    """An Adam step over a network's kernels, an iteration of either objective, and an iteration's gradients alone."""
+def steps(network: str, device: torch.device) -> dict[str, Step]:
+    """An Adam step over each of a network's kernels by itself, and an iteration of either objective."""
     model = build_network(network).to(device)
-    layers = [(k, k.to_filters(weight_of(model, k).detach().clone())) for k in module_kernels(model).kernels]
-    optimizers = [_optimizer(filters.requires_grad_(), Minimization()) for _, filters in layers]
-    norms = [torch.linalg.vector_norm(filters.detach(), dim=(-2, -1), keepdim=True) for _, filters in layers]
-    for _, filters in layers:
-        filters.grad = torch.randn_like(filters)
+    layers = [(kernel, weight_of(model, kernel).detach()) for kernel in module_kernels(model).kernels]
+    copies = [torch.randn_like(weight) for _, weight in layers]
+    optimizers = [torch.optim.Adam([copy], fused=True, capturable=device.type == "cuda") for copy in copies]
+    for copy in copies:
+        copy.grad = torch.randn_like(copy)
 
     def adam() -> None:
         for optimizer in optimizers:
             optimizer.step()
 
-    @torch.no_grad()
-    def iteration(how: Minimization) -> None:
-        with full_precision(device):
-            for (kernel, filters), optimizer, norm in zip(layers, optimizers, norms, strict=True):
-                gradient = similarity_gradient(filters, kernel.taps, out=filters.grad)
-                if how.preserve_norm:
-                    project_(gradient, filters, norm)
-                optimizer.step()
-                if how.preserve_norm:
-                    rescale_(filters, norm)
+    def iterations(how: Minimization) -> Step:
+        stacks = [Stack(*zip(*group, strict=True)) for batch in _batches(layers) for group in _of_one_shape(batch)]
+        together = [[stack] for stack in stacks] if device.type == "cpu" else [stacks]
+        each = [repeated(_iteration(group, how), device) for group in together]
+
+        @torch.no_grad()
+        def all_once() -> None:
+            with full_precision(device):
+                for iterate in each:
+                    iterate()
+
+        return all_once
 
     return {
-        "Adam": adam,
-        "raw": repeated(lambda: iteration(Minimization()), device),
-        "norm-preserving": repeated(lambda: iteration(Minimization(preserve_norm=True)), device),
+        "Adam": repeated(adam, device),
+        "raw": iterations(Minimization()),
+        "norm-preserving": iterations(Minimization(preserve_norm=True)),
     }
 
 

@@ -18,8 +18,8 @@ from convsim_cli.measurement.synthetic_inputs import make_inputs
 from convsim_cli.networks.accuracy import evaluate
 from convsim_cli.networks.names import build_network
 
-LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_inner2", "norm", "dead")
-LAYER += ("fm_cos_random", "redundant")
+LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_rank")
+LAYER += ("fm_rank_random", "fm_inner2", "norm", "dead", "redundant", "opposite", "removable", "clusters")
 
 
 def make(path: Path) -> None:
@@ -29,7 +29,8 @@ def make(path: Path) -> None:
 def test_the_json_document_has_its_keys_in_their_order(tmp_path: Path, convsim: Convsim) -> None:
     make(tmp_path / "m.safetensors")
     document = convsim("measure", tmp_path / "m.safetensors", "--json").document
-    assert tuple(document) == ("schema", "command", "source", "input", "layers", "skipped", "total", "version")
+    keys = ("schema", "command", "source", "input", "bn_statistics", "layers", "skipped", "total", "version")
+    assert tuple(document) == keys
     assert document["input"] == "white"
     assert all(tuple(layer) == LAYER for layer in document["layers"])
     assert document["total"]["cs"] == pytest.approx(sum(layer["cs"] for layer in document["layers"]))
@@ -74,7 +75,8 @@ def test_with_arch_real_outputs_count_as_in_the_library(convsim: Convsim) -> Non
         "measure", "--arch", "cnn:8", "--input", "natural", "--samples", 4, "--seed", 5, "--json"
     ).document
     assert [layer.pop("calls") for layer in document["layers"]] == [1] * 4
-    assert document["layers"] == measure(build_network("cnn:8", seed=5), make_inputs("natural", 4, 3, (32, 32), seed=5))
+    model, images = build_network("cnn:8", seed=5), make_inputs("natural", 4, 3, (32, 32), seed=5)
+    assert document["layers"] == measure(model, images, seed=5)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, convsim: Convsim) -> None:
@@ -181,9 +183,10 @@ def test_a_trained_network_of_the_users_own_module_classifies_as_its_authors_say
     assert all(layer["name"].startswith("module.") and layer["calls"] == 1 for layer in document["layers"])
 
 
-def test_the_most_similar_pairs_are_a_table_of_their_own(tmp_path: Path, convsim: Convsim) -> None:
+def test_the_strongest_pairs_are_a_table_of_their_own_with_signed_cosines(tmp_path: Path, convsim: Convsim) -> None:
     weight = torch.randn(6, 3, 3, 3)
     weight[5] = -2 * weight[3]
+    weight[4] = 3 * weight[0] + 0.1 * weight[1]
     save_file({"a.weight": weight, "b.weight": torch.randn(4, 6, 3, 3)}, tmp_path / "m.safetensors")
     layers, pairs = convsim("measure", tmp_path / "m.safetensors", "--top", 2).out.split("\n\n")
     assert len(layers.splitlines()) == 3
@@ -196,8 +199,12 @@ def test_the_most_similar_pairs_are_a_table_of_their_own(tmp_path: Path, convsim
     ]
     assert pairs.splitlines()[1].split("\t")[1:3] == ["3", "5"]
     document = convsim("measure", tmp_path / "m.safetensors", "--top", 2, "--json").document
-    assert document["layers"][0]["redundant"] == 2
-    assert document["layers"][0]["top"][0] == {"filters": [3, 5], "cos": pytest.approx(1, abs=1e-5)}
+    layer = document["layers"][0]
+    assert (layer["redundant"], layer["opposite"], layer["removable"], layer["clusters"]) == (2, 2, 1, [[0, 4]])
+    assert layer["top"][0] == {"filters": [3, 5], "cos": pytest.approx(-1, abs=1e-5)}
+    assert layer["top"][1] == {"filters": [0, 4], "cos": pytest.approx(1, abs=1e-2)}
+    document = convsim("measure", tmp_path / "m.safetensors", "--threshold", 1, "--json").document
+    assert (document["layers"][0]["redundant"], document["layers"][0]["clusters"]) == (0, [])
 
 
 def test_the_second_of_two_checkpoints_is_shown_with_its_change(tmp_path: Path, convsim: Convsim) -> None:
@@ -237,7 +244,7 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
     (tmp_path / "three.PNG").write_bytes(b"not one either")
     assert "three.PNG: not a readable image" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path).error
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path / "empty").error
+    assert "contains no images" in convsim("measure", "--arch", "cnn:4", "--input", tmp_path / "empty").error
 
 
 @pytest.mark.parametrize(
@@ -249,7 +256,7 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
         (["--arch", "cnn:4", "--input", "digits", "--std", "1,nan,1"], "--std '1,nan,1': expected finite numbers"),
         (["--arch", "cnn:4", "--mean", "1,1,1"], "--mean and --std normalize images: --input white has none"),
         (["--arch", "cnn:4", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png"),
-        (["m.safetensors", "--key", "ema"], "--key ema: m.safetensors is no pickle"),
+        (["m.safetensors", "--key", "ema"], "--key applies only to pickled checkpoints; m.safetensors is"),
         (["m.safetensors", "--input", "folder:x"], "needs --arch"),
         (["--arch", "cnn:4", "--input", "folder:nowhere"], "nowhere: expected a folder of images for each class"),
     ],
@@ -294,7 +301,7 @@ def many():
         ("Dictionary", "no test accuracy: the network gives a dict, not logits [images, 10]"),
         ("maps", "no test accuracy: for 360 images the network gives [360, 4, 30, 30], not [360, 10]"),
         ("few", "no test accuracy: 2 outputs for 10 classes"),
-        ("many", "12 outputs for 10 classes: the first 10 are taken for them"),
+        ("many", "12 outputs for 10 classes: the first 10 count"),
     ],
 )
 def test_outputs_that_labels_cannot_be_compared_with_leave_the_report(
@@ -367,12 +374,16 @@ def test_a_heat_map_of_many_filters_keeps_its_similar_pairs(
         lambda heat, cosines, title: drawn.update(heat, title=title) or draw(heat, cosines, title),
     )
     weight = torch.randn(512, 1, 3, 3)
-    weight[300] = weight[7]
+    weight[300] = -weight[7]
     save_file({"a.weight": weight}, tmp_path / "m.safetensors")
-    assert convsim("measure", tmp_path / "m.safetensors", "--samples", 1, "--plot", tmp_path / "x.png").code == 0
-    assert drawn["a.weight"].shape == (1, 128, 128)
-    assert drawn["a.weight"][0, 1, 75] > 0.999
-    assert "of more than 128 filters, the largest of neighbours" in drawn["title"]
+    by_index = ("--plot-order", "index")
+    assert (
+        convsim("measure", tmp_path / "m.safetensors", "--samples", 1, "--plot", tmp_path / "x.png", *by_index).code
+        == 0
+    )
+    assert drawn["a.weight"].cells.shape == (128, 128)
+    assert drawn["a.weight"].cells[1, 75] < -0.999
+    assert "a cell shows the strongest of several pairs" in drawn["title"]
 
 
 def test_the_pass_for_the_test_accuracy_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, convsim: Convsim) -> None:
@@ -389,7 +400,7 @@ def test_the_pass_for_the_test_accuracy_tells_how_far_it_is(monkeypatch: pytest.
 
     monkeypatch.setattr(Console, "progress", progress)
     assert convsim("measure", "--arch", "cnn:4", "--input", "digits").code == 0
-    assert steps == {"feature maps of cnn:4": 16, "measure cnn:4": 4, "test accuracy of cnn:4": 360}
+    assert steps == {"feature maps of cnn:4": 2 * 16, "measure cnn:4": 4, "test accuracy of cnn:4": 360}
 
 
 def test_what_a_network_keeps_from_being_evaluated_can_be_trained_with() -> None:
@@ -407,3 +418,96 @@ def test_what_a_network_keeps_from_being_evaluated_can_be_trained_with() -> None
     evaluate(model, data, data.test, torch.device("cpu"))
     model(data.normalize(data.test.images)).sum().backward()
     assert model.layer.weight.grad is not None
+
+
+def test_json_has_the_changes_of_the_table(tmp_path: Path, convsim: Convsim) -> None:
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for path in paths:
+        make(path)
+    rows = convsim("measure", *paths).rows
+    first, second = convsim("measure", *paths, "--json").document["checkpoints"]
+    for report, shown in ((first, rows[::2]), (second, rows[1::2])):
+        for layer, row in zip(report["layers"], shown, strict=True):
+            changes = {key: value for key, value in layer.items() if key.endswith("_change")}
+            assert set(changes) == {key for key in row if key.endswith("_change")} >= {"ncs_change", "fm_cos_change"}
+            for key, value in changes.items():
+                assert row[key] == ("" if value is None else f"{value:.6g}")
+    assert all(layer["fm_cos_change"] is None for layer in first["layers"])
+
+
+def test_the_batch_norm_statistics_that_count_are_said(convsim: Convsim, tmp_path: Path) -> None:
+    fresh = convsim("measure", "--arch", "cnn:4", "--json")
+    assert fresh.document["bn_statistics"] == "inputs"
+    said = "batch-norm statistics are re-estimated on the inputs: the stored ones do not belong to these kernels"
+    assert f"cnn:4: {said}" in fresh.err
+    stored = convsim("measure", "--arch", "cnn:4", "--bn-statistics", "stored", "--json")
+    assert stored.document["bn_statistics"] == "stored"
+    assert "batch-norm" not in stored.err
+    assert stored.document["layers"][1]["fm_cos"] != fresh.document["layers"][1]["fm_cos"]
+    make(tmp_path / "m.safetensors")
+    assert convsim("measure", tmp_path / "m.safetensors", "--json").document["bn_statistics"] is None
+
+
+def trained(path: Path, record: dict[str, str] | None = None) -> None:
+    model = build_network("cnn:4").train()
+    for images in torch.randn(3, 8, 3, 32, 32) + 0.5:
+        model(images)
+    save_file(dict(model.state_dict()), path, metadata=record)
+
+
+def test_a_file_that_says_its_kernels_were_changed_after_training_is_measured_with_the_inputs_statistics(
+    convsim: Convsim, tmp_path: Path
+) -> None:
+    path = tmp_path / "trained.safetensors"
+    trained(path)
+    assert convsim("measure", path, "--arch", "cnn:4", "--json").document["bn_statistics"] == "stored"
+    convsim("init", path, "--iterations", 1, "--no-backup")
+    assert convsim("measure", path, "--arch", "cnn:4", "--json").document["bn_statistics"] == "inputs"
+
+
+def test_the_accuracy_is_that_of_the_stored_statistics_whatever_the_figures_take(
+    convsim: Convsim, tmp_path: Path
+) -> None:
+    trained(tmp_path / "trained.safetensors")
+    how = ("measure", tmp_path / "trained.safetensors", "--arch", "cnn:4", "--input", "digits", "--json")
+    stored, inputs = (convsim(*how, "--bn-statistics", which).document for which in ("stored", "inputs"))
+    assert stored["total"] == inputs["total"]
+    assert stored["layers"][1]["fm_cos"] != inputs["layers"][1]["fm_cos"]
+
+
+def test_rows_and_json_are_sorted_by_a_figure(convsim: Convsim, tmp_path: Path) -> None:
+    weights = {name: torch.randn(8, 3, 3, 3) for name in ("a", "b", "c")}
+    weights["b"][1:4] = weights["b"][0]
+    save_file(weights, tmp_path / "m.safetensors")
+    rows = convsim("measure", tmp_path / "m.safetensors", "--sort", "-fm_rank").rows
+    assert rows[0]["name"] == "b"
+    layers = convsim("measure", tmp_path / "m.safetensors", "--sort", "fm_rank", "--json").document["layers"]
+    assert [layer["name"] for layer in layers] == [row["name"] for row in rows][::-1]
+    outcome = convsim("measure", tmp_path / "m.safetensors", "--sort", "fm_rnk")
+    assert outcome.code == 2
+    assert "--sort fm_rnk: did you mean 'fm_rank'?" in outcome.error
+
+
+def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -> None:
+    weight = torch.randn(8, 3, 3, 3)
+    weight[1:6] = weight[0]
+    save_file({"a": weight, "b": torch.randn(8, 3, 3, 3)}, tmp_path / "m.safetensors")
+    err = convsim("measure", tmp_path / "m.safetensors").err
+    assert "m.safetensors: maps most alike against chance: a (" in err
+    assert "lowest rank: a (" in err
+    assert "5 filters removable" in err
+
+
+def test_real_vanished_filters_are_counted_as_dead(checkpoint_dir: Path, convsim: Convsim) -> None:
+    layers = convsim("measure", checkpoint_dir / "espnet_decoder.pth", "--samples", 1, "--json").document["layers"]
+    assert sum(layer["dead"] for layer in layers) == 92
+
+
+def test_real_opposite_filters_are_no_duplicates(checkpoint_dir: Path, convsim: Convsim) -> None:
+    how = ("--include", "*conv1.conv.weight", "--input", "natural", "--top", 4, "--json")
+    layer = convsim("measure", checkpoint_dir / "minifasnet_v2.pth", *how).document["layers"][0]
+    pairs = {tuple(pair["filters"]): pair["cos"] for pair in layer["top"]}
+    assert pairs[20, 28] < -0.95
+    assert all(not {20, 28} <= set(cluster) for cluster in layer["clusters"])
+    assert any({20, 30} <= set(cluster) for cluster in layer["clusters"])
+    assert layer["opposite"] >= 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Convsim, Start
 
-from convsim_cli.training.run_folder import read_results
+from convsim_cli.training.results import read_results
 
 REDUCED = ("--archs", "cnn1", "--arms", "baseline,init", "--limit-train", 96, "--limit-test", 32)
 
@@ -109,7 +109,7 @@ def test_two_reproductions_at_once_share_the_work_and_agree(data_dir: Path, tmp_
         (("table5", "--archs", "cnn3", "--data-dir", "DATA"), "unknown network 'cnn3'"),
         (("figure4", "--lrs", "0.1;0.2"), "--lrs '0.1;0.2': expected numbers separated by commas"),
         (("figure5", "--iterations", "10,-1"), "expected whole numbers of 0 or above separated by commas"),
-        (("figure1", "--data-dir", "nowhere"), "name the parent of a whole one with --data-dir"),
+        (("figure1", "--data-dir", "nowhere"), "name the parent of an intact one with --data-dir"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_run(
@@ -139,7 +139,7 @@ def test_a_network_that_cannot_be_used_is_named_before_anything_is_made(
             "reproduce", "table5", "--archs", arch, "--data-dir", data_dir, "--run-dir", tmp_path / "runs"
         )
         assert outcome.code == 2
-        assert f"--arch {arch}: " in outcome.error
+        assert f"arch {arch}: " in outcome.error
         assert said in outcome.error
     assert not (tmp_path / "runs").exists()
 

@@ -58,7 +58,7 @@ def test_seeds_that_were_stopped_go_on_one_by_one(tmp_path: Path, convsim: Convs
     again = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--json").document
     assert [run["run"] for run in again["runs"]] == [str(tmp_path / f"cnn4-init-2-s{seed}") for seed in (0, 1)]
     taken = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--name", "cnn4-init")
-    assert "cnn4-init-s0: there already" in taken.error
+    assert "cnn4-init-s0 already exists; resume it with --resume" in taken.error
 
 
 def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path, convsim: Convsim) -> None:
@@ -66,7 +66,8 @@ def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path, convsim: Convs
     for command in (("train", *SMALL), ("reproduce", "table2", "--episodes", 4)):
         outcome = convsim(*command, "--run-dir", tmp_path / "file")
         assert outcome.code == 2
-        assert "cannot be made" in outcome.error
+        assert "--run-dir" in outcome.error
+        assert "cannot be created" in outcome.error
 
 
 def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, convsim: Convsim) -> None:
@@ -74,7 +75,7 @@ def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, conv
     outcome = convsim("train", "--resume", tmp_path / "x", "--lr", 0.5)
     assert outcome.code == 2
     assert "--lr 0.5: the run" in outcome.error
-    assert "only --epochs may differ" in outcome.error
+    assert "with --resume only --epochs and --data-dir may differ" in outcome.error
     assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2, "--batch-size", 20).code == 0
     assert len((tmp_path / "x" / "results.csv").read_text().splitlines()) == 3
 
@@ -125,7 +126,7 @@ def test_interrupting_says_how_to_go_on_and_going_on_ends_the_run(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     run = tmp_path / "cnn4-baseline-s0"
-    assert f"go on with: convsim train --resume {run}" in said
+    assert f"resume with: convsim train --resume {run}" in said
     done = len((run / "results.csv").read_text().splitlines()) - 1
     assert convsim("train", "--resume", run, "--epochs", done + 1).code == 0
     assert json.loads((run / "summary.json").read_text())["epochs"] == done + 1
@@ -175,6 +176,7 @@ def test_a_config_says_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"epochs": "3"}', "epochs = '3', expected int"),
         ('{"epochs": true}', "epochs = True, expected int"),
         ('{"pairs": "most"}', "pairs = 'most', expected all, neighbours"),
+        ('{"precision": "fp8"}', "--precision fp8: expected fp32 or bf16"),
         ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
         ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
         ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),
@@ -203,6 +205,6 @@ def test_networks_of_torchvision_train_on_a_folder_of_images(tmp_path: Path, con
     assert outcome.code == 0, outcome.err
     assert outcome.document["runs"][0]["epochs"] == 1
     mistake = convsim("train", "--arch", "torchvision:lraspp_mobilenet_v3_large", *how, "--image-size", 64)
-    assert "gives a OrderedDict for one image, expected [1, 2] logits" in mistake.error
+    assert "returns a OrderedDict for one image, expected [1, 2] logits" in mistake.error
     size = convsim("train", "--dataset", "digits", "--image-size", 64)
     assert "--image-size goes with --dataset folder:PATH" in size.error

@@ -58,7 +58,12 @@ def test_without_a_network_the_error_says_which_file_goes_where(
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", fail)
     with pytest.raises(InputError) as caught:
         load_dataset("cifar10", tmp_path)
-    for said in ("cifar-10-python.tar.gz", str(tmp_path / "cifar-10-batches-py"), "--dataset digits", "no route"):
+    for said in (
+        "cifar-10-python.tar.gz",
+        str(tmp_path / "cifar-10-batches-py"),
+        "digits needs no download",
+        "no route",
+    ):
         assert said in str(caught.value)
 
 

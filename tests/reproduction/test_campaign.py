@@ -14,7 +14,9 @@ from convsim_cli.reproduction import campaign
 from convsim_cli.reproduction.campaign import Job, Outcome, carry_out, work_left
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Silence, execute
-from convsim_cli.training.run_folder import create_run, epochs_done, find_run, open_run, read_results
+from convsim_cli.training.results import epochs_done, read_results
+from convsim_cli.training.reuse import find_run
+from convsim_cli.training.run_folder import create_run, open_run
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=2, batch_size=20, iterations=5, limit_train=60, limit_test=30)
 JOBS = [Job("base", SMALL), Job("init", replace(SMALL, mode="init"))]
@@ -92,7 +94,7 @@ def test_a_longer_run_serves_with_its_first_epochs_and_is_left_as_it_is(tmp_path
     (outcome,) = carry_out(JOBS[:1], tmp_path, digits, Notes())
     assert outcome.run.folder == longer.folder
     assert [row["epoch"] for row in outcome.rows] == [1, 2]
-    assert epochs_done(longer) == 2
+    assert epochs_done(longer.folder) == 2
     (alone,) = carry_out(JOBS[:1], tmp_path / "alone", digits, Notes())
     assert accuracies([outcome]) == accuracies([alone])
 
@@ -116,7 +118,7 @@ def test_runs_with_other_arguments_are_not_taken_for_this_one(tmp_path: Path, ch
 def test_an_interrupted_campaign_goes_on_where_it_stopped(tmp_path: Path, digits: Dataset) -> None:
     with pytest.raises(KeyboardInterrupt):
         carry_out(JOBS, tmp_path / "part", digits, Notes(stop_at=lambda: True))
-    assert epochs_done(open_run(tmp_path / "part" / "base")) == 1
+    assert epochs_done(tmp_path / "part" / "base") == 1
     assert 0 < work_left(JOBS[0], tmp_path / "part", digits) < work_left(JOBS[1], tmp_path / "part", digits)
     notes = Notes()
     outcomes = carry_out(JOBS, tmp_path / "part", digits, notes)

@@ -9,16 +9,10 @@ import torch
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.reproduction import published as paper
+from convsim_cli.reproduction.arms import ARMS, SETS
 from convsim_cli.reproduction.campaign import Outcome
-from convsim_cli.reproduction.experiments import (
-    EXPERIMENTS,
-    Choices,
-    find_experiment,
-    group,
-    plan,
-    reductions,
-    summarize,
-)
+from convsim_cli.reproduction.experiments import EXPERIMENTS, find_experiment, group, plan, reductions
+from convsim_cli.reproduction.trained import Choices, summarize
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.run_folder import Run
 
@@ -33,17 +27,33 @@ def outcome(tests: list[float], trains: list[float]) -> Outcome:
     return Outcome(Run(Path("runs/x"), BASE), rows)
 
 
-def test_table5_is_every_published_row_and_the_arms_that_say_why() -> None:
+def test_table5_is_every_published_row_and_two_controls_unless_chosen_otherwise() -> None:
     cells = plan(find_experiment("table5"), Choices(BASE))
-    assert len(cells) == 2 * 8
-    published = {(row.arch, row.arm) for row in paper.TABLE_5} - {("cnn:512", "baseline")}
+    usual = ["baseline", "init", "reg", "rescale", "init-norm"]
+    assert [(c.labels["arch"], c.labels["arm"]) for c in cells] == [(n, arm) for n in ("cnn1", "cnn2") for arm in usual]
+    published = {(arch, arm.name) for arm in ARMS.values() for arch in arm.published} - {("cnn:512", "baseline")}
     assert published < {(cell.labels["arch"], cell.labels["arm"]) for cell in cells}
+
+
+def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
+    table5 = find_experiment("table5")
+
+    def arms(*names: str) -> list[str]:
+        return [cell.labels["arm"] for cell in plan(table5, Choices(BASE, archs=("cnn1",), arms=names))]
+
+    assert arms("published") == ["baseline", "init", "reg"]
+    assert arms("momentum") == ["baseline-m0.9", "init-m0.9", "reg-m0.9", "init-norm-m0.9"]
+    assert arms("peers", "init", "peers", "reg-kernel") == ["reg-kernel", "reg-neighbours", "init"]
+    assert arms("all") == list(ARMS)
+    assert {arm.set for arm in ARMS.values()} == set(SETS)
+    cells = plan(table5, Choices(BASE, arms=("all",)))
     arguments = {cell.jobs[0].stem: cell.jobs[0].arguments for cell in cells}
-    assert all(how.epochs == 100 and how.batch_size == 512 and how.momentum == 0 for how in arguments.values())
+    assert all(how.epochs == 100 and how.batch_size == 512 for how in arguments.values())
+    assert {how.momentum for stem, how in arguments.items() if "m0.9" not in stem} == {0}
     assert arguments["cnn2-init-norm-rescaled-s0"].preserve_norm
     assert arguments["cnn2-init-norm-rescaled-s0"].rescale
     assert arguments["cnn1-baseline-lr0.1-s0"].lr == 0.1
-    assert arguments["cnn1-reg-neighbours-s0"].pairs == "neighbours"
+    assert arguments["cnn1-reg-neighbours-s0"].objective == "neighbours"
 
 
 def test_the_wide_network_comes_on_request_with_its_baseline_alone() -> None:
@@ -103,7 +113,7 @@ def test_what_is_reduced_is_named_and_a_full_experiment_has_nothing_to_name() ->
     )
     assert all(reductions(experiment, Choices(BASE), data) == [] for experiment in EXPERIMENTS)
     limited = Arguments(limit_train=5000, limit_test=10_000)
-    small = Choices(limited, epochs=7, archs=("cnn1",), arms=("baseline", "rescale"))
+    small = Choices(limited, epochs=7, archs=("cnn1",), arms=("baseline", "controls"))
     assert reductions(find_experiment("table5"), small, data) == [
         "7 of 100 epochs",
         "5,000 of 50,000 train images",
@@ -119,9 +129,10 @@ def test_what_is_reduced_is_named_and_a_full_experiment_has_nothing_to_name() ->
     ("name", "choices", "message"),
     [
         ("table5", {"arms": ("innit",)}, "unknown arm 'innit': did you mean 'init'"),
-        ("table5", {"lrs": (0.1,)}, "table5 has no --lrs"),
-        ("figure5", {"batch_sizes": (64,)}, "figure5 has no --batch-sizes"),
-        ("figure4", {"lrs": (-1.0,)}, "--lr -1.0: expected a number above 0"),
+        ("table5", {"arms": ("peer",)}, "unknown arm 'peer': did you mean 'peers'"),
+        ("table5", {"lrs": (0.1,)}, "table5 has no `lrs`"),
+        ("figure5", {"batch_sizes": (64,)}, "figure5 has no `batch_sizes`"),
+        ("figure4", {"lrs": (-1.0,)}, "`lr` -1.0: expected a number above 0"),
     ],
 )
 def test_choices_that_mean_nothing_are_refused(name: str, choices: dict[str, Any], message: str) -> None:

@@ -20,11 +20,11 @@ from convsim_cli.reproduction.numerical import (
     draw_episodes,
     find_table,
     inner_products,
+    numerical_rows,
     numerical_steps,
-    numerical_table,
     run_episodes,
 )
-from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, TABLES
+from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, NUMERICAL_TABLES
 
 
 @pytest.mark.parametrize("padding", ["full", "valid"])
@@ -80,9 +80,16 @@ def test_published_correlations_come_back_for_3_and_9_taps(name: str) -> None:
             assert abs(found["correlation_mean"] - row.published[0]) < 0.08
 
 
+def test_table_1_comes_back_for_16_taps_and_sgd_with_settings_that_were_found() -> None:
+    (row,) = (row for row in NUMERICAL_ROWS if (row.table, row.taps, row.optimizer) == ("table1", 16, "sgd"))
+    found = run_episodes(draw_episodes(16, "full", EPISODES, seed=0), find_table("table1"), "sgd")
+    for key, published, tolerance in zip(KEYS, row.published, (0.03, 0.03, 2, 3, 3), strict=False):
+        assert found[key] == pytest.approx(published, abs=tolerance)
+
+
 def test_rows_have_the_keys_of_the_design_and_progress_ends_at_its_total() -> None:
     told: list[int] = []
-    for row in numerical_table("table1", episodes=10, advance=told.append):
+    for row in numerical_rows("table1", episodes=10, advance=told.append):
         assert tuple(row) == ("N", "optimizer", "published", "measured", "fixed_norms")
         assert tuple(row["published"]) == KEYS
         assert tuple(row["measured"]) == tuple(row["fixed_norms"]) == (*KEYS, "cos_before", "cos_after")
@@ -98,7 +105,12 @@ def test_fixed_norms_stay_fixed() -> None:
 
 
 def test_every_published_row_has_its_place_in_a_table() -> None:
-    assert [len([row for row in NUMERICAL_ROWS if row.table == table.name]) for table in TABLES] == [6, 6, 6, 6]
+    assert [len([row for row in NUMERICAL_ROWS if row.table == table.name]) for table in NUMERICAL_TABLES] == [
+        6,
+        6,
+        6,
+        6,
+    ]
     assert all(len(row.published) == len(KEYS) for row in NUMERICAL_ROWS)
 
 
@@ -115,5 +127,9 @@ def test_reproduce_prints_and_saves_one_document(tmp_path: Path, convsim: Convsi
     assert document["rows"][0]["published"]["reduction_frequency"] is None
     assert "near 100 %" in document["claim"]
     assert json.loads((tmp_path / "table3.json").read_text()) == document
-    rows = convsim("reproduce", "table1", "--episodes", 10, "--run-dir", tmp_path).rows
-    assert rows[0]["correlation_published"] == "0.67 ± 0.28"
+    assert document["note"] is None
+    outcome = convsim("reproduce", "table1", "--episodes", 10, "--run-dir", tmp_path)
+    assert outcome.rows[0]["correlation_published"] == "0.67 ± 0.28"
+    note = json.loads((tmp_path / "table1.json").read_text())["note"]
+    assert "found by trying seven settings" in note
+    assert note in outcome.err

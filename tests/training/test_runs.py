@@ -1,30 +1,28 @@
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
+import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import call_in_fork
 from safetensors.torch import load_file
 
+from convsim_cli.cli import run as run_command
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Silence, execute
-from convsim_cli.training.run_folder import (
-    COLUMNS,
-    Run,
-    create_run,
-    find_or_create_run,
-    is_finished,
-    open_run,
-    read_results,
-)
+from convsim_cli.training.results import COLUMNS, read_results
+from convsim_cli.training.reuse import find_or_create_run, is_finished
+from convsim_cli.training.run_folder import Run, create_run, open_run
 from convsim_cli.training.trainer import Trainer
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
@@ -146,7 +144,9 @@ def test_a_torn_or_foreign_state_is_refused_and_the_folder_stays(tmp_path: Path)
 
 def test_a_run_is_resumed_by_as_many_processes_as_began_it(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, processes=2), tmp_path, "two")
-    with pytest.raises(InputError, match="is trained by 2 processes, these are 1; start as many"):
+    with pytest.raises(
+        InputError, match="was started with 2 processes, but this launch has 1; use torchrun --nproc-per-node 2"
+    ):
         execute(run)
 
 
@@ -187,7 +187,7 @@ def test_a_torn_results_file_is_one_line(harm: str, tmp_path: Path) -> None:
 def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     execute(run)
-    with pytest.raises(InputError, match="has done 3 epochs, --epochs 2 is fewer"):
+    with pytest.raises(InputError, match="has done 3 epochs, more than `epochs` 2"):
         execute(open_run(run.folder, epochs=2))
     (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {"color": 1}))
     with pytest.raises(InputError, match="unknown arguments color"):
@@ -201,7 +201,9 @@ def test_folders_are_never_shared(tmp_path: Path) -> None:
         runs = list(pool.map(lambda _: create_run(SMALL, tmp_path, None), range(40)))
     assert len({run.folder for run in runs}) == 40
     create_run(SMALL, tmp_path, "mine")
-    with pytest.raises(InputError, match="there already; go on with --resume"):
+    with pytest.raises(
+        InputError, match=r"mine already exists; resume it with `resume` .*mine or choose another `name`"
+    ):
         create_run(SMALL, tmp_path, "mine")
     with pytest.raises(InputError, match="plain folder name"):
         create_run(SMALL, tmp_path, "../mine")
@@ -228,23 +230,22 @@ def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
     execute(run, Intruder())
 
 
-FULL = """
-import resource, signal, sys
-from convsim_cli.cli import run
-code = run([*sys.argv[2:], "--epochs", "1", "--name", "one", "-q"])
-size = __import__("pathlib").Path(sys.argv[1], "one", "state.pt").stat().st_size
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-sys.exit(run([*sys.argv[2:], "--epochs", "1", "--name", "two", "-q"]))
-"""
+def train_until_the_disk_is_full(folder: Path, arguments: list[str]) -> tuple[int, str]:
+    """Train once, then again where a file may have half the size of a state; return how that ends and what it says."""
+    assert run_command([*arguments, "--name", "one"]) == 0
+    size = (folder / "one" / "state.pt").stat().st_size
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    with redirect_stderr(io.StringIO()) as said:
+        return run_command([*arguments, "--name", "two"]), said.getvalue()
 
 
 def test_a_disk_that_is_full_when_the_state_is_saved_is_one_line(tmp_path: Path) -> None:
-    how = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20")
-    how += ("--momentum", "0.9", "--run-dir", str(tmp_path))  # its state is larger than any other file
-    command = [sys.executable, "-c", FULL, str(tmp_path), *how]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    (line,) = (line for line in ended.stderr.splitlines() if "error" in line)
+    how = ["train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20"]
+    how += ["--epochs", "1", "--run-dir", str(tmp_path), "-q"]
+    how += ["--momentum", "0.9"]  # its state is larger than any other file
+    code, said = call_in_fork(train_until_the_disk_is_full, tmp_path, how)
+    assert code == 1
+    (line,) = (line for line in said.splitlines() if "error" in line)
     assert line.startswith(f"convsim: error: {tmp_path / 'two'}")
     assert "cannot be written (File too large" in line

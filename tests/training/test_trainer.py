@@ -14,8 +14,9 @@ from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.modes import preparation_steps, prepare_
-from convsim_cli.training.trainer import Trainer, _permutation
+from convsim_cli.training.batches import permutation
+from convsim_cli.training.modes import MODES
+from convsim_cli.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -23,6 +24,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def data() -> Dataset:
     return load_dataset("digits", Path()).limited(50, 20)
+
+
+def prepare_(model: nn.Module, arguments: Arguments) -> list[int]:
+    """Do to a network what its mode does before training, and return what it reports on the way."""
+    told: list[int] = []
+    if preparation := MODES[arguments.mode].preparation:
+        preparation.apply_(model, arguments, told.append)
+    return told
 
 
 def norms(model: nn.Module) -> Tensor:
@@ -46,7 +55,7 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     penalty = ConvSimPenalty(model)
     total, first = 0.0, None
-    for indices in _permutation(50, 0, 0).split(20):
+    for indices in permutation(50, 0, 0).split(20):
         loss = nn.functional.cross_entropy(
             model(data.normalize(data.train.images[indices])), data.train.labels[indices]
         )
@@ -64,10 +73,10 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
 
 
 def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
-    orders = [_permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    orders = [permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
-    assert torch.equal(orders[0], _permutation(50, 0, 0))
+    assert torch.equal(orders[0], permutation(50, 0, 0))
 
 
 def test_init_is_algorithm_1_and_rescale_has_its_norms_with_the_old_directions() -> None:
@@ -81,6 +90,15 @@ def test_init_is_algorithm_1_and_rescale_has_its_norms_with_the_old_directions()
     assert not torch.allclose(directions(initialized), directions(fresh), atol=1e-3)
 
 
+def test_init_and_rescale_follow_the_objective() -> None:
+    initialized, rescaled, reference = (build_network("cnn:8") for _ in range(3))
+    minimize_(reference, 50, objective="kernel")
+    prepare_(initialized, Arguments(mode="init", iterations=50, objective="kernel"))
+    prepare_(rescaled, Arguments(mode="rescale", iterations=50, objective="kernel"))
+    assert all(torch.equal(a, b) for a, b in zip(initialized.parameters(), reference.parameters(), strict=True))
+    torch.testing.assert_close(norms(rescaled), norms(reference))
+
+
 def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> None:
     preserved, both, raw = (build_network("cnn:8") for _ in range(3))
     prepare_(preserved, Arguments(mode="init", preserve_norm=True, iterations=50))
@@ -92,21 +110,23 @@ def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"),
-    [({"mode": "baseline"}, 0), ({"mode": "init"}, 40), ({"mode": "rescale"}, 40)]
-    + [({"mode": "init", "preserve_norm": True, "rescale": rescale}, 40 + 40 * rescale) for rescale in (False, True)],
+    ("options", "minimizations"),
+    [({"mode": "init"}, 1), ({"mode": "rescale"}, 1)]
+    + [({"mode": "init", "preserve_norm": True, "rescale": rescale}, 1 + rescale) for rescale in (False, True)],
 )
-def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, object], steps: int) -> None:
-    model, told = build_network("cnn:4"), []
-    arguments = Arguments(**options, iterations=10)  # type: ignore[arg-type]
-    assert preparation_steps(model, arguments) == steps
-    prepare_(model, arguments, told.append)
-    assert sum(told) == steps
+def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, object], minimizations: int) -> None:
+    model, arguments = build_network("cnn:4"), Arguments(**options, iterations=10)  # type: ignore[arg-type]
+    values = sum(weight.numel() for weight in model.parameters() if weight.ndim == 4)
+    steps = 10 * values * minimizations
+    preparation = MODES[arguments.mode].preparation
+    assert preparation is not None
+    assert preparation.steps(model, arguments) == steps
+    assert sum(prepare_(model, arguments)) == steps
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
     trainer = Trainer(build_network("cnn:4"), data, Arguments(lr=1e30, batch_size=10), CPU)
-    with pytest.raises(DivergedError, match=r"epoch 1: the loss is .* lower --lr"):
+    with pytest.raises(DivergedError, match=r"epoch 1: the loss is .* lower `lr`"):
         trainer.run_epoch()
     assert trainer.epoch == 0
 
@@ -142,12 +162,14 @@ def test_compiled_training_comes_to_the_same(data: Dataset) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"epochs": 0}, "--epochs 0"),
-        ({"lr": -1.0}, "--lr -1.0"),
-        ({"beta": -0.1}, "--beta -0.1"),
-        ({"rescale": True}, "--rescale goes with --mode init --preserve-norm"),
-        ({"preserve_norm": True}, "--preserve-norm goes with --mode init"),
-        ({"pairs": "neighbours"}, "go with --mode reg"),
+        ({"epochs": 0}, "`epochs` 0: expected a number above 0"),
+        ({"lr": -1.0}, "`lr` -1.0: expected a number above 0"),
+        ({"beta": -0.1}, "`beta` -0.1: expected a number of 0 or above"),
+        ({"rescale": True}, "`rescale` goes with `mode` init and `preserve_norm`"),
+        ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, got `mode` baseline"),
+        ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, rescale, got `mode` baseline"),
+        ({"mode": "reg", "objective": "neighbors"}, "unknown `objective` 'neighbors'; did you mean 'neighbours'"),
+        ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg"),
     ],
 )
 def test_options_that_a_mode_would_ignore_are_refused(wrong: dict[str, object], said: str) -> None:

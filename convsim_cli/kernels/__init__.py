@@ -1,0 +1,34 @@
+"""Which tensors are convolution kernels, and which of their filters form pairs.
+
+Filters form pairs only where they see the same input: all i < j of a dense layer, i < j within each group of a grouped
+one. A module tells exactly (`modules`); a file holds names and shapes only, so its kernels are assumed (`files`).
+"""
+
+from convsim_cli.kernels.files import TensorInfo, file_kernels
+from convsim_cli.kernels.kernel import FLOATING, Kernel, living_filters
+from convsim_cli.kernels.modules import (
+    current_kernel,
+    is_convolution,
+    module_kernels,
+    refuse_sharded,
+    warn_of_unsupported,
+    weight_of,
+)
+from convsim_cli.kernels.selection import Patterns, Selection, Skipped
+
+__all__ = [
+    "FLOATING",
+    "Kernel",
+    "Patterns",
+    "Selection",
+    "Skipped",
+    "TensorInfo",
+    "current_kernel",
+    "file_kernels",
+    "is_convolution",
+    "living_filters",
+    "module_kernels",
+    "refuse_sharded",
+    "warn_of_unsupported",
+    "weight_of",
+]

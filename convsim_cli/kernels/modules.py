@@ -1,0 +1,160 @@
+"""The kernels of a module, exactly, and the weights that its layers compute with at this moment."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from convsim_cli.errors import InputError
+from convsim_cli.kernels.kernel import FLOATING, Kernel
+from convsim_cli.kernels.selection import Patterns, Selection, Skipped
+from convsim_cli.machine.effective_weight import computes_weight, effective_weight, own_weight
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DTYPES = tuple(getattr(torch, name) for name in FLOATING)
+
+
+def module_kernels(
+    model: nn.Module,
+    patterns: Patterns | None = None,
+    names: Mapping[str, str] | None = None,
+    *,
+    parametrized: bool = False,
+) -> Selection:
+    """Return the kernels of every convolution in a module, exactly; a shared weight counts once.
+
+    Names are those of `model.state_dict()`, or what `names` maps them to. Other layers with a `weight` of the shape of
+    kernels are listed as skipped. parametrized: whether to select layers that compute their weight from other
+    parameters, as `<layer>.weight`; you can read that weight (`weight_of`) but not write it. Raises InputError for a
+    pattern that matches nothing and for sharded weights.
+    """
+    patterns, names = patterns or Patterns(), names or {}
+    selection = Selection()
+    owners: dict[int, str] = {}
+    layers = [(f"{path}.weight".lstrip("."), layer) for path, layer in model.named_modules() if _has_kernels(layer)]
+    patterns.check([names.get(path, path) for path, _ in layers])
+    for path, layer in layers:
+        name, weight = names.get(path, path), own_weight(layer)
+        refusal = patterns.refusal(name)
+        if weight is not None and id(weight) in owners:
+            first = owners[id(weight)]  # a file may hold both under one name
+            selection.skipped.append(Skipped(path if name == first else name, _shape(layer), f"shared with {first}"))
+        elif not is_convolution(layer):
+            unknown = f"a {type(layer).__name__}, which is no convolution that convsim knows"
+            selection.skipped.append(Skipped(name, _shape(layer), refusal or unknown, unsupported=not refusal))
+        else:
+            owners[id(weight)] = name
+            reason = refusal or _unsupported(name, layer, parametrized)
+            selection.add(_kernel_of(name, layer, _shape(layer)), reason, unsupported=not refusal)
+    return selection
+
+
+def warn_of_unsupported(selection: Selection) -> None:
+    """Warn, once, of all layers that a library call leaves out because convsim cannot act on them."""
+    by_reason: dict[str, list[str]] = {}
+    for skipped in selection.skipped:
+        if skipped.unsupported:
+            by_reason.setdefault(skipped.reason, []).append(skipped.name)
+    if by_reason:
+        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+        warnings.warn(f"convsim leaves out {listed}", stacklevel=3)
+
+
+def weight_of(model: nn.Module, kernel: Kernel) -> Tensor:
+    """Return the weight that a kernel's layer computes with now. Raises as `current_kernel`."""
+    return current_kernel(model, kernel)[1]
+
+
+def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
+    """Return the weight that the layer of a kernel's name computes with now, and the kernel as the layer is now.
+
+    The weight is the layer's parameter, or is computed from other parameters, once, as in a forward pass
+    (`effective_weight`). Raises InputError where the model has no such convolution any more, and for a weight that is
+    sharded, lazy, or neither a parameter nor computed by a known mechanism.
+    """
+    layer: Any = _find(model, kernel.name)
+    if layer is None or not is_convolution(layer):
+        found = "is no longer in the model" if layer is None else f"is now a {type(layer).__name__}"
+        raise InputError(f"{kernel.name}: this convolution {found}; repeat the call that looked for convolutions")
+    weight = effective_weight(layer)
+    refuse_sharded(kernel.name, weight)
+    reason = _unusable(layer, weight)
+    if reason or weight is None:
+        raise InputError(f"{kernel.name}: {reason}")
+    transposed = isinstance(layer, _TRANSPOSED)
+    if (weight.shape, layer.groups, transposed) != (kernel.shape, kernel.groups, kernel.transposed):
+        kernel = _kernel_of(kernel.name, layer, tuple(weight.shape))
+    return kernel, weight
+
+
+def refuse_sharded(name: str, weight: Tensor | None) -> None:
+    """Raise InputError for a DTensor, of which this process holds a part."""
+    if hasattr(weight, "full_tensor"):
+        raise InputError(
+            f"{name} is a DTensor (fully_shard or tensor parallelism), and convsim needs whole weights; "
+            "call convsim before sharding, or train with DistributedDataParallel"
+        )
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """Return whether a module is a (transposed) convolution of one to three axes."""
+    return isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)
+
+
+def _has_kernels(layer: nn.Module) -> bool:
+    """Return whether a layer is a convolution, or its weight has the shape of one's (torchvision's DeformConv2d)."""
+    weight = own_weight(layer)
+    if is_convolution(layer) or weight is None or isinstance(weight, UninitializedParameter):
+        return is_convolution(layer)
+    return weight.is_floating_point() and 3 <= weight.ndim <= 5
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    """The layer that holds a tensor; `get_submodule` takes seven times as long."""
+    layer: nn.Module | None = model
+    for part in name.split(".")[:-1]:
+        layer = None if layer is None else layer._modules.get(part)
+    return layer
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a layer's weight; by the layer's attributes where it has no such weight of its own."""
+    weight = own_weight(layer)
+    if weight is not None and not (is_convolution(layer) and _unusable(layer, weight)):
+        return tuple(weight.shape)
+    first, second = layer.out_channels, layer.in_channels
+    if isinstance(layer, _TRANSPOSED):
+        first, second = second, first
+    return (first, second // layer.groups, *layer.kernel_size)
+
+
+def _kernel_of(name: str, layer: Any, shape: tuple[int, ...]) -> Kernel:
+    return Kernel(name, shape, layer.groups, isinstance(layer, _TRANSPOSED))
+
+
+def _unsupported(name: str, layer: nn.Module, parametrized: bool) -> str | None:
+    """Return why convsim cannot act on a convolution, or None. Raises InputError for a sharded weight."""
+    weight = own_weight(layer)
+    if weight is None and computes_weight(layer):
+        return None if parametrized else "parametrized: no weight of its own; remove the parametrization first"
+    refuse_sharded(name, weight)
+    return _unusable(layer, weight)
+
+
+def _unusable(layer: Any, weight: Tensor | None) -> str | None:
+    """Return why a convolution's weight cannot be worked on, or None."""
+    if weight is None:
+        return "its weight is not a parameter, nor computed from parameters in a way that convsim knows"
+    if isinstance(weight, UninitializedParameter):
+        return "lazy and not yet initialized; run a forward pass first"
+    if weight.ndim != 2 + len(layer.kernel_size):
+        return f"its weight is flattened or sharded, of shape {list(weight.shape)}"
+    if weight.dtype not in _DTYPES:
+        return f"its type {str(weight.dtype).removeprefix('torch.')} cannot be optimized"
+    return None

@@ -1,0 +1,90 @@
+"""What the mean signed cosine of each pair of feature maps says: duplicates, opposites, clusters, rank and order.
+
+All functions take `FeatureMapSimilarity.mean_cosines`, `[groups, S / groups, S / groups]`, and number filters from 0
+over the whole layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convsim_cli.measurement.linkage import agglomerate
+
+THRESHOLD = 0.95  # signed mean cosine above which one of two filters could go
+
+
+def redundant(mean: Tensor, threshold: float = THRESHOLD) -> int:
+    """Return how many filters have a partner whose mean cosine exceeds the threshold."""
+    return int((_without_diagonal(mean).amax(-1) > threshold).sum())
+
+
+def opposite(mean: Tensor, threshold: float = THRESHOLD) -> int:
+    """Return how many filters have a partner whose mean cosine is below minus the threshold."""
+    return int((_without_diagonal(mean).amin(-1) < -threshold).sum())
+
+
+def clusters(mean: Tensor, threshold: float = THRESHOLD) -> list[list[int]]:
+    """Return the clusters of duplicates: in each, every two filters exceed the threshold (complete linkage)."""
+    found = []
+    for group, similarity in enumerate(_without_diagonal(mean)):
+        candidates = (similarity.amax(-1) > threshold).nonzero().flatten()
+        largest: dict[int, list[int]] = {}
+        for merge in agglomerate(similarity[candidates][:, candidates], "complete"):
+            if merge.similarity > threshold:
+                whole = merge.left + merge.right
+                largest |= dict.fromkeys(whole, whole)
+        offset = group * mean.shape[-1]
+        unique = {id(cluster): cluster for cluster in largest.values()}.values()
+        found += [sorted(offset + int(candidates[index]) for index in cluster) for cluster in unique]
+    return sorted(found)
+
+
+def effective_rank(mean: Tensor) -> float | None:
+    """Return exp of the entropy of the eigenvalues, clamped at 0 and divided by their sum: the mean over groups.
+
+    From 1, where all maps say the same, to the number of living filters. Dead filters have no diagonal and add nothing;
+    a group of them is left out. None where every filter is dead, or a cosine is not finite. Source: Roy & Vetterli
+    2007.
+    """
+    mean = mean.cpu() if mean.device.type == "mps" else mean  # mps has neither float64 nor eigenvalues
+    mean = mean[mean.diagonal(dim1=-2, dim2=-1).any(-1)].double()
+    if not len(mean) or not mean.isfinite().all():
+        return None
+    eigenvalues = torch.linalg.eigvalsh(mean).clamp_min(0)
+    shares = eigenvalues / eigenvalues.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp().mean().item()
+
+
+def strongest_pairs(mean: Tensor, count: int) -> list[dict[str, Any]]:
+    """Return the pairs with the largest |mean cosine|, the largest first: `{"filters": [i, j], "cos": signed}`."""
+    upper = mean.triu(1)
+    places = upper.abs().flatten().topk(min(count, upper.numel())).indices
+    each = mean.shape[-1]
+    found = []
+    for value, place in zip(upper.flatten()[places].tolist(), places.tolist(), strict=True):
+        group, pair = divmod(place, each * each)
+        if value != 0:
+            found.append({"filters": [group * each + pair // each, group * each + pair % each], "cos": value})
+    return found
+
+
+def similarity_order(mean: Tensor) -> Tensor:
+    """Return each group's filters in the order of average linkage, dead ones last: indices `[groups, S / groups]`.
+
+    Filters with similar maps are neighbors in it, so that clusters of duplicates become blocks.
+    """
+    orders = []
+    for group in mean:
+        alive = group.diagonal() > 0
+        living, dead = alive.nonzero().flatten(), (~alive).nonzero().flatten()
+        merges = agglomerate(group[living][:, living], "average")
+        order = merges[-1].left + merges[-1].right if merges else list(range(len(living)))
+        orders.append(torch.cat([living[order], dead]))
+    return torch.stack(orders)
+
+
+def _without_diagonal(mean: Tensor) -> Tensor:
+    return mean - torch.diag_embed(mean.diagonal(dim1=-2, dim2=-1))

@@ -1,0 +1,33 @@
+"""Which training images are taken together: in the steps of an epoch, and to re-estimate batch-norm statistics."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convsim_cli.inputs.images import Split
+
+STATISTICS_IMAGES = 4096  # training images that batch-norm statistics are re-estimated on
+_MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
+
+
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """Return an order that only seed and epoch decide, so that a resumed run draws the same batches."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def statistics_batches(split: Split, seed: int) -> tuple[Tensor, ...]:
+    """Return the indices of the images that statistics are re-estimated on, in equal batches: the first of epoch 0.
+
+    The same at every epoch, so that the statistics depend on the weights alone. Where no number of batches divides the
+    images, the last few are left out.
+    """
+    indices = permutation(len(split), seed, 0)[:STATISTICS_IMAGES]
+    height, width = split.images.shape[1:3]
+    most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // (height * width)))
+    fewest = math.ceil(len(indices) / most)
+    count = min(range(fewest, 2 * fewest), key=lambda batches: len(indices) % batches)
+    size = len(indices) // count
+    return indices[: count * size].split(size)

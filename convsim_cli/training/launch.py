@@ -1,0 +1,94 @@
+"""Start new runs, one per seed, or resume one, in every process of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convsim_cli.inputs.images import Dataset
+from convsim_cli.networks.names import CLASSES, build_network
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.execution import Listener, execute
+from convsim_cli.training.processes import Processes, joined
+from convsim_cli.training.run_data import load_data
+from convsim_cli.training.run_folder import Run, create_run, free_stem
+from convsim_cli.training.run_network import check_network
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Runs STEM-sSEED that have yet to start: `count` of them, from the seed `first`."""
+
+    stem: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run and its summary."""
+
+    run: Run
+    summary: dict[str, Any]
+
+
+Watch = Callable[[Run, Seeds | None], AbstractContextManager[Listener]]  # called before a run, with what is to follow
+
+
+def start_runs(
+    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, watch: Watch
+) -> list[Finished]:
+    """Train new runs and return them with their summaries; on other ranks than 0, nothing.
+
+    name: of the run's folder, or with seeds of the folders NAME-sSEED; from the arguments if None. seeds: how many
+    runs, from the arguments' seed on; None for one run. Raises InputError before any folder is created, and as
+    `create_run` and `execute`.
+    """
+    with joined(torch.device(arguments.device)) as (processes, _):
+        arguments = replace(arguments, processes=processes.size)
+        data = processes.rank_zero_first(lambda: _checked_data(arguments))
+        finished = []
+        for run, rest in _new_runs(arguments, run_dir, name, seeds, processes):
+            with watch(run, rest) as listener:
+                finished.append(Finished(run, execute(run, listener, data, processes)))
+    return finished if processes.is_rank_zero else []
+
+
+def resume_run(run: Run, watch: Watch) -> list[Finished]:
+    """Train an interrupted or extended run to its number of epochs; on other ranks than 0, return nothing.
+
+    Raises as `execute`.
+    """
+    with joined(torch.device(run.arguments.device)) as (processes, _), watch(run, None) as listener:
+        finished = Finished(run, execute(run, listener, None, processes))
+    return [finished] if processes.is_rank_zero else []
+
+
+def _checked_data(arguments: Arguments) -> Dataset:
+    """A run's data set, after every check that needs no folder."""
+    arguments.check()
+    build_network(arguments.arch, CLASSES)  # before a data set is downloaded
+    dataset = load_data(arguments)
+    check_network(arguments, dataset)
+    return dataset
+
+
+def _new_runs(
+    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
+) -> Iterator[tuple[Run, Seeds | None]]:
+    """The runs, each created when its turn comes, with those that follow."""
+    if seeds is None:
+        yield processes.on_rank_zero(lambda: create_run(arguments, run_dir, name)), None
+        return
+    numbers = range(arguments.seed, arguments.seed + seeds)
+    stem = processes.on_rank_zero(lambda: free_stem(arguments, run_dir, name, numbers))
+    for seed in numbers:
+        one, left = replace(arguments, seed=seed), numbers[-1] - seed
+        run = processes.on_rank_zero(partial(create_run, one, run_dir, f"{stem}-s{seed}"))
+        yield run, Seeds(stem, seed + 1, left) if left else None

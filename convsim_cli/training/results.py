@@ -1,0 +1,44 @@
+"""A run's `results.csv`: one row per epoch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.errors import InputError
+
+COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
+FILE = "results.csv"
+LAST_EPOCHS = 5  # that the mean of the last test accuracies is over
+Row = dict[str, Any]
+
+
+def read_results(folder: Path) -> list[Row]:
+    """Return a run's results as rows of numbers. Raises InputError if there are none, or the file is damaged."""
+    try:
+        with (folder / FILE).open(newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"its columns are {reader.fieldnames}")
+            return [{key: int(row[key]) if key == "epoch" else float(row[key]) for key in COLUMNS} for row in reader]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{folder}: not a run's folder (no readable {FILE}: {error})") from error
+
+
+def write_results(folder: Path, history: Sequence[Row]) -> None:
+    """Replace a run's results. Raises WriteError."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    data = text.getvalue().encode()
+    replace_file(folder / FILE, lambda file: file.write(data))
+
+
+def epochs_done(folder: Path) -> int:
+    """Return how many whole epochs a run has in its results, 0 if it has none yet."""
+    return len(read_results(folder)) if (folder / FILE).exists() else 0

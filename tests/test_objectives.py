@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from references import LITERAL
+from torch import Tensor
+
+from convsim_cli.errors import InputError
+from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
+from convsim_cli.similarity import to_filters, to_weight
+
+SHAPES = [((1, 2, 3), 1), ((4, 1, 1, 1), 1), ((5, 3, 3, 2), 1), ((6, 2, 4), 2), ((6, 2, 2, 1, 3), 3), ((3, 2, 3, 3), 3)]
+
+
+def literal(name: str, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The value of an objective by its own loops, and its gradient by autograd."""
+    leaf = weight.clone().requires_grad_()
+    value = LITERAL[name](leaf, groups)
+    if not value.requires_grad:  # a single filter has no pairs, and no graph
+        return value, torch.zeros_like(leaf)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def test_every_objective_has_a_literal_reference() -> None:
+    assert LITERAL.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_value_and_gradient_are_those_of_the_literal_equation(name: str, shape: tuple[int, ...], groups: int) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    expected, expected_gradient = literal(name, weight, groups)
+    filters, taps = to_filters(weight, groups)
+    objective = find_objective(name)
+    torch.testing.assert_close(objective.value(filters, taps), expected, rtol=1e-10, atol=1e-12)
+    gradient = to_weight(objective.gradient(filters, taps, None), taps)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_is_that_of_autograd_through_the_value(name: str) -> None:
+    filters, taps = to_filters(torch.randn(6, 3, 3, 3, dtype=torch.float64), 2)
+    objective, leaf = OBJECTIVES[name], filters.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(objective.value(leaf, taps), leaf)
+    torch.testing.assert_close(objective.gradient(filters, taps, None), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 3, 11, 2)], ids=str)
+def test_a_gradient_written_to_given_memory_is_the_same(name: str, shape: tuple[int, ...]) -> None:
+    filters, taps = to_filters(torch.randn(shape), 2)
+    given = torch.full_like(filters, float("nan"))
+    found = OBJECTIVES[name].gradient(filters, taps, given)
+    assert found.data_ptr() == given.data_ptr()
+    assert torch.equal(given, OBJECTIVES[name].gradient(filters, taps, None))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_builds_no_graph_where_none_is_recorded(name: str) -> None:
+    filters, taps = to_filters(torch.randn(4, 3, 3, 3, requires_grad=True))
+    with torch.no_grad():
+        assert not OBJECTIVES[name].gradient(filters, taps, None).requires_grad
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_autocast_changes_no_value(name: str) -> None:
+    filters, taps = to_filters(torch.randn(16, 16, 3, 3))
+    plain = OBJECTIVES[name].value(filters, taps)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(OBJECTIVES[name].value(filters, taps), plain)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("taps", [(3, 3), (9, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("scale", [1e8, 1e9, 1e13, 1e20, 1e30])
+def test_what_leaves_float32_is_inf_with_its_sign_and_what_does_not_is_a_number(
+    name: str, taps: tuple[int, ...], scale: float
+) -> None:
+    weight = torch.randn(6, 3, *taps)
+    mixed = scale / torch.tensor([1, 1e5, 1e10, 1e20, 1e30, 1e35])  # one large filter among small ones
+    for scales in (torch.full((6,), scale), mixed, torch.tensor([0.0, scale, 0, 0, 0, 0])):
+        scaled = (weight * scales.reshape(-1, 1, 1, 1)).requires_grad_()
+        wide = scaled.detach().double().requires_grad_()
+        (found, gradient), (expected, expected_gradient) = (
+            (value := OBJECTIVES[name].value(*to_filters(w, 2)), torch.autograd.grad(value, w)[0])
+            for w in (scaled, wide)
+        )
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=0)
+        gradient, wanted = (g.float().clamp(-1e38, 1e38).flatten(1) for g in (gradient, expected_gradient))
+        unit = wanted.abs().amax(1, keepdim=True).clamp_min(1e-30)  # filter by filter
+        torch.testing.assert_close(gradient / unit, wanted / unit, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_nan_and_infinite_weights_do_not_come_out_as_numbers(name: str) -> None:
+    for value in (float("nan"), float("inf")):
+        weight = torch.randn(4, 3, 3, 3)
+        weight[1, 1, 1, 1] = value
+        assert not OBJECTIVES[name].value(*to_filters(weight)).isfinite()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_pointwise_kernels_are_marked_where_their_value_depends_on_norms_alone(name: str) -> None:
+    filters, taps = to_filters(torch.randn(4, 8, 1, 1, dtype=torch.float64))
+    mixed = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    turned = filters.clone()
+    turned[:, 0] = turned[:, 0] @ mixed  # another direction of the same norm
+    value = OBJECTIVES[name].value
+    same = torch.allclose(value(turned, taps), value(filters, taps), rtol=1e-9)
+    assert same == OBJECTIVES[name].norm_only_pointwise
+
+
+def test_one_entry_in_the_table_is_enough_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = Objective(
+        "squares", "for this test", lambda f, _: f.square().sum(), lambda f, _, out: torch.mul(f, 2, out=out), False
+    )
+    monkeypatch.setitem(OBJECTIVES, added.name, added)
+    assert find_objective("squares") is added
+    with pytest.raises(InputError, match="'squares'"):
+        find_objective("square")
+
+
+def test_an_unknown_objective_is_refused_with_the_closest_name() -> None:
+    with pytest.raises(InputError, match="'neighbour'; did you mean 'neighbours'"):
+        find_objective("neighbour")
+
+
+def test_the_table_is_in_the_order_of_the_documentation_and_keyed_by_name() -> None:
+    assert list(OBJECTIVES)[:3] == ["cs", "neighbours", "kernel"]
+    assert all(objective.name == name for name, objective in OBJECTIVES.items())
