@@ -18,6 +18,7 @@ from convsim_cli.similarity import (
     Taps,
     channel_autocorrelations,
     convolve,
+    inner_product,
     similarity,
     similarity_gradient,
     tangent_gradient,
@@ -87,7 +88,7 @@ def rescale_(filters: Tensor, norms: Tensor) -> None:
 def _neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]; and A."""
     lags = channel_autocorrelations(filters, taps)
-    return (lags[:, :-1] * lags[:, 1:]).sum(), lags
+    return inner_product(lags[:, :-1], lags[:, 1:]), lags
 
 
 def _neighbours_gradient(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:

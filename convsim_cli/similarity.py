@@ -34,9 +34,9 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     """Return the Convolutional Similarity L_CS of a layer's kernels, differentiable to any order.
 
     weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups, pairs counted
-    within each. Half types are computed in float32. Returns a scalar ≥ 0 (float32, or float64 for a float64 weight).
-    Raises ValueError for another shape, type or number of groups. Source: Eq. 10, by the identity in this module's
-    head.
+    within each. Half types are computed in float32. Returns a scalar ≥ 0 (float32, or float64 for a float64 weight),
+    inf where L_CS exceeds its type; on CUDA, float32 weights beyond 1e17 may give NaN instead. Raises ValueError for
+    another shape, type or number of groups. Source: Eq. 10, by the identity in this module's head.
 
     >>> convolutional_similarity(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])).item()  # ‖(1, 2) ⋆ (3, 0)‖² = 3² + 6²
     45.0
@@ -178,8 +178,13 @@ def convolve(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = Non
     return inner if out is None else out.copy_(inner)
 
 
-def _half_product(autocorrelations: Tensor, others: Tensor) -> Tensor:
-    return (autocorrelations * others).sum() / 2
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ⟨a, b⟩, on accelerators in float64, so that products that leave float32 do not add up to ∞ − ∞ = NaN.
+
+    On the CPU, `Differentiable` looks at the value and, if need be, computes all of it in float64; on an accelerator it
+    would have to wait. mps has no float64.
+    """
+    return (a * (b if a.device.type in ("cpu", "mps") else b.double())).sum()
 
 
 def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
@@ -194,7 +199,7 @@ def _value(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     """½ Σ_i ⟨A_i, R_i⟩, and R_i, which the gradient needs as well."""
     autocorrelations = autocorrelation(filters, taps)
     others = sum_of_others(autocorrelations)
-    return _half_product(autocorrelations, others), others
+    return inner_product(autocorrelations, others) / 2, others
 
 
 _SIMILARITY = Differentiable("cs", _value, _gradient)

@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Program
 from torch import Tensor
 
-SHARED = Path(__file__).parents[2] / "shared"
-CHECKPOINTS = (
-    "aliked_n16.pth",
-    "espnet_decoder.pth",
-    "minifasnet_v2.pth",
-    "resnet20_cifar10.safetensors",
-    "resnet20_cifar10.th",
-    "rfb320_face.pth",
-)
+# Tests share the cores among processes (pytest-xdist), each of one thread, in what they start as in themselves.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+SHARED = Path(os.environ.get("CONVSIM_SHARED", Path(__file__).parents[2] / "shared"))
+CIFAR10 = SHARED / "data" / "cifar-10-batches-py"
+CHECKPOINTS = {  # and what to save under the name
+    "aliked_n16.pth": "github.com/Shiaoming/ALIKED: models/aliked-n16.pth",
+    "espnet_decoder.pth": "github.com/sacmehta/ESPNet: pretrained/decoder/espnet_p_2_q_8.pth",
+    "minifasnet_v2.pth": (
+        "github.com/minivision-ai/Silent-Face-Anti-Spoofing: resources/anti_spoof_models/2.7_80x80_MiniFASNetV2.pth"
+    ),
+    "resnet20_cifar10.safetensors": "the state_dict of resnet20_cifar10.th, without the prefix module. of its names",
+    "resnet20_cifar10.th": "github.com/akamaster/pytorch_resnet_cifar10: pretrained_models/resnet20-12fca82f.th",
+    "rfb320_face.pth": (
+        "github.com/Linzaer/Ultra-Light-Fast-Generic-Face-Detector-1MB: models/pretrained/version-RFB-320.pth"
+    ),
+}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run what names a file, a test or a keyword in this process: starting workers takes longer than a few tests."""
+    named = any(Path(argument.partition("::")[0]).is_file() for argument in config.args)
+    return 0 if named or config.option.keyword else None
+
+
+def _skip_without(path: Path, source: str) -> None:
+    if not path.exists():
+        pytest.skip(f"{path} is missing; get it from {source} (CONVSIM_SHARED names another folder than {SHARED})")
 
 
 @pytest.fixture
 def data_dir() -> Path:
     """The folder that holds the real CIFAR-10."""
-    if not (SHARED / "data" / "cifar-10-batches-py").is_dir():
-        pytest.skip("the real CIFAR-10 is not in ../shared/data")
-    return SHARED / "data"
+    _skip_without(CIFAR10, "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz")
+    return CIFAR10.parent
 
 
 @pytest.fixture
 def checkpoint_dir() -> Path:
     """The folder of real trained checkpoints."""
-    if not (SHARED / "checkpoints").is_dir():
-        pytest.skip("the real checkpoints are not in ../shared/checkpoints")
+    for name, source in CHECKPOINTS.items():
+        _skip_without(SHARED / "checkpoints" / name, source)
     return SHARED / "checkpoints"
 
 
@@ -75,24 +91,21 @@ class Outcome:
 
 
 Convsim = Callable[..., Outcome]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Program]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start the command line in a process of its own, one that Ctrl-C reaches whoever started the tests."""
-    started: list[subprocess.Popen[str]] = []
+    """Start the command line in a process of its own: `start("train", "--arch", "cnn1", stderr=subprocess.PIPE)`."""
+    started: list[Program] = []
 
-    def call(*arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "convsim_cli", *map(str, arguments)]
-        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default))
+    def call(*arguments: object, **streams: Any) -> Program:
+        started.append(Program(*arguments, **streams))
         return started[-1]
 
     yield call
-    for process in started:
-        process.kill()
-        process.communicate()
+    for program in started:
+        program.close()
 
 
 @pytest.fixture

@@ -71,6 +71,35 @@ def test_autocast_changes_no_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("taps", [(3, 3), (9, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("scale", [1e8, 1e9, 1e13, 1e20, 1e30])
+def test_what_leaves_float32_is_inf_with_its_sign_and_what_does_not_is_a_number(
+    name: str, taps: tuple[int, ...], scale: float
+) -> None:
+    weight = torch.randn(6, 3, *taps)
+    mixed = scale / torch.tensor([1, 1e5, 1e10, 1e20, 1e30, 1e35])  # one large filter among small ones
+    for scales in (torch.full((6,), scale), mixed, torch.tensor([0.0, scale, 0, 0, 0, 0])):
+        scaled = (weight * scales.reshape(-1, 1, 1, 1)).requires_grad_()
+        wide = scaled.detach().double().requires_grad_()
+        (found, gradient), (expected, expected_gradient) = (
+            (value := OBJECTIVES[name].value(*to_filters(w, 2)), torch.autograd.grad(value, w)[0])
+            for w in (scaled, wide)
+        )
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=0)
+        gradient, wanted = (g.float().clamp(-1e38, 1e38).flatten(1) for g in (gradient, expected_gradient))
+        unit = wanted.abs().amax(1, keepdim=True).clamp_min(1e-30)  # filter by filter
+        torch.testing.assert_close(gradient / unit, wanted / unit, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_nan_and_infinite_weights_do_not_come_out_as_numbers(name: str) -> None:
+    for value in (float("nan"), float("inf")):
+        weight = torch.randn(4, 3, 3, 3)
+        weight[1, 1, 1, 1] = value
+        assert not OBJECTIVES[name].value(*to_filters(weight)).isfinite()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_pointwise_kernels_are_marked_where_their_value_depends_on_norms_alone(name: str) -> None:
     filters, taps = to_filters(torch.randn(4, 8, 1, 1, dtype=torch.float64))
     mixed = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]

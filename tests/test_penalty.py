@@ -108,7 +108,6 @@ def test_a_model_without_pairs_and_an_unknown_objective_are_refused() -> None:
         ConvSimPenalty(network(), "neighbors")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own, as it resumes after a break
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_compiled_model_has_the_same_penalty_and_a_compiled_loss_can_hold_it(objective: str) -> None:
     model = network()
@@ -116,7 +115,7 @@ def test_a_compiled_model_has_the_same_penalty_and_a_compiled_loss_can_hold_it(o
     compiled = ConvSimPenalty(torch.compile(model, backend="eager"), objective)  # type: ignore[arg-type]
     torch.testing.assert_close(compiled().detach(), plain().detach())
 
-    @torch.compile(backend="aot_eager")
+    @torch.compile(backend="aot_eager", fullgraph=True)
     def loss(images: torch.Tensor) -> torch.Tensor:
         return model(images).square().mean() + 1e-3 * plain()
 

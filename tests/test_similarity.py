@@ -133,6 +133,26 @@ def test_normalized_form_matches_its_definition_and_does_not_move_with_scale() -
     assert relative(normalized_similarity(scaled, 2), expected) < 1e-12
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e9, 1e30])
+def test_normalized_form_and_its_gradient_hold_at_any_scale_of_float32(scale: float) -> None:
+    weight = torch.rand(6, 3, 3, 3) + 0.5
+    expected = weight.double().requires_grad_()
+    scaled = (scale * weight).requires_grad_()
+    torch.testing.assert_close(
+        normalized_similarity(scaled).double(), normalized_similarity(expected), rtol=1e-4, atol=0
+    )
+    (gradient,) = torch.autograd.grad(normalized_similarity(scaled), scaled)
+    (expected_gradient,) = torch.autograd.grad(normalized_similarity(expected), expected)
+    assert relative(scale * gradient.double(), expected_gradient) < 1e-4
+
+
+def test_transforms_hold_at_any_scale_of_float32() -> None:
+    weight = 1e9 * torch.randn(2, 6, 3, 3, 3)
+    assert torch.func.vmap(convolutional_similarity)(weight).isposinf().all()
+    expected = torch.func.grad(convolutional_similarity)(weight[0].double()).float()
+    torch.testing.assert_close(torch.func.grad(convolutional_similarity)(weight[0]), expected, rtol=1e-4, atol=0)
+
+
 def test_normalized_form_of_one_tap_is_one_and_zero_filters_are_left_out() -> None:
     weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
     assert normalized_similarity(weight).item() == pytest.approx(1, abs=1e-12)

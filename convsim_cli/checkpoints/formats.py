@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from convsim_cli.checkpoints.atomic import finish_saves
 from convsim_cli.checkpoints.folders import checkpoint_in, is_index
+from convsim_cli.checkpoints.unreadable import describe_unknown, is_pickle
 from convsim_cli.errors import CheckpointError, InputError, one_of
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "a pickle",
         (".pt", ".pth", ".th", ".bin", ".ckpt"),
-        lambda _, start: start.startswith((b"PK", b"\x80")),
+        lambda _, start: is_pickle(start),
         _open_pickle,
         _write_pickle,
         keys=True,
@@ -108,7 +109,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         if format_.recognizes(path, start):
             break
     else:
-        raise CheckpointError(f"{path}: {_what_it_is(start)}, not a checkpoint ({one_of(new_suffixes())})")
+        raise CheckpointError(f"{path}: {describe_unknown(start)}, not a checkpoint ({one_of(new_suffixes())})")
     if key is not None and not format_.keys:
         raise InputError(f"`key` applies only to pickled checkpoints; {path} is {format_.name}")
     checkpoint = format_.open(path, key)
@@ -131,6 +132,8 @@ def new_suffixes() -> list[str]:
 
 
 def _first_bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: a pipe or a device; save what it gives to a file first")
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -143,11 +146,3 @@ def _first_bytes(path: Path) -> bytes:
     if not start:
         raise CheckpointError(f"{path}: an empty file; fetch it again")
     return start
-
-
-def _what_it_is(start: bytes) -> str:
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer (run git lfs pull)"
-    if start.lstrip()[:1] == b"<":
-        return "a web page (download the raw file instead)"
-    return "an unknown kind of file"

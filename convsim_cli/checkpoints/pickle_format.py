@@ -1,44 +1,45 @@
-"""Checkpoints pickled by `torch.save`, in today's zip or the older stream, unpickled with `weights_only=True` alone."""
+"""Checkpoints of `torch.save`, in today's zip or the older stream; only ever loaded with `weights_only=True`."""
 
 from __future__ import annotations
 
-import re
+import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from types import ModuleType
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint, tensor_infos
+from convsim_cli.checkpoints.stand_ins import harmless_globals, pickle_module
+from convsim_cli.checkpoints.state_dict_search import Found, find_state_dicts, named_tensors
+from convsim_cli.checkpoints.unreadable import can_be_mapped, why_not_loaded
 from convsim_cli.errors import CheckpointError, did_you_mean
-
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
-_DEEPEST = 8  # dictionaries within dictionaries that are searched
 
 
 class PickledCheckpoint(Checkpoint):
-    """A pickle of `torch.save`, of which one dictionary of tensors is worked on and all else is carried along.
+    """A pickle of `torch.save`: one of its dictionaries of tensors is the checkpoint, the rest is saved as it was.
 
-    key: where that dictionary is, names joined by dots; found by itself unless given. Raises CheckpointError where the
-    file is damaged, holds more than plain data, or has nothing under the key.
+    key: where that dictionary is, names joined by dots; the most likely one unless given. Raises CheckpointError for a
+    file that is damaged, holds more than plain data, or has nothing under the key.
     """
 
     def __init__(self, path: Path, key: str | None = None) -> None:
         self._zipped = _is_zip(path)
         self._root = _unpickle(path, self._zipped)
-        found = sorted(_state_dicts(self._root), key=lambda item: _preference(*item))
+        found = find_state_dicts(self._root)
         if not found:
             raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
         if key is not None:
-            found = [item for item in found if ".".join(item[0]) == key] or _no_such(path, key, found)
-        self._state = found[0][1]
-        empty = next((name for name, value in self._state.items() if isinstance(value, Tensor) and value.is_meta), None)
+            found = _at_key(path, key, found)
+        self._state = named_tensors(found[0][1])
+        empty = next((name for name, tensor in self._state.items() if tensor.is_meta), None)
         if empty is not None:
             raise CheckpointError(f"{path}: {empty} has a shape but no values (device meta); save it with its weights")
-        strided = {name: t for name, t in self._state.items() if isinstance(t, Tensor) and t.layout is torch.strided}
+        strided = {name: tensor for name, tensor in self._state.items() if tensor.layout is torch.strided}
         super().__init__(path, tensor_infos(strided))
         if len(found) > 1:
             taken, *others = (".".join(place) or "the top level" for place, _ in found)
@@ -62,21 +63,21 @@ class PickledCheckpoint(Checkpoint):
 
     def _write(self, file: BinaryIO, changes: Changes) -> None:
         for name, tensor in changes:
-            self._state[name].detach().copy_(tensor)  # into its own memory: whoever shares it, and the structure, stay
-        write_pickle(file, self._root, self._zipped)
+            self._state[name].detach().copy_(tensor)  # into its own memory, which other tensors may share
+        write_pickle(file, self._root, self._zipped, pickle_module())
 
 
-def write_pickle(file: BinaryIO, content: Any, zipped: bool = True) -> None:
+def write_pickle(file: BinaryIO, content: Any, zipped: bool = True, module: ModuleType = pickle) -> None:
     """Write as `torch.save` does, but raise the OSError of a full disk, which it hides behind a RuntimeError."""
     stream = _Stream(file)
     try:
-        torch.save(content, cast("BinaryIO", stream), _use_new_zipfile_serialization=zipped)
+        torch.save(content, cast("BinaryIO", stream), module, _use_new_zipfile_serialization=zipped)
     except RuntimeError as error:
         raise stream.failure or error from error
 
 
 class _Stream:
-    """A file to write to that remembers what went wrong."""
+    """A file to write to that remembers why writing failed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -94,68 +95,38 @@ class _Stream:
 
 
 def _is_zip(path: Path) -> bool:
-    """Tell the formats apart as torch does, by the first bytes: what is damaged further on is for it to refuse."""
+    """Return whether torch would take the file for a zip: by its first bytes, whatever damage comes later."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def _unpickle(path: Path, zipped: bool) -> Any:
+    def load(mapped: bool) -> Any:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
+            warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said below, in one line
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return load(mapped=zipped and can_be_mapped(path))
     except Exception as error:  # whatever a torn pickle makes an unpickler raise
-        raise CheckpointError(f"{path}: {_why_not(str(error))}") from error
+        raise CheckpointError(f"{path}: {why_not_loaded(path, error)}") from error
 
 
-def _why_not(error: str) -> str:
-    if "TorchScript" in error:
-        return "a TorchScript program, not a state dict; save torch.jit.load(FILE).state_dict()"
-    refused = re.search(r"GLOBAL (\S+)", error) or re.search(r"(Unsupported \w+)", error)
-    if refused:
-        return (
-            f"holds Python objects beside tensors ({refused[1]}), which could run code, and is not loaded; "
-            "if you trust it: python -c \"import torch; m = torch.load('OLD', weights_only=False); "
-            "torch.save(m['state_dict'] if isinstance(m, dict) else m.state_dict(), 'NEW.pt')\""
-        )
-    return f"damaged or cut short ({' '.join(error.split())[:120]}); fetch it again"
-
-
-def _state_dicts(root: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """The dictionaries with tensors under names, the optimizer's state left aside.
-
-    Each is looked into once, however many ways lead to it, or from it back to itself.
-    """
-    holds_tensors: dict[int, bool] = {}
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
-    for where, node in waiting:
-        if not isinstance(node, dict) or len(where) > _DEEPEST or not all(isinstance(key, str) for key in node):
-            continue
-        if id(node) not in holds_tensors:
-            holds_tensors[id(node)] = any(isinstance(value, Tensor) for value in node.values())
-            inner = [(key, value) for key, value in node.items() if isinstance(value, dict)]
-            waiting += [((*where, key), value) for key, value in inner if "optim" not in key.lower()]
-        if holds_tensors[id(node)]:
-            yield where, node
-
-
-def _no_such(path: Path, key: str, found: Iterable[tuple[tuple[str, ...], object]]) -> NoReturn:
+def _at_key(path: Path, key: str, found: list[Found]) -> list[Found]:
+    taken = [item for item in found if ".".join(item[0]) == key]
+    if taken:
+        return taken
     known = [".".join(place) for place, _ in found if place]
     raise CheckpointError(
         f"{path}: has no tensors under {key!r}: {did_you_mean(key, known) if known else 'all are at its top level'}"
     )
 
 
-def _preference(where: tuple[str, ...], state: dict[str, Any]) -> tuple[bool, int, int]:
-    """Where there are several: one with kernels, then the top level and the usual names, then the largest."""
-    kernels = any(isinstance(value, Tensor) and value.ndim == 4 for value in state.values())
-    known = where[-1] in _CONTAINERS if where else True
-    rank = (_CONTAINERS.index(where[-1]) if where else -1) if known else len(_CONTAINERS)
-    return not kernels, rank, -len(state)
-
-
 def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which kernels share memory with one before them, or within themselves: changing one would change the other."""
+    """Return name → reason for kernels that share memory with an earlier one, or within themselves.
+
+    Changing such a kernel would change the other one as well.
+    """
     reasons: dict[str, str] = {}
     owners: dict[int, list[tuple[int, int, str]]] = {}
     for name, tensor in tensors.items():

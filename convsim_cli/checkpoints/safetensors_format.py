@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint
+from convsim_cli.checkpoints.unreadable import can_be_mapped
 from convsim_cli.errors import CheckpointError
 from convsim_cli.kernels import TensorInfo
 
@@ -28,10 +29,7 @@ class SafetensorsCheckpoint(Checkpoint):
     """A safetensors file. Raises CheckpointError where it is damaged."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
+        self._get = _reader(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             try:
@@ -44,8 +42,7 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
 
     def load(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        return self._get(name)
 
     def write(
         self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
@@ -77,6 +74,17 @@ class SafetensorsCheckpoint(Checkpoint):
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
         return put
+
+
+def _reader(path: Path) -> Callable[[str], Tensor]:
+    """Return what reads a tensor by its name: through a memory map, or from a copy in memory where files have none."""
+    try:
+        if not can_be_mapped(path):
+            return load(path.read_bytes()).__getitem__
+        get: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
+    return get
 
 
 def write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:

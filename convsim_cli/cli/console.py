@@ -172,6 +172,8 @@ def _while_read() -> Iterator[None]:
     except OSError as error:
         from convsim_cli.errors import WriteError
 
+        if sys.stdout is not None:
+            _silence(sys.stdout)
         why = error.strerror or error
         raise WriteError(f"standard output: cannot be written ({why}); files are written all the same") from error
 

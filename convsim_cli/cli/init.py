@@ -26,6 +26,7 @@ from convsim_cli.cli.options import (
     show_layers,
     show_skipped,
     start,
+    with_option_names,
 )
 
 EXAMPLES = """\b
@@ -108,7 +109,9 @@ def init(
         device=start(device, console),
         progress=console.progress,
     )
-    document = console.document("init", minimized.document())
+    content = minimized.document()
+    content["skipped"] = [{**entry, "reason": with_option_names(entry["reason"])} for entry in content["skipped"]]
+    document = console.document("init", content)
     if not as_json:
         _show(document, console)
 

@@ -11,12 +11,13 @@ import typer
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console
 from convsim_cli.errors import one_of
+from convsim_cli.training.arguments import declarations
 
 if TYPE_CHECKING:
     import torch
 
     from convsim_cli.checkpoints.checkpoint import Checkpoint
-    from convsim_cli.kernels import Patterns, Selection
+    from convsim_cli.kernels import Patterns
 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
@@ -64,9 +65,7 @@ ArchOption = Annotated[
         show_default=False,
     ),
 ]
-ObjectiveOption = Annotated[
-    str, typer.Option("--objective", metavar="NAME", help="What to minimize: cs (Eq. 10), neighbours, kernel, …")
-]
+ObjectiveOption = Annotated[str, typer.Option("--objective", metavar="NAME", help=declarations()["objective"].help)]
 KeyOption = Annotated[
     str | None,
     typer.Option(
@@ -124,18 +123,6 @@ def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> 
     if any(assumed):
         which = "groups are" if all(assumed) else "groups marked assumed are"
         console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")
-
-
-def skipped_entries(selection: Selection) -> list[dict[str, Any]]:
-    """Return the `skipped` list of a JSON document; its reasons name options in place of `arguments`."""
-    return [
-        {
-            "name": entry.name,
-            "shape": list(entry.shape),
-            "reason": with_option_names(entry.reason),
-        }
-        for entry in selection.skipped
-    ]
 
 
 def with_option_names(reason: str) -> str:

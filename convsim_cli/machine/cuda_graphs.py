@@ -1,4 +1,4 @@
-"""An iteration that is always the same, recorded once on CUDA and replayed without the host in between."""
+"""An iteration that is always the same, recorded once on CUDA and replayed without work for the host in between."""
 
 from __future__ import annotations
 
@@ -7,40 +7,50 @@ from collections.abc import Callable
 
 import torch
 
-WARM_UP = 3  # iterations before the recording: what is made once must be there by then
+from convsim_cli.errors import ConvsimError
+
+WARM_UP = 3  # iterations before the recording: whatever is created once must exist by then
 Step = Callable[[], None]
 
 
 def repeated(step: Step, device: torch.device) -> Step:
-    """Return what does one more iteration at each call: `step` itself, or on CUDA a graph of it.
+    """Return a function that does one iteration per call: `step` itself, or on CUDA the replay of a graph of it.
 
-    step: works on the same memory every time and never waits for the device. The first iterations run as they are.
-    Where a recording fails, all of them do; CONVSIM_CUDA_GRAPHS=0 is the switch that leaves it out.
+    step: works on the same memory of `device` every time and never waits for the device. The first iterations run as
+    they are. The recording raises ConvsimError where it fails; CONVSIM_CUDA_GRAPHS=0 in the environment does without.
     """
     if device.type != "cuda" or os.environ.get("CONVSIM_CUDA_GRAPHS") == "0":
         return step
-    return _Graphed(step)
+    return _Graphed(step, device)
 
 
 class _Graphed:
-    def __init__(self, step: Step) -> None:
-        self._step, self._before = step, WARM_UP
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step, self._device, self._before = step, device, WARM_UP
         self._replay: Step | None = None
 
     def __call__(self) -> None:
-        if self._replay is not None:
-            return self._replay()
-        if self._before == 0:
-            self._replay = self._record()
-            return self._replay()
-        self._before -= 1
-        self._step()
+        with torch.cuda.device(self._device):  # graphs and new streams belong to the current device
+            if self._before > 0:
+                self._before -= 1
+                return self._step()
+            if self._replay is None:
+                self._replay = self._record()
+            self._replay()
 
     def _record(self) -> Step:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         try:
-            with torch.cuda.graph(graph):  # recorded, not run
-                self._step()
-        except RuntimeError:
-            return self._step
+            # torch.cuda.graph leaves its stream current if the capture cannot be ended: the outer context does not.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                self._step()  # recorded, not run
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).partition("\n")[0]
+            raise ConvsimError(
+                f"{self._device}: an iteration could not be recorded as a CUDA graph ({reason}); "
+                "set CONVSIM_CUDA_GRAPHS=0 to run without graphs"
+            ) from error
         return graph.replay

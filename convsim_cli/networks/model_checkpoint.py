@@ -14,6 +14,7 @@ from convsim_cli.checkpoints.state_dict import StateDict
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Patterns, Selection, file_kernels, module_kernels
 from convsim_cli.networks.names import build_network
+from convsim_cli.networks.shared_weights import find_aliases
 from convsim_cli.networks.weights import load_weights
 
 
@@ -70,15 +71,14 @@ def open_model_checkpoint(
         raise InputError("`num_classes` requires `arch`")
     if arch is None:
         assert path is not None
-        checkpoint = open_checkpoint(path, key)
+        checkpoint: Checkpoint = open_checkpoint(path, key)
         return ModelCheckpoint(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
     model = build_network(arch, classes, seed)
-    if path is None:
-        new = StateDict(Path(arch), model.state_dict())
-        return ModelCheckpoint(new, module_kernels(model, patterns, parametrized=parametrized), model, arch)
-    checkpoint = open_checkpoint(path, key)
-    names = load_weights(model, checkpoint, arch)
+    names = None
+    checkpoint = StateDict(Path(arch), model.state_dict()) if path is None else open_checkpoint(path, key)
+    if path is not None:
+        names = load_weights(model, checkpoint, arch)
     selection = module_kernels(model, patterns, names, parametrized=parametrized)
-    return ModelCheckpoint(checkpoint, selection, model, arch, names)
+    return ModelCheckpoint(checkpoint, selection, model, arch, names, find_aliases(model, selection.kernels, names))

@@ -17,7 +17,7 @@ from timing import arguments, interleave, report
 from torch import Tensor, nn
 
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.similarity import _gradient, _half_product, autocorrelation, sum_of_others, to_filters
+from convsim_cli.similarity import _gradient, autocorrelation, inner_product, sum_of_others, to_filters
 
 LAYERS = (
     *((s, s, 3, 3) for s in (64, 128, 256, 512)),
@@ -57,7 +57,7 @@ def ours(weights: Sequence[Tensor]) -> Callable[[], object]:
             for filters, taps in layers:
                 autocorrelations = autocorrelation(filters, taps)
                 others = sum_of_others(autocorrelations)
-                _half_product(autocorrelations, others)
+                inner_product(autocorrelations, others)
                 _gradient(filters, others, taps)
 
     return run

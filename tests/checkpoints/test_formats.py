@@ -4,7 +4,6 @@ import json
 import os
 import struct
 import warnings
-from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,6 @@ def bad_files(folder: Path) -> dict[str, tuple[str, bytes, str]]:
         "objects": ("a.pt", zip_bytes({"a": Payload()}, folder), "could run code"),
         "whole module": ("a.pt", zip_bytes(torch.nn.Conv2d(3, 4, 3), folder), "weights_only=False"),
         "script": ("a.pt", script_bytes(folder), "a TorchScript program"),
-        "namespace": ("a.pt", zip_bytes({"a": torch.zeros(2), "args": Namespace()}, folder), "argparse.Namespace"),
         "no tensors": ("a.pt", zip_bytes({"lr": 0.1}, folder), "no dictionary of named tensors"),
     }
 
@@ -207,7 +205,6 @@ BAD = (
     "objects",
     "whole module",
     "script",
-    "namespace",
     "no tensors",
 )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Convsim
+from conftest import Convsim, Start
+from forks import Program
 from safetensors.torch import save_file
 from typer.main import get_command
 
@@ -71,9 +72,7 @@ def test_an_unforeseen_failure_is_one_line_and_exit_1_and_a_traceback_on_demand(
 def on_a_terminal(arguments: list[str], **environment: str) -> str:
     """Run convsim with both streams on a pseudo-terminal and return what it drew."""
     parent, child = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "convsim_cli", *arguments], stdout=child, stderr=child, env=os.environ | environment
-    )
+    process = Program(*arguments, stdout=child, stderr=child, environment=environment)
     os.close(child)
     drawn = b""
     while True:
@@ -110,13 +109,12 @@ def test_whoever_stops_reading_ends_the_command_quietly(tmp_path: Path) -> None:
     assert result.stdout.startswith("name\t")
 
 
-def test_work_goes_on_when_nobody_reads_stderr(tmp_path: Path) -> None:
+def test_work_goes_on_when_nobody_reads_stderr(tmp_path: Path, start: Start) -> None:
     save_file({"a": torch.randn(4, 3, 3, 3)}, tmp_path / "m.safetensors")
-    command = (
-        f"{sys.executable} -m convsim_cli init {tmp_path / 'm.safetensors'} --iterations 1 2> >(exec 0<&-; sleep 0.1)"
-    )
-    result = subprocess.run(["bash", "-c", f"{command}"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0
+    process = start("init", tmp_path / "m.safetensors", "--iterations", 1)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait() == 0
     assert (tmp_path / "m.safetensors.bak").exists()
 
 
@@ -125,17 +123,12 @@ def test_without_a_command_the_help_is_shown_as_it_is(convsim: Convsim) -> None:
     assert convsim().code == 0
 
 
-def test_a_terminal_without_unicode_still_gets_its_table(tmp_path: Path) -> None:
-    save_file({"a\x1b\nb": torch.full((4, 3, 3, 3), torch.nan)}, tmp_path / "m.safetensors")
-    result = subprocess.run(
-        [sys.executable, "-m", "convsim_cli", "measure", "--arch", "cnn:2", "--samples", "1", "-q"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        check=False,
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "2\\xd73\\xd73\\xd73" in result.stdout
+def test_a_terminal_without_unicode_still_gets_its_table(start: Start) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    process = start("measure", "--arch", "cnn:2", "--samples", 1, "-q", stdout=subprocess.PIPE, environment=ascii_only)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "2\\xd73\\xd73\\xd73" in out
 
 
 def test_an_error_spells_out_control_characters(tmp_path: Path, convsim: Convsim) -> None:

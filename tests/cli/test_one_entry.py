@@ -1,4 +1,4 @@
-"""A training option, a training mode and an arm of Table 5 are one entry each: added once, they are seen everywhere."""
+"""An objective, a training option, a training mode and an arm of Table 5 are one entry each, seen everywhere."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Convsim
 from safetensors.torch import load_file
 
+from convsim_cli import ConvSimPenalty, minimize_
 from convsim_cli.networks.names import build_network
+from convsim_cli.objectives import OBJECTIVES, Objective
 
 ADDED = """
 import dataclasses, json, sys
@@ -88,3 +91,35 @@ def test_an_arm_is_seen_in_help_and_table_5(data_dir: Path, tmp_path: Path, with
     (row,) = json.loads((tmp_path / "table5.json").read_text())["rows"]
     assert (row["arm"], row["published"]["test_accuracy"]) == ("twice", 12.5)
     assert json.loads((tmp_path / "cnn1-twice-s0" / "args.json").read_text())["warp"] == 9
+
+
+def test_an_objective_serves_the_library_init_and_train(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_square = Objective(
+        "square",
+        "half of the squared norm",
+        lambda filters, _: filters.square().sum() / 2,
+        lambda filters, _, out: filters.clone() if out is None else out.copy_(filters),
+        norm_only_pointwise=True,
+    )
+    monkeypatch.setitem(OBJECTIVES, "square", half_square)
+    weight = torch.nn.Conv2d(3, 4, 3)
+    former = weight.weight.detach().clone()
+    assert ConvSimPenalty(weight, objective="square")().item() == pytest.approx(former.square().sum().item() / 2)
+    minimize_(weight, 1, lr=0.1, optimizer="sgd", objective="square")
+    torch.testing.assert_close(weight.weight.detach(), 0.9 * former)
+    output = tmp_path / "m.safetensors"
+    how = ("--objective", "square", "--iterations", 1, "--optimizer", "sgd", "--lr", 0.1)
+    assert convsim("init", "--arch", "cnn:4", "-o", output, *how, "--json").document["objective"] == "square"
+    torch.testing.assert_close(load_file(output)["0.weight"], 0.9 * build_network("cnn:4").state_dict()["0.weight"])
+    small = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", 20, "--limit-test", 10, "--epochs", 1)
+    trained = ("train", "--mode", "reg", "--beta", 1, "--lr", 1e-9, *small, "--run-dir", tmp_path, "-q")
+    assert convsim(*trained, "--objective", "square").code == 0
+    assert "known are" in convsim(*trained, "--objective", "nothing of the kind").error
+
+
+@pytest.mark.parametrize("command", ["init", "train"])
+def test_help_names_every_objective(command: str, convsim: Convsim) -> None:
+    text = convsim(command, "--help").out
+    assert all(name in text for name in OBJECTIVES)

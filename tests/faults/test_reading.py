@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 from cases import cases
 from conftest import Convsim
+from forks import call_in_fork
 from safetensors.torch import save
 
 from convsim_cli.checkpoints.checkpoint import Checkpoint
@@ -93,27 +92,26 @@ def test_a_malformed_safetensors_file_is_one_line(name: str, tmp_path: Path) -> 
         assert name == "no tensor at all", "was taken for a good file"
 
 
-GROWTH = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-from test_reading import read_all, WHOLE
-from convsim_cli.errors import ConvsimError
+def peak() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) << 10
 
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-path = Path(sys.argv[1])
-path.with_name("small.safetensors").write_bytes(WHOLE)
-read_all(path.with_name("small.safetensors"))
-before = peak()
-try:
-    read_all(path)
-    print("read", peak() - before)
-except ConvsimError as error:
-    assert str(path) in str(error)
-    print("refused", peak() - before)
-"""
+def growth(path: Path) -> tuple[str, int]:
+    """Return whether a file is read or refused, and by how much the process grows over a small file's reading."""
+    small = path.with_name("small.safetensors")
+    small.write_bytes(WHOLE)
+    read_all(small)
+    before = peak()
+    try:
+        read_all(path)
+    except ConvsimError as error:
+        assert str(path) in str(error)
+        return "refused", peak() - before
+    return "read", peak() - before
+
+
 MOST = 100_000_000  # bytes of a header, by the format's definition
 ONE = json.dumps({"a": ENTRY}).encode()
 
@@ -135,10 +133,9 @@ def test_a_header_of_a_hundred_megabytes_takes_a_few_times_that_and_a_longer_one
     start, end = (ONE, b"") if header == "spaces" else (b'{"__metadata__": {"text": "', b'"}, ' + ONE[1:])
     fill = b" " * (length - len(start) - len(end))
     path.write_bytes(struct.pack("<Q", length) + start + fill + end + bytes(16))
-    command = [sys.executable, "-c", GROWTH, str(path), *sys.path]
-    found, kilobytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    found, grown = call_in_fork(growth, path)
     assert found == expected
-    assert int(kilobytes) << 10 < copies * length
+    assert grown < copies * length
 
 
 def mutated(whole: bytes, chance: random.Random) -> bytes:

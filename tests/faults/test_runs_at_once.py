@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import cases
 from conftest import Convsim, Start
+from forks import call_in_fork
 
+from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.results import read_results
+from convsim_cli.training.run_folder import create_run
 
 TRAIN = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", 400, "--limit-test", 60)
 TRAIN += ("--batch-size", 20, "--iterations", 20)
 
-START = """
-import sys
-from pathlib import Path
-from convsim_cli.training.run_folder import create_run
-from convsim_cli.training.arguments import Arguments
-for _ in range(10):
-    print(create_run(Arguments(), Path(sys.argv[1]), None).folder)
-"""
+
+def create_ten_runs(parent: Path) -> list[Path]:
+    return [create_run(Arguments(), parent, None).folder for _ in range(10)]
 
 
 def test_eight_processes_that_start_ten_runs_each_have_eighty_folders(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", START, str(tmp_path)]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    folders = [line for child in children for line in child.communicate()[0].splitlines()]
+    with ThreadPoolExecutor(8) as pool:
+        folders = [folder for made in pool.map(call_in_fork, 8 * [create_ten_runs], 8 * [tmp_path]) for folder in made]
     assert len(folders) == len(set(folders)) == 80
     assert len(list(tmp_path.glob("*/args.json"))) == 80
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import stat
@@ -16,31 +18,23 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import cases
-from conftest import Convsim
+from conftest import Convsim, Start
+from forks import CONTEXT, call_in_fork, fork
 from safetensors.torch import load_file, save_file
 
 from convsim_cli.checkpoints import atomic
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.cli import run
 from convsim_cli.errors import WriteError
-
-SAVE = """
-import sys
-from pathlib import Path
-import torch
-from convsim_cli.checkpoints.formats import open_checkpoint
-path = Path(sys.argv[1])
-for value in range(1, 10**9):
-    checkpoint = open_checkpoint(path)
-    checkpoint.write(path, [("a.weight", torch.full((64, 64, 9, 9), float(value)))], backup=True)
-    print(value, flush=True)
-"""
 
 
 def is_whole(path: Path) -> bool:
@@ -49,15 +43,28 @@ def is_whole(path: Path) -> bool:
     return bool((tensors["a.weight"] == tensors["a.weight"].flatten()[0]).all()) and bool((tensors["b"] == 7).all())
 
 
-def kill_after(seconds: float, script: str, path: Path) -> None:
-    """Start a script that saves again and again, and kill it so long after its first save."""
-    child = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.readline()  # the first save is done, and with it all that is imported for it
+def kill_after(seconds: float, save: Callable[[Path, float], None], path: Path) -> None:
+    """Start a process that saves again and again, and kill it so long after its first save."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    child = fork(save_for_ever, save, path, sender)
+    sender.close()
+    receiver.recv()  # the first save is done, and with it all that is imported for it
     time.sleep(seconds)
     child.kill()
-    child.wait()
-    child.stdout.close()
+    child.join()
+
+
+def save_for_ever(save: Callable[[Path, float], None], path: Path, done: Connection) -> None:
+    """Save 1, 2, 3…, and say when the first is done."""
+    save(path, 1.0)
+    done.send(None)
+    for value in count(2):
+        save(path, float(value))
+
+
+def save_one_file(path: Path, value: float) -> None:
+    kernel = torch.full((64, 64, 9, 9), value)
+    open_checkpoint(path).write(path, [("a.weight", kernel)], backup=True)
 
 
 def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp_path: Path) -> None:
@@ -65,7 +72,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp
     save_file({"a.weight": torch.zeros(64, 64, 9, 9), "b": torch.full((1000,), 7.0)}, path)
     chance = random.Random(0)
     for case in cases(20):
-        kill_after(chance.uniform(0, 0.05), SAVE, path)
+        kill_after(chance.uniform(0, 0.05), save_one_file, path)
         assert is_whole(path), case
         backups = list(tmp_path.glob("model.safetensors.bak*"))
         assert all(is_whole(backup) for backup in backups), case
@@ -76,23 +83,18 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "other"}  # the next save has swept
 
 
-SAVE_SHARDS = """
-import sys, time
-from pathlib import Path
-import torch
-from convsim_cli.checkpoints.formats import open_checkpoint
-index = Path(sys.argv[1])
-replace = Path.replace
-def slowly(path, to):  # most of a save is then renames, and most kills come between two of them
-    time.sleep(0.002)
-    return replace(path, to)
-Path.replace = slowly
-for value in range(1, 10**9):
-    kernels = [(f"{number}.weight", torch.full((16, 16, 3, 3), float(value))) for number in range(8)]
-    checkpoint = open_checkpoint(index)
-    checkpoint.write(index, kernels, backup=True)
-    print(value, flush=True)
-"""
+def save_shards_slowly(index: Path, value: float) -> None:
+    """Most of a save is then renames, and most kills come between two of them."""
+    replace = Path.replace
+
+    def replace_slowly(path: Path, to: Path) -> Path:
+        time.sleep(0.002)
+        return replace(path, to)
+
+    kernels = [(f"{number}.weight", torch.full((16, 16, 3, 3), value)) for number in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", replace_slowly)
+        open_checkpoint(index).write(index, kernels, backup=True)
 
 
 def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(t
     chance = random.Random(0)
     found = set()
     for case in cases(20):
-        kill_after(chance.uniform(0, 0.1), SAVE_SHARDS, index)
+        kill_after(chance.uniform(0, 0.1), save_shards_slowly, index)
         found |= {entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".convsim-")}
         checkpoint = open_checkpoint(index)
         kernels = [checkpoint.load(name) for name in checkpoint.tensors]
@@ -229,13 +231,12 @@ def test_where_locks_are_not_offered_files_are_replaced_and_swept_nowhere(
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", ".convsim-0.tmp"}  # who knows who uses it
 
 
-FULL = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-from convsim_cli.cli import run
-sys.exit(run(["init", sys.argv[1], "--iterations", "1", "-q"]))
-"""
+def init_on_a_full_disk(path: Path) -> tuple[int, str]:
+    """Return the exit code of an init whose files may grow to 50 kB, and what it says."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return run(["init", str(path), "--iterations", "1", "-q"]), said.getvalue()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "zip.pt", "legacy.pt"])
@@ -247,9 +248,9 @@ def test_a_disk_that_is_really_full_is_one_line_and_exit_1(name: str, tmp_path: 
     else:
         save_file(state, path)
     before = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if "error" in line] == [
+    code, said = call_in_fork(init_on_a_full_disk, path)
+    assert code == 1
+    assert [line for line in said.splitlines() if "error" in line] == [
         f"convsim: error: {path}: cannot be written (File too large); the former file is intact"
     ]
     assert path.read_bytes() == before
@@ -273,7 +274,9 @@ def test_an_old_file_keeps_its_mode_and_a_new_one_follows_the_umask(
     assert stat.S_IMODE(path.stat().st_mode) == (0o666 & ~umask if mode is None else mode)
 
 
-def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(tmp_path: Path, convsim: Convsim) -> None:
+def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(
+    tmp_path: Path, convsim: Convsim, start: Start
+) -> None:
     path, rates = tmp_path / "model.safetensors", ("0.001", "0.002")
     save_file({"a.weight": torch.randn(32, 32, 3, 3), "b": torch.ones(3)}, path)
     kernel = load_file(path)["a.weight"]
@@ -284,8 +287,7 @@ def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(tmp_path: P
         one[first] = load_file(copy)["a.weight"]
         assert convsim("init", copy, "--no-backup", "--iterations", 30, "--lr", then).code == 0
         both[then] = load_file(copy)["a.weight"]
-    command = [sys.executable, "-m", "convsim_cli", "init", str(path), "-q", "--iterations", "30", "--lr"]
-    children = [subprocess.Popen([*command, rate], stdout=subprocess.DEVNULL) for rate in rates]
+    children = [start("init", path, "-q", "--iterations", 30, "--lr", rate) for rate in rates]
     assert [child.wait() for child in children] == [0, 0]
     found, *kept = (load_file(tmp_path / f"model.safetensors{suffix}")["a.weight"] for suffix in ("", ".bak", ".bak.1"))
     outcomes = [(one[first], last) for first, then in (rates, rates[::-1]) for last in (one[then], both[then])]

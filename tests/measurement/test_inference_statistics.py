@@ -136,3 +136,10 @@ def test_an_exception_puts_the_networks_own_statistics_back() -> None:
     with pytest.raises(KeyboardInterrupt), input_statistics(model, stopped()):
         pass
     assert all(found is own[name] for name, found in model[1].named_buffers())
+
+
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+def test_either_statistic_alone_shows_that_a_layer_has_seen_data(buffer: str) -> None:
+    model = batch_normalized()
+    model[1].get_buffer(buffer).fill_(0.5)
+    assert choose_statistics(model) == "stored"

@@ -110,3 +110,11 @@ def test_clusters_stand_together_in_the_order_of_similarity_and_dead_filters_las
     assert order[-1] == 4
     kinds = [index % 3 for index in order[:-1]]
     assert sum(a != b for a, b in pairwise(kinds)) == 2
+
+
+def test_a_chain_of_similar_filters_is_no_cluster() -> None:
+    angles = torch.tensor([0.0, 0.29, 0.58])
+    mean = (angles[:, None] - angles[None, :]).cos()
+    assert mean[0, 2] < 0.95 < mean[0, 1]
+    assert redundant(mean[None]) == 3
+    assert [len(cluster) for cluster in clusters(mean[None])] == [2]

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
+import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import call_in_fork
 from safetensors.torch import load_file
 
+from convsim_cli.cli import run as run_command
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
@@ -226,23 +230,22 @@ def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
     execute(run, Intruder())
 
 
-FULL = """
-import resource, signal, sys
-from convsim_cli.cli import run
-code = run([*sys.argv[2:], "--epochs", "1", "--name", "one", "-q"])
-size = __import__("pathlib").Path(sys.argv[1], "one", "state.pt").stat().st_size
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-sys.exit(run([*sys.argv[2:], "--epochs", "1", "--name", "two", "-q"]))
-"""
+def train_until_the_disk_is_full(folder: Path, arguments: list[str]) -> tuple[int, str]:
+    """Train once, then again where a file may have half the size of a state; return how that ends and what it says."""
+    assert run_command([*arguments, "--name", "one"]) == 0
+    size = (folder / "one" / "state.pt").stat().st_size
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    with redirect_stderr(io.StringIO()) as said:
+        return run_command([*arguments, "--name", "two"]), said.getvalue()
 
 
 def test_a_disk_that_is_full_when_the_state_is_saved_is_one_line(tmp_path: Path) -> None:
-    how = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20")
-    how += ("--momentum", "0.9", "--run-dir", str(tmp_path))  # its state is larger than any other file
-    command = [sys.executable, "-c", FULL, str(tmp_path), *how]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    (line,) = (line for line in ended.stderr.splitlines() if "error" in line)
+    how = ["train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20"]
+    how += ["--epochs", "1", "--run-dir", str(tmp_path), "-q"]
+    how += ["--momentum", "0.9"]  # its state is larger than any other file
+    code, said = call_in_fork(train_until_the_disk_is_full, tmp_path, how)
+    assert code == 1
+    (line,) = (line for line in said.splitlines() if "error" in line)
     assert line.startswith(f"convsim: error: {tmp_path / 'two'}")
     assert "cannot be written (File too large" in line

@@ -1,0 +1,291 @@
+"""Pickles of real training code: what is harmless is read and saved as it was, all else is named with a way out."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path, PosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Convsim
+from safetensors.torch import save_file
+from torch import nn
+
+from convsim_cli import minimize_checkpoint, open_checkpoint
+from convsim_cli.errors import CheckpointError
+
+KERNEL = torch.randn(4, 3, 3, 3)
+HARMLESS: dict[str, Any] = {
+    "built-in values": [frozenset([1]), range(3), slice(1, None), b"", b"a", 1j, {1, 2}],
+    "namespace": Namespace(lr=0.1, betas=(0.9, 0.99), out=PosixPath("/runs/a"), nested=Namespace(a=[1])),
+    "path": PosixPath("runs") / "a b",
+    "scalars": [np.float64(0.3), np.float32(1.5), np.int64(-7), np.bool_(True), np.str_("é"), np.float16("nan")],
+    "arrays": [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.ones((2, 3), ">i4")), np.zeros(0), np.array(3.0)],
+    "random state": np.random.RandomState(3).get_state(),
+    "defaultdict": defaultdict(list, {"loss": [1.0, np.float64(2.0)], 3: []}),
+    "nested defaultdict": {"a": defaultdict(dict, {1: defaultdict(float, {2: 0.5})}), "b": defaultdict(None, {1: 2})},
+}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two objects are of one type and content throughout."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray | np.generic):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+    if isinstance(a, defaultdict):
+        return a.default_factory is b.default_factory and same(dict(a), dict(b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return same(vars(a), vars(b)) if isinstance(a, Namespace) else bool(a == b)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_harmless_objects_beside_tensors_are_read_and_saved_as_they_were(
+    kind: str, zipped: bool, tmp_path: Path
+) -> None:
+    path, content = tmp_path / "model.pt", {"state_dict": {"a.weight": KERNEL}, "other": HARMLESS[kind]}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    before = torch.load(path, weights_only=False)
+    minimize_checkpoint(path, iterations=1)
+    saved = torch.load(path, weights_only=False)
+    assert same(saved["other"], before["other"])
+    assert not torch.equal(saved["state_dict"]["a.weight"], KERNEL)
+    assert open_checkpoint(path).tensors
+
+
+def test_the_globals_that_a_user_has_allowed_stay_allowed(tmp_path: Path) -> None:
+    torch.save({"a.weight": KERNEL, "args": Namespace()}, tmp_path / "model.pt")
+    with torch.serialization.safe_globals([Namespace]):
+        allowed = set(torch.serialization.get_safe_globals())
+        open_checkpoint(tmp_path / "model.pt")
+        assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+class Forged:
+    """Pickles as a call of something harmless with arguments that it never has."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call, self.arguments
+
+
+SCALAR, DTYPE = np.float64(1).__reduce__()[0], np.dtype("f8")  # type: ignore[index]
+FORGED = {
+    "object dtype": lambda: np.array([object], dtype=object)[:0],
+    "structured dtype": lambda: np.zeros(2, dtype=[("a", "f4")]),
+    "dates": lambda: np.datetime64("2020-01-01"),
+    "a forged dtype": lambda: Forged(np.dtype, "O8", False, True),
+    "a dtype that is no text": lambda: Forged(np.dtype, 3),
+    "too few bytes": lambda: Forged(SCALAR, DTYPE, b"1234"),
+    "a factory that is called": lambda: Forged(defaultdict, print),
+    "a factory with arguments": lambda: Forged(defaultdict, partial(print, "pwned")),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_what_only_looks_harmless_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a.weight": KERNEL, "other": FORGED[kind]()}, path)
+    with pytest.raises(CheckpointError, match=r"could run code.*python -c|pickled in a way") as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+MINE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+"""
+
+
+@pytest.fixture
+def pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What people save: each is refused, for another reason."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    net = importlib.import_module("mine").Net()
+    yield {
+        "module": net,
+        "model": {"model": net, "epoch": 3, "loss": np.float64(0.1)},
+        "ema": {"epoch": 3, "ema": {"module": net}, "optimizer": torch.optim.Adam(net.parameters())},
+        "object": {"state_dict": OrderedDict(net.state_dict()), "config": partial(print)},
+    }
+    sys.modules.pop("mine")
+
+
+@pytest.mark.parametrize("kind", ["module", "model", "ema", "object"])
+def test_the_command_in_the_error_converts_the_file_at_hand(kind: str, tmp_path: Path, pickles: dict[str, Any]) -> None:
+    torch.save(pickles[kind], tmp_path / "my model's.pth")
+    with pytest.raises(CheckpointError, match="holds Python objects beside tensors") as caught:
+        open_checkpoint(tmp_path / "my model's.pth")
+    said = str(caught.value)
+    assert ("and its package mine can be imported" in said) == (kind != "object")
+    run_command(said)
+    converted = open_checkpoint(tmp_path / "my model's.converted.pt")
+    assert [info.shape for info in converted.tensors.values() if len(info.shape) == 4] == [(4, 3, 3, 3), (4, 4, 3, 3)]
+
+
+def run_command(message: str) -> None:
+    """Run the command that ends a message as a shell would, in this process."""
+    name, option, script, *arguments = shlex.split(message[message.index("python -c") :])
+    assert (name, option) == ("python", "-c")
+    former, sys.argv = sys.argv, ["-c", *arguments]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(script, {})
+    finally:
+        sys.argv = former
+
+
+def test_the_command_survives_a_real_shell(tmp_path: Path) -> None:
+    path = tmp_path / 'my model\'s $HOME `x` "y".pth'
+    torch.save({"a.weight": KERNEL, "f": partial(print)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    command = str(caught.value)[str(caught.value).index("python -c") :]
+    script = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n{command}'
+    subprocess.run(["bash", "-c", script], check=True, capture_output=True)
+    assert torch.equal(open_checkpoint(path.with_suffix(".converted.pt")).load("a.weight"), KERNEL)
+
+
+def test_a_cuda_tensor_is_converted_where_there_is_no_cuda(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": {"a.weight": KERNEL}, "f": partial(print)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    run_command(str(caught.value))
+    assert torch.equal(open_checkpoint(tmp_path / "model.converted.pt").load("a.weight"), KERNEL)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_plain_pickle_of_arrays_is_called_that_and_converted_by_the_command(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "zoo.pkl"
+    content = {"model": {"conv1_w": KERNEL.numpy(), "names": ["a"]}, "blobs": [KERNEL.numpy(), np.float32(1)]}
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"zoo\.pkl: a plain pickle \(of numpy arrays\)") as caught:
+        open_checkpoint(path)
+    assert "damaged" not in str(caught.value)
+    assert "run code" not in str(caught.value)
+    run_command(str(caught.value))
+    assert torch.equal(open_checkpoint(tmp_path / "zoo.converted.pt").load("conv1_w"), KERNEL)
+
+
+def test_a_plain_pickle_of_tensors_is_converted_by_the_command(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a.weight": KERNEL}))
+    with pytest.raises(CheckpointError, match=r"a plain pickle \(of torch tensors\)") as caught:
+        open_checkpoint(tmp_path / "a.pkl")
+    run_command(str(caught.value))
+    assert torch.equal(open_checkpoint(tmp_path / "a.converted.pt").load("a.weight"), KERNEL)
+
+
+def test_a_newer_pickle_protocol_is_not_called_damage(tmp_path: Path) -> None:
+    torch.save({"a.weight": KERNEL}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"pickled in a way that torch\.load does not read safely") as caught:
+        open_checkpoint(tmp_path / "a.pt")
+    run_command(str(caught.value))
+    assert torch.equal(open_checkpoint(tmp_path / "a.converted.pt").load("a.weight"), KERNEL)
+
+
+def test_archives_of_other_kinds_are_named_and_converted_by_the_command(tmp_path: Path) -> None:
+    net = nn.Conv2d(3, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), tmp_path / "exported.pt2")
+        torch.jit.save(torch.jit.script(net), tmp_path / "script.pt")
+    np.savez(tmp_path / "arrays.npz", weight=KERNEL.numpy())
+    said = {"exported.pt2": "a torch.export archive", "script.pt": "a TorchScript program", "arrays.npz": "a NumPy"}
+    for name, what in said.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {what}") as caught:
+            open_checkpoint(tmp_path / name)
+        run_command(str(caught.value))
+        assert open_checkpoint((tmp_path / name).with_suffix(".converted.pt")).tensors["weight"].shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [(b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"GGUF", "a GGUF file"), (b"\x1f\x8b\x08", "a gzip archive")],
+)
+def test_files_of_other_kinds_are_named(start: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "model.h5").write_bytes(start + bytes(100))
+    with pytest.raises(CheckpointError, match=f"{what}.*, not a checkpoint"):
+        open_checkpoint(tmp_path / "model.h5")
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path, convsim: Convsim) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: a pipe or a device; save what it gives to a file first" in convsim("measure", tmp_path / "pipe").error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_file_system_that_refuses_memory_maps_is_read_without(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise OSError(19, "No such device")
+
+    path = tmp_path / name
+    torch.save({"a.weight": KERNEL}, path) if name.endswith("pt") else save_file({"a.weight": KERNEL}, path)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    monkeypatch.setattr("convsim_cli.checkpoints.safetensors_format.safe_open", refuse)
+    assert torch.equal(open_checkpoint(path).load("a.weight"), KERNEL)
+    minimize_checkpoint(path, iterations=1)
+    assert not torch.equal(open_checkpoint(path).load("a.weight"), KERNEL)
+
+
+def containers() -> dict[str, tuple[Any, str]]:
+    """Content of a file, and the key under which its state dict is."""
+    state = {"conv.weight": KERNEL}
+    moments = {"state": {0: {"exp_avg": KERNEL.clone(), "step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
+    return {
+        "a list": ([state], "0"),
+        "a tuple": ((state, {"lr": 0.1}), "0"),
+        "a list in a dictionary": ({"models": [state], "epoch": 3}, "models.0"),
+        "a number among the keys": ({"net": state, 3: "three"}, "net"),
+        "a number as the key": ({7: {"weights": state}}, "7.weights"),
+        "a number among the names": ({"conv.weight": KERNEL, 3: torch.zeros(2)}, ""),
+        "moments under another name": ({"net": state, "opt": moments}, "net"),
+    }
+
+
+@pytest.mark.parametrize("kind", containers())
+def test_state_dicts_are_found_in_every_container_and_nothing_else_is_touched(kind: str, tmp_path: Path) -> None:
+    content, key = containers()[kind]
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    checkpoint = open_checkpoint(path, key or None)
+    assert list(checkpoint.tensors) == list(open_checkpoint(path).tensors) == ["conv.weight"]
+    assert not open_checkpoint(path).notes
+    checkpoint.write(path, [("conv.weight", torch.zeros(4, 3, 3, 3))])
+    saved, _ = torch.load(path, weights_only=True), content
+    kernels = [tensor for tensor in tensors_of(saved) if tensor.shape == KERNEL.shape]
+    assert [bool(tensor.any()) for tensor in kernels] == ([False, True] if "moments" in kind else [False])
+    assert type(saved) is type(content)
+
+
+def tensors_of(node: Any) -> list[torch.Tensor]:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else []
+    return [node] if isinstance(node, torch.Tensor) else [found for child in children for found in tensors_of(child)]
