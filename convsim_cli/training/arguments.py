@@ -91,7 +91,7 @@ class Arguments:
         above=0,
     )
     mean: str | None = setting(
-        None, "Normalize images by this mean (full range 0 to 1), not their own.", "Data", metavar="R,G,B"
+        None, "Normalize images by this mean, on a scale from 0 to 1, not the data set's.", "Data", metavar="R,G,B"
     )
     std: str | None = setting(None, "Normalize images by this standard deviation.", "Data", metavar="R,G,B")
     weights: str | None = setting(None, "Start from this checkpoint.", "Recipe", metavar="FILE")

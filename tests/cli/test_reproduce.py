@@ -71,7 +71,7 @@ def test_figures_4_and_5_on_real_cifar10_share_their_runs(data_dir: Path, tmp_pa
     assert "without I = 10, 20" in sweep.document["title"]
 
 
-def test_a_reproduction_that_was_killed_goes_on_to_the_same_result(
+def test_a_killed_reproduction_resumes_to_the_same_result(
     data_dir: Path, tmp_path: Path, convsim: Convsim, start: Start
 ) -> None:
     how = ("table5", *REDUCED, "--epochs", 4, "--data-dir", data_dir)
@@ -112,7 +112,7 @@ def test_two_reproductions_at_once_share_the_work_and_agree(data_dir: Path, tmp_
         (("figure1", "--data-dir", "nowhere"), "name the parent of an intact one with --data-dir"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_run(
+def test_a_mistake_is_one_line_before_anything_runs(
     arguments: tuple[object, ...],
     message: str,
     data_dir: Path,
@@ -128,7 +128,7 @@ def test_mistakes_are_one_line_before_anything_is_run(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_network_that_cannot_be_used_is_named_before_anything_is_made(
+def test_an_unusable_network_is_named_before_any_folder_is_created(
     data_dir: Path, tmp_path: Path, convsim: Convsim
 ) -> None:
     for arch, said in (
@@ -144,7 +144,7 @@ def test_a_network_that_cannot_be_used_is_named_before_anything_is_made(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_numerical_tables_take_no_other_device_than_the_cpu(tmp_path: Path, convsim: Convsim) -> None:
+def test_the_numerical_tables_run_on_the_cpu_only(tmp_path: Path, convsim: Convsim) -> None:
     for device in ("cuda", "mps", "cpuu"):
         assert convsim("reproduce", "table2", "--device", device, "--run-dir", tmp_path).code == 2
     assert not list(tmp_path.iterdir())

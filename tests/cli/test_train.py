@@ -45,7 +45,7 @@ def test_json_gives_the_summaries_and_seeds_give_runs_of_their_own(tmp_path: Pat
     assert outcome.err == ""
 
 
-def test_seeds_that_were_stopped_go_on_one_by_one(tmp_path: Path, convsim: Convsim, start: Start) -> None:
+def test_interrupted_seeds_can_be_resumed_one_by_one(tmp_path: Path, convsim: Convsim, start: Start) -> None:
     how = (*SMALL, "--run-dir", tmp_path, "--mode", "init", "-q")
     process = start("train", *how, "--epochs", 100_000, "--seeds", 3)
     while not (tmp_path / "cnn4-init-s0" / "results.csv").exists():
@@ -61,7 +61,7 @@ def test_seeds_that_were_stopped_go_on_one_by_one(tmp_path: Path, convsim: Convs
     assert "cnn4-init-s0 already exists; resume it with --resume" in taken.error
 
 
-def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path, convsim: Convsim) -> None:
+def test_a_run_dir_that_cannot_be_created_is_named(tmp_path: Path, convsim: Convsim) -> None:
     (tmp_path / "file").write_text("")
     for command in (("train", *SMALL), ("reproduce", "table2", "--episodes", 4)):
         outcome = convsim(*command, "--run-dir", tmp_path / "file")
@@ -114,7 +114,7 @@ def test_bad_usage_is_one_line_and_exit_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_interrupting_says_how_to_go_on_and_going_on_ends_the_run(
+def test_an_interrupted_run_says_how_to_resume_it_and_can_be_resumed(
     tmp_path: Path, convsim: Convsim, start: Start
 ) -> None:
     process = start("train", *SMALL, "--epochs", 100_000, "--run-dir", tmp_path)
@@ -158,7 +158,7 @@ def test_real_cifar10_is_learned_within_a_few_steps(data_dir: Path, tmp_path: Pa
     assert measured["total"]["accuracy"] > 20
 
 
-def test_a_config_says_what_the_command_line_leaves_open(tmp_path: Path, convsim: Convsim) -> None:
+def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim: Convsim) -> None:
     convsim("train", *SMALL, "--mode", "reg", "--beta", 0.5, "--epochs", 1, "--run-dir", tmp_path, "--name", "first")
     config = tmp_path / "first" / "args.json"
     again = convsim("train", "--config", config, "--lr", 0.5, "--run-dir", tmp_path, "--name", "second")
@@ -183,9 +183,7 @@ def test_a_config_says_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg or rescale"),
     ],
 )
-def test_a_config_that_cannot_be_taken_is_one_line(
-    content: str, message: str, tmp_path: Path, convsim: Convsim
-) -> None:
+def test_an_unusable_config_is_one_error_line(content: str, message: str, tmp_path: Path, convsim: Convsim) -> None:
     (tmp_path / "c.json").write_text(content)
     outcome = convsim("train", "--config", tmp_path / "c.json", "--dataset", "digits", "--run-dir", tmp_path / "runs")
     assert outcome.code == 2

@@ -72,9 +72,7 @@ def accuracies(outcomes: list[Outcome]) -> list[list[float]]:
     return [[row["test_accuracy"] for row in outcome.rows] for outcome in outcomes]
 
 
-def test_finished_runs_are_reused_whoever_made_them_and_whatever_they_are_called(
-    tmp_path: Path, digits: Dataset
-) -> None:
+def test_finished_runs_are_reused_whatever_their_name_and_data_dir(tmp_path: Path, digits: Dataset) -> None:
     mine = create_run(replace(SMALL, data_dir="elsewhere"), tmp_path, "mine")
     execute(mine, dataset=digits)
     written = (mine.folder / "state.pt").stat().st_mtime_ns
@@ -87,7 +85,7 @@ def test_finished_runs_are_reused_whoever_made_them_and_whatever_they_are_called
     assert notes.worked == pytest.approx(notes.total)
 
 
-def test_a_longer_run_serves_with_its_first_epochs_and_is_left_as_it_is(tmp_path: Path, digits: Dataset) -> None:
+def test_a_longer_run_is_reused_for_its_first_epochs_and_not_changed(tmp_path: Path, digits: Dataset) -> None:
     longer = create_run(replace(SMALL, epochs=3), tmp_path, "longer")
     with pytest.raises(KeyboardInterrupt):
         execute(longer, Stop(after=2), digits)
@@ -99,7 +97,7 @@ def test_a_longer_run_serves_with_its_first_epochs_and_is_left_as_it_is(tmp_path
     assert accuracies([outcome]) == accuracies([alone])
 
 
-def test_a_shorter_run_goes_on_to_the_epochs_asked_for(tmp_path: Path, digits: Dataset) -> None:
+def test_a_shorter_run_is_resumed_to_the_requested_epochs(tmp_path: Path, digits: Dataset) -> None:
     shorter = create_run(replace(SMALL, epochs=1), tmp_path, "shorter")
     execute(shorter, dataset=digits)
     (outcome,) = carry_out(JOBS[:1], tmp_path, digits, Notes())
@@ -110,12 +108,12 @@ def test_a_shorter_run_goes_on_to_the_epochs_asked_for(tmp_path: Path, digits: D
 
 
 @pytest.mark.parametrize("change", [{"epochs": 9}, {"seed": 1}, {"limit_test": 20}, {"lr": 0.02}, {"device": "mps"}])
-def test_runs_with_other_arguments_are_not_taken_for_this_one(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_runs_with_other_arguments_are_not_reused(tmp_path: Path, change: dict[str, Any]) -> None:
     create_run(replace(SMALL, **change), tmp_path, None)
     assert find_run(SMALL, tmp_path) is None
 
 
-def test_an_interrupted_campaign_goes_on_where_it_stopped(tmp_path: Path, digits: Dataset) -> None:
+def test_an_interrupted_campaign_resumes_where_it_stopped(tmp_path: Path, digits: Dataset) -> None:
     with pytest.raises(KeyboardInterrupt):
         carry_out(JOBS, tmp_path / "part", digits, Notes(stop_at=lambda: True))
     assert epochs_done(tmp_path / "part" / "base") == 1
@@ -127,7 +125,7 @@ def test_an_interrupted_campaign_goes_on_where_it_stopped(tmp_path: Path, digits
     assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["base", "init"]
 
 
-def test_what_another_process_works_on_comes_last_and_is_waited_for(
+def test_runs_of_another_process_are_left_for_last_and_waited_for(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(campaign, "POLL", 0.0)
@@ -145,7 +143,7 @@ def test_what_another_process_works_on_comes_last_and_is_waited_for(
     assert [outcome.run.name for outcome in outcomes] == ["base", "init"]
 
 
-def test_a_run_that_diverges_is_reported_and_the_rest_goes_on(tmp_path: Path, digits: Dataset) -> None:
+def test_a_diverged_run_is_reported_and_the_others_are_trained(tmp_path: Path, digits: Dataset) -> None:
     wild = Job("wild", replace(SMALL, lr=1e30))
     notes = Notes()
     outcomes = carry_out([wild, *JOBS], tmp_path, digits, notes)

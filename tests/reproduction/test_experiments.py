@@ -56,7 +56,7 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
     assert arguments["cnn1-reg-neighbours-s0"].objective == "neighbours"
 
 
-def test_the_wide_network_comes_on_request_with_its_baseline_alone() -> None:
+def test_the_wide_network_runs_on_request_with_its_baseline_only() -> None:
     table5 = find_experiment("table5")
     cells = plan(table5, Choices(BASE, archs=("cnn1", "cnn:512"), seeds=2))
     wide = [cell for cell in cells if cell.labels["arch"] == "cnn:512"]
@@ -87,7 +87,7 @@ def test_figures_over_seeds_are_means_with_their_spread() -> None:
     assert (found["seeds"], found["epochs"], found["diverged"]) == (2, 3, 0)
 
 
-def test_what_cannot_be_said_is_null() -> None:
+def test_undefined_figures_are_null() -> None:
     found = summarize([outcome([50], [90]), outcome([60], [99])])
     assert found["epochs_to_99"] is None
     assert summarize([outcome([50], [90])])["best_test_accuracy_std"] is None
@@ -107,7 +107,7 @@ def test_the_gain_of_figure_4_is_init_less_baseline() -> None:
     )
 
 
-def test_what_is_reduced_is_named_and_a_full_experiment_has_nothing_to_name() -> None:
+def test_reductions_are_named_and_a_full_experiment_has_none() -> None:
     data = Dataset(
         "x", *(Split(torch.zeros(n, 1, 1, 3), torch.zeros(n)) for n in (50_000, 10_000)), 10, (0,) * 3, (1,) * 3
     )
@@ -135,7 +135,7 @@ def test_what_is_reduced_is_named_and_a_full_experiment_has_nothing_to_name() ->
         ("figure4", {"lrs": (-1.0,)}, "`lr` -1.0: expected a number above 0"),
     ],
 )
-def test_choices_that_mean_nothing_are_refused(name: str, choices: dict[str, Any], message: str) -> None:
+def test_choices_without_a_use_are_refused(name: str, choices: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan(find_experiment(name), Choices(BASE, **choices))
 

@@ -70,7 +70,7 @@ def test_figures_follow_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table6"])
-def test_published_correlations_come_back_for_3_and_9_taps(name: str) -> None:
+def test_published_correlations_are_reproduced_for_3_and_9_taps(name: str) -> None:
     table = find_table(name)
     for row in NUMERICAL_ROWS:
         if row.table == name and row.taps in (3, 9):
@@ -80,7 +80,7 @@ def test_published_correlations_come_back_for_3_and_9_taps(name: str) -> None:
             assert abs(found["correlation_mean"] - row.published[0]) < 0.08
 
 
-def test_table_1_comes_back_for_16_taps_and_sgd_with_settings_that_were_found() -> None:
+def test_table_1_is_reproduced_for_16_taps_and_sgd_with_fitted_settings() -> None:
     (row,) = (row for row in NUMERICAL_ROWS if (row.table, row.taps, row.optimizer) == ("table1", 16, "sgd"))
     found = run_episodes(draw_episodes(16, "full", EPISODES, seed=0), find_table("table1"), "sgd")
     for key, published, tolerance in zip(KEYS, row.published, (0.03, 0.03, 2, 3, 3), strict=False):

@@ -24,7 +24,7 @@ MEASURED = {"best_test_accuracy": 60.0, "best_test_accuracy_std": None, "last_te
 FIGURES = MEASURED | {"last_test_accuracy_std": None}
 
 
-def test_curves_are_told_apart_without_their_color() -> None:
+def test_curves_differ_without_their_color() -> None:
     figure = draw_runs([Curve(f"run {n}", [HISTORY]) for n in range(16)])
     for axes in figure.axes:
         lines = axes.get_lines()
@@ -59,7 +59,7 @@ def test_seeds_of_an_arm_are_one_curve_with_their_range() -> None:
         assert len(axes.collections) == 2
 
 
-def test_a_seed_that_diverged_counts_as_far_as_it_came() -> None:
+def test_a_diverged_seed_counts_up_to_its_last_epoch() -> None:
     figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])])
     assert [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes] == [5] * 4  # type: ignore[arg-type]
 

@@ -106,7 +106,7 @@ def test_only_rank_zero_writes_and_logs_and_a_run_can_be_resumed(tmp_path: Path,
     ],
     ids=["bad input", "diverging"],
 )
-def test_what_is_wrong_is_said_once(
+def test_an_error_is_reported_once(
     mistake: tuple[str, ...], said: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     command = [*TORCHRUN, "-m", "convsim_cli", "train", *SMALL, *mistake, "--run-dir", str(tmp_path), "-q"]

@@ -44,7 +44,7 @@ def results(run: Run) -> list[dict[str, Any]]:
     return [{**row, "seconds": None} for row in read_results(run.folder)]
 
 
-def test_a_run_leaves_all_that_the_design_names(tmp_path: Path) -> None:
+def test_a_run_writes_every_file_of_the_design(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     summary = execute(run)
     names = {path.name for path in run.folder.iterdir()}
@@ -104,7 +104,7 @@ def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
     assert open_run(run.folder).arguments.epochs == 4
 
 
-def test_weights_of_a_checkpoint_are_where_a_run_starts(tmp_path: Path) -> None:
+def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     first = create_run(SMALL, tmp_path, "first")
     execute(first)
     weights = str(first.folder / "last.safetensors")
@@ -126,7 +126,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     assert (run.folder / "last.safetensors").read_bytes() == good
 
 
-def test_a_torn_or_foreign_state_is_refused_and_the_folder_stays(tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_state_is_refused_and_the_folder_is_unchanged(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     execute(run)
     other = create_run(replace(SMALL, seed=5), tmp_path, "other")
@@ -142,7 +142,7 @@ def test_a_torn_or_foreign_state_is_refused_and_the_folder_stays(tmp_path: Path)
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
-def test_a_run_is_resumed_by_as_many_processes_as_began_it(tmp_path: Path) -> None:
+def test_a_run_must_be_resumed_with_its_number_of_processes(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, processes=2), tmp_path, "two")
     with pytest.raises(
         InputError, match="was started with 2 processes, but this launch has 1; use torchrun --nproc-per-node 2"
@@ -150,7 +150,7 @@ def test_a_run_is_resumed_by_as_many_processes_as_began_it(tmp_path: Path) -> No
         execute(run)
 
 
-def test_a_state_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
+def test_a_state_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     execute(run)
     state = torch.load(run.folder / "state.pt", weights_only=True)
@@ -159,7 +159,7 @@ def test_a_state_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
     assert execute(open_run(run.folder, epochs=4))["epochs"] == 4
 
 
-def test_a_summary_stands_only_while_the_run_is_finished(tmp_path: Path) -> None:
+def test_only_a_finished_run_has_a_summary(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     execute(run)
     with pytest.raises(KeyboardInterrupt):
@@ -170,7 +170,7 @@ def test_a_summary_stands_only_while_the_run_is_finished(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("harm", ["a row cut short", "other columns", "nothing", "no number"])
-def test_a_torn_results_file_is_one_line(harm: str, tmp_path: Path) -> None:
+def test_a_damaged_results_file_is_one_error_line(harm: str, tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     head = ",".join(COLUMNS)
     torn = {
@@ -209,7 +209,7 @@ def test_folders_are_never_shared(tmp_path: Path) -> None:
         create_run(SMALL, tmp_path, "../mine")
 
 
-def test_those_who_ask_for_one_run_at_once_get_one_folder(tmp_path: Path) -> None:
+def test_concurrent_requests_for_one_run_get_one_folder(tmp_path: Path) -> None:
     for seed in range(5):
         wanted = replace(SMALL, seed=seed)
         with ThreadPoolExecutor(8) as pool:

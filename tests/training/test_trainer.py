@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_state_taken_up_again_continues_to_the_bit_dropout_included(data: Dataset, precision: str) -> None:
+def test_a_restored_state_continues_bit_identically_including_dropout(data: Dataset, precision: str) -> None:
     def trainer(seed: int) -> Trainer:
         model = nn.Sequential(build_network("cnn:4", seed=seed), nn.Dropout(0.3))
         return Trainer(model, data, arguments, CPU)
@@ -151,7 +151,7 @@ def test_state_taken_up_again_continues_to_the_bit_dropout_included(data: Datase
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
-def test_compiled_training_comes_to_the_same(data: Dataset) -> None:
+def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
     plain, compiled = (
         Trainer(build_network("cnn:4"), data, Arguments(compile=compile_, batch_size=25), CPU).run_epoch()
         for compile_ in (False, True)
