@@ -49,9 +49,11 @@ def find_aliases(
     aliases: dict[str, list[str]] = {}
     groups = names_of_one_tensor(state)
     for kernel in kernels:
-        group = next(group for group in groups if kernel.name in [names.get(name) for name in group])
+        group = next((group for group in groups if kernel.name in [names.get(name) for name in group]), None)
+        if group is None:  # a parametrized layer computes its weight: no tensor of the checkpoint holds it
+            continue
         other = next((name for name in state if name not in group and _overlap(state[name], state[group[0]])), None)
-        if other in names:
+        if other is not None and other in names:
             raise InputError(f"{kernel.name}: shares memory with {names[other]}, a tensor of another shape; exclude it")
         found = [name for name in dict.fromkeys(names[name] for name in group if name in names) if name != kernel.name]
         if found:
