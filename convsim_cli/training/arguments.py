@@ -104,7 +104,7 @@ class Arguments:
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1", "Method", above=0)
     preserve_norm: bool = setting(False, "Keep every filter at its own norm.", "Method")
     rescale: bool = setting(
-        False, "With --preserve-norm: then scale the filters to the norms that raw init would give.", "Method"
+        False, "With --preserve-norm, scale the filters afterwards to the norms that raw init would give.", "Method"
     )
     beta: float = setting(0.001, "reg: weight of the objective, dimensionless.", "Method", least=0)
     beta_schedule: Literal["constant", "loss"] = setting(

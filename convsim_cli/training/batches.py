@@ -18,16 +18,20 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def statistics_batches(split: Split, seed: int) -> tuple[Tensor, ...]:
+def statistics_batches(split: Split, seed: int, processes: int = 1) -> tuple[Tensor, ...]:
     """Return the indices of the images that statistics are re-estimated on, in equal batches: the first of epoch 0.
 
-    The same at every epoch, so that the statistics depend on the weights alone. Where no number of batches divides the
-    images, the last few are left out.
+    They are the same at every epoch, so that the statistics depend on the weights alone. Each process gets as many
+    batches as the others: synchronized layers wait for each other. If the images cannot be divided so, the last few
+    are left out.
     """
     indices = permutation(len(split), seed, 0)[:STATISTICS_IMAGES]
+    if len(indices) < processes:
+        return processes * (indices,)
     height, width = split.images.shape[1:3]
     most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // (height * width)))
-    fewest = math.ceil(len(indices) / most)
-    count = min(range(fewest, 2 * fewest), key=lambda batches: len(indices) % batches)
+    fewest = min(math.ceil(len(indices) / (most * processes)), len(indices) // processes)
+    rounds = min(range(fewest, 2 * fewest), key=lambda rounds: len(indices) % (rounds * processes))
+    count = rounds * processes
     size = len(indices) // count
     return indices[: count * size].split(size)

@@ -33,17 +33,16 @@ def reestimate_together(
 ) -> None:
     """Re-estimate the batch-norm statistics of a network in training mode, in place, on batches of training images.
 
-    batches: indices of equal number, on the device; each process takes every size-th batch, and the averages are those
-    over all batches. A layer that its owner keeps in evaluation mode trains with its statistics, and keeps them. All
-    processes of a run must call this.
+    batches: indices, on the device: equal batches, and equally many for each process. The averages are those over all
+    batches. A layer that its owner keeps in evaluation mode trains with its statistics, and keeps them. All processes
+    of a run must call this.
     """
     layers = [layer for layer in batch_norm_layers(model) if layer.training]
-    mine = batches[processes.rank :: processes.size]
-    images = (dataset.normalize(dataset.train.images[indices]) for indices in mine)
-    reestimate_statistics(model, images, layers)
+    share = batches[processes.rank :: processes.size]
+    reestimate_statistics(model, (dataset.normalize(dataset.train.images[indices]) for indices in share), layers)
     if processes.size == 1:
         return
     for layer in layers:
         for statistic in (layer.running_mean, layer.running_var):
             assert statistic is not None  # these layers keep statistics
-            processes.sum(statistic.mul_(len(mine) / len(batches)))
+            processes.sum(statistic.div_(processes.size))

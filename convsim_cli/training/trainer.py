@@ -52,7 +52,9 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )
-        self._statistics_batches = [indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed)]
+        self._statistics_batches = [
+            indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
+        ]
         self.epoch = 0
         self.first_loss: Tensor | None = None
         parallel = processes.parallel(self.model)

@@ -108,21 +108,32 @@ def test_a_layer_kept_in_evaluation_mode_keeps_the_statistics_it_trains_with(dat
 
 
 @pytest.mark.parametrize(
-    ("images", "side", "sizes"),
+    ("images", "side", "processes", "sizes"),
     [
-        (50_000, 32, 8 * [512]),
-        (5_000, 224, 64 * [64]),
-        (60, 32, [60]),
-        (1_000, 32, 2 * [500]),
-        (1_021, 32, 2 * [510]),  # a prime number of images: the last one is left out
-        (1, 32, [1]),
+        (50_000, 32, 1, 8 * [512]),
+        (50_000, 32, 4, 8 * [512]),
+        (50_000, 32, 3, 9 * [455]),  # the last image is left out
+        (5_000, 224, 1, 64 * [64]),
+        (60, 32, 1, [60]),
+        (60, 32, 2, 2 * [30]),
+        (1_000, 32, 1, 2 * [500]),
+        (1_021, 32, 1, 2 * [510]),  # a prime number of images: the last one is left out
+        (3, 4096, 2, 2 * [1]),
+        (1, 32, 1, [1]),
     ],
 )
-def test_statistics_are_taken_over_4096_images_in_equal_batches(images: int, side: int, sizes: list[int]) -> None:
+def test_statistics_are_taken_over_4096_images_in_equal_batches(
+    images: int, side: int, processes: int, sizes: list[int]
+) -> None:
     split = Split(torch.empty(images, 1, 1, 3).expand(images, side, side, 3), torch.empty(images))
-    batches = statistics_batches(split, seed=3)
+    batches = statistics_batches(split, 3, processes)
     assert [len(batch) for batch in batches] == sizes
     assert torch.equal(torch.cat(batches), permutation(images, 3, 0)[: sum(sizes)])
+
+
+def test_each_process_takes_all_images_if_there_are_fewer_than_processes() -> None:
+    split = Split(torch.empty(2, 4, 4, 3), torch.empty(2))
+    assert [sorted(batch.tolist()) for batch in statistics_batches(split, 0, processes=3)] == 3 * [[0, 1]]
 
 
 @pytest.mark.parametrize("how", ["precise", "running", "batch"])

@@ -41,7 +41,7 @@ with joined(torch.device("cpu")) as (processes, device):
     row = trainer.run_epoch()
     torch.manual_seed(1)  # from here on the same in every process
     normalized = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
-    reestimate_together(normalized, data, torch.arange(60).split(12), processes)  # five batches for two processes
+    reestimate_together(normalized, data, torch.arange(60).split(10), processes)
     if processes.is_rank_zero:
         figures = torch.tensor([value for key, value in row.items() if key != "seconds"])
         statistics = {f"normalized.{name}": tensor for name, tensor in normalized.state_dict().items()}
