@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import Convsim, Start
 
+from convsim_cli.reproduction import published
 from convsim_cli.training.results import read_results
 
-REDUCED = ("--archs", "cnn1", "--arms", "baseline,init", "--limit-train", 96, "--limit-test", 32)
+REDUCED = ("--archs", "cnn1", "--limit-train", 96, "--limit-test", 32)
 
 
 def is_png(path: Path) -> bool:
@@ -26,7 +27,7 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_table5_and_figures_1_to_3_on_real_cifar10_share_their_runs(
     data_dir: Path, tmp_path: Path, convsim: Convsim
 ) -> None:
-    how = (*REDUCED, "--epochs", 2, "--data-dir", data_dir, "--run-dir", tmp_path, "--json")
+    how = (*REDUCED, "--arms", "baseline,init", "--epochs", 2, "--data-dir", data_dir, "--run-dir", tmp_path, "--json")
     table = convsim("reproduce", "table5", *how)
     document = table.document
     assert tuple(document)[:3] == ("schema", "command", "name")
@@ -58,11 +59,20 @@ def test_table5_and_figures_1_to_3_on_real_cifar10_share_their_runs(
         assert is_png(tmp_path / f"{name}.png")
 
 
-def test_figures_4_and_5_on_real_cifar10_share_their_runs(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
-    how = ("--epochs", 1, "--limit-train", 64, "--limit-test", 16, "--data-dir", data_dir, "--run-dir", tmp_path)
+@pytest.fixture
+def few_iterations(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Minimize the deep network of Figures 4 and 5 for as many iterations as a test can spare."""
+    monkeypatch.setattr(published, "DEEP_ITERATIONS", 5)
+    return published.DEEP_ITERATIONS
+
+
+def test_figures_4_and_5_on_real_cifar10_share_their_runs(
+    data_dir: Path, tmp_path: Path, convsim: Convsim, few_iterations: int
+) -> None:
+    how = ("--epochs", 1, "--limit-train", 16, "--limit-test", 8, "--data-dir", data_dir, "--run-dir", tmp_path)
     grid = convsim("reproduce", "figure4", "--lrs", 0.01, "--batch-sizes", 64, *how)
     assert [(row["lr"], row["batch_size"], row["gain_published"]) for row in grid.rows] == [("0.01", "64", "")]
-    sweep = convsim("reproduce", "figure5", "--iterations", "0,200", *how, "--json")
+    sweep = convsim("reproduce", "figure5", "--iterations", f"0,{few_iterations}", *how, "--json")
     assert "figure5: 2 runs, 2 of them finished before" in sweep.err
     measured = [row["measured"]["best_test_accuracy"] for row in sweep.document["rows"]]
     assert [str(accuracy) for accuracy in measured] == [grid.rows[0]["baseline"], grid.rows[0]["init"]]
@@ -74,9 +84,9 @@ def test_figures_4_and_5_on_real_cifar10_share_their_runs(data_dir: Path, tmp_pa
 def test_a_killed_reproduction_resumes_to_the_same_result(
     data_dir: Path, tmp_path: Path, convsim: Convsim, start: Start
 ) -> None:
-    how = ("table5", *REDUCED, "--epochs", 4, "--data-dir", data_dir)
+    how = ("table5", *REDUCED, "--arms", "baseline,reg", "--epochs", 4, "--data-dir", data_dir)
     child = start("reproduce", *how, "--run-dir", tmp_path / "killed", "-q")
-    results = tmp_path / "killed" / "cnn1-init-s0" / "results.csv"
+    results = tmp_path / "killed" / "cnn1-reg-s0" / "results.csv"
     while child.poll() is None and (not results.exists() or results.read_text().count("\n") < 2):
         time.sleep(0.005)
     child.kill()
@@ -90,11 +100,11 @@ def test_a_killed_reproduction_resumes_to_the_same_result(
 
 
 def test_two_reproductions_at_once_share_the_work_and_agree(data_dir: Path, tmp_path: Path, start: Start) -> None:
-    how = ("table5", *REDUCED, "--epochs", 2, "--data-dir", data_dir, "--run-dir", tmp_path)
+    how = ("table5", *REDUCED, "--arms", "baseline,reg", "--epochs", 2, "--data-dir", data_dir, "--run-dir", tmp_path)
     children = [start("reproduce", *how) for _ in range(2)]
     said = [child.communicate(timeout=120)[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], said
-    assert sorted(path.parent.name for path in tmp_path.glob("*/args.json")) == ["cnn1-baseline-s0", "cnn1-init-s0"]
+    assert sorted(path.parent.name for path in tmp_path.glob("*/args.json")) == ["cnn1-baseline-s0", "cnn1-reg-s0"]
     epochs = sum(line.startswith("cnn1-") and " epoch " in line for text in said for line in text.splitlines())
     assert epochs == 4  # two runs of two epochs, each trained once
 
@@ -150,6 +160,7 @@ def test_the_numerical_tables_run_on_the_cpu_only(tmp_path: Path, convsim: Convs
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("few_iterations")
 def test_a_diverging_arm_is_a_warning_and_an_empty_cell(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
     how = ("--epochs", 1, "--limit-train", 16, "--limit-test", 8, "--data-dir", data_dir, "--run-dir", tmp_path)
     outcome = convsim("reproduce", "figure4", "--lrs", 1e30, "--batch-sizes", 8, *how)
