@@ -107,7 +107,9 @@ class Stack:
             filters.copy_(kernel.to_filters(weight))
             living = living_filters(filters)
             self.parts.append(Part(kernel, filters.masked_fill_(~living[..., None, None], 0), living))
-        self.norms = torch.linalg.vector_norm(self.filters, dim=(-2, -1), keepdim=True)
+        wide = torch.float32 if self.filters.device.type == "mps" else torch.float64  # squares must not underflow
+        norms = torch.linalg.vector_norm(self.filters, dim=(-2, -1), keepdim=True, dtype=wide)
+        self.norms = norms.to(self.filters.dtype)
 
 
 def descend_(stacks: Sequence[Stack], how: Minimization, advance: Advance | None = None) -> None:

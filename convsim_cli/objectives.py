@@ -82,7 +82,7 @@ def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
 def rescale_(filters: Tensor, norms: Tensor) -> None:
     """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero."""
     present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    filters.mul_(torch.where(present > 0, norms / present, 0))
+    filters.mul_(torch.where(present > 0, norms / present, 1))
 
 
 def _neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:

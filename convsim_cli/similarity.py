@@ -105,13 +105,15 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
 def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | None = None) -> Tensor:
     """Scale filters, in place, to their L2 norms and return ∂L_CS/∂filters without its parts along the filters.
 
-    norms: `[groups, S / groups, 1, 1]`. A zero filter stays zero, with a zero gradient. Since ⟨∂L_CS/∂K_i, K_i⟩ =
-    2⟨A_i, R_i⟩ and K_i convolved with a single lag 0 is K_i itself, the part along K_i leaves by one change of R_i at
-    lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no other norm. Both cost next to nothing.
+    norms: `[groups, S / groups, 1, 1]`. A filter whose square underflows stays as it is, with a zero gradient. Since
+    ⟨∂L_CS/∂K_i, K_i⟩ = 2⟨A_i, R_i⟩ and K_i convolved with a single lag 0 is K_i itself, the part along K_i leaves by
+    one change of R_i at lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no other norm. Both cost next to
+    nothing.
     """
     autocorrelations = autocorrelation(filters, taps)
     least = torch.finfo(filters.dtype).tiny
-    scale = norms.squeeze(-1) / autocorrelations[..., :1].clamp_min(least).sqrt()
+    squares = autocorrelations[..., :1]
+    scale = torch.where(squares > least, norms.squeeze(-1) * squares.clamp_min(least).rsqrt(), 1)
     filters.mul_(scale.unsqueeze(-1))
     autocorrelations *= scale.square()
     others = sum_of_others(autocorrelations)

@@ -57,10 +57,10 @@ def test_unknown_commands_and_options_get_a_suggestion_in_one_line(convsim: Conv
 def test_an_unforeseen_failure_is_one_line_and_exit_1_and_a_traceback_on_demand(
     convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("convsim_cli.networks.model_checkpoint.open_model_checkpoint", fail)
+    monkeypatch.setattr("convsim_cli.networks.measurement.open_model_checkpoint", fail)
     outcome = convsim("measure", "--arch", "cnn1")
     assert outcome.code == 1
     assert "RuntimeError: first line second line" in outcome.error
@@ -163,9 +163,9 @@ def test_an_interruption_ends_with_130_wherever_it_comes(tmp_path: Path) -> None
 
 
 WARNED = """
-import sys, warnings
+import typer, warnings
 import convsim_cli.cli
-convsim_cli.cli.app = lambda *_, **__: warnings.warn("two\\nlines")
+typer.Typer.__call__ = lambda *_, **__: warnings.warn("two\\nlines")
 convsim_cli.cli.main()
 """
 

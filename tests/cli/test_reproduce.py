@@ -75,7 +75,7 @@ def test_figures_4_and_5_on_real_cifar10_share_their_runs(
     sweep = convsim("reproduce", "figure5", "--iterations", f"0,{few_iterations}", *how, "--json")
     assert "figure5: 2 runs, 2 of them finished before" in sweep.err
     measured = [row["measured"]["best_test_accuracy"] for row in sweep.document["rows"]]
-    assert [str(accuracy) for accuracy in measured] == [grid.rows[0]["baseline"], grid.rows[0]["init"]]
+    assert [f"{accuracy:.4g}" for accuracy in measured] == [grid.rows[0]["baseline"], grid.rows[0]["init"]]
     assert is_png(tmp_path / "figure4.png")
     assert is_png(tmp_path / "figure5.png")
     assert "without I = 10, 20" in sweep.document["title"]

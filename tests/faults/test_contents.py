@@ -95,7 +95,7 @@ def test_nan_and_inf_in_a_kernel_are_named_and_nothing_is_written(
     for command in (["init", path], ["init", path, "--dry-run"], ["measure", path]):
         outcome = convsim(*command)
         assert outcome.code == 2
-        assert f"{path}: bad.weight [4, 3, 3, 3]: 1 of 108 values are NaN or Inf" in outcome.error
+        assert f"{path}: bad.weight [4, 3, 3, 3]: 1 of 108 values is NaN or Inf" in outcome.error
     assert hashlib.sha256(path.read_bytes()).digest() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 

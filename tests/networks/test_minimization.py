@@ -38,7 +38,9 @@ def test_it_returns_what_the_command_prints(path: Path, convsim: Convsim, tmp_pa
     called = minimize_checkpoint(path, tmp_path / "one.safetensors", **how).document()  # type: ignore[arg-type]
     options = ("--iterations", 3, "--preserve-norm", "--probe", "white", "--exclude", "b.*", "--groups", "a.*=2")
     printed = convsim("init", path, "-o", tmp_path / "two.safetensors", *options, "--json").document
-    differing = {"output", "seconds"}
+    differing = {"output", "seconds", "skipped"}
+    assert called["skipped"][0]["reason"] == "matched by `exclude`"  # the command names its option
+    assert printed["skipped"] == [{**called["skipped"][0], "reason": "matched by --exclude"}]
     assert {key: printed[key] for key in called if key not in differing} == {
         key: value for key, value in called.items() if key not in differing
     }

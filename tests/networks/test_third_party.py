@@ -156,14 +156,14 @@ def test_layers_that_are_called_twice_or_never_are_said(convsim: Convsim) -> Non
     assert [layer["calls"] for layer in found.document["layers"]] == [1, 2, 0]
     assert found.document["layers"][2]["fm_cos"] is None
     assert "never called, so without feature maps: never.weight" in found.err
-    assert "called more than once, all of their maps counted: twice.weight (2 times)" in found.err
+    assert "called more than once, every call counts: twice.weight (2 times)" in found.err
 
 
-def test_parametrized_weights_are_skipped_with_their_reason(convsim: Convsim) -> None:
+def test_parametrized_weights_are_measured(convsim: Convsim) -> None:
     found = convsim("measure", "--arch", "mine:normed", "--input-size", 16, "--json").document
-    assert [layer["name"] for layer in found["layers"]] == ["2.weight"]
-    assert [skipped["name"] for skipped in found["skipped"]] == ["0.weight", "1.weight"]
-    assert all("parametrized" in skipped["reason"] for skipped in found["skipped"])
+    assert [layer["name"] for layer in found["layers"]] == ["0.weight", "1.weight", "2.weight"]
+    assert all(layer["fm_cos"] is not None for layer in found["layers"])
+    assert found["skipped"] == []
 
 
 def test_the_number_of_classes_goes_where_it_is_taken() -> None:
