@@ -26,7 +26,7 @@ from convsim_cli.cli.training_screen import CampaignScreen
 from convsim_cli.reproduction.arms import SETS, arms_of, choose_arms
 
 if TYPE_CHECKING:
-    from convsim_cli.reproduction.trained import Choices
+    from convsim_cli.reproduction.configurations import Choices
 
 
 def _arms() -> str:
@@ -182,7 +182,7 @@ def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
 
 
 def _choices(given: dict[str, Any], device: str) -> Choices:
-    from convsim_cli.reproduction.trained import Choices
+    from convsim_cli.reproduction.configurations import Choices
     from convsim_cli.training.arguments import Arguments
 
     base = Arguments(

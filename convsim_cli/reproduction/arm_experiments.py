@@ -8,7 +8,7 @@ from typing import Any
 
 from convsim_cli.reproduction import published as paper
 from convsim_cli.reproduction.arms import ARMS, arms_of, choose_arms
-from convsim_cli.reproduction.trained import Cell, Choices, Experiment, Found, left_out, make_cell, summarize
+from convsim_cli.reproduction.configurations import Cell, Choices, Experiment, Found, left_out, make_cell, summarize
 
 CURVES = {"figure1": "cs", "figure2": "train_loss", "figure3": "train_accuracy"}  # columns of results.csv
 

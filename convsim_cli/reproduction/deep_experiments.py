@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from convsim_cli.reproduction import published as paper
-from convsim_cli.reproduction.trained import Cell, Choices, Experiment, Found, left_out, make_cell, summarize
+from convsim_cli.reproduction.configurations import Cell, Choices, Experiment, Found, left_out, make_cell, summarize
 from convsim_cli.training.arguments import Arguments
 
 

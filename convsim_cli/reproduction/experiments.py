@@ -12,8 +12,8 @@ from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import published as paper
 from convsim_cli.reproduction.arm_experiments import ARM_EXPERIMENTS
 from convsim_cli.reproduction.campaign import Outcome, Watcher, carry_out
+from convsim_cli.reproduction.configurations import Cell, Choices, Experiment
 from convsim_cli.reproduction.deep_experiments import DEEP_EXPERIMENTS
-from convsim_cli.reproduction.trained import Cell, Choices, Experiment
 from convsim_cli.training.run_data import load_data
 from convsim_cli.training.run_folder import make_folder
 from convsim_cli.training.run_network import check_network

@@ -11,8 +11,8 @@ from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.reproduction import published as paper
 from convsim_cli.reproduction.arms import ARMS, SETS
 from convsim_cli.reproduction.campaign import Outcome
+from convsim_cli.reproduction.configurations import Choices, summarize
 from convsim_cli.reproduction.experiments import EXPERIMENTS, find_experiment, group, plan, reductions
-from convsim_cli.reproduction.trained import Choices, summarize
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.run_folder import Run
 
