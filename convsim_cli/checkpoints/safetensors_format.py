@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,13 +31,15 @@ class SafetensorsCheckpoint(Checkpoint):
     """A safetensors file. Raises CheckpointError where it is damaged."""
 
     def __init__(self, path: Path) -> None:
-        self._get = _reader(path)
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                self._header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_no_name_twice)
-            except (ValueError, RecursionError) as error:
-                raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
+        self._descriptor, self._get = _open(path)
+        weakref.finalize(self, os.close, self._descriptor)
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        try:
+            self._header: dict[str, Any] = json.loads(
+                os.pread(self._descriptor, length, 8), object_pairs_hook=_no_name_twice
+            )
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
         self._data_start = 8 + length
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
         names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
@@ -65,7 +69,7 @@ class SafetensorsCheckpoint(Checkpoint):
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
         header = _make_header(metadata, self._header)
         file.write(header)
-        with self.path.open("rb") as former:
+        with os.fdopen(os.dup(self._descriptor), "rb") as former:  # not by its name: another process may have saved
             former.seek(self._data_start)
             copyfileobj(former, file, _COPY_BUFFER)
 
@@ -74,6 +78,20 @@ class SafetensorsCheckpoint(Checkpoint):
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
         return put
+
+
+def _open(path: Path) -> tuple[int, Callable[[str], Tensor]]:
+    """Return a descriptor of a file and what reads its tensors: of one file, even if another process replaces it."""
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            get = _reader(path)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor, get
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def _reader(path: Path) -> Callable[[str], Tensor]:

@@ -262,3 +262,17 @@ def test_the_key_chooses_among_nested_dictionaries_and_the_others_are_carried_al
     assert torch.equal(written["optimizer"]["state"][0]["exp_avg"], torch.ones(3))
     with pytest.raises(CheckpointError, match=r"has no tensors under 'ema\.shadw': did you mean 'ema\.shadow'"):
         open_checkpoint(path, "ema.shadw")
+
+
+def test_a_safetensors_file_that_another_process_replaces_meanwhile_is_written_back_whole(tmp_path: Path) -> None:
+    path, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    state = {"a.weight": torch.randn(4, 3, 3, 3), "b": torch.randn(5)}
+    save_file(state, path)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, other, {"note": "a header of another length"})
+    checkpoint = open_checkpoint(path)
+    other.replace(path)
+    twos = torch.full_like(state["a.weight"], 2)
+    checkpoint.write(path, [("a.weight", twos)], {"convsim.version": "test"})
+    found = load_file(path)
+    assert torch.equal(found["a.weight"], twos)
+    assert torch.equal(found["b"], state["b"])
