@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from convsim_cli.cli.console import say
 from convsim_cli.cli.grouped_help import GroupedCommand
 from convsim_cli.cli.init import init
 from convsim_cli.cli.measure import measure
+from convsim_cli.cli.options import with_options
 from convsim_cli.cli.plot import plot
 from convsim_cli.cli.reproduce import reproduce
 from convsim_cli.cli.train import train
@@ -81,7 +81,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the encoding has no ×
     code = run(sys.argv[1:])
-    if code == 130:  # whatever was cut short, a library's import for one, would have its say at the interpreter's end
+    if code == 130:  # a library's import that was cut short could fail again while the interpreter ends
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -101,7 +101,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _show_warning(message: str, arguments: list[str]) -> None:
-    say(f"convsim: warning: {with_options(' '.join(message.split()), arguments)}")
+    say(f"convsim: warning: {with_options(' '.join(message.split()), find_command(arguments))}")
 
 
 def _run(arguments: list[str]) -> int:
@@ -114,25 +114,15 @@ def _run(arguments: list[str]) -> int:
             raise
         message, code = _explain(error)
         if message:
-            say(f"convsim: error: {with_options(message, arguments)}")
+            say(f"convsim: error: {with_options(message, find_command(arguments))}")
     if code == 130:
         say("convsim: interrupted")
     return code
 
 
-def with_options(message: str, arguments: list[str]) -> str:
-    """Return a message of the library with the invoked command's options in place of `arguments` in backticks."""
-    command = get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
-    spelled = {} if command is None else {p.name.strip("_"): _spelling(p) for p in command.params}
-    return re.sub(r"`([a-z_]+)`", lambda found: spelled.get(found[1], found[1]), message)
-
-
-def _spelling(parameter: Any) -> str:
-    return (
-        str(parameter.metavar.strip("[].…"))
-        if parameter.param_type_name == "argument"
-        else max(parameter.opts, key=len)
-    )
+def find_command(arguments: list[str]) -> Any:
+    """Return the parser's command that a command line invokes, None for none or an unknown one."""
+    return get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
 
 
 def _explain(error: Exception) -> tuple[str, int]:

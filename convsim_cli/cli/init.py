@@ -22,11 +22,11 @@ from convsim_cli.cli.options import (
     QuietOption,
     SeedOption,
     TransposedOption,
+    name_options,
     parse_groups,
     show_layers,
     show_skipped,
     start,
-    with_option_names,
 )
 
 EXAMPLES = """\b
@@ -39,6 +39,7 @@ Examples:
 
 
 def init(
+    context: typer.Context,
     checkpoint: CheckpointArgument = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write there instead of over CHECKPOINT.", show_default=False)
@@ -114,7 +115,7 @@ def init(
         progress=console.progress,
     )
     content = minimized.document()
-    content["skipped"] = [{**entry, "reason": with_option_names(entry["reason"])} for entry in content["skipped"]]
+    content["skipped"] = name_options(content["skipped"], context.command)
     document = console.document("init", content)
     if not as_json:
         _show(document, console)

@@ -26,10 +26,11 @@ from convsim_cli.cli.options import (
     StdOption,
     TransposedOption,
     make_patterns,
+    name_options,
     show_layers,
     show_skipped,
     start,
-    with_option_names,
+    with_options,
 )
 from convsim_cli.measurement.figures import FIGURES, compared_keys, shown_keys
 
@@ -63,6 +64,7 @@ Examples:
 
 
 def measure(
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -156,7 +158,7 @@ def measure(
         patterns=patterns,
         progress=console.progress,
     )
-    _say(reports, console)
+    _say(reports, console, context.command)
     if sort is not None:
         _sort(reports, sort)
     if plot is not None:
@@ -193,13 +195,13 @@ def _check(plot: Path | None, sort: str | None) -> None:
         require_matplotlib()
 
 
-def _say(reports: Sequence[Report], console: Console) -> None:
+def _say(reports: Sequence[Report], console: Console, command: Any) -> None:
     for report in reports:
-        report["skipped"] = [{**entry, "reason": with_option_names(entry["reason"])} for entry in report["skipped"]]
+        report["skipped"] = name_options(report["skipped"], command)
         for line in report.warnings:
-            console.warn(line)
+            console.warn(with_options(line, command))
         for line in report.notes:
-            console.note(f"{report['source']}: {line}")
+            console.note(f"{report['source']}: {with_options(line, command)}")
 
 
 def _sort(reports: Sequence[Report], by: str) -> None:

@@ -126,9 +126,24 @@ def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> 
         console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")
 
 
-def with_option_names(reason: str) -> str:
-    """Return why a tensor was skipped with options in place of `arguments`."""
-    return re.sub("`([a-z_]+)`", lambda found: f"--{found[1].replace('_', '-')}", reason)
+def with_options(message: str, command: Any) -> str:
+    """Return a message of the library with a command's options in place of `arguments` in backticks.
+
+    command: the parser's, None where no command was recognized: names then lose their backticks alone.
+    """
+    spelled = {} if command is None else {p.name.strip("_"): _spelling(p) for p in command.params}
+    return re.sub(r"`([a-z_]+)`", lambda found: spelled.get(found[1], found[1]), message)
+
+
+def _spelling(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar.strip("[].…"))
+    return max(parameter.opts, key=len)
+
+
+def name_options(skipped: list[dict[str, Any]], command: Any) -> list[dict[str, Any]]:
+    """Return the `skipped` list of a JSON document with options in its reasons (`with_options`)."""
+    return [{**entry, "reason": with_options(entry["reason"], command)} for entry in skipped]
 
 
 def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:

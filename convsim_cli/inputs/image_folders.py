@@ -45,7 +45,7 @@ def load_folder(path: Path, side: int, test_only: bool) -> Dataset:
 
 
 def folder_digest(path: Path) -> str:
-    """Return what identifies a folder of labelled images wherever it lies: SHA-256 of relative names and sizes.
+    """Return what identifies a folder of labelled images, independent of its path: SHA-256 of relative names and sizes.
 
     Raises InputError as `load_folder`; no image is decoded.
     """

@@ -70,7 +70,7 @@ def _without_wrappers(ours: Iterable[str], theirs: Iterable[str]) -> tuple[dict[
 
 
 def _common_prefixes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Return the prefix under which a file holds most of a network's names, then those that would do as well.
+    """Return the prefix under which a file holds most of a network's names, then those that fit equally well.
 
     Of several, no prefix and `model.` come first, and averaged copies last.
     """

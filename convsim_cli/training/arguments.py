@@ -126,7 +126,7 @@ class Arguments:
     compile: bool = setting(False, "Compile the network with torch.compile.", "Recipe")
     limit_train: int | None = setting(None, "Only the first N training images.", "Data", above=0)
     limit_test: int | None = setting(None, "Only the first N test images.", "Data", above=0)
-    folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, wherever it lies.")
+    folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, independent of its path.")
     deterministic: bool = setting(False, "Bit-exact on CUDA too; the CPU always is.", "Run")
     seed: int = setting(0, "Seed of everything that is random.", "Run", least=0, most=(1 << 32) - 1)
     device: str = setting("cpu", "Where the run computes.")

@@ -186,6 +186,7 @@ def test_a_warning_of_a_library_is_one_line() -> None:
     ],
 )
 def test_arguments_in_an_error_of_the_library_are_shown_as_options(command: str, message: str, shown: str) -> None:
-    from convsim_cli.cli import with_options
+    from convsim_cli.cli import find_command
+    from convsim_cli.cli.options import with_options
 
-    assert with_options(message, [command]) == shown
+    assert with_options(message, find_command([command])) == shown

@@ -511,3 +511,14 @@ def test_real_opposite_filters_are_no_duplicates(checkpoint_dir: Path, convsim: 
     assert all(not {20, 28} <= set(cluster) for cluster in layer["clusters"])
     assert any({20, 30} <= set(cluster) for cluster in layer["clusters"])
     assert layer["opposite"] >= 2
+
+
+def test_choices_made_in_reading_a_file_name_options(tmp_path: Path, convsim: Convsim) -> None:
+    first, second = ({"a.weight": torch.randn(4, 3, 3, 3)} for _ in range(2))
+    torch.save({"model": first, "other": second}, tmp_path / "two.pt")
+    two = convsim("measure", tmp_path / "two.pt", "--samples", 1, "--input-size", 4)
+    assert "--key" in two.err
+    torch.save(build_network("cnn:4").state_dict() | {"extra": torch.ones(2)}, tmp_path / "extra.pt")
+    extra = convsim("measure", tmp_path / "extra.pt", "--arch", "cnn:4", "--samples", 1)
+    assert "--arch cnn:4 has no place for 1 of its tensors (extra)" in extra.err
+    assert "`" not in two.err + extra.err

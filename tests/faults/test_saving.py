@@ -292,7 +292,7 @@ def test_two_inits_on_one_file_at_once_leave_the_whole_result_of_one(
     found, *kept = (load_file(tmp_path / f"model.safetensors{suffix}")["a.weight"] for suffix in ("", ".bak", ".bak.1"))
     outcomes = [(one[first], last) for first, then in (rates, rates[::-1]) for last in (one[then], both[then])]
     assert any(torch.equal(kept[1], former) and torch.equal(found, last) for former, last in outcomes)
-    assert torch.equal(kept[0], kernel)  # whoever saves second, the weights before both are kept
+    assert torch.equal(kept[0], kernel)  # the weights before both saves are kept, in either order
     assert not list(tmp_path.glob(".convsim-*"))
 
 
