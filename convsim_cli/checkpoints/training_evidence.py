@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import torch
 from torch import Tensor
 
 from convsim_cli.checkpoints.checkpoint import Checkpoint
+from convsim_cli.kernels import Kernel, file_kernels, living_filters
+
+SPREAD = 3.0  # how many times the spread of independent weights a layer's norms have to show
+FEWEST = 8  # living filters that a spread is taken of
+SHRUNK = 0.2  # mean norm of a filter: raw Algorithm 1 goes far below it, and its norms spread as they shrink
 
 
 def looks_trained(checkpoint: Checkpoint) -> bool:
-    """Return whether batch normalization has seen data: a counter above zero, else a running mean not zero."""
-    counters = [name for name in checkpoint.tensors if name.endswith("num_batches_tracked")]
-    names = counters or [name for name in checkpoint.tensors if name.endswith("running_mean")]
-    return any(_is_nonzero(checkpoint.load(name)) for name in names)
+    """Return whether a checkpoint's weights look trained.
+
+    Batch-norm statistics decide where there are any: training leaves a counter above zero or a running mean other than
+    zero. Without them the filters' norms do: their spread is `SPREAD` times that of independent weights or more, in the
+    median over the layers. What `convsim init` wrote is then not taken for trained.
+    """
+    statistics = [name for name in checkpoint.tensors if name.endswith(("num_batches_tracked", "running_mean"))]
+    if statistics:
+        return any(_is_nonzero(checkpoint.load(name)) for name in statistics)
+    if "convsim.layers" in checkpoint.metadata:
+        return False
+    kernels = file_kernels(checkpoint.tensors, unfit=checkpoint.unfit).kernels
+    spreads = [
+        spread for kernel in kernels if (spread := norm_spread(kernel, checkpoint.load(kernel.name))) is not None
+    ]
+    return bool(spreads) and median(spreads) >= SPREAD
+
+
+def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
+    """Return the spread of a layer's filter norms, as a multiple of what independent weights give.
+
+    That is the coefficient of variation of the living filters' norms times √(2·C·N): near 1 for Gaussian weights, 0.63
+    for uniform ones. 0 for filters whose mean norm is below `SHRUNK`; None for fewer than `FEWEST`, or where a value is
+    NaN or infinite.
+    """
+    filters = kernel.to_filters(weight).double()
+    norms = torch.linalg.vector_norm(filters, dim=(-2, -1))
+    norms = norms[living_filters(filters)] if bool(norms.isfinite().all()) else norms[:0]
+    if norms.numel() < FEWEST:
+        return None
+    mean = norms.mean()
+    independent = (2 * filters[0, 0].numel()) ** -0.5
+    return 0.0 if mean < SHRUNK else (norms.std(correction=0) / mean / independent).item()
 
 
 def _is_nonzero(statistic: Tensor) -> bool:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.checkpoints.state_dict import StateDict, save_state_dict
-from convsim_cli.checkpoints.training_evidence import looks_trained
+from convsim_cli.checkpoints.state_dict import save_state_dict
 from convsim_cli.errors import CheckpointError, InputError
 
 DTYPES = (
@@ -129,17 +128,6 @@ def test_empty_metadata_is_no_obstacle(tmp_path: Path) -> None:
     ).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     assert rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "a").sum() == 4
-
-
-def test_training_shows_in_counters_or_where_there_are_none_in_running_means(tmp_path: Path) -> None:
-    def trained(**state: Tensor) -> bool:
-        return looks_trained(StateDict(tmp_path, state))
-
-    fresh = {"bn.running_mean": torch.zeros(4), "bn.num_batches_tracked": torch.tensor(0)}
-    assert not trained(**fresh)
-    assert trained(**fresh | {"bn.num_batches_tracked": torch.tensor(5)})
-    assert trained(**{"bn.running_mean": torch.ones(4)})
-    assert not trained(weight=torch.ones(4))
 
 
 def test_a_fresh_state_dict_is_saved_with_its_shared_tensors(tmp_path: Path) -> None:
