@@ -12,7 +12,7 @@ from convsim_cli.kernels import Kernel, file_kernels, living_filters
 
 SPREAD = 3.0  # how many times the spread of independent weights a layer's norms have to show
 FEWEST = 8  # living filters that a spread is taken of
-SHRUNK = 0.2  # mean norm of a filter: raw Algorithm 1 goes far below it, and its norms spread as they shrink
+SHRUNK = 0.3  # mean norm of a filter: raw Algorithm 1 goes far below it, and its norms spread as they shrink
 
 
 def looks_trained(checkpoint: Checkpoint) -> bool:
