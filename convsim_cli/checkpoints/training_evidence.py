@@ -38,8 +38,7 @@ def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
     """Return the spread of a layer's filter norms, as a multiple of what independent weights give.
 
     That is the coefficient of variation of the living filters' norms times √(2·C·N): near 1 for Gaussian weights, 0.63
-    for uniform ones. 0 for filters whose mean norm is below `SHRUNK`; None for fewer than `FEWEST`, or where a value is
-    NaN or infinite.
+    for uniform ones. None for fewer than `FEWEST` filters, for a mean norm below `SHRUNK`, and for NaN or infinity.
     """
     filters = kernel.to_filters(weight).double()
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1))
@@ -47,8 +46,10 @@ def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
     if norms.numel() < FEWEST:
         return None
     mean = norms.mean()
+    if mean < SHRUNK:
+        return None
     independent = (2 * filters[0, 0].numel()) ** -0.5
-    return 0.0 if mean < SHRUNK else (norms.std(correction=0) / mean / independent).item()
+    return (norms.std(correction=0) / mean / independent).item()
 
 
 def _is_nonzero(statistic: Tensor) -> bool:
