@@ -12,7 +12,9 @@ from convsim_cli.kernels import Kernel, file_kernels, living_filters
 
 SPREAD = 3.0  # how many times the spread of independent weights a layer's norms have to show
 FEWEST = 8  # living filters that a spread is taken of
-SHRUNK = 0.3  # mean norm of a filter: raw Algorithm 1 goes far below it, and its norms spread as they shrink
+NEAR_ZERO = (
+    0.35  # share of weights below a tenth of their filter's root mean square: raw Algorithm 1 leaves half or more
+)
 
 
 def looks_trained(checkpoint: Checkpoint) -> bool:
@@ -38,18 +40,21 @@ def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
     """Return the spread of a layer's filter norms, as a multiple of what independent weights give.
 
     That is the coefficient of variation of the living filters' norms times √(2·C·N): near 1 for Gaussian weights, 0.63
-    for uniform ones. None for fewer than `FEWEST` filters, for a mean norm below `SHRUNK`, and for NaN or infinity.
+    for uniform ones. None for fewer than `FEWEST` filters, for NaN or infinity, and where `NEAR_ZERO` or more of the
+    weights are next to zero: as raw Algorithm 1 takes weights there, the norms that are left spread too.
     """
-    filters = kernel.to_filters(weight).double()
-    norms = torch.linalg.vector_norm(filters, dim=(-2, -1))
-    norms = norms[living_filters(filters)] if bool(norms.isfinite().all()) else norms[:0]
-    if norms.numel() < FEWEST:
+    filters = kernel.to_filters(weight).double().flatten(2)
+    if not filters.isfinite().all():
         return None
-    mean = norms.mean()
-    if mean < SHRUNK:
+    filters = filters[living_filters(filters.unsqueeze(-1))]
+    if len(filters) < FEWEST:
         return None
-    independent = (2 * filters[0, 0].numel()) ** -0.5
-    return (norms.std(correction=0) / mean / independent).item()
+    norms = torch.linalg.vector_norm(filters, dim=1)
+    weights = filters[0].numel()
+    near_zero = filters.abs() < 0.1 * norms[:, None] / weights**0.5
+    if near_zero.double().mean() >= NEAR_ZERO:
+        return None
+    return (norms.std(correction=0) / norms.mean() * (2 * weights) ** 0.5).item()
 
 
 def _is_nonzero(statistic: Tensor) -> bool:
