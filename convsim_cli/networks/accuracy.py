@@ -14,6 +14,7 @@ from convsim_cli.machine.precision import full_precision
 from convsim_cli.machine.progress import Advance
 
 BATCH_PIXELS = 1000 * 32 * 32  # of the images that are evaluated at once
+CACHED_PIXELS = BATCH_PIXELS // 4  # on a CPU twice as fast: the maps stay in its cache
 
 
 def evaluate(
@@ -23,13 +24,14 @@ def evaluate(
     device: torch.device,
     forward: Callable[[Tensor], Tensor] | None = None,
     side: int | None = None,
+    batch_pixels: int = BATCH_PIXELS,
 ) -> tuple[float, float]:
     """Return the mean cross entropy (nats) and the accuracy (per cent) over a split, in evaluation mode.
 
     split: on the CPU or on the device. forward: called in place of the model, such as its compiled form. side: pixels
-    to resize the images to.
+    to resize the images to. batch_pixels: how large a batch may be, in pixels of its images.
     """
-    loss, correct = evaluation_totals(model, dataset, split, device, forward, side).tolist()
+    loss, correct = evaluation_totals(model, dataset, split, device, forward, side, batch_pixels).tolist()
     return loss / len(split), 100 * correct / len(split)
 
 
@@ -40,6 +42,7 @@ def evaluation_totals(
     device: torch.device,
     forward: Callable[[Tensor], Tensor] | None = None,
     side: int | None = None,
+    batch_pixels: int = BATCH_PIXELS,
 ) -> Tensor:
     """Return the sums over a split that `evaluate` divides, on the device: cross entropy, and correct predictions.
 
@@ -50,7 +53,7 @@ def evaluation_totals(
     totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     with torch.no_grad():  # not inference_mode: a network may keep a tensor for its training
         height, width = split.images.shape[1:3]
-        batch = max(1, BATCH_PIXELS // (side * side if side else height * width))
+        batch = max(1, batch_pixels // (side * side if side else height * width))
         count = max(1, math.ceil(len(split) / batch))  # near-equal: no small rest, whose own statistics would be poor
         for images, labels in zip(split.images.tensor_split(count), split.labels.tensor_split(count), strict=True):
             logits = forward(resize(dataset.normalize(images.to(device)), side)).float()
@@ -77,7 +80,8 @@ def measure_accuracy(
 
     try:
         with full_precision(device):
-            accuracy = evaluate(model, data, data.test, device, forward, side=side)[1]
+            pixels = CACHED_PIXELS if device.type == "cpu" else BATCH_PIXELS
+            accuracy = evaluate(model, data, data.test, device, forward, side, pixels)[1]
     except NotLogitsError as error:
         return None, [f"no test accuracy: {error}"]
     surplus = [count for count in outputs if count != data.classes]
