@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,21 +13,23 @@ from errno import EBADF
 from typing import Any, TextIO
 
 from convsim_cli import __version__
+from convsim_cli.cli.tables import Least, choose_columns, make_table, screen_width, stacked
 
 Cell = str | int | float | bool | None
 
-_SECOND_LINE = re.compile(
-    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change)$"
-)  # of a header
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 class Console:
-    """The two streams of a command: what it found, and what it says on the way."""
+    """The two streams of a command: what it found, and what it says on the way.
 
-    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
+    wide: show every column of a table, however narrow the terminal.
+    """
+
+    def __init__(self, quiet: bool = False, as_json: bool = False, wide: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
+        self.wide = wide
 
     def note(self, message: str) -> None:
         """Say something in passing, on stderr."""
@@ -47,20 +48,20 @@ class Console:
                 print(json.dumps(document, indent=2, allow_nan=False))
         return document
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], **usual: Cell) -> None:
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least = (), **usual: Cell) -> None:
         """Print a table: TSV with a header line where stdout is no terminal.
 
-        usual: columns that a terminal is spared where every row has this value.
+        least: the columns that a terminal does without where they do not fit, in the order in which they go. usual:
+        columns that it is spared where every row has this value.
         """
         if not is_terminal(sys.stdout):
             return self.delimited(columns, rows, "\t")
-        plain = [
+        kept = [
             index
             for index, column in enumerate(columns)
-            if column in usual and all(row[index] == usual[column] for row in rows)
+            if column not in usual or any(row[index] != usual[column] for row in rows)
         ]
-        kept = [index for index in range(len(columns)) if index not in plain]
-        self._rich_table([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+        self._on_screen([columns[index] for index in kept], [[row[index] for index in kept] for row in rows], least)
 
     def delimited(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], delimiter: str) -> None:
         """Print a header line and rows, their numbers in six digits."""
@@ -90,26 +91,23 @@ class Console:
         else:
             yield _PlainProgress(printable(description), total)
 
-    def _rich_table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        from rich import box
+    def _on_screen(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least) -> None:
         from rich.console import Console as RichConsole
-        from rich.measure import Measurement
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            numeric = any(isinstance(row[index], int | float) for row in rows)
-            header = Text(_SECOND_LINE.sub(r"\n\1", column))
-            table.add_column(header, justify="right" if numeric else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(printable(show(cell, digits=4))) for cell in row))
-        screen = RichConsole()
-        needed = Measurement.get(screen, screen.options.update(max_width=10_000), table).maximum
-        # Numbers and names are never cut: the terminal wraps them. A dumb one is given its width only with a height.
-        screen = RichConsole(width=max(screen.width, needed), height=screen.height)
-        with _while_read():
-            screen.print(table)
+        cells = [[printable(show(cell, digits=4)) for cell in row] for row in rows]
+        numeric = [any(isinstance(row[index], int | float) for row in rows) for index in range(len(columns))]
+        width = 10_000 if self.wide else screen_width()  # a table that is wider than the terminal is wrapped by it
+        kept = choose_columns(columns, cells, least, width)
+        if kept is None:
+            self.note(f"a line per figure, as the table is wider than {width} characters; --wide shows it as it is")
+            with _while_read():
+                print("\n".join(stacked(columns, cells)))
+            return
+        if left_out := [column for index, column in enumerate(columns) if index not in kept]:
+            self.note(f"not shown in {width} characters: {', '.join(left_out)} (--wide shows all)")
+        shown = [columns[index] for index in kept], [[row[index] for index in kept] for row in cells]
+        with _while_read():  # a dumb terminal is given its width only with a height
+            RichConsole(width=width, height=100).print(make_table(*shown, [numeric[index] for index in kept]))
 
 
 class Progress:

@@ -22,6 +22,7 @@ from convsim_cli.cli.options import (
     QuietOption,
     SeedOption,
     TransposedOption,
+    WideOption,
     name_options,
     parse_groups,
     show_layers,
@@ -77,6 +78,7 @@ def init(
     ] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -88,7 +90,7 @@ def init(
     from convsim_cli.machine.allocator import return_freed_memory
     from convsim_cli.networks.minimization import minimize_checkpoint
 
-    console = Console(quiet, as_json)
+    console = Console(quiet, as_json, wide)
     return_freed_memory()
     minimized = minimize_checkpoint(
         checkpoint,
@@ -121,6 +123,13 @@ def init(
         _show(document, console)
 
 
+def _least(preserve_norm: bool, probed: bool) -> list[str | tuple[str, ...]]:
+    """The columns that a narrow terminal does without: those that `init` changed least go first."""
+    pairs = {key: (f"{key}_before", f"{key}_after") for key in ("ncs", "norm", "cs")}
+    order = ("norm", "cs", "ncs") if preserve_norm else ("ncs", "norm", "cs")
+    return ["shape", *(pairs[key] for key in order[: 3 if probed else 2])]
+
+
 def _show(content: dict[str, Any], console: Console) -> None:
     layers, when = content["layers"], list(content["total"])
     keys = [key for key in ("cs", "ncs", "norm", "fm_cos") if any(key in layer["before"] for layer in layers)]
@@ -135,7 +144,7 @@ def _show(content: dict[str, Any], console: Console) -> None:
         ]
         for layer in layers
     ]
-    show_layers(columns, rows, console)
+    show_layers(columns, rows, _least(content["preserve_norm"], "fm_cos" in keys), console)
     show_skipped(content["skipped"], console)
     total = content["total"]
     if "after" not in total:

@@ -25,6 +25,7 @@ from convsim_cli.cli.options import (
     SeedOption,
     StdOption,
     TransposedOption,
+    WideOption,
     make_patterns,
     name_options,
     show_layers,
@@ -32,7 +33,7 @@ from convsim_cli.cli.options import (
     start,
     with_options,
 )
-from convsim_cli.measurement.figures import FIGURES, compared_keys, shown_keys
+from convsim_cli.measurement.figures import FIGURES, compared_keys, least_important_keys, shown_keys
 
 if TYPE_CHECKING:
     from convsim_cli.networks.report import Report
@@ -129,6 +130,7 @@ def measure(
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV; with --top, the pairs alone.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -141,7 +143,7 @@ def measure(
     from convsim_cli.networks.measurement import measure_checkpoints
     from convsim_cli.networks.probe import Probe
 
-    console = Console(quiet, as_json)
+    console = Console(quiet, as_json, wide)
     paths, arch = _what(checkpoints or [], arch, console)
     patterns = make_patterns(include, exclude, groups, transposed)
     normal = parse_channels("mean", mean), parse_channels("std", std)
@@ -259,7 +261,9 @@ def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> N
         ]
         for report, layer in side_by_side(reports)
     ]
-    console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, console)
+    least = least_important_keys()
+    least.insert(least.index("norm"), "shape")
+    console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, least, console)
 
 
 def _show_pairs(reports: Sequence[Report], console: Console, as_csv: bool) -> bool:

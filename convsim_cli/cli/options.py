@@ -11,6 +11,7 @@ import typer
 
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console
+from convsim_cli.cli.tables import Least
 from convsim_cli.errors import ConvsimWarning, one_of
 from convsim_cli.training.arguments import declarations
 
@@ -24,6 +25,7 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cu
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but warnings and errors.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="Show every column of a table, however narrow the terminal.")]
 
 DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")]
 RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")]
@@ -117,10 +119,10 @@ def note_choice(checkpoint: Checkpoint, _: Console) -> None:
         warnings.warn(line, ConvsimWarning, stacklevel=2)
 
 
-def show_layers(columns: list[str], rows: list[list[Any]], console: Console) -> None:
-    """Print the table of layers; where groups were guessed from shapes, say so."""
+def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console: Console) -> None:
+    """Print the table of layers; where groups were guessed from shapes, say so. least: see `Console.table`."""
     assumed = [row[columns.index("assumed")] for row in rows]
-    console.table(columns, rows, groups=1, assumed=all(assumed))
+    console.table(columns, rows, ["assumed", "groups", *least], groups=1, assumed=all(assumed))
     if any(assumed):
         which = "groups are" if all(assumed) else "groups marked assumed are"
         console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")

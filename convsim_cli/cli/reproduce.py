@@ -19,9 +19,10 @@ from convsim_cli.cli.options import (
     QuietOption,
     RunDirOption,
     SeedOption,
+    WideOption,
     start,
 )
-from convsim_cli.cli.reproduction_tables import EXPERIMENT_TABLES, numerical_table
+from convsim_cli.cli.reproduction_tables import EXPERIMENT_TABLES, LEAST, numerical_table
 from convsim_cli.cli.training_screen import CampaignScreen
 from convsim_cli.reproduction.arms import SETS, arms_of, choose_arms
 
@@ -96,6 +97,7 @@ def reproduce(
     run_dir: RunDirOption = Path("runs"),
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -109,7 +111,7 @@ def reproduce(
     """
     from convsim_cli.reproduction.published import NUMERICAL_TABLES
 
-    console = Console(quiet, as_json)
+    console = Console(quiet, as_json, wide)
     if any(table.name == name for table in NUMERICAL_TABLES):
         _numerical(name, context.params, console)
     else:
@@ -140,7 +142,7 @@ def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
         content = reproduce_table(name, given["episodes"] or EPISODES, given["seed"], advance)
     _save(content, given["run_dir"], console)
     if not console.as_json:
-        console.table(*numerical_table(content["rows"]))
+        console.table(*numerical_table(content["rows"]), LEAST)
         notes = [f"{content['title']}; {content['episodes']} episodes per row"]
         notes += [f"published: {content['claim']}"] if content["claim"] else []
         console.note("; ".join(notes + ([content["note"]] if content["note"] else [])))
@@ -168,7 +170,8 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     if is_figure:
         save_figure(draw_experiment(name, content["rows"], content["title"]), given["run_dir"] / f"{name}.png")
     if not console.as_json:
-        console.table(*EXPERIMENT_TABLES[name](content["rows"]), epochs=choices.epochs or experiment.epochs, diverged=0)
+        usual: dict[str, Any] = {"epochs": choices.epochs or experiment.epochs, "diverged": 0}
+        console.table(*EXPERIMENT_TABLES[name](content["rows"]), least=LEAST, **usual)
         seeds = f"{choices.seeds} seeds" if choices.seeds > 1 else "1 seed"
         claim = f"; published: {content['claim']}" if content["claim"] else ""
         console.note(f"{content['title']}; {seeds}{claim}")

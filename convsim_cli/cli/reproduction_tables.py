@@ -6,8 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from convsim_cli.cli.console import duration
+from convsim_cli.cli.tables import Least
 
 Table = tuple[list[str], list[list[Any]]]
+
+LEAST: Least = (  # columns that a narrow terminal does without, in the order in which they go
+    ("increase_published", "increase_measured"),
+    ("decrease_published", "decrease_measured"),
+    "reduction_fixed_norms",
+    ("cos_before", "cos_after", "cos_after_fixed_norms"),
+    *("time", "epochs", "cs", "epochs_to_99", "train_accuracy", "mean_last5"),
+    ("baseline_last", "init_last"),
+)
 
 
 def numerical_table(rows: list[dict[str, Any]]) -> Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsim_cli.cli.console import Console, duration
-from convsim_cli.cli.options import JsonOption, QuietOption, start
+from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, start
 from convsim_cli.cli.training_options import with_training_options
 from convsim_cli.cli.training_screen import RunScreen
 
@@ -58,6 +58,7 @@ def train(
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Run")
     ] = "auto",
+    wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     **arguments: Any,
@@ -70,7 +71,7 @@ def train(
     from convsim_cli.training.launch import resume_run, start_runs
     from convsim_cli.training.processes import is_rank_zero
 
-    console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero())
+    console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero(), wide)
     watch = partial(_watch, console)
     typed = _typed(context)
     if resume is not None:
@@ -91,7 +92,7 @@ def _typed(context: typer.Context) -> dict[str, Any]:
 def _resumed(folder: Path, typed: dict[str, Any], console: Console) -> Run:
     from convsim_cli.training.run_folder import open_to_resume
 
-    given = {name: value for name, value in typed.items() if name not in ("resume", "as_json", "quiet")}
+    given = {name: value for name, value in typed.items() if name not in ("resume", "wide", "as_json", "quiet")}
     run = open_to_resume(folder, given)
     _start(run.arguments.device, console)
     return run
@@ -125,14 +126,14 @@ def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen
     how = run.arguments
     what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs"
     console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
-    with RunScreen(console, how.epochs) as screen:
-        try:
+    try:
+        with RunScreen(console, how.epochs) as screen:
             yield screen
-        except KeyboardInterrupt:
-            if is_rank_zero():
-                resume = f"convsim train --resume {quote(str(run.folder))}"
-                console.warn(f"stopped; resume with: {resume}{_others(rest) if rest else ''}")
-            raise
+    except KeyboardInterrupt:  # here the bar has ended, which would break a long line
+        if is_rank_zero():
+            resume = f"convsim train --resume {quote(str(run.folder))}"
+            console.warn(f"stopped; resume with: {resume}{_others(rest) if rest else ''}")
+        raise
 
 
 def _others(rest: Seeds) -> str:
@@ -158,7 +159,8 @@ def _show(finished: list[Finished], console: Console) -> None:
     rows = [
         [document["run"], *(document[key] for key in keys), duration(document["seconds"])] for document in documents
     ]
-    console.table(["run", *keys, "time"], rows)
+    least = ["images_per_second", "best_epoch", "cs", "time", "last_train_accuracy"]
+    console.table(["run", *keys, "time"], rows, least)
     if len(documents) > 1:
         for key, spread in _spread(documents).items():
             console.note(
