@@ -118,16 +118,17 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | N
     autocorrelations = autocorrelation(filters, taps, spectrum)
     least = torch.finfo(filters.dtype).tiny
     impulse = None if spectrum is None else unit_impulse(filters, taps)
-    squares = autocorrelations[..., :1] if impulse is None else autocorrelations @ impulse.unsqueeze(-1)
+    squares = _at_lag_zero(autocorrelations, impulse)
     scale = torch.where(squares > least, norms.squeeze(-1) * squares.clamp_min(least).rsqrt(), 1)
     filters.mul_(scale.unsqueeze(-1))
     if spectrum is not None:
         spectrum.mul_(scale.reshape(*scale.shape[:2], *[1] * (spectrum.ndim - 2)))
     autocorrelations *= scale.square()
     others = sum_of_others(autocorrelations)
-    along = (autocorrelations * others).sum(-1, keepdim=True) / norms.squeeze(-1).square().clamp_min(least)
+    along = (autocorrelations * others).sum(-1, keepdim=True)
+    along /= _at_lag_zero(autocorrelations, impulse).clamp_min(least)
     if impulse is None:
-        others[..., :1] -= along
+        others[..., :1].sub_(along)
     else:
         others.addcmul_(along, impulse, value=-1)
     return _gradient(filters, others, taps, out, spectrum)
@@ -183,6 +184,11 @@ def _gradient(
         toeplitz = (2 * others).gather(-1, index)
     flat = None if out is None else out.flatten(0, 1)
     return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
+
+
+def _at_lag_zero(autocorrelations: Tensor, impulse: Tensor | None) -> Tensor:
+    """A_i at lag 0, which is ‖K_i‖²: `[groups, S / groups, 1]`. impulse: `unit_impulse` for spectra, None for lags."""
+    return autocorrelations[..., :1] if impulse is None else autocorrelations @ impulse.unsqueeze(-1)
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
