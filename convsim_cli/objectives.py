@@ -14,15 +14,8 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.machine.differentiation import Differentiable
-from convsim_cli.similarity import (
-    Taps,
-    channel_autocorrelations,
-    convolve,
-    inner_product,
-    similarity,
-    similarity_gradient,
-    tangent_gradient,
-)
+from convsim_cli.power_spectra import convolve, power_spectra, spectra
+from convsim_cli.similarity import Taps, inner_product, similarity, similarity_gradient, tangent_gradient
 
 Value = Callable[[Tensor, Taps], Tensor]
 Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
@@ -86,16 +79,24 @@ def rescale_(filters: Tensor, norms: Tensor) -> None:
 
 
 def _neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
-    """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]; and A."""
-    lags = channel_autocorrelations(filters, taps)
-    return inner_product(lags[:, :-1], lags[:, 1:]), lags
+    """Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩, A_i[c] = K_i[c] ⋆ K_i[c]; and A's spectrum."""
+    power = power_spectra(spectra(filters, taps), taps)
+    return inner_product(power[:, :-1], power[:, 1:]), power
 
 
-def _neighbours_gradient(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
-    """As for Eq. 10, with A_{i−1}[c] + A_{i+1}[c], of each channel by itself, in place of R_i."""
-    none = torch.zeros_like(lags[:, :1])
-    beside = torch.cat([none, lags[:, :-1]], dim=1) + torch.cat([lags[:, 1:], none], dim=1)
-    return convolve(filters, beside, taps, out)
+def _neighbours_gradient(filters: Tensor, power: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    return convolve(spectra(filters, taps), _beside(power), taps, out)
+
+
+def _neighbours_gradient_alone(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
+    spectrum = spectra(filters, taps)
+    return convolve(spectrum, _beside(power_spectra(spectrum, taps)), taps, out)
+
+
+def _beside(power: Tensor) -> Tensor:
+    """A_{i−1}[c] + A_{i+1}[c], which takes the place of R_i in Eq. 10."""
+    none = torch.zeros_like(power[:, :1])
+    return torch.cat([none, power[:, :-1]], dim=1) + torch.cat([power[:, 1:], none], dim=1)
 
 
 def _kernel(filters: Tensor, _: Taps) -> tuple[Tensor, Tensor]:
@@ -131,9 +132,7 @@ OBJECTIVES: dict[str, Objective] = {
             "neighbours",
             "the authors' public code: each filter and the next, channel by channel",
             Differentiable("neighbours", _neighbours, _neighbours_gradient),
-            lambda filters, taps, out: _neighbours_gradient(
-                filters, channel_autocorrelations(filters, taps), taps, out
-            ),
+            _neighbours_gradient_alone,
             norm_only_pointwise=False,
         ),
         Objective(

@@ -6,9 +6,10 @@ R_i = Σ_{j≠i} A_j within the group:
 
     L_CS = ½ Σ_i ⟨A_i, R_i⟩                 ∂L_CS/∂K_i[c][n] = 2 Σ_m K_i[c][m] · R_i[m − n]
 
-Cost: two batched matrix products of N·N·C per filter (N taps, C channels) and S·N² of extra memory; or FFTs of the
-2k − 1 lags of each axis, where those are cheaper. 1×1 kernels need no case of their own: L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖².
-Stride, dilation and padding do not enter. Where Eq. 10 is exact for feature maps: stride 1, full padding (Eq. 3).
+Cost: two batched matrix products of N·N·C per filter (N taps, C channels) and S·N² of extra memory. Where FFTs are
+cheaper, A_i is never computed: its power spectrum Σ_c |FFT(K_i[c])|² has the same inner products (Parseval), and one
+FFT leads there and one back. 1×1 kernels need no case of their own: L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖². Stride, dilation and
+padding do not enter. Where Eq. 10 is exact for feature maps: stride 1, full padding (Eq. 3).
 
 Lags are kept in FFT order: entry d of an axis is lag d for d < k and lag d − (2k − 1) above.
 """
@@ -24,9 +25,11 @@ from torch import Tensor
 from convsim_cli.machine.differentiation import Differentiable
 from convsim_cli.machine.differentiation import Taps as Taps
 from convsim_cli.machine.modes import constant
+from convsim_cli.power_spectra import convolve, fft_shape, power_spectra, spectra, unit_impulse
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FEW_FILTERS = 128  # up to which everyone else's sum is one product with a matrix
+_FEW_FILTERS = 128  # up to which the sums of others are one product with a matrix
+_FEW_FILTERS_ELSEWHERE = 2048  # the same off the CPU, where a cumulative sum is a long chain of dependent steps
 _FEW_TAPS = 25  # up to which taps are folded onto lags by a product with a matrix
 
 
@@ -99,7 +102,8 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
 
     out: a contiguous tensor like filters to write to, outside of any graph: a loop then takes no memory.
     """
-    return _gradient(filters, sum_of_others(autocorrelation(filters, taps)), taps, out)
+    spectrum = spectrum_if_cheaper(filters, taps)
+    return _gradient(filters, sum_of_others(autocorrelation(filters, taps, spectrum)), taps, out, spectrum)
 
 
 def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | None = None) -> Tensor:
@@ -110,32 +114,43 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | N
     one change of R_i at lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no other norm. Both cost next to
     nothing.
     """
-    autocorrelations = autocorrelation(filters, taps)
+    spectrum = spectrum_if_cheaper(filters, taps)
+    autocorrelations = autocorrelation(filters, taps, spectrum)
     least = torch.finfo(filters.dtype).tiny
-    squares = autocorrelations[..., :1]
+    impulse = None if spectrum is None else unit_impulse(filters, taps)
+    squares = _at_lag_zero(autocorrelations, impulse)
     scale = torch.where(squares > least, norms.squeeze(-1) * squares.clamp_min(least).rsqrt(), 1)
     filters.mul_(scale.unsqueeze(-1))
+    if spectrum is not None:
+        spectrum.mul_(scale.reshape(*scale.shape[:2], *[1] * (spectrum.ndim - 2)))
     autocorrelations *= scale.square()
     others = sum_of_others(autocorrelations)
     along = (autocorrelations * others).sum(-1, keepdim=True)
-    others[..., :1] -= along / autocorrelations[..., :1].clamp_min(least)
-    return _gradient(filters, others, taps, out)
+    along /= _at_lag_zero(autocorrelations, impulse).clamp_min(least)
+    if impulse is None:
+        others[..., :1].sub_(along)
+    else:
+        others.addcmul_(along, impulse, value=-1)
+    return _gradient(filters, others, taps, out, spectrum)
 
 
-def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
-    """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
-    groups, count, size, _ = filters.shape
-    if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
-        return _to_lags(_power(filters, taps).sum(-1, keepdim=True), taps).squeeze(-1)
-    gram = (filters @ filters.mT).reshape(groups, count, size * size)
+def spectrum_if_cheaper(filters: Tensor, taps: Taps) -> Tensor | None:
+    """Return the FFT of filters where that is the cheaper route to value and gradient, None elsewhere."""
+    return spectra(filters, taps) if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type) else None
+
+
+def autocorrelation(filters: Tensor, taps: Taps, spectrum: Tensor | None = None) -> Tensor:
+    """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`; from a spectrum, A_i's spectrum.
+
+    spectrum: what `spectrum_if_cheaper` returns. Either form has the same inner products.
+    """
+    if spectrum is not None:
+        return power_spectra(spectrum, taps).sum(-1)
+    groups, each, size, _ = filters.shape
+    gram = (filters @ filters.mT).reshape(groups, each, size * size)
     if _folds_by_matrix(taps, filters.device):
         return gram @ _lag_matrix(filters, taps)
-    return gram.new_zeros(groups, count, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
-
-
-def channel_autocorrelations(filters: Tensor, taps: Taps) -> Tensor:
-    """Return K_i[c] ⋆ K_i[c] for each channel of each filter: `[groups, S / groups, lags, C]`."""
-    return _to_lags(_power(filters, taps), taps)
+    return gram.new_zeros(groups, each, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
 
 
 def sum_of_others(autocorrelations: Tensor) -> Tensor:
@@ -144,40 +159,36 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
     Total − A_i would cancel where one filter dominates. A few filters are summed by a matrix that has zeros on its
     diagonal, which is one product; many as exclusive prefix plus exclusive suffix, which is linear in their number.
     """
-    count = autocorrelations.shape[1]
-    if count <= _FEW_FILTERS:
-        return _all_but_one(autocorrelations, count) @ autocorrelations
+    few = _FEW_FILTERS if autocorrelations.is_cpu else _FEW_FILTERS_ELSEWHERE
+    if autocorrelations.shape[1] <= few:
+        return _all_but_one(autocorrelations, autocorrelations.shape[1]) @ autocorrelations
     zero = torch.zeros_like(autocorrelations[:, :1])
     before = torch.cat([zero, autocorrelations[:, :-1]], dim=1).cumsum(1)
     after = torch.cat([autocorrelations[:, 1:], zero], dim=1).flip(1).cumsum(1).flip(1)
     return before + after
 
 
-def _gradient(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+def _gradient(
+    filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None, spectrum: Tensor | None = None
+) -> Tensor:
     """2 Σ_m K_i[c][m] · R_i[m − n]: each filter times the symmetric Toeplitz matrix of its R_i."""
     size = filters.shape[2]
+    if spectrum is not None:
+        return convolve(spectrum, others.unsqueeze(-1), taps, out)
     if size == 1:
         return torch.mul(2 * others.unsqueeze(-1), filters, out=out)
-    if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type):
-        return convolve(filters, others.unsqueeze(-1), taps, out)
     if _folds_by_matrix(taps, filters.device):
         toeplitz = others @ _lag_matrix(filters, taps, 2.0).mT
     else:
-        toeplitz = (2 * others).index_select(-1, _lag_index(filters, taps))
+        index = _lag_index(filters, taps).expand(*others.shape[:2], -1)
+        toeplitz = (2 * others).gather(-1, index)
     flat = None if out is None else out.flatten(0, 1)
     return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
 
 
-def convolve(filters: Tensor, lags: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
-    """Return 2 Σ_m K_i[c][m] · R_i[c][m − n] by FFT, in the layout of filters.
-
-    lags: R, symmetric, `[groups, S / groups, lags, C]`, or with one channel for all.
-    """
-    axes, lag_shape = _tap_axes(taps), _lag_shape(taps)
-    weights = torch.fft.rfftn(lags.reshape(*lags.shape[:2], *lag_shape, lags.shape[-1]), dim=axes).real
-    full = torch.fft.irfftn(2 * weights * _spectrum(filters, taps), s=lag_shape, dim=axes)
-    inner = full[(..., *(slice(k) for k in taps), slice(None))].reshape(filters.shape)
-    return inner if out is None else out.copy_(inner)
+def _at_lag_zero(autocorrelations: Tensor, impulse: Tensor | None) -> Tensor:
+    """A_i at lag 0, which is ‖K_i‖²: `[groups, S / groups, 1]`. impulse: `unit_impulse` for spectra, None for lags."""
+    return autocorrelations[..., :1] if impulse is None else autocorrelations @ impulse.unsqueeze(-1)
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
@@ -199,46 +210,29 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
 
 def _value(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     """½ Σ_i ⟨A_i, R_i⟩, and R_i, which the gradient needs as well."""
-    autocorrelations = autocorrelation(filters, taps)
+    autocorrelations = autocorrelation(filters, taps, spectrum_if_cheaper(filters, taps))
     others = sum_of_others(autocorrelations)
     return inner_product(autocorrelations, others) / 2, others
 
 
-_SIMILARITY = Differentiable("cs", _value, _gradient)
+_SIMILARITY = Differentiable(
+    "cs",
+    _value,
+    lambda filters, others, taps: _gradient(filters, others, taps, None, spectrum_if_cheaper(filters, taps)),
+)
 
 
 def _lag_shape(taps: Taps) -> Taps:
     return tuple(2 * k - 1 for k in taps)
 
 
-def _tap_axes(taps: Taps) -> Taps:
-    return tuple(range(2, 2 + len(taps)))
-
-
-def _spectrum(filters: Tensor, taps: Taps) -> Tensor:
-    groups, count, _, channels = filters.shape
-    return torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lag_shape(taps), dim=_tap_axes(taps))
-
-
-def _power(filters: Tensor, taps: Taps) -> Tensor:
-    """The power spectrum of each channel of each filter."""
-    spectrum = _spectrum(filters, taps)
-    return spectrum.real.square() + spectrum.imag.square()
-
-
-def _to_lags(power: Tensor, taps: Taps) -> Tensor:
-    """Autocorrelations `[groups, S / groups, lags, C]` from power spectra."""
-    lags = torch.fft.irfftn(power, s=_lag_shape(taps), dim=_tap_axes(taps))
-    return lags.flatten(2, -2)
-
-
 @lru_cache(maxsize=64)
 def _fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
-    """Nanoseconds per filter of either route, fitted on two CPU cores (kernels from 3×3 to 31×31, 3 to 64 channels)."""
-    size, lags = prod(taps), prod(_lag_shape(taps))
-    if device != "cpu" and size * size * lags > 1 << 20:  # the matrix that folds the Gram product onto lags
-        return True
-    return 1.8 * channels * lags * log2(2 * lags) < size * size * (4 + 0.023 * channels)
+    """Nanoseconds per filter of either route, fitted on a CPU core (kernels from 3×3 to 31×31, 1 to 64 channels)."""
+    size, points = prod(taps), prod(fft_shape(taps))
+    if device != "cpu":  # the fewest launches, while the matrix that folds the Gram product onto lags is below 4 MB
+        return size * size * prod(_lag_shape(taps)) > 1 << 20
+    return channels * (2.2 * points * log2(points) + 600) < size * size * (5 + 0.07 * channels)
 
 
 @constant

@@ -30,6 +30,17 @@ def literal_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     return total
 
 
+def similarity_by_convolution(weight: Tensor, groups: int = 1) -> Tensor:
+    """Eq. 10 where its loops would take too long: the cross-correlations of each pair of filters by one convolution."""
+    convolve = [torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d][weight.ndim - 3]
+    padding = [k - 1 for k in weight.shape[2:]]
+    total = torch.zeros((), dtype=weight.dtype)
+    for group in weight.chunk(groups):
+        for i, j in combinations(range(group.shape[0]), 2):
+            total = total + convolve(group[i].unsqueeze(1), group[j].unsqueeze(1), padding=padding).square().sum()
+    return total
+
+
 def pairwise_similarity(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 10 and its gradient as a float64 sum over pairs, for norms too far apart to subtract."""
     weight = weight.double()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "convsim_cli"
 ORDER = (  # a module imports from its own line and the lines above it
     ("errors",),
     ("machine",),
-    ("similarity",),
+    ("similarity", "power_spectra"),
     ("objectives",),
     ("kernels",),
     ("measurement",),

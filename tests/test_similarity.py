@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from references import (
     literal_normalized_similarity,
     literal_similarity,
     pairwise_similarity,
+    similarity_by_convolution,
 )
 from torch import Tensor
 
 from convsim_cli import convolutional_similarity, similarity
+from convsim_cli.power_spectra import fft_shape, power_spectra, spectra, unit_impulse
 from convsim_cli.similarity import normalized_similarity, similarity_gradient, to_filters
 
 TAPS = [(1,), (2,), (3,), (5,), (7,), (1, 1), (2, 2), (3, 1), (3, 3), (5, 3), (4, 2), (1, 1, 1), (2, 3, 2)]
@@ -87,14 +91,62 @@ def test_a_gradient_that_is_written_to_given_memory_is_the_same(shape: tuple[int
     assert torch.equal(given, similarity_gradient(filters, taps))
 
 
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("taps", [(13,), (31,), (64,), (7, 7), (11, 3), (8, 6), (17, 2), (4, 3, 5)], ids=str)
+@pytest.mark.parametrize(("filters", "groups"), [(2, 1), (4, 2)])
+def test_large_kernels_match_the_sum_over_lags_of_equation_10(taps: tuple[int, ...], filters: int, groups: int) -> None:
+    weight = torch.randn(filters, 2, *taps, dtype=torch.float64, requires_grad=True)
+    expected = similarity_by_convolution(weight, groups)
+    (expected_gradient,) = torch.autograd.grad(expected, weight)
+    value = convolutional_similarity(weight, groups)
+    (gradient,) = torch.autograd.grad(value, weight)
+    assert relative(value, expected) < 1e-10
+    assert relative(gradient, expected_gradient) < 1e-10
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=3).map(tuple))
+def test_an_fft_has_the_smallest_5_smooth_length_that_holds_all_lags(taps: tuple[int, ...]) -> None:
+    smooth = [2**a * 3**b * 5**c for a in range(12) for b in range(8) for c in range(6)]
+    assert fft_shape(taps) == tuple(min(length for length in smooth if length >= 2 * k - 1) for k in taps)
+
+
+@pytest.mark.parametrize("taps", [(1,), (2,), (5,), (31,), (3, 4), (7, 7), (2, 3, 2)], ids=str)
+def test_power_spectra_have_the_inner_products_and_the_lag_0_of_autocorrelations(taps: tuple[int, ...]) -> None:
+    filters, _ = to_filters(torch.randn(3, 2, *taps, dtype=torch.float64))
+    power = power_spectra(spectra(filters, taps), taps).sum(-1)[0]
+    lags = similarity.autocorrelation(filters, taps)[0]
+    torch.testing.assert_close(power @ power.T, lags @ lags.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(power @ unit_impulse(filters, taps), lags[:, 0], rtol=1e-12, atol=1e-12)
+
+
 def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
     def fft(*shape: int) -> bool:
         return similarity._fft_is_cheaper(shape[1], shape[2:], "cpu")
 
     assert fft(8, 8, 31, 31)
     assert fft(64, 3, 11, 11)
+    assert fft(96, 1, 7, 7)
+    assert not fft(64, 3, 7, 7)
     assert not fft(64, 64, 3, 3)
     assert not fft(512, 2048, 1, 1)
+
+
+def test_accelerators_take_the_fft_only_where_the_matrix_that_folds_lags_would_be_large() -> None:
+    assert not similarity._fft_is_cheaper(3, (7, 7), "cuda")
+    assert not similarity._fft_is_cheaper(1, (7, 7), "cuda")
+    assert similarity._fft_is_cheaper(1, (31, 31), "cuda")
+
+
+@pytest.mark.parametrize("count", [1, 2, 128, 129, 300])
+def test_the_sums_of_others_are_the_same_by_matrix_and_by_cumulative_sums(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autocorrelations = torch.rand(2, count, 5, dtype=torch.float64)
+    found = []
+    for few in (0, count):
+        monkeypatch.setattr(similarity, "_FEW_FILTERS", few)
+        found.append(similarity.sum_of_others(autocorrelations))
+    torch.testing.assert_close(*found, rtol=1e-13, atol=0)
 
 
 def test_folding_by_a_matrix_as_accelerators_do_matches_folding_by_index() -> None:

@@ -17,7 +17,14 @@ from timing import arguments, interleave, report
 from torch import Tensor, nn
 
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.similarity import _gradient, autocorrelation, inner_product, sum_of_others, to_filters
+from convsim_cli.similarity import (
+    _gradient,
+    autocorrelation,
+    inner_product,
+    spectrum_if_cheaper,
+    sum_of_others,
+    to_filters,
+)
 
 LAYERS = (
     *((s, s, 3, 3) for s in (64, 128, 256, 512)),
@@ -55,10 +62,11 @@ def ours(weights: Sequence[Tensor]) -> Callable[[], object]:
     def run() -> None:
         with full_precision(layers[0][0].device):
             for filters, taps in layers:
-                autocorrelations = autocorrelation(filters, taps)
+                spectrum = spectrum_if_cheaper(filters, taps)
+                autocorrelations = autocorrelation(filters, taps, spectrum)
                 others = sum_of_others(autocorrelations)
                 inner_product(autocorrelations, others)
-                _gradient(filters, others, taps)
+                _gradient(filters, others, taps, None, spectrum)
 
     return run
 

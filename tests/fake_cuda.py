@@ -1,0 +1,88 @@
+"""CUDA without a GPU: fake tensors on it, and a count of what would be launched and waited for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from convsim_cli.inputs.images import _scale_and_shift
+from convsim_cli.machine.effective_weight import _leaves
+from convsim_cli.networks.names import build_network
+
+CUDA = torch.device("cuda")
+_FREE = ("empty", "scalar_tensor", "lift_fresh", "detach", "_unsafe_view", "alias")  # launch nothing, as views do
+
+
+class Trace(TorchDispatchMode):
+    """What runs on CUDA while this mode is active, by the name of the operator.
+
+    launches: operators that work there; some are several kernels, views are none. waits: reading a value, and copies
+    to the CPU. A value that is read is 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        namespace, _, name = func._schema.name.partition("::")
+        on_cuda = any(_on(leaf, "cuda") for leaf in tree_leaves((args, kwargs)))
+        if name == "_local_scalar_dense":
+            self.waits[name] += on_cuda
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        result = None if name == "_fused_sgd_" else func(*args, **kwargs)  # it has no form for fake tensors
+        outputs = tree_leaves(result)
+        if namespace in ("prim", "profiler") or func.is_view or name.startswith(_FREE):
+            return result
+        if on_cuda and any(_on(leaf, "cpu") for leaf in outputs):
+            self.waits[name] += 1
+        elif on_cuda or any(_on(leaf, "cuda") for leaf in outputs):
+            self.launches[name] += 1
+        return result
+
+
+def _on(value: object, kind: str) -> bool:
+    return isinstance(value, Tensor) and value.device.type == kind
+
+
+def real_network(name: str) -> nn.Module:
+    """Build a network that `to(CUDA)` makes fake: modules of fake tensors cannot be moved."""
+    with unset_fake_temporarily():
+        return build_network(name)
+
+
+def _backward(loss: Tensor) -> None:
+    """Give every parameter a gradient: the real engine, which is torch's own work alone, looks for a driver."""
+    for parameter in _leaves(loss):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+@contextmanager
+def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make every tensor fake, and CUDA there; skips where this build of torch has no fake tensors on CUDA."""
+    patch.setenv("CONVSIM_CUDA_GRAPHS", "0")
+    patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    patch.setattr(Tensor, "backward", _backward)
+    patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    _scale_and_shift.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # so that a module can be moved to the device
+            try:
+                torch.empty(1, device=CUDA)
+            except (AssertionError, RuntimeError) as error:
+                pytest.skip(f"no fake tensors on CUDA: {error}")
+            yield
+    finally:
+        _scale_and_shift.cache_clear()
