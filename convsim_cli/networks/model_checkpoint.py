@@ -72,7 +72,9 @@ def open_model_checkpoint(
     if arch is None:
         assert path is not None
         checkpoint: Checkpoint = open_checkpoint(path, key)
-        return ModelCheckpoint(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
+        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit)
+        checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.doubts]
+        return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
     model = build_network(arch, classes, seed)
