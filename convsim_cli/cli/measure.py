@@ -236,7 +236,7 @@ def _show(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
         if not as_csv:
             _show_pairs(reports, console, as_csv)
     for report in reports:
-        show_skipped(report["skipped"], console)
+        show_skipped(report["skipped"], len(report["layers"]), "can be measured", console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
         console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
