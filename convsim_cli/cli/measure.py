@@ -93,6 +93,15 @@ def measure(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Number of inputs.", min=1)] = 16,
+    input_channels: Annotated[
+        int | None,
+        typer.Option(
+            "--input-channels",
+            metavar="N",
+            help="With --arch: channels of a synthetic input; found by a dry run unless given.",
+            min=1,
+        ),
+    ] = None,
     include: IncludeOption = [],  # noqa: B006
     exclude: ExcludeOption = [],  # noqa: B006
     groups: GroupsOption = [],  # noqa: B006
@@ -146,7 +155,7 @@ def measure(
     patterns = make_patterns(include, exclude, groups, transposed)
     normal = parse_channels("mean", mean), parse_channels("std", std)
     heat = None if plot is None else plot_order
-    probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat)
+    probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat, input_channels)
     _check(plot, sort)
     reports = measure_checkpoints(
         paths,
