@@ -226,3 +226,38 @@ def test_cifar100_that_is_not_there_says_where_to_put_it(tmp_path: Path) -> None
         InputError, match=r"CIFAR100 in .*cifar-100-python is damaged or incomplete; remove that folder"
     ):
         load_dataset("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("asked", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar-100-python", "a folder of one's own"])
+def test_a_data_set_named_in_place_of_its_parent_is_refused_with_the_parent_and_nothing_is_downloaded(
+    asked: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda _: pytest.fail("must not be called"))
+    inside = tmp_path / folder
+    inside.mkdir()
+    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]:
+        (inside / name).touch()
+    monkeypatch.chdir(inside)
+    for data_dir in (inside, Path()):
+        with pytest.raises(InputError, match=f"name its parent: `data_dir` {tmp_path}$"):
+            load_dataset(asked, data_dir)
+    with pytest.raises(InputError, match="is a file; name the folder"):
+        load_dataset(asked, inside / "test_batch")
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_download_that_fails_leaves_no_empty_folder(
+    existed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(dataset: Any) -> None:
+        Path(dataset.root).mkdir(parents=True, exist_ok=True)
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", fail)
+    if existed:
+        (tmp_path / "new" / "data").mkdir(parents=True)
+    with pytest.raises(InputError, match="no route"):
+        load_dataset("cifar10", tmp_path / "new" / "data")
+    assert (tmp_path / "new" / "data").exists() == existed
+    assert (tmp_path / "new").exists() == existed
