@@ -34,9 +34,10 @@ def load_dataset(
     """Read a data set by its name.
 
     name: `cifar10` or `cifar100`, downloaded through torchvision if not in `data_dir`; `digits`, which needs no file;
-    or `folder:PATH` with one folder of images per class, in PATH/train and PATH/val (or test), or in PATH itself, where
-    every fifth image is then for testing. Images of a folder are resized and center-cropped to side × side
-    pixels; each split is in a fixed shuffled order, so that its first images are from all classes.
+    or `folder:PATH` with one folder of images per class, in PATH/train (or training) and PATH/val (or valid,
+    validation, test, testing), or in PATH itself, where every fifth image is then for testing. Images of a folder are
+    resized and center-cropped to side × side pixels; each split is in a fixed shuffled order, so that its first images
+    are from all classes.
     mean, std: normalize by these instead of the data set's own. test_only: do not decode the training images of a
     folder. Raises InputError for an unknown name, and for data that is missing and cannot be downloaded: it says which
     file to get and where to put it.
@@ -73,7 +74,7 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
             f"unpack {source.url} there, or name its parent with `data_dir`; the data set digits needs no download"
         ) from error
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
-    return Dataset(name, train, test, classes, mean, std)
+    return Dataset(name, train, test, classes, mean, std, tuple(splits[0].classes))
 
 
 def _refuse_inside(data_dir: Path, source: Any) -> None:
