@@ -170,3 +170,100 @@ def test_filters_below_a_millionth_of_the_largest_norm_in_their_layer_are_dead(
 
 def test_every_filter_of_a_zero_layer_is_dead() -> None:
     assert not living_filters(torch.zeros(1, 4, 9, 3)).any()
+
+
+NO_EVIDENCE = {
+    "statistics of the images": {"mean": (1, 1, 1, 1), "std": (1, 1, 1, 1)},
+    "gains of a row": {"a.scale_row": (1, 1, 1, 64), "b.weight": (1, 1, 1, 32)},
+    "gains per filter": {"a.weight_scale": (32, 1, 1, 1), "b.weight": (64, 1, 1, 1), "c.gain": (32, 1, 1, 1)},
+    "transposed from one to one": {"out.weight": (1, 1, 4, 4), "deconv.weight": (1, 1, 2, 2)},
+    "transposed to one": {"deconv3.weight": (32, 1, 4, 4), "decoder.up.2.weight": (16, 1, 3, 3)},
+    "fixed kernels": {"toeplitz": (64, 1, 1, 9), "sift.pk.weight": (8, 1, 5, 5), "blur.filt": (32, 1, 3, 3)},
+    "buffers beside weights": {"edges": (2, 1, 3, 3), "basis_x": (64, 1, 7, 7)},
+    "statistics": {"bn.running_mean": (8, 1, 2, 2), "bn.running_var": (8, 1, 2, 2)},
+    "embeddings": {"pos_embed": (8, 1, 14, 14), "attn.relative_position_bias": (8, 1, 49, 49)},
+    "gains by name": {"block.gamma": (32, 1, 3, 3), "block.beta": (32, 1, 3, 3), "layer_scale_1": (4, 1, 2, 2)},
+    "tokens": {"cls_token": (4, 1, 2, 64), "mask_tokens": (4, 1, 2, 64)},
+}
+
+
+@pytest.mark.parametrize("kind", NO_EVIDENCE)
+def test_a_first_layer_of_one_channel_is_dense_beside_what_cannot_be_depthwise(kind: str) -> None:
+    network = {"stem.weight": (32, 1, 3, 3), "body.weight": (64, 32, 3, 3)}
+    found = file_kernels(infos(**network, **NO_EVIDENCE[kind]))
+    assert [(kernel.name, kernel.groups) for kernel in found.kernels] == [("stem.weight", 1), ("body.weight", 1)]
+    assert set(reasons(found)) == set(NO_EVIDENCE[kind])
+
+
+def test_two_kernels_of_one_channel_with_filters_and_taps_are_depthwise_beside_gains() -> None:
+    found = file_kernels(infos(**{"a.weight": (8, 1, 3, 3), "b.weight": (16, 1, 1, 3), "gain": (8, 1, 1, 1)}))
+    assert not found.kernels
+    assert "depthwise" in reasons(found)["a.weight"]
+    assert "depthwise" in reasons(found)["b.weight"]
+
+
+def test_convolutions_inside_what_is_named_like_an_embedding_stay_kernels() -> None:
+    names = ("pos_embed.proj.weight", "mlp_gamma.weight", "style.mlp_beta.weight", "gaussian_head.0.weight")
+    found = file_kernels(infos(**dict.fromkeys(names, (8, 4, 3, 3))))
+    assert taken(found) == list(names)
+
+
+def test_a_pattern_that_asks_for_nothing_else_takes_what_is_named_like_a_statistic() -> None:
+    tensors = infos(**{"a.weight": (8, 4, 3, 3), "b.gamma": (8, 4, 3, 3)})
+    assert taken(file_kernels(tensors, Patterns(include=["*"]))) == ["a.weight"]
+    assert taken(file_kernels(tensors, Patterns(include=["*gamma"]))) == ["b.gamma"]
+
+
+def test_layers_whose_guess_may_well_be_wrong_are_named() -> None:
+    resnext = {"stem.weight": (64, 3, 7, 7), "in.weight": (128, 64, 1, 1), "grouped.weight": (128, 4, 3, 3)}
+    (line,) = file_kernels(infos(**resnext)).doubts
+    assert "perhaps grouped" in line
+    assert "grouped.weight [128, 4, 3, 3]; `groups`" in line
+    unet = {"down.weight": (64, 3, 3, 3), "up1.weight": (64, 32, 2, 2), "decoder.deconv.0.weight": (32, 16, 4, 4)}
+    (line,) = file_kernels(infos(**unet)).doubts
+    assert "up1.weight [64, 32, 2, 2], decoder.deconv.0.weight [32, 16, 4, 4]; `transposed`" in line
+    corrected = Patterns(transposed=["up1*", "*deconv*"])
+    assert not file_kernels(infos(**unet), corrected).doubts
+    gray = {"a.weight": (16, 1, 3, 3), "b.weight": (16, 1, 3, 3), "c.weight": (32, 16, 1, 1)}
+    (line,) = file_kernels(infos(**gray)).doubts
+    assert line.startswith("a.weight [16, 1, 3, 3] is taken for depthwise")
+    lone = {"stem.weight": (32, 3, 3, 3), "dw.weight": (32, 1, 3, 3), "pw.weight": (64, 32, 1, 1)}
+    assert "dw.weight [32, 1, 3, 3]" in file_kernels(infos(**lone)).doubts[0]
+
+
+def test_ordinary_networks_raise_no_doubts() -> None:
+    plain = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3)}
+    plain |= dict.fromkeys(("upper.weight", "group_conv.weight", "side_conv.weight", "up1.conv.weight"), (16, 32, 1, 1))
+    assert not file_kernels(infos(**plain)).doubts
+    concatenated = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3), "c.weight": (16, 48, 1, 1)}
+    assert not file_kernels(infos(**concatenated)).doubts
+
+
+def test_3d_kernels_are_taken_by_themselves_where_there_are_no_4d_ones() -> None:
+    audio = {"a.weight": (16, 2, 9), "b.weight": (32, 16, 5), "cls_token": (1, 1, 32), "rel_pos": (8, 32, 32)}
+    found = file_kernels(infos(**audio, mean=(1, 1, 1, 1)))
+    assert [(kernel.name, kernel.assumed) for kernel in found.kernels] == [("a.weight", True), ("b.weight", True)]
+    assert "rel_pos" in reasons(found)
+    assert taken(file_kernels(infos(**audio, conv=(8, 3, 3, 3)))) == ["conv"]
+    experts = {"a.weight": (16, 2, 9), "experts.w1": (8, 64, 4096), "experts.weight": (8, 64, 4096)}
+    assert taken(file_kernels(infos(**experts))) == ["a.weight"]
+
+
+def test_5d_kernels_are_left_out_with_the_pattern_that_takes_them() -> None:
+    found = file_kernels(infos(video=(8, 4, 3, 3, 3)))
+    assert reasons(found) == {"video": "5-D: taken for a kernel only by `include` '*'"}
+    assert taken(file_kernels(infos(video=(8, 4, 3, 3, 3)), Patterns(include=["*"]))) == ["video"]
+
+
+def test_a_pattern_that_is_a_name_stands_for_that_tensor_whatever_its_characters() -> None:
+    names = ("layers[0].weight", "layers[1].weight", "layers0.weight", "a*.weight", "ab.weight", "what?.weight")
+    tensors = infos(**dict.fromkeys(names, (8, 4, 3, 3)))
+    for name in names:
+        assert taken(file_kernels(tensors, Patterns(include=[name]))) == [name]
+    assert taken(file_kernels(tensors, Patterns(include=["layers[0]*"]))) == ["layers[0].weight"]
+    assert taken(file_kernels(tensors, Patterns(include=["layers[[]?].weight"]))) == list(names[:2])
+    assert taken(file_kernels(tensors, Patterns(include=["a[b].weight"]))) == ["ab.weight"]
+    found = file_kernels(tensors, Patterns(include=["layers*"], groups=[("layers[0].weight", 2)]))
+    assert [kernel.groups for kernel in found.kernels] == [2, 1, 1]
+    model = nn.ModuleDict({"a[0]": nn.Conv2d(4, 8, 3), "a0": nn.Conv2d(4, 8, 3)})
+    assert taken(module_kernels(model, Patterns(include=["a[0].weight"]))) == ["a[0].weight"]

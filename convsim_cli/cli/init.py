@@ -145,7 +145,7 @@ def _show(content: dict[str, Any], console: Console) -> None:
         for layer in layers
     ]
     show_layers(columns, rows, _least(content["preserve_norm"], "fm_cos" in keys), console)
-    show_skipped(content["skipped"], console)
+    show_skipped(content["skipped"], len(layers), "can be optimized", console)
     total = content["total"]
     if "after" not in total:
         return console.note(f"L_CS {total['before']:.4g}; a dry run: nothing was written")

@@ -94,6 +94,15 @@ def measure(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Number of inputs.", min=1)] = 16,
+    input_channels: Annotated[
+        int | None,
+        typer.Option(
+            "--input-channels",
+            metavar="N",
+            help="With --arch: channels of a synthetic input; found by a dry run unless given.",
+            min=1,
+        ),
+    ] = None,
     include: IncludeOption = [],  # noqa: B006
     exclude: ExcludeOption = [],  # noqa: B006
     groups: GroupsOption = [],  # noqa: B006
@@ -117,7 +126,12 @@ def measure(
         typer.Option(metavar="[-]KEY", help="Sort layers by a figure, the largest first; -KEY: the smallest first."),
     ] = None,
     top: Annotated[
-        int, typer.Option(metavar="N", help="List each layer's N strongest pairs, with their signed cosine.", min=0)
+        int,
+        typer.Option(
+            metavar="N",
+            help="List each layer's N strongest pairs, with their signed cosine; on a pipe and in CSV these alone.",
+            min=0,
+        ),
     ] = 0,
     plot: Annotated[
         Path | None,
@@ -127,7 +141,7 @@ def measure(
         Literal["similarity", "index"],
         typer.Option("--plot-order", help="Draw similar filters next to each other, or filters by index."),
     ] = "similarity",
-    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV; with --top, the pairs alone.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     wide: WideOption = False,
@@ -148,8 +162,8 @@ def measure(
     patterns = make_patterns(include, exclude, groups, transposed)
     normal = parse_channels("mean", mean), parse_channels("std", std)
     heat = None if plot is None else plot_order
-    probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat)
-    _check(plot, sort)
+    probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat, input_channels)
+    _check(plot, sort, as_csv and as_json)
     reports = measure_checkpoints(
         paths,
         probe,
@@ -167,7 +181,7 @@ def measure(
         _plot(reports, plot, console)
     console.document("measure", dict(reports[0]) if len(reports) == 1 else {"checkpoints": reports})
     if not as_json:
-        _show(reports, console, as_csv)
+        _show(reports, console, as_csv, top)
 
 
 def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[Path | None], str | None]:
@@ -183,12 +197,14 @@ def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[P
     return [None], "cnn1"
 
 
-def _check(plot: Path | None, sort: str | None) -> None:
+def _check(plot: Path | None, sort: str | None, two_formats: bool) -> None:
     """Raise InputError, before any work is done, for what could not be shown in the end."""
     from convsim_cli.errors import InputError
     from convsim_cli.measurement.summary import sort_layers
     from convsim_cli.reproduction.plots import require_matplotlib
 
+    if two_formats:
+        raise InputError("`as_csv` and `as_json` exclude each other: standard output holds one table or one document")
     if sort is not None:
         sort_layers([], sort)
     if plot is not None:
@@ -230,15 +246,15 @@ def _plot(reports: Sequence[Report], path: Path, console: Console) -> None:
         console.note(f"wrote {page}")
 
 
-def _show(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
+def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -> None:
     from convsim_cli.measurement.summary import what_stands_out
 
-    if not (as_csv and _show_pairs(reports, console, as_csv)):  # CSV is one table
+    if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
-        if not as_csv:
-            _show_pairs(reports, console, as_csv)
+    if top:
+        _show_pairs(reports, console, as_csv)
     for report in reports:
-        show_skipped(report["skipped"], console)
+        show_skipped(report["skipped"], len(report["layers"]), "can be measured", console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
         console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
@@ -266,21 +282,12 @@ def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> N
     console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, least, console)
 
 
-def _show_pairs(reports: Sequence[Report], console: Console, as_csv: bool) -> bool:
-    """Show the strongest pairs, after an empty line unless they stand alone. Return whether there are any."""
+def _show_pairs(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
     rows = [
         [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["cos"]]
         for report in reports
         for layer in report["layers"]
-        for pair in layer.get("top", [])
+        for pair in layer["top"]
     ]
-    if not rows:
-        return False
     columns = ["name", *(["source"] if len(reports) > 1 else []), "filter", "most_similar_to", "cos"]
-    if as_csv:
-        console.delimited(columns, rows, ",")
-        return True
-    if not console.is_screen:
-        print()
-    console.table(columns, rows)
-    return True
+    console.delimited(columns, rows, ",") if as_csv else console.table(columns, rows)

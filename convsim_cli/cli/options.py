@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from convsim_cli.checkpoints.checkpoint import Checkpoint
     from convsim_cli.kernels import Patterns
 
+SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
+
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
@@ -148,11 +150,29 @@ def name_options(skipped: list[dict[str, Any]], command: Any) -> list[dict[str, 
     return [{**entry, "reason": with_options(entry["reason"], command)} for entry in skipped]
 
 
-def show_skipped(skipped: list[dict[str, Any]], console: Console) -> None:
-    """Say what was left out, a line per reason; what the user left out is counted, not listed."""
+def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: Console) -> None:
+    """Say how many tensors were taken, and why others were left out: in three lines at most, with some of their names.
+
+    taken: the number of layers; what: what they are, such as "can be optimized". All names are in the JSON document.
+    """
     reasons: dict[str, list[str]] = {}
     for entry in skipped:
         reasons.setdefault(entry["reason"], []).append(entry["name"])
-    for reason, names in reasons.items():
-        listed = "" if "--include" in reason or "--exclude" in reason else f": {', '.join(names)}"
-        console.note(f"skipped {len(names)} ({reason}){listed}")
+    if not reasons:
+        return
+    console.note(f"{taken} of {taken + len(skipped)} convolution-shaped tensors {what}")
+    most_first = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    lines = [_skipped_line(reason, names) for reason, names in most_first]
+    if len(lines) > SKIPPED_LINES:
+        rest = [names for _, names in most_first[SKIPPED_LINES - 1 :]]
+        lines[SKIPPED_LINES - 1 :] = [f"skipped {sum(map(len, rest))} for {len(rest)} other reasons (--json lists all)"]
+    for line in lines:
+        console.note(line)
+
+
+def _skipped_line(reason: str, names: list[str]) -> str:
+    """What was left out for a reason; what the user left out is counted, not listed."""
+    if reason.startswith(("not matched by", "matched by")):
+        return f"skipped {len(names)} ({reason})"
+    more = f" and {len(names) - SKIPPED_NAMES} more" if len(names) > SKIPPED_NAMES else ""
+    return f"skipped {len(names)} ({reason}): {', '.join(names[:SKIPPED_NAMES])}{more}"

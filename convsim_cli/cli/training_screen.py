@@ -12,7 +12,10 @@ from convsim_cli.cli.console import Console, Progress, duration, remaining
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from convsim_cli.inputs.images import Dataset
     from convsim_cli.reproduction.campaign import Outcome
+
+CLASSES_NAMED = 10  # in the line about a run's images
 
 
 class _Screen:
@@ -38,6 +41,15 @@ class RunScreen(_Screen):
         self._epochs = epochs
         self._seconds: list[float] = []
         self._progress = Progress()
+
+    def data(self, dataset: Dataset) -> None:
+        """Say what the images are of."""
+        names = list(dataset.images_of_classes())
+        more = ", … (summary.json lists all)" if len(names) > CLASSES_NAMED else ""
+        self._console.note(
+            f"{len(names)} classes ({', '.join(names[:CLASSES_NAMED])}{more}), {len(dataset.train)} training and "
+            f"{len(dataset.test)} test images"
+        )
 
     def phase(self, name: str, steps: int) -> None:
         """Begin a phase of this many steps."""
@@ -79,6 +91,9 @@ class CampaignScreen(_Screen):
     def run(self, name: str, number: int, epochs: int) -> None:
         """Note the current run."""
         self._run, self._epochs = f"{name} ({number} of {self._runs})", epochs
+
+    def data(self, dataset: Dataset) -> None:
+        """Do nothing: all runs have the same images."""
 
     def phase(self, name: str, steps: int) -> None:
         """Show the phase of the current run."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -31,9 +34,10 @@ def load_dataset(
     """Read a data set by its name.
 
     name: `cifar10` or `cifar100`, downloaded through torchvision if not in `data_dir`; `digits`, which needs no file;
-    or `folder:PATH` with one folder of images per class, in PATH/train and PATH/val (or test), or in PATH itself, where
-    every fifth image is then for testing. Images of a folder are resized and center-cropped to side × side
-    pixels; each split is in a fixed shuffled order, so that its first images are from all classes.
+    or `folder:PATH` with one folder of images per class, in PATH/train (or training) and PATH/val (or valid,
+    validation, test, testing), or in PATH itself, where every fifth image is then for testing. Images of a folder are
+    resized and center-cropped to side × side pixels; each split is in a fixed shuffled order, so that its first images
+    are from all classes.
     mean, std: normalize by these instead of the data set's own. test_only: do not decode the training images of a
     folder. Raises InputError for an unknown name, and for data that is missing and cannot be downloaded: it says which
     file to get and where to put it.
@@ -55,8 +59,10 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     kind, classes, mean, std = _CIFAR[name]
     source = getattr(datasets, kind)
     folder = data_dir / source.base_folder
+    _refuse_inside(data_dir, source)
     try:
-        splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
+        with _removed_if_empty(data_dir):
+            splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
         if folder.is_dir():
             raise InputError(
@@ -68,7 +74,40 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
             f"unpack {source.url} there, or name its parent with `data_dir`; the data set digits needs no download"
         ) from error
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
-    return Dataset(name, train, test, classes, mean, std)
+    return Dataset(name, train, test, classes, mean, std, tuple(splits[0].classes))
+
+
+def _refuse_inside(data_dir: Path, source: Any) -> None:
+    """Raise InputError for the folder of a data set's files, or one of these, in place of the folder that holds it."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    if (data_dir / source.base_folder).is_dir():
+        return
+    real = data_dir.resolve()
+    for other in (CIFAR10, CIFAR100):
+        if real.name == other.base_folder and real.is_dir():
+            raise InputError(f"`data_dir` {data_dir} is the data set itself; name its parent: `data_dir` {real.parent}")
+        files = {name for name, _ in other.train_list + other.test_list}
+        if real.is_dir() and all((real / name).is_file() for name in files):
+            raise InputError(
+                f"`data_dir` {data_dir} holds the files of {other.__name__} themselves; call that folder "
+                f"{other.base_folder} and name its parent: `data_dir` {real.parent}"
+            )
+    if real.exists() and not real.is_dir():
+        raise InputError(f"`data_dir` {data_dir} is a file; name the folder that holds {source.base_folder}")
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the folders that a failed download has created and left empty."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: a part of the archive
+            for path in created:
+                path.rmdir()
+        raise
 
 
 def _digits() -> Dataset:

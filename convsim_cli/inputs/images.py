@@ -36,7 +36,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1."""
+    """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1.
+
+    class_names: in the order of the labels, where they have names.
+    """
 
     name: str
     train: Split
@@ -44,6 +47,13 @@ class Dataset:
     classes: int
     mean: Channels
     std: Channels
+    class_names: tuple[str, ...] = ()
+
+    def images_of_classes(self) -> dict[str, dict[str, int]]:
+        """Return for each class, by its name or number, how many training and test images there are of it."""
+        names = self.class_names or tuple(map(str, range(self.classes)))
+        train, test = (split.labels.bincount(minlength=self.classes).tolist() for split in (self.train, self.test))
+        return {name: {"train": train[label], "test": test[label]} for label, name in enumerate(names)}
 
     def limited(self, train: int | None, test: int | None) -> Dataset:
         """Return the data set with the first images of each split only, all of them for None."""

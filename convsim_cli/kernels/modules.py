@@ -34,11 +34,11 @@ def module_kernels(
     parameters, as `<layer>.weight`; you can read that weight (`weight_of`) but not write it. Raises InputError for a
     pattern that matches nothing and for sharded weights.
     """
-    patterns, names = patterns or Patterns(), names or {}
+    names = names or {}
     selection = Selection()
     owners: dict[int, str] = {}
     layers = [(f"{path}.weight".lstrip("."), layer) for path, layer in model.named_modules() if _has_kernels(layer)]
-    patterns.check([names.get(path, path) for path, _ in layers])
+    patterns = (patterns or Patterns()).resolved([names.get(path, path) for path, _ in layers])
     for path, layer in layers:
         name, weight = names.get(path, path), own_weight(layer)
         refusal = patterns.refusal(name)

@@ -47,6 +47,7 @@ def measure_checkpoint(
     input: str = "white",
     samples: int = 16,
     side: int | None = None,
+    input_channels: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     groups: Sequence[tuple[str, int]] = (),
@@ -64,12 +65,15 @@ def measure_checkpoint(
     """Measure how similar the filters and feature maps of a checkpoint are, layer by layer.
 
     path: a checkpoint file, or None for a fresh network. arch: the network by name, which is then run, with its number
-    of classes; without it each layer is probed by itself. key: which of a pickle's dictionaries. include, exclude,
+    of classes; without it each layer is probed by itself. input_channels: of the network, if its dry run does not find
+    them. key: which of a pickle's dictionaries. include, exclude,
     groups, transposed: see `kernels.Patterns`. The others: see `Measurement`. Returns what `convsim measure --json`
     prints, as a dictionary (`Report`). Warns of what a reader of the file had to choose between. Raises InputError for
     a file without kernels, a kernel with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
-    probe = Probe(input, samples, side, Path(data_dir), seed, mean, std, threshold, bn_statistics, top)
+    probe = Probe(
+        input, samples, side, Path(data_dir), seed, mean, std, threshold, bn_statistics, top, None, input_channels
+    )
     (report,) = measure_checkpoints(
         [None if path is None else Path(path)],
         probe,
@@ -164,7 +168,8 @@ def _measure_network(
     except Exception as error:  # whatever a network's own code raises
         raise InputError(
             f"`arch` {arch}: does not run on inputs {list(images.shape)} "
-            f"({' '.join(str(error).split())[:160] or type(error).__name__}); try another `side` or `input`"
+            f"({' '.join(str(error).split())[:160] or type(error).__name__}); "
+            "try another `side`, `input` or `input_channels`"
         ) from error
     with progress(f"measure {path}", len(kernels)) as advance:
         for kernel in kernels:

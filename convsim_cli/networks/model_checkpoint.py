@@ -11,6 +11,7 @@ from torch import nn
 from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.checkpoints.state_dict import StateDict
+from convsim_cli.checkpoints.training_state import set_aside
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Patterns, Selection, file_kernels, module_kernels
 from convsim_cli.networks.names import build_network
@@ -72,7 +73,10 @@ def open_model_checkpoint(
     if arch is None:
         assert path is not None
         checkpoint: Checkpoint = open_checkpoint(path, key)
-        return ModelCheckpoint(checkpoint, file_kernels(checkpoint.tensors, patterns, checkpoint.unfit))
+        aside = set_aside(checkpoint.tensors)
+        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit, aside)
+        checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.doubts]
+        return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
     model = build_network(arch, classes, seed)

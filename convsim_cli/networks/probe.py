@@ -12,10 +12,10 @@ from convsim_cli.inputs import datasets
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.image_folders import load_images
 from convsim_cli.inputs.images import Channels, Dataset
-from convsim_cli.kernels import is_convolution
 from convsim_cli.measurement.mean_cosines import THRESHOLD
 from convsim_cli.measurement.synthetic_inputs import PROBES, SIDE, make_inputs
 from convsim_cli.networks.accuracy import resize
+from convsim_cli.networks.input_channels import find_input
 from convsim_cli.networks.names import usual_side
 
 
@@ -27,8 +27,8 @@ class Probe:
     pixels along each axis, the usual number for None; data_dir: where data sets are; seed: of synthetic inputs and
     random kernels; mean, std: to normalize images by, the data set's own for None; threshold: mean cosine, in (0, 1],
     above which two filters are duplicates; bn_statistics: see `choose_statistics`; top: how many of the strongest
-    filter pairs to list per layer; heat: the order of filters in heat maps, None for no heat maps. Raises InputError
-    for a value out of range.
+    filter pairs to list per layer; heat: the order of filters in heat maps, None for no heat maps; channels: of a
+    network's synthetic inputs, found by a dry run for None. Raises InputError for a value out of range.
     """
 
     input: str = "white"
@@ -42,6 +42,7 @@ class Probe:
     bn_statistics: str = "auto"
     top: int = 0
     heat: str | None = None
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("top", 0), ("side", 1)):
@@ -50,13 +51,19 @@ class Probe:
                 raise InputError(f"`{name}` is {value}; expected at least {least}")
         if not 0 < self.threshold <= 1:
             raise InputError(f"`threshold` is {self.threshold}; expected a cosine above 0, up to 1")
+        if self.channels is not None and self.channels < 1:
+            raise InputError(f"`input_channels` is {self.channels}; expected at least 1")
+        if self.channels not in (None, 3) and self.input not in PROBES:
+            raise InputError(f"`input_channels` goes with synthetic inputs: the images of `input` {self.input} have 3")
         if self.input in PROBES and (self.mean, self.std) != (None, None):
             raise InputError(
                 f"`mean` and `std` normalize images: `input` {self.input} has none; name a data set or folder"
             )
 
     def require_synthetic(self) -> None:
-        """Raise InputError for images: they need a network to run through."""
+        """Raise InputError for what needs a network to run through: images, or inputs of another number of channels."""
+        if self.channels is not None:
+            raise InputError("`input_channels` requires `arch`: each layer is probed with as many channels as it takes")
         if self.input not in PROBES:
             hint = "needs `arch`: a checkpoint alone is probed layer by layer" if self._is_known() else None
             raise InputError(f"`input` {self.input}: {hint or did_you_mean(self.input, (*PROBES, *datasets.NAMES))}")
@@ -78,12 +85,13 @@ class Probe:
         """Return the inputs `[samples, C, …]` of a network. data: the data set of `dataset`."""
         if data is not None:
             return resize(data.normalize(data.test.images[: self.samples]), self.side)
-        first = next(layer for layer in model.modules() if is_convolution(layer))
-        axes, channels = len(first.kernel_size), int(first.in_channels)  # type: ignore[arg-type]
-        side = self.side or (usual_side(arch) if axes == 2 else SIDE[axes])
-        if self.input in PROBES:
-            return make_inputs(self.input, self.samples, channels, (side,) * axes, self.seed)
-        return load_images(Path(self.input), self.samples, side, self.mean, self.std)
+        if self.input not in PROBES:
+            return load_images(Path(self.input), self.samples, self._side(arch, 2), self.mean, self.std)
+        channels, axes = find_input(model, lambda axes: self._side(arch, axes), self.channels)
+        return make_inputs(self.input, self.samples, channels, (self._side(arch, axes),) * axes, self.seed)
+
+    def _side(self, arch: str, axes: int) -> int:
+        return self.side or (usual_side(arch) if axes == 2 else SIDE[axes])
 
     def _is_labeled(self) -> bool:
         return self.input in datasets.NAMES or self.input.startswith("folder:")

@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 from torch import Tensor, nn
 
 from convsim_cli.checkpoints.checkpoint import Checkpoint
+from convsim_cli.checkpoints.training_state import is_averaged, is_optimizer_state
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import FLOATING
 from convsim_cli.networks.shared_weights import check_copies, names_of_one_tensor
@@ -72,15 +73,17 @@ def _without_wrappers(ours: Iterable[str], theirs: Iterable[str]) -> tuple[dict[
 def _common_prefixes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Return the prefix under which a file holds most of a network's names, then those that fit equally well.
 
-    Of several, no prefix and `model.` come first, and averaged copies last.
+    Of several, no prefix and `model.` come first, and averaged copies last. What belongs to an optimizer is none.
     """
     found: Counter[str] = Counter()
     for name in theirs:
         starts = [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
-        found.update(name[:start] for start in starts if name[start:] in ours and not name.endswith(_COUNTER))
+        if not name.endswith(_COUNTER):
+            found.update(name[:start] for start in starts if name[start:] in ours)
+    found = Counter({prefix: count for prefix, count in found.items() if not is_optimizer_state(prefix.rstrip("."))})
     most = max(found.values(), default=0)
     best = [prefix for prefix, count in found.items() if count == most]
-    return sorted(best, key=lambda prefix: (prefix not in _USUAL, "ema" in prefix.lower())) or [""]
+    return sorted(best, key=lambda prefix: (prefix not in _USUAL, is_averaged(prefix))) or [""]
 
 
 def _places(

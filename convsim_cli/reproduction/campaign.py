@@ -115,6 +115,9 @@ class _Part:
         self._watcher, self._job, self._number, self._left = watcher, job, number, work
         self._epochs, self._step = job.arguments.epochs, 0.0
 
+    def data(self, dataset: Dataset) -> None:
+        """All runs have the same images."""
+
     def phase(self, name: str, steps: int) -> None:
         assert self.run is not None
         self._watcher.run(self.run.name, self._number, self._job.arguments.epochs)

@@ -24,6 +24,9 @@ from convsim_cli.training.trainer import Trainer, be_deterministic
 class Listener(Protocol):
     """What a run reports while it is carried out."""
 
+    def data(self, dataset: Dataset) -> None:
+        """The run's images are loaded."""
+
     def phase(self, name: str, steps: int) -> None:
         """A phase of this many steps begins: `init`, then `epoch N`."""
 
@@ -36,6 +39,8 @@ class Listener(Protocol):
 
 class Silence:
     """A listener that does nothing."""
+
+    def data(self, dataset: Dataset) -> None: ...
 
     def phase(self, name: str, steps: int) -> None: ...
 
@@ -63,6 +68,7 @@ def execute(
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
         data = dataset or load_data(arguments)
         data = data.limited(arguments.limit_train, arguments.limit_test)
+        listener.data(data)
         state = processes.on_rank_zero(lambda: read_state(run))
         trainer, log = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
         if processes.is_rank_zero:

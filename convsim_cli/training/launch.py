@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Listener, execute
 from convsim_cli.training.processes import Processes, joined
 from convsim_cli.training.run_data import load_data
-from convsim_cli.training.run_folder import Run, create_run, free_stem
+from convsim_cli.training.run_folder import Run, create_run, free_stem, remove_unsaved
 from convsim_cli.training.run_network import check_network
 
 
@@ -48,16 +48,28 @@ def start_runs(
 
     name: of the run's folder, or with seeds of the folders NAME-sSEED; from the arguments if None. seeds: how many
     runs, from the arguments' seed on; None for one run. Raises InputError before any folder is created, and as
-    `create_run` and `execute`.
+    `create_run` and `execute`; the folder of a run that failed before its first save is removed.
     """
+    run_dir_existed = run_dir.exists()
     with joined(torch.device(arguments.device)) as (processes, _):
         arguments = replace(arguments, processes=processes.size)
         data = processes.rank_zero_first(lambda: _checked_data(arguments))
         finished = []
         for run, rest in _new_runs(arguments, run_dir, name, seeds, processes):
-            with watch(run, rest) as listener:
+            with watch(run, rest) as listener, _removed_unless_saved(run, processes, run_dir_existed):
                 finished.append(Finished(run, execute(run, listener, data, processes)))
     return finished if processes.is_rank_zero else []
+
+
+@contextmanager
+def _removed_unless_saved(run: Run, processes: Processes, keep_parent: bool) -> Iterator[None]:
+    """Remove the folder of a run that fails with nothing but its arguments there. An interrupted run is kept."""
+    try:
+        yield
+    except Exception:
+        if processes.is_rank_zero:
+            remove_unsaved(run, keep_parent)
+        raise
 
 
 def resume_run(run: Run, watch: Watch) -> list[Finished]:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,8 @@ from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.errors import BusyError, InputError
 from convsim_cli.training.arguments import FOLDER, Arguments, make_arguments, parse_arguments
 from convsim_cli.training.run_data import identified
+
+_ARGUMENTS = "args.json"
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,23 @@ def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str])
         except FileExistsError:
             continue
         run = Run(folder, arguments)
-        write_arguments(run)
+        try:
+            write_arguments(run)
+        except BaseException:
+            remove_unsaved(run, keep_parent=True)
+            raise
         return run
     return None
+
+
+def remove_unsaved(run: Run, keep_parent: bool) -> None:
+    """Remove a run's folder that holds its arguments at most, and its parent if that is empty too."""
+    if all(path.name == _ARGUMENTS for path in run.folder.iterdir()):
+        (run.folder / _ARGUMENTS).unlink(missing_ok=True)
+        run.folder.rmdir()
+        if not keep_parent:
+            with suppress(OSError):  # not empty
+                run.folder.parent.rmdir()
 
 
 def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iterable[int]) -> str:
@@ -79,7 +95,7 @@ def open_run(folder: Path, **changes: Any) -> Run:
 
     Raises InputError for a folder that is not a run's, and for arguments that this version does not know.
     """
-    path = folder / "args.json"
+    path = folder / _ARGUMENTS
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -117,7 +133,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def write_arguments(run: Run) -> None:
     """Replace the run's args.json. Raises WriteError."""
-    write_json(run.folder / "args.json", asdict(run.arguments))
+    write_json(run.folder / _ARGUMENTS, asdict(run.arguments))
 
 
 def write_json(path: Path, document: Any) -> None:

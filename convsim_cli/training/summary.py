@@ -30,7 +30,10 @@ def feature_map_cosines(
 
 
 def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
-    """Return the summary of a run: accuracies in per cent, `seconds` and `images_per_second` of its epochs."""
+    """Return the summary of a run: accuracies in per cent, `seconds` and `images_per_second` of its epochs.
+
+    `classes` has the number of training and test images of each class, in the order of the network's outputs.
+    """
     history: list[Row] = log["history"]
     best = max(history, key=lambda row: row["test_accuracy"])
     seconds = sum(row["seconds"] for row in history)
@@ -45,6 +48,7 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
             "start": log["fm_cos_start"],
             "end": feature_map_cosines(trainer.model, trainer.dataset, trainer.device),
         },
+        "classes": trainer.dataset.images_of_classes(),
         "parameters": count_parameters(trainer.model),
         "epochs": len(history),
         "seconds": seconds,

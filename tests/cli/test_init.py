@@ -107,6 +107,46 @@ def test_a_dry_run_gives_the_same_without_after_and_writes_nothing(tmp_path: Pat
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("command", [("init", "--dry-run"), ("measure", "--samples", 1, "--input-size", 4)])
+def test_what_is_skipped_is_a_headline_and_three_lines_with_all_names_in_json(
+    command: tuple[object, ...], tmp_path: Path, convsim: Convsim
+) -> None:
+    state = {f"layer{number}.weight": torch.randn(4, 4, 3, 3) for number in range(12)}
+    state |= {f"depthwise{number}.weight": torch.randn(8, 1, 3, 3) for number in range(40)}
+    state |= {f"block{number}.gamma": torch.randn(8, 1, 1, 1) for number in range(10)}
+    state |= {f"video{number}.weight": torch.randn(4, 4, 3, 3, 3) for number in range(5)}
+    state |= {"norm.running_mean": torch.randn(1, 4, 1, 1), "codes": torch.ones(4, 4, 3, 3).int()}
+    state["single.weight"] = torch.randn(1, 4, 3, 3)
+    path = tmp_path / "m.safetensors"
+    save_file(state, path)
+    told = convsim(*command, path).err.splitlines()
+    start = next(number for number, line in enumerate(told) if "12 of 70 convolution-shaped tensors can be " in line)
+    lines = [line for line in told[start + 1 :] if line.startswith("skipped")]
+    assert len(lines) == 3
+    assert lines == told[start + 1 : start + 4]
+    assert lines[0].endswith("): depthwise0.weight, depthwise1.weight, depthwise2.weight and 37 more")
+    assert lines[2] == "skipped 7 for 3 other reasons (--json lists all)"
+    document = convsim(*command, path, "--json").document
+    assert {entry["name"] for entry in document["skipped"]} == set(state) - {f"layer{n}.weight" for n in range(12)}
+    save_file({"a.weight": torch.randn(4, 3, 3, 3)}, path)
+    assert "convolution-shaped" not in convsim(*command, path).err
+
+
+def test_a_video_network_gets_the_option_to_type_and_an_audio_network_needs_none(
+    tmp_path: Path, convsim: Convsim
+) -> None:
+    save_file({"a.weight": torch.randn(4, 2, 3, 3, 3)}, tmp_path / "video.safetensors")
+    refused = convsim("init", tmp_path / "video.safetensors", "--dry-run")
+    assert refused.code == 2
+    assert "a.weight (5-D: taken for a kernel only by --include '*')" in refused.error
+    assert convsim("init", tmp_path / "video.safetensors", "--iterations", 1, "--include", "*").code == 0
+    save_file({"layers[0].weight": torch.randn(4, 2, 9), "b": torch.randn(8, 4, 5)}, tmp_path / "audio.safetensors")
+    found = convsim("init", tmp_path / "audio.safetensors", "--iterations", 1, "--json").document
+    assert [(layer["name"], layer["assumed"]) for layer in found["layers"]] == [("layers[0].weight", True)]
+    found = convsim("measure", tmp_path / "audio.safetensors", "--include", "layers[0].weight", "--json").document
+    assert [layer["name"] for layer in found["layers"]] == ["layers[0].weight"]
+
+
 def test_a_pipe_gets_tsv_on_stdout_and_all_else_on_stderr(tmp_path: Path, convsim: Convsim) -> None:
     path = tmp_path / "model.safetensors"
     make(path)

@@ -183,13 +183,29 @@ def test_a_trained_network_of_the_users_own_module_classifies_as_its_authors_say
     assert all(layer["name"].startswith("module.") and layer["calls"] == 1 for layer in document["layers"])
 
 
+def test_a_stream_holds_one_table_or_one_document(tmp_path: Path, convsim: Convsim) -> None:
+    make(tmp_path / "m.safetensors")
+    save_file({"a": torch.zeros(4, 3, 3, 3)}, tmp_path / "dead.safetensors")
+    both = convsim("measure", tmp_path / "m.safetensors", "--csv", "--json")
+    assert (both.code, both.out) == (2, "")
+    assert "--csv and --json exclude each other" in both.error
+    columns = ["name", "filter", "most_similar_to", "cos"]
+    for options, delimiter in (((), "\t"), (("--csv",), ",")):
+        found = convsim("measure", tmp_path / "m.safetensors", "--top", 3, *options)
+        header, *rows = csv.reader(io.StringIO(found.out), delimiter=delimiter)
+        assert header == columns
+        assert len(rows) == 6
+        assert all(len(row) == 4 for row in rows)
+        nothing = convsim("measure", tmp_path / "dead.safetensors", "--top", 3, *options)
+        assert nothing.out == delimiter.join(columns) + "\n"
+
+
 def test_the_strongest_pairs_are_a_table_of_their_own_with_signed_cosines(tmp_path: Path, convsim: Convsim) -> None:
     weight = torch.randn(6, 3, 3, 3)
     weight[5] = -2 * weight[3]
     weight[4] = 3 * weight[0] + 0.1 * weight[1]
     save_file({"a.weight": weight, "b.weight": torch.randn(4, 6, 3, 3)}, tmp_path / "m.safetensors")
-    layers, pairs = convsim("measure", tmp_path / "m.safetensors", "--top", 2).out.split("\n\n")
-    assert len(layers.splitlines()) == 3
+    pairs = convsim("measure", tmp_path / "m.safetensors", "--top", 2).out
     assert [line.split("\t")[0] for line in pairs.splitlines()] == [
         "name",
         "a.weight",

@@ -18,6 +18,7 @@ import torch
 
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.datasets import load_dataset
+from convsim_cli.inputs.image_folders import folder_digest
 
 
 def test_cifar10_is_whole_and_its_channels_are_normalized(data_dir: Path) -> None:
@@ -183,11 +184,11 @@ def test_the_first_images_of_a_folder_are_of_all_classes_and_the_same_every_time
 
 
 def test_training_images_that_nobody_asked_for_are_not_decoded(tmp_path: Path) -> None:
-    make_images(tmp_path / "train", {"cat": 2})
-    make_images(tmp_path / "val", {"cat": 2})
+    make_images(tmp_path / "train", {"cat": 2, "dog": 2})
+    make_images(tmp_path / "val", {"cat": 2, "dog": 2})
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"torn")
     data = load_dataset(f"folder:{tmp_path}", Path(), side=4, test_only=True)
-    assert (len(data.train), len(data.test)) == (0, 2)
+    assert (len(data.train), len(data.test)) == (0, 4)
     with pytest.raises(InputError, match="not a readable image"):
         load_dataset(f"folder:{tmp_path}", Path(), side=4)
 
@@ -195,7 +196,7 @@ def test_training_images_that_nobody_asked_for_are_not_decoded(tmp_path: Path) -
 def test_gray_images_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
     from PIL import Image
 
-    (tmp_path / "cat").mkdir()
+    make_images(tmp_path, {"cat": 0, "dog": 1})
     shades = numpy.tile(numpy.array([0, 300, 32768, 65535], numpy.uint16), (4, 1))
     Image.fromarray(shades).save(tmp_path / "cat" / "x.png")
     images = load_dataset(f"folder:{tmp_path}", Path(), side=4).test.images
@@ -210,7 +211,7 @@ def test_folders_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     assert sorted(image[0, 0].tolist() for image in data.test.images) == [[9, 0, 7], [59, 0, 7]]
     make_images(tmp_path / "other" / "train", {"cat": 1, "dog": 1})
     make_images(tmp_path / "other" / "test", {"cat": 1, "elk": 1})
-    with pytest.raises(InputError, match=r"its classes \(cat, elk, …\) are not those"):
+    with pytest.raises(InputError, match=r"its classes \(cat, elk\) are not those of .*train \(cat, dog\)"):
         load_dataset(f"folder:{tmp_path / 'other'}", Path())
 
 
@@ -226,3 +227,113 @@ def test_cifar100_that_is_not_there_says_where_to_put_it(tmp_path: Path) -> None
         InputError, match=r"CIFAR100 in .*cifar-100-python is damaged or incomplete; remove that folder"
     ):
         load_dataset("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("asked", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar-100-python", "a folder of one's own"])
+def test_a_data_set_named_in_place_of_its_parent_is_refused_with_the_parent_and_nothing_is_downloaded(
+    asked: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda _: pytest.fail("must not be called"))
+    inside = tmp_path / folder
+    inside.mkdir()
+    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]:
+        (inside / name).touch()
+    monkeypatch.chdir(inside)
+    for data_dir in (inside, Path()):
+        with pytest.raises(InputError, match=f"name its parent: `data_dir` {tmp_path}$"):
+            load_dataset(asked, data_dir)
+    with pytest.raises(InputError, match="is a file; name the folder"):
+        load_dataset(asked, inside / "test_batch")
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_download_that_fails_leaves_no_empty_folder(
+    existed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(dataset: Any) -> None:
+        Path(dataset.root).mkdir(parents=True, exist_ok=True)
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", fail)
+    if existed:
+        (tmp_path / "new" / "data").mkdir(parents=True)
+    with pytest.raises(InputError, match="no route"):
+        load_dataset("cifar10", tmp_path / "new" / "data")
+    assert (tmp_path / "new" / "data").exists() == existed
+    assert (tmp_path / "new").exists() == existed
+
+
+@pytest.mark.parametrize("training", ["train", "training", "Train"])
+@pytest.mark.parametrize("testing", ["val", "valid", "validation", "test", "testing", "Validation"])
+def test_splits_are_known_by_their_usual_names(training: str, testing: str, tmp_path: Path) -> None:
+    make_images(tmp_path / training, {"cat": 3, "dog": 2})
+    make_images(tmp_path / testing, {"cat": 1, "dog": 1}, shade=9)
+    data = load_dataset(f"folder:{tmp_path}", Path(), side=4)
+    assert (len(data.train), len(data.test), data.class_names) == (5, 2, ("cat", "dog"))
+    assert data.images_of_classes() == {"cat": {"train": 3, "test": 1}, "dog": {"train": 2, "test": 1}}
+
+
+def test_hidden_folders_and_files_are_ignored(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "val"):
+        make_images(folder, {".ipynb_checkpoints": 2, "__MACOSX": 1})
+    make_images(tmp_path / "train", {"cat": 2, "dog": 2})
+    make_images(tmp_path / "val", {"cat": 1, "dog": 1})
+    make_images(tmp_path / "train" / "cat", {".ipynb_checkpoints": 2})
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"not an image")
+    data = load_dataset(f"folder:{tmp_path}", Path(), side=4)
+    assert (len(data.train), len(data.test), data.class_names) == (4, 2, ("cat", "dog"))
+
+
+def test_files_and_classes_are_in_the_order_of_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    from convsim_cli.inputs.folder_layout import find_splits
+
+    make_images(tmp_path / "train", {"dog": 3, "Cat": 11, "elk/2019": 2, "elk/2020": 1})
+    make_images(tmp_path / "val", {"dog": 1, "Cat": 1, "elk": 1})
+    found, _, theirs = *find_splits(tmp_path)[:2], ImageFolder(str(tmp_path / "train"))
+    assert (found, find_splits(tmp_path)[1]) == (theirs.classes, theirs.samples)
+
+
+LAYOUTS: dict[str, tuple[list[str], str]] = {
+    "nested splits": (
+        ["data/train/cat", "data/train/dog", "data/val/cat", "data/val/dog"],
+        "{}: data would be a class, but holds the splits train, val; name folder:{}/data",
+    ),
+    "deeply nested splits": (
+        ["a/b/training/cat", "a/b/training/dog", "a/b/testing/cat", "a/b/testing/dog"],
+        "{}: the folder a would be the only class; expected a folder of images for each of several classes: "
+        "name folder:{}/a/b",
+    ),
+    "nested classes": (["images/cat", "images/dog"], "{}: the folder images would be the only class; expected a folder "
+        "of images for each of several classes: name folder:{}/images"),
+    "one class": (["cat"], "{}: the folder cat would be the only class; expected a folder of images for each of "
+        "several classes"),
+    "one class in splits": (["train/cat", "val/cat"], "{}/train: the folder cat would be the only class; expected a "
+        "folder of images for each of several classes"),
+    "splits without one for training": (["val/cat", "val/dog", "test/cat", "test/dog"], "{}: test, val would be a "
+        "class, but is named like a split, and there is no train or training beside it; add that, name "
+        "folder:{}/test for these images alone, or rename it"),
+    "splits in classes": (["cat/train", "cat/test", "dog/train", "dog/test"], "{}: cat would be a class, but holds the "
+        "splits test, train; put the folders of the classes into those of the splits"),
+    "splits in a split": (["train/train/cat", "train/train/dog", "train/val/cat", "train/val/dog"], "{}/train: holds "
+        "splits in place of classes; name folder:{}/train"),
+    "nothing": ([], "{}: expected a folder of images for each class (found no folders)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_folder_of_another_layout_is_refused_with_the_path_to_use(kind: str, tmp_path: Path) -> None:
+    folders, said = LAYOUTS[kind]
+    make_images(tmp_path, dict.fromkeys(folders, 2))
+    for look in (lambda path: load_dataset(f"folder:{path}", Path(), side=4), folder_digest):
+        with pytest.raises(InputError) as caught:
+            look(tmp_path)
+        assert str(caught.value) == said.format(tmp_path, tmp_path)
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    make_images(tmp_path, {"cat": 2, "dog": 0})
+    with pytest.raises(InputError, match=r"expected a folder of images for each class \(no images in dog\)"):
+        load_dataset(f"folder:{tmp_path}", Path())

@@ -99,3 +99,17 @@ def test_resume_takes_another_data_dir(tmp_path: Path, convsim: Convsim) -> None
     assert json.loads((tmp_path / "x" / "args.json").read_text())["data_dir"] == str(tmp_path / "there")
     refused = convsim("train", "--resume", tmp_path / "x", "--name", "y")
     assert "--name cannot be combined with --resume" in refused.error
+
+
+def test_the_classes_of_a_run_are_said_at_its_start_and_kept_in_its_summary(tmp_path: Path, convsim: Convsim) -> None:
+    images = make_images(tmp_path / "images")
+    how = ("--dataset", f"folder:{images}", "--epochs", 1, "--batch-size", 4, "--run-dir", tmp_path, "--name", "a")
+    outcome = convsim("train", "--arch", "cnn:4", *how)
+    said = outcome.err.splitlines()
+    classes = next(
+        number for number, line in enumerate(said) if line == "2 classes (cat, dog), 8 training and 2 test images"
+    )
+    assert classes < next(number for number, line in enumerate(said) if line.startswith("epoch 1/1"))
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["classes"] == {"cat": {"train": 4, "test": 1}, "dog": {"train": 4, "test": 1}}
+    assert convsim("train", "--resume", tmp_path / "a", "--epochs", 2).code == 0

@@ -249,3 +249,47 @@ def test_a_disk_that_is_full_when_the_state_is_saved_is_one_line(tmp_path: Path)
     (line,) = (line for line in said.splitlines() if "error" in line)
     assert line.startswith(f"convsim: error: {tmp_path / 'two'}")
     assert "cannot be written (File too large" in line
+
+
+def small(*more: object) -> list[str]:
+    how = (
+        "--arch",
+        "cnn:4",
+        "--dataset",
+        "digits",
+        "--epochs",
+        1,
+        "--limit-train",
+        60,
+        "--limit-test",
+        30,
+        "-q",
+        *more,
+    )
+    return ["train", *map(str, how)]
+
+
+def test_a_run_that_fails_before_its_first_save_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails = small("--mode", "init", "--iterations", 20, "--init-lr", 1e30)
+    assert run_command(fails) == 1
+    assert not (tmp_path / "runs").exists()
+    assert run_command(small("--name", "good")) == 0
+    assert run_command([*fails, "--name", "bad"]) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
+    monkeypatch.setattr("convsim_cli.training.run_folder.write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    assert run_command(small("--name", "full")) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
+
+
+def test_a_run_that_is_interrupted_before_its_first_save_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("convsim_cli.training.execution.Trainer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command(small("--name", "a")) == 130
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["args.json"]
+    assert run_command(["train", "--resume", "runs/a", "-q"]) == 0
