@@ -75,7 +75,8 @@ def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
     gradient, filters: `[groups, S / groups, N, C]`; norms: the filters' L2 norms `[groups, S / groups, 1, 1]`.
     """
     inner = gradient.flatten(2).unsqueeze(-2) @ filters.flatten(2).unsqueeze(-1)  # as products: no copy is made
-    along = inner / torch.where(norms > 0, norms.square(), 1)
+    squares = norms.square()
+    along = inner / torch.where(squares > 0, squares, 1)  # the square of a vanished norm is 0
     gradient.addcmul_(along, filters, value=-1)
 
 

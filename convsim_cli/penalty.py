@@ -68,14 +68,15 @@ class ConvSimPenalty:
         return self._sum(OBJECTIVES["cs"])
 
     @torch.no_grad()
-    def add_gradient_(self, beta: float | Tensor) -> None:
+    def add_gradient_(self, beta: float | Tensor, preserve_norm: bool = False) -> None:
         """Add β·∂penalty to the parameters' gradients, as `(beta * penalty()).backward()` would, without a graph.
 
         Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step. beta: weight
         of the penalty, dimensionless, finite and ≥ 0. A tensor with one element stays on its device: its value is
         checked on the CPU only, since reading it elsewhere would wait for the device. Frozen parameters are left
-        alone. Half-precision gradients are added to in float32 and rounded once. Raises InputError for another beta,
-        and as a call of the penalty; all gradients are then as they were.
+        alone. Half-precision gradients are added to in float32 and rounded once. preserve_norm: leave out of the
+        gradient, filter by filter, the part along the filter, so that it lowers similarity without shrinking. Raises
+        InputError for another beta, and as a call of the penalty; all gradients are then as they were.
         """
         _check_beta(beta)
         with torch.enable_grad():  # a computed weight leads to its parameters through a graph
@@ -85,7 +86,7 @@ class ConvSimPenalty:
             for kernel, weight in layers:
                 if not weight.requires_grad:
                     continue
-                gradient = self._gradient(kernel, weight)
+                gradient = self._gradient(kernel, weight, preserve_norm)
                 if weight.is_leaf:
                     added.append((weight, gradient, beta))
                 else:
@@ -100,9 +101,15 @@ class ConvSimPenalty:
         values = [objective.value(kernel.to_filters(weight), kernel.taps) for kernel, weight in self._layers()]
         return torch.stack([value.to(values[0]) for value in values]).sum()
 
-    def _gradient(self, kernel: Kernel, weight: Tensor) -> Tensor:
+    def _gradient(self, kernel: Kernel, weight: Tensor, preserve_norm: bool) -> Tensor:
         """∂objective/∂weight, in float32 or float64, in the weight's shape."""
-        gradient = self._objective.gradient(kernel.to_filters(weight.detach()), kernel.taps, None)
+        filters = kernel.to_filters(weight.detach())
+        if not preserve_norm:
+            return kernel.view_as_stored(self._objective.gradient(filters, kernel.taps, None))
+        if kernel.pointwise and self._objective.norm_only_pointwise:
+            return torch.zeros_like(weight)
+        gradient, norms = torch.empty_like(filters), torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+        self._objective.tangent_gradient(filters.clone(), kernel.taps, norms, gradient)
         return kernel.view_as_stored(gradient)
 
 

@@ -50,6 +50,39 @@ def test_adding_the_gradient_directly_equals_backward_through_the_penalty(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_norm_preserving_gradient_is_the_gradient_without_its_part_along_each_filter(
+    objective: str, layout: torch.memory_format
+) -> None:
+    model = network().to(memory_format=layout)  # type: ignore[call-overload]
+    weights = [weight for weight in model.parameters() if weight.ndim == 4]
+    former = [weight.detach().clone() for weight in weights]
+    penalty = ConvSimPenalty(model, objective)
+    (0.3 * penalty()).backward()
+    expected = []
+    for weight in weights:
+        filters, gradient = weight.detach().double(), weight.grad.double()
+        axes = (0, 2, 3) if weight is model[3].weight else (1, 2, 3)
+        inner, squares = ((x * filters).sum(axes, keepdim=True) for x in (gradient, filters))
+        expected.append((gradient - inner / squares * filters).float())
+    model.zero_grad()
+    penalty.add_gradient_(0.3, preserve_norm=True)
+    for weight, was, wanted in zip(weights, former, expected, strict=True):
+        torch.testing.assert_close(weight.grad, wanted, rtol=1e-3, atol=1e-6)
+        assert torch.equal(weight, was)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_norm_preserving_gradient_of_vanished_and_of_single_tap_filters_is_a_number(objective: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1))
+    with torch.no_grad():
+        model[0].weight[1:4] *= torch.tensor([0, 1e-25, 1e-19]).reshape(3, 1, 1, 1)
+    ConvSimPenalty(model, objective).add_gradient_(1.0, preserve_norm=True)
+    assert all(gradient.isfinite().all() for gradient in grown(model))
+    assert model[1].weight.grad.any() != OBJECTIVES[objective].norm_only_pointwise
+
+
 def test_neighbours_are_what_the_authors_code_sums() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3)).double()
     expected = literal_neighbouring_similarity(model[0].weight)

@@ -100,11 +100,20 @@ class Arguments:
     lr: float = setting(0.01, "Learning rate of SGD", "Recipe", above=0)
     momentum: float = setting(0.0, "Momentum of SGD.", "Recipe", least=0)
     weight_decay: float = setting(0.0, "L2 penalty of SGD.", "Recipe", least=0)
-    iterations: int = setting(500, "Iterations of Algorithm 1 (init, rescale).", "Method", least=0)
+    iterations: int = setting(500, "Iterations of Algorithm 1, before training.", "Method", least=0)
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1", "Method", above=0)
-    preserve_norm: bool = setting(False, "Keep every filter at its own norm.", "Method")
+    preserve_norm: bool = setting(
+        False,
+        "Lower similarity without shrinking: init holds every norm, the gradient of reg has no part along a filter.",
+        "Method",
+    )
     rescale: bool = setting(
-        False, "With --preserve-norm, scale the filters afterwards to the norms that raw init would give.", "Method"
+        False,
+        "Scale the filters to the norms that raw init would give; with init, it requires --preserve-norm.",
+        "Method",
+    )
+    factor: float | None = setting(
+        None, "Scale every filter by this factor, dimensionless, without Algorithm 1.", "Method", metavar="F", above=0
     )
     beta: float = setting(0.001, "reg: weight of the objective, dimensionless.", "Method", least=0)
     beta_schedule: Literal["constant", "loss"] = setting(
@@ -141,12 +150,16 @@ class Arguments:
         find_objective(self.objective)
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
             raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
-        if self.rescale and not (self.mode == "init" and self.preserve_norm):
-            raise InputError("`rescale` goes with `mode` init and `preserve_norm`; the control alone is `mode` rescale")
         for name, declaration in declarations().items():
             takers = modes_that_take(name)
             if takers and self.mode not in takers and getattr(self, name) != declaration.default:
                 raise InputError(f"`{name}` goes with `mode` {', '.join(takers)}, got `mode` {self.mode}")
+        if self.rescale and "preserve_norm" in MODES[self.mode].takes and not self.preserve_norm:
+            raise InputError(f"`rescale` changes nothing in raw `mode` {self.mode}; add `preserve_norm`")
+        if self.factor is not None and self.objective != "cs":
+            raise InputError(
+                f"`factor` {self.factor} minimizes nothing: `objective` {self.objective} has no use with it"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run the one it is: all but the number of epochs and where its data lies."""
@@ -168,8 +181,8 @@ def declarations() -> dict[str, Declaration]:
 def _declaration(name: str, kind: Any, default: Any, metadata: Any) -> Declaration:
     if get_origin(kind) is Literal:
         return Declaration(name, (str,), default, choices=get_args(kind), **metadata)
-    types = (float, int) if kind is float else get_args(kind) or (kind,)
-    return Declaration(name, types, default, **metadata)
+    types = get_args(kind) or (kind,)
+    return Declaration(name, (*types, int) if float in types else types, default, **metadata)
 
 
 def make_arguments(values: Any, path: Path) -> Arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.modes import MODES
+from convsim_cli.training.preparation import first_images
 from convsim_cli.training.processes import ALONE, Processes
 from convsim_cli.training.results import Row, write_results
 from convsim_cli.training.run_data import load_data
@@ -104,7 +106,8 @@ def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) ->
     preparation = MODES[arguments.mode].preparation
     if preparation:  # on rank 0 only: the other processes receive its weights
         listener.phase("init", preparation.steps(model, arguments))
-        processes.on_rank_zero(lambda: preparation.apply_(model, arguments, listener.advance))
+        images = partial(first_images, data, device)
+        processes.on_rank_zero(lambda: preparation.apply_(model, arguments, images, listener.advance))
     trainer = Trainer(model, data, arguments, device, processes)
     changed = preparation is not None
     cosines = feature_map_cosines(model, data, device, changed) if processes.is_rank_zero else {}

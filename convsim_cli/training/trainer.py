@@ -164,11 +164,11 @@ class Trainer:
         if not self.mode.regularizes:
             return
         if self.arguments.beta_schedule == "constant":
-            return self.penalty.add_gradient_(self.arguments.beta)
+            return self.penalty.add_gradient_(self.arguments.beta, self.arguments.preserve_norm)
         loss = self.processes.sum(weight * loss) / self.processes.size
         if self.first_loss is None:
             self.first_loss = loss
-        self.penalty.add_gradient_(self.arguments.beta * loss / self.first_loss)
+        self.penalty.add_gradient_(self.arguments.beta * loss / self.first_loss, self.arguments.preserve_norm)
 
     def _totals(self) -> Tensor:
         """Sums of the loss and of correct predictions. They stay on the device until the end of the epoch."""

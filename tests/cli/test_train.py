@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Convsim, Start
 
+from convsim_cli.training.modes import MODES
+
 SMALL = (
     "--arch",
     "cnn:4",
@@ -23,10 +25,10 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("mode", ["baseline", "init", "reg", "rescale"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_trains_and_its_epochs_are_plain_lines(mode: str, tmp_path: Path, convsim: Convsim) -> None:
     outcome = convsim("train", "--mode", mode, *SMALL, "--epochs", 2, "--run-dir", tmp_path)
-    assert outcome.code == 0
+    assert outcome.code == 0, outcome.err
     assert [row["run"] for row in outcome.rows] == [str(tmp_path / f"cnn4-{mode}-s0")]
     lines = [line for line in outcome.err.splitlines() if line.startswith("epoch")]
     assert len(lines) == 2
@@ -96,6 +98,7 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
         (["--dataset", "cifra10"], "did you mean 'cifar10'"),
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
         (["--rescale"], "--rescale goes with"),
+        (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--dataset", "digits", "--arch", "cnn:1"], "no convolution kernels"),
@@ -180,7 +183,7 @@ def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
         ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
         ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),
-        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg or rescale"),
+        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg, init+reg, rescale, orthogonal or decorrelate"),
     ],
 )
 def test_an_unusable_config_is_one_error_line(content: str, message: str, tmp_path: Path, convsim: Convsim) -> None:

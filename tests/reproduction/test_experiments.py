@@ -42,6 +42,8 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
         return [cell.labels["arm"] for cell in plan(table5, Choices(BASE, archs=("cnn1",), arms=names))]
 
     assert arms("published") == ["baseline", "init", "reg"]
+    rescaling, others = ["rescale", "rescale-0.07"], ["reg-norm", "orthogonal", "decorrelate", "baseline-lr0.1"]
+    assert arms("controls") == [*rescaling, "init-norm", "init-norm-rescaled", *others]
     assert arms("momentum") == ["baseline-m0.9", "init-m0.9", "reg-m0.9", "init-norm-m0.9"]
     assert arms("peers", "init", "peers", "reg-kernel") == ["reg-kernel", "reg-neighbours", "init"]
     assert arms("all") == list(ARMS)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convsim_cli import ConvSimPenalty, minimize_
+from convsim_cli import ConvSimPenalty, decorrelate_, minimize_, orthogonalize_
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.inputs.datasets import load_dataset
-from convsim_cli.inputs.images import Dataset
+from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.batches import permutation
 from convsim_cli.training.modes import MODES
+from convsim_cli.training.preparation import first_images
 from convsim_cli.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -30,8 +31,12 @@ def prepare_(model: nn.Module, arguments: Arguments) -> list[int]:
     """Do to a network what its mode does before training, and return what it reports on the way."""
     told: list[int] = []
     if preparation := MODES[arguments.mode].preparation:
-        preparation.apply_(model, arguments, told.append)
+        preparation.apply_(model, arguments, images, told.append)
     return told
+
+
+def images() -> Tensor:
+    return torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def norms(model: nn.Module) -> Tensor:
@@ -109,6 +114,85 @@ def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> 
     torch.testing.assert_close(directions(both), directions(preserved))
 
 
+def test_rescale_by_a_factor_scales_every_filter_and_minimizes_nothing() -> None:
+    fresh, scaled = build_network("cnn:8"), build_network("cnn:8")
+    assert prepare_(scaled, Arguments(mode="rescale", factor=0.25)) == []
+    for before, after in zip(fresh.parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(after, before / 4 if before.ndim == 4 else before)
+
+
+@pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
+def test_a_closed_form_before_training_is_that_of_the_library(mode: str) -> None:
+    fresh, prepared, reference = (build_network("cnn:8") for _ in range(3))
+    closed_forms = {"orthogonal": orthogonalize_, "decorrelate": lambda model: decorrelate_(model, images())}
+    closed_forms[mode](reference)
+    prepare_(prepared, Arguments(mode=mode))
+    assert all(torch.equal(a, b) for a, b in zip(prepared.parameters(), reference.parameters(), strict=True))
+    torch.testing.assert_close(norms(prepared), norms(fresh))
+
+
+@pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
+def test_a_closed_form_can_be_brought_to_the_norms_of_raw_init(mode: str) -> None:
+    plain, both, raw = (build_network("cnn:8") for _ in range(3))
+    prepare_(plain, Arguments(mode=mode))
+    prepare_(both, Arguments(mode=mode, rescale=True, iterations=50))
+    minimize_(raw, 50)
+    torch.testing.assert_close(norms(both), norms(raw))
+    torch.testing.assert_close(directions(both), directions(plain), rtol=0, atol=1e-3)  # batch norm's eps sees scale
+
+
+def test_maps_are_uncorrelated_at_other_norms_also_without_batch_normalization() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3))
+    prepare_(model, Arguments(mode="decorrelate", rescale=True, iterations=50))
+    maps = model(images()).detach().double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(maps.corrcoef(), torch.eye(8).double(), rtol=0, atol=1e-5)
+
+
+def test_a_preparation_that_fails_leaves_the_network_as_it_was() -> None:
+    fresh, model = build_network("cnn:8"), build_network("cnn:8")
+    arguments = Arguments(mode="decorrelate", rescale=True, iterations=2)
+    preparation = MODES["decorrelate"].preparation
+    assert preparation is not None
+    with pytest.raises(InputError, match="NaN or Inf"):
+        preparation.apply_(model, arguments, lambda: torch.full((4, 3, 32, 32), torch.nan), lambda _: None)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_decorrelate_sees_the_first_training_images_normalized(data: Dataset) -> None:
+    found = first_images(data, CPU)
+    assert torch.equal(found, data.normalize(data.train.images))
+    many = replace(data, train=Split(data.train.images[:1].repeat(1030, 1, 1, 1), torch.zeros(1030)))
+    assert len(first_images(many, CPU)) == 1024
+
+
+def test_init_and_reg_can_be_combined(data: Dataset) -> None:
+    arguments = Arguments(mode="init+reg", iterations=5, beta=0.5, batch_size=50)
+    initialized, combined = build_network("cnn:4"), build_network("cnn:4")
+    prepare_(initialized, replace(arguments, mode="init"))
+    prepare_(combined, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(combined.parameters(), initialized.parameters(), strict=True))
+    Trainer(initialized, data, replace(arguments, mode="reg"), CPU).run_epoch()
+    Trainer(combined, data, arguments, CPU).run_epoch()
+    assert all(torch.equal(a, b) for a, b in zip(combined.parameters(), initialized.parameters(), strict=True))
+
+
+def test_reg_with_preserve_norm_steps_without_the_penaltys_part_along_the_filters(data: Dataset) -> None:
+    plain, raw, projected = (
+        Trainer(build_network("cnn:4"), data, Arguments(batch_size=50, **more), CPU)  # type: ignore[arg-type]
+        for more in ({}, {"mode": "reg", "beta": 0.5}, {"mode": "reg", "beta": 0.5, "preserve_norm": True})
+    )
+    fresh = [weight.detach().clone() for weight in plain.model.parameters()]
+    for trainer in (plain, raw, projected):
+        trainer.run_epoch()
+    for before, none, whole, part in zip(fresh, *(t.model.parameters() for t in (plain, raw, projected)), strict=True):
+        if before.ndim == 4:
+            filters, radial = before.flatten(1).double(), (whole - none).detach().double().flatten(1)
+            along = (radial * filters).sum(1, keepdim=True) / filters.square().sum(1, keepdim=True) * filters
+            expected = radial - along
+            torch.testing.assert_close((part - none).detach().double().flatten(1), expected, rtol=1e-3, atol=1e-7)
+            assert along.norm() > 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("options", "minimizations"),
     [({"mode": "init"}, 1), ({"mode": "rescale"}, 1)]
@@ -122,6 +206,13 @@ def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, ob
     assert preparation is not None
     assert preparation.steps(model, arguments) == steps
     assert sum(prepare_(model, arguments)) == steps
+
+
+@pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
+def test_a_closed_form_takes_a_step_per_layer(mode: str) -> None:
+    preparation, arguments = MODES[mode].preparation, Arguments(mode=mode)
+    assert preparation is not None
+    assert preparation.steps(build_network("cnn:4"), arguments) == sum(prepare_(build_network("cnn:4"), arguments)) == 4
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
@@ -165,11 +256,15 @@ def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
         ({"epochs": 0}, "`epochs` 0: expected a number above 0"),
         ({"lr": -1.0}, "`lr` -1.0: expected a number above 0"),
         ({"beta": -0.1}, "`beta` -0.1: expected a number of 0 or above"),
-        ({"rescale": True}, "`rescale` goes with `mode` init and `preserve_norm`"),
-        ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, got `mode` baseline"),
-        ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, rescale, got `mode` baseline"),
+        ({"rescale": True}, "`rescale` goes with `mode` init, init.reg, orthogonal, decorrelate, got `mode` baseline"),
+        ({"mode": "init", "rescale": True}, "`rescale` changes nothing in raw `mode` init; add `preserve_norm`"),
+        ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, reg, init.reg, got `mode` baseline"),
+        ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, init.reg, rescale, got `mode` baseline"),
+        ({"mode": "init", "factor": 0.5}, "`factor` goes with `mode` rescale, got `mode` init"),
+        ({"mode": "rescale", "factor": 0.0}, "`factor` 0.0: expected a number above 0"),
+        ({"mode": "rescale", "factor": 0.5, "objective": "kernel"}, "`objective` kernel has no use with it"),
         ({"mode": "reg", "objective": "neighbors"}, "unknown `objective` 'neighbors'; did you mean 'neighbours'"),
-        ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg"),
+        ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg, init.reg"),
     ],
 )
 def test_options_that_a_mode_would_ignore_are_refused(wrong: dict[str, object], said: str) -> None:
