@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, current_kernel, module_kernels, warn_of_unsupported
+from convsim_cli.kernels import (
+    Kernel,
+    Patterns,
+    current_kernel,
+    living_filters,
+    module_kernels,
+    warn_of_unsupported,
+)
 from convsim_cli.machine.effective_weight import pull_back
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
@@ -98,12 +105,12 @@ class ConvSimPenalty:
         return [current_kernel(self._model, kernel) for kernel in self._kernels]
 
     def _sum(self, objective: Objective) -> Tensor:
-        values = [objective.value(kernel.to_filters(weight), kernel.taps) for kernel, weight in self._layers()]
+        values = [objective.value(_filters(objective, *layer), layer[0].taps) for layer in self._layers()]
         return torch.stack([value.to(values[0]) for value in values]).sum()
 
     def _gradient(self, kernel: Kernel, weight: Tensor, preserve_norm: bool) -> Tensor:
         """∂objective/∂weight, in float32 or float64, in the weight's shape."""
-        filters = kernel.to_filters(weight.detach())
+        filters = _filters(self._objective, kernel, weight.detach())
         if not preserve_norm:
             return kernel.view_as_stored(self._objective.gradient(filters, kernel.taps, None))
         if kernel.pointwise and self._objective.norm_only_pointwise:
@@ -111,6 +118,13 @@ class ConvSimPenalty:
         gradient, norms = torch.empty_like(filters), torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
         self._objective.tangent_gradient(filters.clone(), kernel.taps, norms, gradient)
         return kernel.view_as_stored(gradient)
+
+
+def _filters(objective: Objective, kernel: Kernel, weight: Tensor) -> Tensor:
+    filters = kernel.to_filters(weight)
+    if objective.vanishes_with_filters:
+        return filters
+    return filters.masked_fill(~living_filters(filters.detach())[..., None, None], 0)
 
 
 def _check_beta(beta: float | Tensor) -> None:

@@ -83,6 +83,19 @@ def test_a_norm_preserving_gradient_of_vanished_and_of_single_tap_filters_is_a_n
     assert model[1].weight.grad.any() != OBJECTIVES[objective].norm_only_pointwise
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("directly", [True, False])
+def test_dead_filters_stay_dead(objective: str, directly: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    with torch.no_grad():
+        model[0].weight[[1, 4, 5, 6, 7]] *= torch.tensor([1e-12, 1e-25, 0, 1e-25, 1e-30]).reshape(5, 1, 1, 1)
+    penalty = ConvSimPenalty(model, objective)
+    penalty.add_gradient_(1.0) if directly else penalty().backward()
+    gradient = model[0].weight.grad
+    assert gradient.isfinite().all()
+    assert gradient[[1, 4, 5, 6, 7]].abs().max() <= 1e-10 * gradient[[0, 2, 3]].abs().max()
+
+
 def test_neighbours_are_what_the_authors_code_sums() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3)).double()
     expected = literal_neighbouring_similarity(model[0].weight)

@@ -121,7 +121,8 @@ class Arguments:
     )
     objective: str = setting(
         "cs",
-        "What to minimize: cs (Eq. 10), neighbours (the authors' public code) or kernel (kernel orthogonality).",
+        "What to minimize: cs (Eq. 10), neighbours (the authors' public code), or kernel orthogonality: kernel, ocnn, "
+        "srip or orthoreg.",
         "Method",
         metavar="NAME",
     )
