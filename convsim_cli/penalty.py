@@ -86,6 +86,22 @@ class ConvSimPenalty:
         InputError for another beta, and as a call of the penalty; all gradients are then as they were.
         """
         _check_beta(beta)
+        for parameter, gradient, factor in self._contributions(beta, preserve_norm):
+            _accumulate(parameter, gradient, factor)
+
+    @torch.no_grad()
+    def gradient_ratio(self, preserve_norm: bool = False) -> Tensor:
+        """Return ‖gradient‖ that the parameters behind the kernels hold / ‖gradient‖ that `add_gradient_(1)` would add.
+
+        A scalar on the kernels' device, to choose β by: 0.01 of it makes the penalty's gradient 1 % of the task's.
+        preserve_norm, errors: as `add_gradient_`. ∞ or NaN where the penalty's gradient is zero.
+        """
+        added = self._contributions(1.0, preserve_norm)
+        held = [parameter.grad for parameter, *_ in added if parameter.grad is not None]
+        return _norm(held, added[0][1]) / _norm([gradient for _, gradient, _ in added], added[0][1])
+
+    def _contributions(self, beta: float | Tensor, preserve_norm: bool) -> list[tuple[Tensor, Tensor, float | Tensor]]:
+        """The trainable parameters behind the kernels, each with a gradient and the factor to add it by."""
         with torch.enable_grad():  # a computed weight leads to its parameters through a graph
             layers = self._layers()
         added: list[tuple[Tensor, Tensor, float | Tensor]] = []
@@ -98,8 +114,7 @@ class ConvSimPenalty:
                     added.append((weight, gradient, beta))
                 else:
                     added.extend((leaf, part, 1.0) for leaf, part in pull_back(weight, beta * gradient))
-        for parameter, gradient, factor in added:
-            _accumulate(parameter, gradient, factor)
+        return added
 
     def _layers(self) -> Layers:
         return [current_kernel(self._model, kernel) for kernel in self._kernels]
@@ -135,6 +150,12 @@ def _check_beta(beta: float | Tensor) -> None:
             return
     if not 0 <= float(beta) < math.inf:
         raise InputError(f"`beta` is {float(beta)}; expected a finite number ≥ 0")
+
+
+def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The L2 norm of all values together, as a scalar on the device of `like`."""
+    norms = [torch.linalg.vector_norm(gradient.float()).to(like.device) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=like.device)
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor, factor: float | Tensor) -> None:

@@ -96,6 +96,24 @@ def test_dead_filters_stay_dead(objective: str, directly: bool) -> None:
     assert gradient[[1, 4, 5, 6, 7]].abs().max() <= 1e-10 * gradient[[0, 2, 3]].abs().max()
 
 
+@pytest.mark.parametrize("preserve_norm", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_the_gradient_ratio_is_that_of_the_task_to_the_penalty(preserve_norm: bool, computed: bool) -> None:
+    model = network().double()
+    if computed:
+        nn.utils.parametrizations.weight_norm(model[2])
+    penalty = ConvSimPenalty(model, "kernel")
+    penalty.add_gradient_(1.0, preserve_norm)
+    alone = torch.cat([gradient.flatten() for gradient in grown(model)])
+    model.zero_grad()
+    model(torch.randn(2, 3, 8, 8).double()).square().sum().backward()
+    held = [p.grad.flatten() for name, p in model.named_parameters() if "bias" not in name]
+    before = grown(model)
+    found = penalty.gradient_ratio(preserve_norm)
+    torch.testing.assert_close(found.double(), torch.cat(held).norm() / alone.norm(), rtol=1e-5, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(grown(model), before, strict=True))
+
+
 def test_neighbours_are_what_the_authors_code_sums() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3)).double()
     expected = literal_neighbouring_similarity(model[0].weight)

@@ -52,8 +52,11 @@ ARMS: dict[str, Arm] = {
         Arm("orthogonal", "controls", {"mode": "orthogonal"}),
         Arm("decorrelate", "controls", {"mode": "decorrelate"}),
         Arm("baseline-lr0.1", "controls", {"lr": 0.1}),
-        Arm("reg-kernel", "peers", {"mode": "reg", "objective": "kernel"}),
-        Arm("reg-neighbours", "peers", {"mode": "reg", "objective": "neighbours"}),
+        Arm("reg-auto", "peers", {"mode": "reg", "beta": "auto"}),
+        *(
+            Arm(f"reg-{objective}", "peers", {"mode": "reg", "objective": objective, "beta": "auto"})
+            for objective in ("kernel", "ocnn", "srip", "orthoreg", "neighbours")
+        ),
         Arm("baseline-m0.9", "momentum", {"momentum": 0.9}),
         Arm("init-m0.9", "momentum", {"mode": "init", "momentum": 0.9}),
         Arm("reg-m0.9", "momentum", {"mode": "reg", "momentum": 0.9}),

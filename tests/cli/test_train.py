@@ -90,6 +90,19 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
     assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2).code == 0
 
 
+def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:
+    how = ("train", *SMALL, "--mode", "reg", "--objective", "kernel", "--run-dir", tmp_path, "--json", "-q")
+    (first,) = convsim(*how, "--beta", "auto", "--epochs", 1, "--name", "x").document["runs"]
+    assert first["beta"] > 0
+    assert json.loads((tmp_path / "x" / "args.json").read_text())["beta"] == "auto"
+    (longer,) = convsim("train", "--resume", tmp_path / "x", "--epochs", 2, "--beta", "auto", "--json", "-q").document[
+        "runs"
+    ]
+    assert (longer["beta"], longer["epochs"]) == (first["beta"], 2)
+    assert convsim(*how, "--beta", 0.5, "--epochs", 1).document["runs"][0]["beta"] == 0.5
+    assert convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--json").document["runs"][0]["beta"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -99,6 +112,7 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
         (["--rescale"], "--rescale goes with"),
         (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
+        (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number of 0 or above"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--dataset", "digits", "--arch", "cnn:1"], "no convolution kernels"),

@@ -77,6 +77,37 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
     assert tuple(row) == ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
 
 
+@pytest.mark.parametrize("objective", ["cs", "orthoreg"])
+def test_beta_auto_is_one_percent_of_the_ratio_of_the_gradients_at_the_first_batch(
+    data: Dataset, objective: str
+) -> None:
+    arguments = Arguments(mode="reg", beta="auto", objective=objective, batch_size=20)
+    automatic = Trainer(build_network("cnn:4"), data, arguments, CPU)
+    assert automatic.state()["beta"] is None
+    first = automatic.run_epoch()
+    model = build_network("cnn:4").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    indices = permutation(50, 0, 0)[:20]
+    nn.functional.cross_entropy(
+        model(data.normalize(data.train.images[indices])), data.train.labels[indices]
+    ).backward()
+    kernels = [weight for weight in model.parameters() if weight.ndim == 4]
+    task = torch.cat([weight.grad.flatten() for weight in kernels]).norm()  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(ConvSimPenalty(model, objective)(), kernels)
+    expected = 0.01 * task / torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert automatic.state()["beta"] == pytest.approx(expected.item(), rel=1e-4)
+    given = replace(arguments, beta=automatic.state()["beta"])
+    fixed = Trainer(build_network("cnn:4"), data, given, CPU).run_epoch()
+    assert {**fixed, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_beta_auto_without_a_gradient_to_compare_is_an_error(data: Dataset) -> None:
+    model = build_network("cnn:4")
+    for weight in model.parameters():
+        weight.data.zero_()
+    with pytest.raises(DivergedError, match=r"`beta` auto: .* is nan times .*; give `beta` as a number"):
+        Trainer(model, data, Arguments(mode="reg", beta="auto"), CPU).run_epoch()
+
+
 def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
     orders = [permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
@@ -228,7 +259,8 @@ def test_a_restored_state_continues_bit_identically_including_dropout(data: Data
         model = nn.Sequential(build_network("cnn:4", seed=seed), nn.Dropout(0.3))
         return Trainer(model, data, arguments, CPU)
 
-    arguments = Arguments(mode="reg", beta_schedule="loss", momentum=0.9, batch_size=20, precision=precision)  # type: ignore[arg-type]
+    how = {"beta": "auto", "beta_schedule": "loss", "momentum": 0.9}
+    arguments = Arguments(mode="reg", batch_size=20, precision=precision, **how)  # type: ignore[arg-type]
     whole = trainer(seed=0)
     whole.run_epoch()
     stored = io.BytesIO()
@@ -255,7 +287,9 @@ def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
     [
         ({"epochs": 0}, "`epochs` 0: expected a number above 0"),
         ({"lr": -1.0}, "`lr` -1.0: expected a number above 0"),
-        ({"beta": -0.1}, "`beta` -0.1: expected a number of 0 or above"),
+        ({"beta": -0.1}, "`beta` -0.1: expected auto or a number of 0 or above"),
+        ({"mode": "reg", "beta": "atuo"}, "`beta` atuo: expected auto or a number of 0 or above"),
+        ({"beta": "auto"}, "`beta` auto goes with `mode` reg, init.reg, got `mode` baseline"),
         ({"rescale": True}, "`rescale` goes with `mode` init, init.reg, orthogonal, decorrelate, got `mode` baseline"),
         ({"mode": "init", "rescale": True}, "`rescale` changes nothing in raw `mode` init; add `preserve_norm`"),
         ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, reg, init.reg, got `mode` baseline"),
