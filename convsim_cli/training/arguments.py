@@ -136,6 +136,11 @@ class Arguments:
         "Method",
         metavar="NAME",
     )
+    hold_similarity: bool = setting(
+        False,
+        "Remove from each optimizer step what raises a layer's normalized similarity (ncs) to first order.",
+        "Method",
+    )
     bn_statistics: Literal["precise", "running", "batch"] = setting(
         "precise",
         "What batch norm uses in evaluation. precise: statistics re-estimated before each one, on 4,096 training "

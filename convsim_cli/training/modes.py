@@ -31,13 +31,15 @@ class Mode:
     """A way to train.
 
     help: a phrase for `--help`. takes: the arguments that belong to this mode, out of those that belong to some modes
-    only. regularizes: whether training adds the gradient of the objective to that of the task (Algorithm 2).
+    only. regularizes: whether training adds the gradient of the objective to that of the task (Algorithm 2). lowers:
+    whether it lowers similarity; the others do so only with `preserve_norm`, or not at all.
     """
 
     name: str
     help: str
     takes: frozenset[str] = frozenset()
     regularizes: bool = False
+    lowers: bool = False
     preparation: Preparation | None = None
 
 
@@ -78,12 +80,14 @@ MODES: dict[str, Mode] = {
             "orthogonal",
             "orthogonal filters before training, each at its own norm",
             frozenset({"rescale"}),
+            lowers=True,
             preparation=_Kernels("orthogonal"),
         ),
         Mode(
             "decorrelate",
             "filters whose feature maps of the first 1,024 training images are uncorrelated, each at its own norm",
             frozenset({"rescale"}),
+            lowers=True,
             preparation=_Kernels("decorrelate"),
         ),
     )

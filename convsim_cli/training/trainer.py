@@ -24,6 +24,7 @@ from convsim_cli.training.batches import permutation, statistics_batches
 from convsim_cli.training.evaluation import evaluate_together, reestimate_together
 from convsim_cli.training.modes import MODES
 from convsim_cli.training.processes import ALONE, Processes
+from convsim_cli.training.similarity_hold import SimilarityHold
 
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
 
@@ -54,6 +55,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )
+        self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
             indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
         ]
@@ -145,7 +147,8 @@ class Trainer:
             self.optimizer.zero_grad()
             (loss if weight == 1 else weight * loss).backward()
             self._regularize(loss.detach(), weight)
-            self.optimizer.step()
+            with self._hold():
+                self.optimizer.step()
             if weight:
                 totals += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
             if advance:

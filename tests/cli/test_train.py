@@ -90,6 +90,18 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
     assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2).code == 0
 
 
+@pytest.mark.parametrize(
+    ("how", "warned"),
+    [(("--mode", "init"), True), (("--mode", "init", "--preserve-norm"), False), (("--mode", "orthogonal"), False)],
+)
+def test_holding_similarity_where_there_is_none_to_hold_is_warned_about(
+    how: tuple[str, ...], warned: bool, tmp_path: Path, convsim: Convsim
+) -> None:
+    outcome = convsim("train", *SMALL, *how, "--hold-similarity", "--epochs", 1, "--run-dir", tmp_path, "-q")
+    assert outcome.code == 0
+    assert ("--hold-similarity has nothing to hold: --mode init leaves ncs near 1" in outcome.err) == warned
+
+
 def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:
     how = ("train", *SMALL, "--mode", "reg", "--objective", "kernel", "--run-dir", tmp_path, "--json", "-q")
     (first,) = convsim(*how, "--beta", "auto", "--epochs", 1, "--name", "x").document["runs"]
