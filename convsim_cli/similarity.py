@@ -122,6 +122,22 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | N
     return _gradient(filters, others, taps, out)
 
 
+def normalized_gradient(filters: Tensor, taps: Taps, vanished: float) -> Tensor:
+    """Return ∂/∂filters of L_CS(K̂), K̂_i = K_i / ‖K_i‖: of the normalized similarity, but for the number of pairs.
+
+    vanished: filters whose norm is below this share of the largest do not count, and have a zero gradient. The norms
+    enter through the lags alone, A_i / ‖K_i‖² and R_i / ‖K_i‖², so that it costs what the gradient of L_CS does.
+    """
+    autocorrelations = autocorrelation(filters, taps)
+    squares = autocorrelations[..., :1]
+    living = squares >= (vanished**2 * squares.amax()).clamp_min(torch.finfo(filters.dtype).tiny)
+    inverse = torch.where(living, 1 / torch.where(living, squares, 1), 0)
+    autocorrelations = autocorrelations * inverse
+    others = sum_of_others(autocorrelations)
+    others[..., :1] -= (autocorrelations * others).sum(-1, keepdim=True)  # the part along K_i, as in `tangent_gradient`
+    return _gradient(filters, others * inverse, taps)
+
+
 def autocorrelation(filters: Tensor, taps: Taps) -> Tensor:
     """Return A_i = Σ_c K_i[c] ⋆ K_i[c] for each filter: `[groups, S / groups, lags]`."""
     groups, count, size, _ = filters.shape

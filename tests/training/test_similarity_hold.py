@@ -17,7 +17,7 @@ from convsim_cli.measurement.kernel_figures import kernel_figures
 from convsim_cli.networks.names import build_network
 from convsim_cli.similarity import normalized_similarity
 from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.similarity_hold import SimilarityHold, normalized_gradient
+from convsim_cli.training.similarity_hold import SimilarityHold
 from convsim_cli.training.trainer import Trainer
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -99,20 +99,6 @@ def test_ncs_does_not_rise_to_first_order() -> None:
     free, held = ([rise(length, held) for length in (1e-2, 1e-3, 1e-4)] for held in (False, True))
     assert free[2] > 0.5 * gradient.norm()
     assert abs(held[2]) < 0.02 * abs(held[0]) + 1e-9  # vanishes with the length of the step: second order
-
-
-def test_the_gradient_is_that_of_ncs_and_zero_for_dead_filters_and_single_taps() -> None:
-    model = network()[:6].double()
-    kernels = module_kernels(model).kernels
-    for kernel, index in zip(kernels, (0, 2, 4, 5), strict=True):
-        found = normalized_gradient(kernel, weight_of(model, kernel))
-        torch.testing.assert_close(found / kernel.pairs, gradient_of_ncs(model, index), rtol=1e-8, atol=1e-12)
-    weight = torch.randn(8, 3, 3, 3)
-    weight[[2, 5]] *= torch.tensor([0, 1e-25]).reshape(2, 1, 1, 1)
-    found = normalized_gradient(kernels[0], weight)
-    assert found.isfinite().all()
-    assert not found[[2, 5]].any()
-    torch.testing.assert_close(found[[0, 1]], normalized_gradient(kernels[0], weight * 1.0)[[0, 1]])
 
 
 def test_frozen_kernels_and_those_without_a_gradient_are_left_alone() -> None:
