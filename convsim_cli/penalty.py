@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, current_kernel, module_kernels, warn_of_unsupported
+from convsim_cli.kernels import (
+    Kernel,
+    Patterns,
+    current_kernel,
+    living_filters,
+    module_kernels,
+    warn_of_unsupported,
+)
 from convsim_cli.machine.effective_weight import pull_back
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
@@ -68,16 +75,41 @@ class ConvSimPenalty:
         return self._sum(OBJECTIVES["cs"])
 
     @torch.no_grad()
-    def add_gradient_(self, beta: float | Tensor) -> None:
+    def add_gradient_(self, beta: float | Tensor, preserve_norm: bool = False) -> None:
         """Add β·∂penalty to the parameters' gradients, as `(beta * penalty()).backward()` would, without a graph.
 
         Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step. beta: weight
         of the penalty, dimensionless, finite and ≥ 0. A tensor with one element stays on its device: its value is
         checked on the CPU only, since reading it elsewhere would wait for the device. Frozen parameters are left
-        alone. Half-precision gradients are added to in float32 and rounded once. Raises InputError for another beta,
-        and as a call of the penalty; all gradients are then as they were.
+        alone. Half-precision gradients are added to in float32 and rounded once. preserve_norm: leave out of the
+        gradient, filter by filter, the part along the filter, so that it lowers similarity without shrinking. Raises
+        InputError for another beta, and as a call of the penalty; all gradients are then as they were.
         """
         _check_beta(beta)
+        own, behind = self._contributions(beta, preserve_norm)
+        _accumulate(own, beta)
+        for parameter, gradient in behind:  # which several layers can share
+            _accumulate({parameter: gradient}, 1.0)
+
+    @torch.no_grad()
+    def gradient_ratio(self, preserve_norm: bool = False) -> Tensor:
+        """Return ‖gradient‖ that the parameters behind the kernels hold / ‖gradient‖ that `add_gradient_(1)` would add.
+
+        A scalar on the kernels' device, to choose β by: 0.01 of it makes the penalty's gradient 1 % of the task's.
+        preserve_norm, errors: as `add_gradient_`. ∞ or NaN where the penalty's gradient is zero.
+        """
+        own, behind = self._contributions(1.0, preserve_norm)
+        added = [*own.items(), *behind]
+        if not added:
+            return torch.tensor(math.nan)
+        held = [parameter.grad for parameter in dict(added) if parameter.grad is not None]
+        like = added[0][1]
+        return _norm(held, like) / _norm([gradient for _, gradient in added], like)
+
+    def _contributions(
+        self, beta: float | Tensor, preserve_norm: bool
+    ) -> tuple[dict[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+        """The gradients of trainable kernels, still to be multiplied by β, and of parameters behind computed ones."""
         with torch.enable_grad():  # a computed weight leads to its parameters through a graph
             layers = self._layers()
         own: dict[Tensor, Tensor] = {}
@@ -86,26 +118,37 @@ class ConvSimPenalty:
             for kernel, weight in layers:
                 if not weight.requires_grad:
                     continue
-                gradient = self._gradient(kernel, weight)
+                gradient = self._gradient(kernel, weight, preserve_norm)
                 if weight.is_leaf:
                     own[weight] = own[weight] + gradient if weight in own else gradient  # tied since
                 else:
                     behind += pull_back(weight, beta * gradient)
-        _accumulate(own, beta)
-        for parameter, gradient in behind:  # which several layers can share
-            _accumulate({parameter: gradient}, 1.0)
+        return own, behind
 
     def _layers(self) -> Layers:
         return [current_kernel(self._model, kernel) for kernel in self._kernels]
 
     def _sum(self, objective: Objective) -> Tensor:
-        values = [objective.value(kernel.to_filters(weight), kernel.taps) for kernel, weight in self._layers()]
+        values = [objective.value(_filters(objective, *layer), layer[0].taps) for layer in self._layers()]
         return torch.stack([value.to(values[0]) for value in values]).sum()
 
-    def _gradient(self, kernel: Kernel, weight: Tensor) -> Tensor:
+    def _gradient(self, kernel: Kernel, weight: Tensor, preserve_norm: bool) -> Tensor:
         """∂objective/∂weight, in float32 or float64, in the weight's shape."""
-        gradient = self._objective.gradient(kernel.to_filters(weight.detach()), kernel.taps, None)
+        filters = _filters(self._objective, kernel, weight.detach())
+        if not preserve_norm:
+            return kernel.view_as_stored(self._objective.gradient(filters, kernel.taps, None))
+        if kernel.pointwise and self._objective.norm_only_pointwise:
+            return torch.zeros_like(weight)
+        gradient, norms = torch.empty_like(filters), torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+        self._objective.tangent_gradient(filters.clone(), kernel.taps, norms, gradient)
         return kernel.view_as_stored(gradient)
+
+
+def _filters(objective: Objective, kernel: Kernel, weight: Tensor) -> Tensor:
+    filters = kernel.to_filters(weight)
+    if objective.vanishes_with_filters:
+        return filters
+    return filters.masked_fill(~living_filters(filters.detach())[..., None, None], 0)
 
 
 def _check_beta(beta: float | Tensor) -> None:
@@ -126,6 +169,12 @@ def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None
             total.addcmul_(gradient, factor)
     elif sums:
         torch._foreach_add_(sums, list(gradients.values()), alpha=factor)
+
+
+def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The L2 norm of all values together, as a scalar on the device of `like`."""
+    norms = [torch.linalg.vector_norm(gradient.float()).to(like.device) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=like.device)
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:

@@ -127,11 +127,27 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | N
     others = sum_of_others(autocorrelations)
     along = (autocorrelations * others).sum(-1, keepdim=True)
     along /= _at_lag_zero(autocorrelations, impulse).clamp_min(least)
-    if impulse is None:
-        others[..., :1].sub_(along)
-    else:
-        others.addcmul_(along, impulse, value=-1)
+    _subtract_at_lag_zero_(others, along, impulse)
     return _gradient(filters, others, taps, out, spectrum)
+
+
+def normalized_gradient(filters: Tensor, taps: Taps, vanished: float) -> Tensor:
+    """Return ∂/∂filters of L_CS(K̂), K̂_i = K_i / ‖K_i‖: of the normalized similarity, but for the number of pairs.
+
+    vanished: filters whose norm is below this share of the largest do not count, and have a zero gradient. The norms
+    enter through the lags alone, A_i / ‖K_i‖² and R_i / ‖K_i‖², so that it costs what the gradient of L_CS does.
+    """
+    spectrum = spectrum_if_cheaper(filters, taps)
+    autocorrelations = autocorrelation(filters, taps, spectrum)
+    impulse = None if spectrum is None else unit_impulse(filters, taps)
+    squares = _at_lag_zero(autocorrelations, impulse)
+    living = squares >= (vanished**2 * squares.amax()).clamp_min(torch.finfo(filters.dtype).tiny)
+    inverse = torch.where(living, 1 / torch.where(living, squares, 1), 0)
+    autocorrelations = autocorrelations * inverse
+    others = sum_of_others(autocorrelations)
+    along = (autocorrelations * others).sum(-1, keepdim=True)
+    _subtract_at_lag_zero_(others, along, impulse)  # the part along K_i, as in `tangent_gradient`
+    return _gradient(filters, others * inverse, taps, None, spectrum)
 
 
 def spectrum_if_cheaper(filters: Tensor, taps: Taps) -> Tensor | None:
@@ -189,6 +205,13 @@ def _gradient(
 def _at_lag_zero(autocorrelations: Tensor, impulse: Tensor | None) -> Tensor:
     """A_i at lag 0, which is ‖K_i‖²: `[groups, S / groups, 1]`. impulse: `unit_impulse` for spectra, None for lags."""
     return autocorrelations[..., :1] if impulse is None else autocorrelations @ impulse.unsqueeze(-1)
+
+
+def _subtract_at_lag_zero_(others: Tensor, along: Tensor, impulse: Tensor | None) -> None:
+    if impulse is None:
+        others[..., :1].sub_(along)
+    else:
+        others.addcmul_(along, impulse, value=-1)
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations, product
+from random import Random
 
 import torch
 from torch import Tensor
@@ -76,6 +77,46 @@ def literal_kernel_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
     return total
 
 
+def literal_ocnn(weight: Tensor, groups: int = 1) -> Tensor:
+    """Wang et al. 2020, stride 1: ‖Σ_c K_i[c] ⋆ K_j[c] − δ_ij δ_0‖² over all lags and ordered pairs of each group."""
+    total = torch.zeros((), dtype=weight.dtype)
+    for group in weight.chunk(groups):
+        for i, j in product(range(group.shape[0]), repeat=2):
+            lags = sum(correlate(group[i, c], group[j, c]) for c in range(group.shape[1]))
+            target = torch.zeros_like(lags)
+            if i == j:
+                target[tuple(size // 2 for size in target.shape)] = 1
+            total = total + (lags - target).square().sum()
+    return total
+
+
+def literal_srip(weight: Tensor, groups: int = 1) -> Tensor:
+    """Bansal et al. 2018: the spectral norm of KKᵀ − I (KᵀK − I where S > C·N) by two power iterations, per group."""
+    total = torch.zeros((), dtype=weight.dtype)
+    for group in weight.chunk(groups):
+        rows = group.flatten(1)
+        rows = rows if rows.shape[0] <= rows.shape[1] else rows.T
+        excess = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)
+        normal = Random(0).gauss
+        vector = torch.tensor([normal(0, 1) for _ in rows], dtype=rows.dtype)
+        for _ in range(2):
+            first = excess @ vector
+            vector = excess @ first
+        total = total + vector.norm() / first.norm()
+    return total
+
+
+def literal_orthoreg(weight: Tensor, groups: int = 1) -> Tensor:
+    """Rodríguez et al. 2017: Σ_{i≠j} log(1 + exp(10 (cos(K_i, K_j) − 1))), pairs within each group."""
+    total = torch.zeros((), dtype=weight.dtype)
+    for group in weight.chunk(groups):
+        for i, j in product(range(group.shape[0]), repeat=2):
+            if i != j:
+                cosine = (group[i] * group[j]).sum() / group[i].norm() / group[j].norm()
+                total = total + (1 + (10 * (cosine - 1)).exp()).log()
+    return total
+
+
 def literal_normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     """Mean over pairs of ⟨A_i, A_j⟩ / (‖K_i‖²‖K_j‖²)."""
     ratios = []
@@ -137,4 +178,7 @@ LITERAL = {  # the objectives by name
     "cs": literal_similarity,
     "neighbours": literal_neighbouring_similarity,
     "kernel": literal_kernel_orthogonality,
+    "ocnn": literal_ocnn,
+    "srip": literal_srip,
+    "orthoreg": literal_orthoreg,
 }

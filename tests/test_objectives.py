@@ -100,6 +100,63 @@ def test_nan_and_infinite_weights_do_not_come_out_as_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (5, 4, 1, 1), (9, 1, 2, 2)], ids=str)
+def test_filters_of_zeros_have_a_zero_gradient_and_the_others_a_number(name: str, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    weight[[1, 3]] = 0
+    for one in (weight, torch.zeros(shape)):
+        filters, taps = to_filters(one)
+        assert OBJECTIVES[name].value(filters, taps).isfinite()
+        gradient = OBJECTIVES[name].gradient(filters, taps, None)
+        assert gradient.isfinite().all()
+        assert not gradient[:, [1, 3]].any()
+
+
+@pytest.mark.parametrize("name", ["srip", "orthoreg"])
+def test_filters_of_zeros_take_no_part(name: str) -> None:
+    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    weight[4] = 0
+    values = [OBJECTIVES[name].value(*to_filters(one)) for one in (weight, weight[:4])]
+    torch.testing.assert_close(*values)
+
+
+def test_srip_is_close_to_the_spectral_norm_and_starts_alike_everywhere() -> None:
+    rows = torch.linalg.qr(torch.randn(27, 6, dtype=torch.float64))[0].T * torch.tensor([[1, 1.1, 1, 1, 1, 2]]).T
+    filters, taps = to_filters(rows.reshape(6, 3, 3, 3))
+    torch.testing.assert_close(OBJECTIVES["srip"].value(filters, taps).item(), 3.0, rtol=1e-3, atol=0)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    OBJECTIVES["srip"].value(filters, taps)
+    torch.set_rng_state(state)
+    assert OBJECTIVES["srip"].value(filters, taps) == OBJECTIVES["srip"].value(torch.cat([filters, filters])[:1], taps)
+
+
+def test_orthogonal_filters_of_norm_1_are_what_ocnn_and_srip_want() -> None:
+    rows = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    for name in ("ocnn", "srip"):
+        filters, taps = to_filters(rows[:6, :, None, None])
+        torch.testing.assert_close(OBJECTIVES[name].value(filters, taps).item(), 0.0, rtol=0, atol=1e-10)
+        assert OBJECTIVES[name].gradient(filters, taps, None).isfinite().all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_values_and_gradients_work_under_the_transforms_of_torch_func(name: str) -> None:
+    filters, taps = to_filters(torch.randn(5, 2, 3, 3, dtype=torch.float64))
+    value = OBJECTIVES[name].value
+    gradient = torch.func.grad(lambda f: value(f, taps))(filters)
+    torch.testing.assert_close(gradient, OBJECTIVES[name].gradient(filters, taps, None), rtol=1e-8, atol=1e-10)
+    batch = torch.stack([filters, 2 * filters])
+    many = torch.func.vmap(lambda f: value(f, taps))(batch)
+    torch.testing.assert_close(many, torch.stack([value(f, taps) for f in batch]))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_can_be_differentiated_again(name: str) -> None:
+    filters, taps = to_filters(torch.randn(4, 2, 2, 2, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradgradcheck(lambda f: OBJECTIVES[name].value(f, taps), filters.detach().requires_grad_())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_pointwise_kernels_are_marked_where_their_value_depends_on_norms_alone(name: str) -> None:
     filters, taps = to_filters(torch.randn(4, 8, 1, 1, dtype=torch.float64))
     mixed = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
@@ -126,5 +183,5 @@ def test_an_unknown_objective_is_refused_with_the_closest_name() -> None:
 
 
 def test_the_table_is_in_the_order_of_the_documentation_and_keyed_by_name() -> None:
-    assert list(OBJECTIVES)[:3] == ["cs", "neighbours", "kernel"]
+    assert list(OBJECTIVES) == ["cs", "neighbours", "kernel", "ocnn", "srip", "orthoreg"]
     assert all(objective.name == name for name, objective in OBJECTIVES.items())

@@ -50,6 +50,70 @@ def test_adding_the_gradient_directly_equals_backward_through_the_penalty(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_norm_preserving_gradient_is_the_gradient_without_its_part_along_each_filter(
+    objective: str, layout: torch.memory_format
+) -> None:
+    model = network().to(memory_format=layout)  # type: ignore[call-overload]
+    weights = [weight for weight in model.parameters() if weight.ndim == 4]
+    former = [weight.detach().clone() for weight in weights]
+    penalty = ConvSimPenalty(model, objective)
+    (0.3 * penalty()).backward()
+    expected = []
+    for weight in weights:
+        filters, gradient = weight.detach().double(), weight.grad.double()
+        axes = (0, 2, 3) if weight is model[3].weight else (1, 2, 3)
+        inner, squares = ((x * filters).sum(axes, keepdim=True) for x in (gradient, filters))
+        expected.append((gradient - inner / squares * filters).float())
+    model.zero_grad()
+    penalty.add_gradient_(0.3, preserve_norm=True)
+    for weight, was, wanted in zip(weights, former, expected, strict=True):
+        torch.testing.assert_close(weight.grad, wanted, rtol=1e-3, atol=1e-6)
+        assert torch.equal(weight, was)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_norm_preserving_gradient_of_vanished_and_of_single_tap_filters_is_a_number(objective: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1))
+    with torch.no_grad():
+        model[0].weight[1:4] *= torch.tensor([0, 1e-25, 1e-19]).reshape(3, 1, 1, 1)
+    ConvSimPenalty(model, objective).add_gradient_(1.0, preserve_norm=True)
+    assert all(gradient.isfinite().all() for gradient in grown(model))
+    assert model[1].weight.grad.any() != OBJECTIVES[objective].norm_only_pointwise
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("directly", [True, False])
+def test_dead_filters_stay_dead(objective: str, directly: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    with torch.no_grad():
+        model[0].weight[[1, 4, 5, 6, 7]] *= torch.tensor([1e-12, 1e-25, 0, 1e-25, 1e-30]).reshape(5, 1, 1, 1)
+    penalty = ConvSimPenalty(model, objective)
+    penalty.add_gradient_(1.0) if directly else penalty().backward()
+    gradient = model[0].weight.grad
+    assert gradient.isfinite().all()
+    assert gradient[[1, 4, 5, 6, 7]].abs().max() <= 1e-10 * gradient[[0, 2, 3]].abs().max()
+
+
+@pytest.mark.parametrize("preserve_norm", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_the_gradient_ratio_is_that_of_the_task_to_the_penalty(preserve_norm: bool, computed: bool) -> None:
+    model = network().double()
+    if computed:
+        nn.utils.parametrizations.weight_norm(model[2])
+    penalty = ConvSimPenalty(model, "kernel")
+    penalty.add_gradient_(1.0, preserve_norm)
+    alone = torch.cat([gradient.flatten() for gradient in grown(model)])
+    model.zero_grad()
+    model(torch.randn(2, 3, 8, 8).double()).square().sum().backward()
+    held = [p.grad.flatten() for name, p in model.named_parameters() if "bias" not in name]
+    before = grown(model)
+    found = penalty.gradient_ratio(preserve_norm)
+    torch.testing.assert_close(found.double(), torch.cat(held).norm() / alone.norm(), rtol=1e-5, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(grown(model), before, strict=True))
+
+
 def test_neighbours_are_what_the_authors_code_sums() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3)).double()
     expected = literal_neighbouring_similarity(model[0].weight)

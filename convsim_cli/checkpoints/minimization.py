@@ -1,8 +1,9 @@
-"""Algorithm 1 on the kernels of an open checkpoint: minimize them one at a time and write the checkpoint."""
+"""Algorithm 1, or a closed form, on the kernels of an open checkpoint: one at a time, as the checkpoint is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +22,35 @@ CPU = torch.device("cpu")
 Aliases = Mapping[str, Sequence[str]]  # a kernel's name → the other names that the checkpoint holds it under
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """A closed form in the place of Algorithm 1, or after it.
+
+    label: what reports call it. rewrite: returns a layer's new weight, as stored, and its record. after: the norm-
+    preserving minimization that comes first, if one does; `rewrite` then carries out both.
+    """
+
+    label: str
+    rewrite: Callable[[Kernel, Tensor], tuple[Tensor, Record]]
+    after: Minimization | None = None
+    preserve_norm = True
+
+    @property
+    def iterations(self) -> int:
+        return self.after.iterations if self.after else 0
+
+    @property
+    def lr(self) -> float | None:
+        return self.after.lr if self.after else None
+
+
+Method = Minimization | ClosedForm
+
+
 def write_minimized(
     checkpoint: Checkpoint,
     selection: Selection,
-    how: Minimization,
+    how: Method,
     target: Path,
     *,
     aliases: Aliases | None = None,
@@ -34,12 +60,13 @@ def write_minimized(
     device: torch.device = CPU,
     advance: Advance | None = None,
 ) -> tuple[list[Record], Path | None]:
-    """Minimize the selected kernels and write the checkpoint to `target`; return a record per layer, and the backup.
+    """Change the selected kernels and write the checkpoint to `target`; return a record per layer, and the backup.
 
-    Large layers are in memory one at a time; everything but the selected kernels stays bit-identical. aliases: a
-    kernel is written under each of these names as well. probe: adds `fm_cos` on such inputs to `before` and `after`.
-    advance: takes the steps (`Minimization.steps`) completed since the last call. Raises InputError for a kernel with
-    NaN or Inf, DivergedError for a loss that stops being finite, WriteError; the target is then unchanged.
+    Large layers are in memory one at a time; everything but the selected kernels stays bit-identical. aliases: a kernel
+    is written under each of these names as well. probe: adds `fm_cos` on such inputs to `before` and `after`. advance:
+    takes the steps (`Minimization.steps`) completed since the last call, one per layer of a closed form. Raises
+    InputError for a kernel with NaN or Inf, DivergedError for a loss that stops being finite, WriteError; the target is
+    then unchanged.
     """
     check_kernels(checkpoint, selection)
     aliases = aliases or {}
@@ -51,7 +78,7 @@ def write_minimized(
             yield kernel, checkpoint.load(kernel.name).to(device)
 
     def changes() -> Iterator[tuple[str, Tensor]]:
-        minimized_layers = minimize_kernels(weights(), how, advance)
+        minimized_layers = _changed(weights(), how, advance)
         for kernel, (minimized, record) in zip(selection.kernels, minimized_layers, strict=True):
             if layer_probe:
                 former = checkpoint.load(kernel.name).to(device)
@@ -67,6 +94,18 @@ def write_minimized(
 
     kept = checkpoint.write(target, changes(), make_metadata(selection, how), backup=backup)
     return records, kept
+
+
+def _changed(
+    layers: Iterable[tuple[Kernel, Tensor]], how: Method, advance: Advance | None
+) -> Iterator[tuple[Tensor, Record]]:
+    if isinstance(how, Minimization):
+        yield from minimize_kernels(layers, how, advance)
+        return
+    for kernel, weight in layers:
+        yield how.rewrite(kernel, weight)
+        if advance:
+            advance(1)
 
 
 def describe_kernels(
@@ -97,14 +136,13 @@ def check_kernels(checkpoint: Checkpoint, selection: Selection) -> None:
         check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
 
 
-def make_metadata(selection: Selection, how: Minimization) -> Mapping[str, str]:
+def make_metadata(selection: Selection, how: Method) -> Mapping[str, str]:
     """Return the `convsim.*` record that tells how a file was changed."""
-    return {
-        "convsim.version": __version__,
-        "convsim.objective": how.label,
-        "convsim.optimizer": how.optimizer,
-        "convsim.lr": repr(how.lr),
-        "convsim.iterations": str(how.iterations),
-        "convsim.tol": repr(how.tol),
-        "convsim.layers": ",".join(kernel.name for kernel in selection.kernels),
-    }
+    record = {"convsim.version": __version__, "convsim.objective": how.label}
+    minimization = how if isinstance(how, Minimization) else how.after
+    if minimization:
+        record["convsim.optimizer"] = minimization.optimizer
+        record["convsim.lr"] = repr(minimization.lr)
+        record["convsim.iterations"] = str(minimization.iterations)
+        record["convsim.tol"] = repr(minimization.tol)
+    return {**record, "convsim.layers": ",".join(kernel.name for kernel in selection.kernels)}

@@ -1,4 +1,4 @@
-"""`convsim init`: Algorithm 1 on a checkpoint, or on a fresh network."""
+"""`convsim init`: Algorithm 1, or a closed form, on a checkpoint or a fresh network."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from convsim_cli.cli.options import (
     ArchOption,
     CheckpointArgument,
     ClassesOption,
+    DataDirOption,
     DeviceOption,
     ExcludeOption,
     GroupsOption,
     IncludeOption,
     JsonOption,
     KeyOption,
+    MeanOption,
     ObjectiveOption,
     QuietOption,
     SeedOption,
+    StdOption,
     TransposedOption,
     WideOption,
     name_options,
@@ -35,6 +38,8 @@ Examples:
   convsim init --arch resnet18 -o model.safetensors      # a fresh network
   convsim init model.safetensors                         # in place; keeps model.safetensors.bak
   convsim init model.pth -o new.pth --preserve-norm      # similarity only: every filter keeps its norm
+  convsim init model.pth --orthogonal                    # orthogonal filters, without iterations
+  convsim init --arch cnn1 --preserve-norm --decorrelate cifar10 --data-dir data -o model.safetensors
   convsim init model.pth --dry-run --json                # what would be touched, and what skipped
   convsim init model.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
 
@@ -55,6 +60,33 @@ def init(
         bool, typer.Option("--preserve-norm", help="Hold every filter at its own L2 norm.")
     ] = False,
     objective: ObjectiveOption = "cs",
+    orthogonal: Annotated[
+        bool, typer.Option("--orthogonal", help="Orthogonal filters, each at its own norm, in place of Algorithm 1.")
+    ] = False,
+    decorrelate: Annotated[
+        str | None,
+        typer.Option(
+            "--decorrelate",
+            metavar="INPUT",
+            help="With --arch: filters whose feature maps on these inputs are uncorrelated, each at its own norm; "
+            "alone, or with --preserve-norm after Algorithm 1. INPUT as in measure; of a data set, training images.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="--decorrelate: number of inputs.", min=1)] = 256,
+    side: Annotated[
+        int | None,
+        typer.Option(
+            "--input-size",
+            help="--decorrelate: pixels along each axis of an input: 32 unless given, 224 with an --arch that is not "
+            "built in.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    data_dir: DataDirOption = Path("data"),
+    mean: MeanOption = None,
+    std: StdOption = None,
     tol: Annotated[
         float, typer.Option(help="Stop a layer when 50 iterations lower its loss by less than this share.", min=0)
     ] = 0.0,
@@ -85,8 +117,10 @@ def init(
     """Lower the similarity of a network's feature maps by its kernels alone, before training (Algorithm 1).
 
     The paper's objective mostly shrinks the filters. With --preserve-norm every filter keeps its norm, and only their
-    similarity changes. This is for weights before training: a trained network loses what it has learned.
+    similarity changes; --orthogonal and --decorrelate are closed forms that do so without iterations. This is for
+    weights before training: a trained network loses what it has learned.
     """
+    from convsim_cli.inputs.images import parse_channels
     from convsim_cli.machine.allocator import return_freed_memory
     from convsim_cli.networks.minimization import minimize_checkpoint
 
@@ -100,6 +134,13 @@ def init(
         optimizer=optimizer,
         preserve_norm=preserve_norm,
         objective=objective,
+        orthogonal=orthogonal,
+        decorrelate=decorrelate,
+        samples=samples,
+        side=side,
+        data_dir=data_dir,
+        mean=parse_channels("mean", mean),
+        std=parse_channels("std", std),
         tol=tol,
         backup=not no_backup,
         force=force,

@@ -40,6 +40,7 @@ def _parameter(declaration: Declaration) -> Parameter:
         metavar=declaration.metavar or _METAVARS.get(declaration.types[0]),
         min=_least(declaration),
         max=None if declaration.most == inf else declaration.most,
+        parser=_number_or_word if _is_number_or_word(declaration) else None,
         show_default=declaration.default is not None,
         rich_help_panel=declaration.group,
     )
@@ -48,10 +49,22 @@ def _parameter(declaration: Declaration) -> Parameter:
 
 
 def _type(declaration: Declaration) -> Any:
-    if declaration.choices:
+    if declaration.choices and not _is_number_or_word(declaration):
         return Literal[tuple(declaration.choices)]
     kind: Any = declaration.types[0]
     return kind | None if declaration.default is None else kind
+
+
+def _is_number_or_word(declaration: Declaration) -> bool:
+    return bool(declaration.choices) and float in declaration.types
+
+
+def _number_or_word(text: str) -> float | str:
+    """The argument's declaration checks the value later."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _least(declaration: Declaration) -> float | None:

@@ -75,7 +75,7 @@ class Probe:
         if not self._is_known():
             hint = did_you_mean(self.input, (*PROBES, *datasets.NAMES))
             raise InputError(f"`input` {self.input!r}: {hint}, or a folder")
-        if not self._is_labeled():
+        if not self.is_labeled:
             return None
         return load_dataset(
             self.input, self.data_dir, self.side or usual_side(arch), self.mean, self.std, test_only=True
@@ -93,8 +93,10 @@ class Probe:
     def _side(self, arch: str, axes: int) -> int:
         return self.side or (usual_side(arch) if axes == 2 else SIDE[axes])
 
-    def _is_labeled(self) -> bool:
+    @property
+    def is_labeled(self) -> bool:
+        """Whether the inputs are the images of a data set, with labels."""
         return self.input in datasets.NAMES or self.input.startswith("folder:")
 
     def _is_known(self) -> bool:
-        return self._is_labeled() or Path(self.input).is_dir()
+        return self.is_labeled or Path(self.input).is_dir()

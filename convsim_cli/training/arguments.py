@@ -25,8 +25,9 @@ FOLDER = "folder:"  # what the `dataset` of a folder of images begins with
 class Declaration:
     """What is declared of an argument.
 
-    types: the types that a value may have. help: what it means, with its unit. group: the heading of its option, one of
-    `GROUPS`, or None for an argument that is no option. choices: the values that a string may have, any if empty.
+    types: the types that a value may have; a number or a word for (float, str). help: what it means, with its unit.
+    group: the heading of its option, one of `GROUPS`, or None for an argument that is no option. choices: the values
+    that a string may have, any if empty.
     above: exclusive lower bound of a number; least, most: inclusive bounds.
     """
 
@@ -55,8 +56,11 @@ class Declaration:
 
     def _expected(self) -> str:
         if self.choices:
-            *others, last = self.choices
+            *others, last = (*self.choices, *([self._range()] if float in self.types else []))
             return f"{', '.join(others)} or {last}"
+        return self._range()
+
+    def _range(self) -> str:
         if self.above is not None:
             return f"a number above {self.above}"
         if self.most < math.inf:
@@ -100,21 +104,42 @@ class Arguments:
     lr: float = setting(0.01, "Learning rate of SGD", "Recipe", above=0)
     momentum: float = setting(0.0, "Momentum of SGD.", "Recipe", least=0)
     weight_decay: float = setting(0.0, "L2 penalty of SGD.", "Recipe", least=0)
-    iterations: int = setting(500, "Iterations of Algorithm 1 (init, rescale).", "Method", least=0)
+    iterations: int = setting(500, "Iterations of Algorithm 1, before training.", "Method", least=0)
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1", "Method", above=0)
-    preserve_norm: bool = setting(False, "Keep every filter at its own norm.", "Method")
-    rescale: bool = setting(
-        False, "With --preserve-norm, scale the filters afterwards to the norms that raw init would give.", "Method"
+    preserve_norm: bool = setting(
+        False,
+        "Lower similarity without shrinking: init holds every norm, the gradient of reg has no part along a filter.",
+        "Method",
     )
-    beta: float = setting(0.001, "reg: weight of the objective, dimensionless.", "Method", least=0)
+    rescale: bool = setting(
+        False,
+        "Scale the filters to the norms that raw init would give; with init, it requires --preserve-norm.",
+        "Method",
+    )
+    factor: float | None = setting(
+        None, "Scale every filter by this factor, dimensionless, without Algorithm 1.", "Method", metavar="F", above=0
+    )
+    beta: float | Literal["auto"] = setting(
+        0.001,
+        "reg, init+reg: weight of the objective, dimensionless; auto: its gradient is 1 % of the task's at the first "
+        "batch.",
+        "Method",
+        metavar="X|auto",
+    )
     beta_schedule: Literal["constant", "loss"] = setting(
         "constant", "Keep beta constant, or lower it with the task loss.", "Method"
     )
     objective: str = setting(
         "cs",
-        "What to minimize: cs (Eq. 10), neighbours (the authors' public code) or kernel (kernel orthogonality).",
+        "What to minimize: cs (Eq. 10), neighbours (the authors' public code), or kernel orthogonality: kernel, ocnn, "
+        "srip or orthoreg.",
         "Method",
         metavar="NAME",
+    )
+    hold_similarity: bool = setting(
+        False,
+        "Remove from each optimizer step what raises a layer's normalized similarity (ncs) to first order.",
+        "Method",
     )
     bn_statistics: Literal["precise", "running", "batch"] = setting(
         "precise",
@@ -141,12 +166,19 @@ class Arguments:
         find_objective(self.objective)
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
             raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
-        if self.rescale and not (self.mode == "init" and self.preserve_norm):
-            raise InputError("`rescale` goes with `mode` init and `preserve_norm`; the control alone is `mode` rescale")
         for name, declaration in declarations().items():
             takers = modes_that_take(name)
             if takers and self.mode not in takers and getattr(self, name) != declaration.default:
                 raise InputError(f"`{name}` goes with `mode` {', '.join(takers)}, got `mode` {self.mode}")
+        if self.rescale and "preserve_norm" in MODES[self.mode].takes and not self.preserve_norm:
+            raise InputError(f"`rescale` changes nothing in raw `mode` {self.mode}; add `preserve_norm`")
+        if self.beta == "auto" and not MODES[self.mode].regularizes:
+            modes = ", ".join(mode.name for mode in MODES.values() if mode.regularizes)
+            raise InputError(f"`beta` auto goes with `mode` {modes}, got `mode` {self.mode}")
+        if self.factor is not None and self.objective != "cs":
+            raise InputError(
+                f"`factor` {self.factor} minimizes nothing: `objective` {self.objective} has no use with it"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run the one it is: all but the number of epochs and where its data lies."""
@@ -166,10 +198,11 @@ def declarations() -> dict[str, Declaration]:
 
 
 def _declaration(name: str, kind: Any, default: Any, metadata: Any) -> Declaration:
-    if get_origin(kind) is Literal:
-        return Declaration(name, (str,), default, choices=get_args(kind), **metadata)
-    types = (float, int) if kind is float else get_args(kind) or (kind,)
-    return Declaration(name, types, default, **metadata)
+    kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+    words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+    types = tuple(str if get_origin(one) is Literal else one for one in kinds)
+    types = (*types, int) if float in types else types
+    return Declaration(name, types, default, **({**metadata, "choices": words} if words else metadata))
 
 
 def make_arguments(values: Any, path: Path) -> Arguments:

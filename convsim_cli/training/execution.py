@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.names import build_network
+from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.modes import MODES
+from convsim_cli.training.preparation import first_images
 from convsim_cli.training.processes import ALONE, Processes
 from convsim_cli.training.results import Row, write_results
 from convsim_cli.training.run_data import load_data
@@ -105,18 +109,32 @@ def _update_folder(run: Run, epochs_done: int) -> None:
 
 def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, _device(run, processes)
+    _warn_of_nothing_to_hold(arguments)
     model = build_with_weights(arguments, data.classes).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
     preparation = MODES[arguments.mode].preparation
     if preparation:  # on rank 0 only: the other processes receive its weights
         listener.phase("init", preparation.steps(model, arguments))
-        processes.on_rank_zero(lambda: preparation.apply_(model, arguments, listener.advance))
+        images = partial(first_images, data, device)
+        processes.on_rank_zero(lambda: preparation.apply_(model, arguments, images, listener.advance))
     trainer = Trainer(model, data, arguments, device, processes)
     changed = preparation is not None
     cosines = feature_map_cosines(model, data, device, changed) if processes.is_rank_zero else {}
     log: Log = {"history": [], "fm_cos_start": cosines}
     save_state(run, trainer, log)
     return trainer, log
+
+
+def _warn_of_nothing_to_hold(arguments: Arguments) -> None:
+    lowered = arguments.preserve_norm or arguments.weights or MODES[arguments.mode].lowers
+    if arguments.hold_similarity and not lowered:
+        modes = ", ".join(mode.name for mode in MODES.values() if mode.lowers)
+        warnings.warn(
+            f"`hold_similarity` has nothing to hold: `mode` {arguments.mode} leaves ncs near 1 at the start; "
+            f"use `mode` {modes}, or init with `preserve_norm`",
+            ConvsimWarning,
+            stacklevel=2,
+        )
 
 
 def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> tuple[Trainer, Log]:

@@ -44,6 +44,7 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
         "mean_last5_test_accuracy": mean(row["test_accuracy"] for row in history[-LAST_EPOCHS:]),
         "last_train_accuracy": history[-1]["train_accuracy"],
         "cs": history[-1]["cs"],
+        "beta": trainer.beta if trainer.mode.regularizes else None,
         "fm_cos": {
             "start": log["fm_cos_start"],
             "end": feature_map_cosines(trainer.model, trainer.dataset, trainer.device),

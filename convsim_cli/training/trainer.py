@@ -24,6 +24,9 @@ from convsim_cli.training.batches import permutation, statistics_batches
 from convsim_cli.training.evaluation import evaluate_together, reestimate_together
 from convsim_cli.training.modes import MODES
 from convsim_cli.training.processes import ALONE, Processes
+from convsim_cli.training.similarity_hold import SimilarityHold
+
+AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
 
 
 class Trainer:
@@ -52,11 +55,13 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
         )
+        self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
             indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
         ]
         self.epoch = 0
         self.first_loss: Tensor | None = None
+        self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
         parallel = processes.parallel(self.model)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(parallel) if arguments.compile else parallel
         self._evaluated = self._forward if processes.size == 1 else self.model  # DDP would communicate
@@ -97,6 +102,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "first_loss": self.first_loss,
+            "beta": self.beta,
             "rng": self.processes.gather(self._random_states()),
         }
 
@@ -106,6 +112,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.first_loss = None if state["first_loss"] is None else state["first_loss"].to(self.device)
+        self.beta = state.get("beta", self.beta)  # a state of an earlier version has none
         ours, on_device = state["rng"][self.processes.rank]
         torch.set_rng_state(ours)
         if on_device is not None:
@@ -140,7 +147,8 @@ class Trainer:
             self.optimizer.zero_grad()
             (loss if weight == 1 else weight * loss).backward()
             self._regularize(loss.detach(), weight)
-            self.optimizer.step()
+            with self._hold():
+                self.optimizer.step()
             if weight:
                 totals += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
             if advance:
@@ -163,12 +171,27 @@ class Trainer:
         """Algorithm 2: add β·∂L_CS to the gradients. With the schedule `loss`, β falls with the task loss."""
         if not self.mode.regularizes:
             return
+        if self.beta is None:
+            self.beta = self._matched_beta()
         if self.arguments.beta_schedule == "constant":
-            return self.penalty.add_gradient_(self.arguments.beta)
+            return self.penalty.add_gradient_(self.beta, self.arguments.preserve_norm)
         loss = self.processes.sum(weight * loss) / self.processes.size
         if self.first_loss is None:
             self.first_loss = loss
-        self.penalty.add_gradient_(self.arguments.beta * loss / self.first_loss)
+        self.penalty.add_gradient_(self.beta * loss / self.first_loss, self.arguments.preserve_norm)
+
+    def _matched_beta(self) -> float:
+        """`beta` auto: the same number in every process. Raises DivergedError where it is not finite, or 0."""
+        ratio = self.penalty.gradient_ratio(self.arguments.preserve_norm)
+        beta = AUTO_BETA * self.processes.sum(ratio).item() / self.processes.size
+        if not 0 < beta < math.inf:
+            if not self.processes.is_rank_zero:
+                raise FollowedError
+            raise DivergedError(
+                f"`beta` auto: the task's gradient is {beta / AUTO_BETA:g} times the objective's at the first batch; "
+                "give `beta` as a number"
+            )
+        return beta
 
     def _totals(self) -> Tensor:
         """Sums of the loss and of correct predictions. They stay on the device until the end of the epoch."""

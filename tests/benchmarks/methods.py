@@ -1,11 +1,11 @@
-"""Value and gradient of L_CS against the other penalties, per layer and over whole networks.
+"""Value and gradient of L_CS against the other objectives, per layer and over whole networks.
 
     python tests/benchmarks/methods.py            # layers of all widths, then networks
 
 Each column is seconds of that method over seconds of L_CS, in the same round: above 1, L_CS is faster.
-literal: Eq. 10 by conv2d, filter by filter; neighbours: what the authors' public code sums; OCNN: Wang et al. 2020,
-the self-convolution of the kernel; SRIP: Bansal et al. 2018, two power iterations on the smaller Gram matrix; floor:
-copy_ of the kernels, and again of what was copied, which is the least that any method has to read and write.
+literal: Eq. 10 by conv2d, filter by filter; neighbours, kernel, ocnn, srip, orthoreg: convsim's own objectives of these
+names, as `train --mode reg` computes them; floor: copy_ of the kernels, and again of what was copied: the least that
+any method has to read and write.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ import torch
 from timing import arguments, interleave, report
 from torch import Tensor, nn
 
+from convsim_cli.machine.differentiation import _BY_NAME
 from convsim_cli.machine.precision import full_precision
-from convsim_cli.similarity import (
-    _gradient,
-    autocorrelation,
-    inner_product,
-    spectrum_if_cheaper,
-    sum_of_others,
-    to_filters,
-)
+from convsim_cli.objectives import OBJECTIVES
+from convsim_cli.similarity import to_filters
 
 LAYERS = (
     *((s, s, 3, 3) for s in (64, 128, 256, 512)),
@@ -54,19 +49,17 @@ def kernels_of(network: str) -> list[Tensor]:
     return [module.weight.detach() for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
-def ours(weights: Sequence[Tensor]) -> Callable[[], object]:
-    """L_CS and its gradient, which share the autocorrelations, in the layout in which `init` keeps kernels."""
+def value_and_gradient(weights: Sequence[Tensor], name: str) -> Callable[[], object]:
+    """An objective and its gradient, which share what both need, in the layout in which `init` keeps kernels."""
     layers = [to_filters(weight) for weight in weights]
+    objective = _BY_NAME[name]
 
     @torch.no_grad()
     def run() -> None:
         with full_precision(layers[0][0].device):
             for filters, taps in layers:
-                spectrum = spectrum_if_cheaper(filters, taps)
-                autocorrelations = autocorrelation(filters, taps, spectrum)
-                others = sum_of_others(autocorrelations)
-                inner_product(autocorrelations, others)
-                _gradient(filters, others, taps, None, spectrum)
+                _, shared = objective.value(filters, taps)
+                objective.gradient(filters, shared, taps)
 
     return run
 
@@ -92,31 +85,6 @@ def literal(weight: Tensor) -> Tensor:
     return total
 
 
-def neighbours(weight: Tensor) -> Tensor:
-    s, c, h, w = weight.shape
-    pairs = (s - 1) * c
-    first, second = weight[:-1].reshape(1, pairs, h, w), weight[1:].reshape(pairs, 1, h, w)
-    return nn.functional.conv2d(first, second, padding=(h - 1, w - 1), groups=pairs).square().sum()
-
-
-def ocnn(weight: Tensor) -> Tensor:
-    s, _, h, w = weight.shape
-    products = nn.functional.conv2d(weight, weight, padding=(h - 1, w - 1))
-    target = torch.zeros_like(products)
-    target[:, :, h - 1, w - 1] = torch.eye(s, device=weight.device)
-    return (products - target).square().sum()
-
-
-def srip(weight: Tensor) -> Tensor:
-    flat = weight.flatten(1)
-    rows = flat if flat.shape[0] <= flat.shape[1] else flat.T
-    excess = rows @ rows.T - torch.eye(rows.shape[0], device=weight.device)
-    vector = torch.rand(rows.shape[0], 1, device=weight.device)
-    for _ in range(2):
-        vector = nn.functional.normalize(excess @ vector, dim=0)
-    return (excess @ vector).norm()
-
-
 def floor(weights: Sequence[Tensor]) -> Callable[[], object]:
     copies = [(weight.clone(), weight.clone()) for weight in weights]
 
@@ -134,11 +102,10 @@ def is_small(weight: Tensor) -> bool:
 
 
 def methods(weights: list[Tensor]) -> dict[str, Callable[[], object]]:
+    others = [name for name in OBJECTIVES if name != "cs"]
     return {
-        "L_CS": ours(weights),
-        "neighbours": by_autograd(weights, neighbours),
-        "OCNN": by_autograd(weights, ocnn),
-        "SRIP": by_autograd(weights, srip),
+        "L_CS": value_and_gradient(weights, "cs"),
+        **{name: value_and_gradient(weights, name) for name in others},
         "floor": floor(weights),
     }
 
@@ -147,14 +114,14 @@ def main() -> None:
     given = arguments(__doc__ or "")
     cases = [("×".join(map(str, shape)), [torch.randn(shape)]) for shape in LAYERS]
     cases += [(name, kernels_of(name)) for name in NETWORKS]
-    columns = ["what", "L_CS_ms", "literal", "neighbours", "OCNN", "SRIP", "floor"]
+    columns = ["what", "L_CS_ms", "literal", *(name for name in OBJECTIVES if name != "cs"), "floor"]
     with report(given, columns) as add:
         for name, weights in cases:
             weights = [weight.to(given.device) for weight in weights]
             found = interleave(methods(weights), given.device, given.repetitions)
             ratio = {key: timing.ratio for key, timing in found.items()}
             if len(weights) == 1 and is_small(weights[0]):  # by itself: it takes seconds, and would thin out the others
-                pair = {"L_CS": ours(weights), "literal": by_autograd(weights, literal)}
+                pair = {"L_CS": value_and_gradient(weights, "cs"), "literal": by_autograd(weights, literal)}
                 ratio["literal"] = interleave(pair, given.device, 3)["literal"].ratio
             add([name, 1e3 * found["L_CS"].seconds, *(ratio.get(column) for column in columns[2:])])
 

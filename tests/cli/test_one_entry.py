@@ -30,7 +30,7 @@ class Doubled:
     def steps(self, model, settings):
         return 1
 
-    def apply_(self, model, settings, advance):
+    def apply_(self, model, settings, images, advance):
         for parameter in model.parameters():
             parameter.data.mul_(2)
         advance(1)
@@ -69,7 +69,7 @@ def test_an_option_and_a_mode_are_seen_in_help_arguments_and_checks(
         ("train", "--resume", tmp_path / "x", "--warp", 4),
     )
     text = " ".join(ended.stdout.split())
-    assert "--mode <baseline|init|reg|rescale|double>" in text
+    assert "--mode <baseline|init|reg|init+reg|rescale|orthogonal|decorrelate|double>" in text
     assert "double: twice the weights" in text
     assert "--warp N double: warp factor. [default: 3; x>=1]" in text
     assert json.loads((tmp_path / "x" / "args.json").read_text())["warp"] == 5
@@ -87,7 +87,7 @@ def test_an_arm_is_seen_in_help_and_table_5(data_dir: Path, tmp_path: Path, with
     place = ("--data-dir", data_dir, "--run-dir", tmp_path, "-q")
     ended = with_entries(("reproduce", "--help"), ("reproduce", "table5", *how, *place))
     assert ended.returncode == 0, ended.stderr
-    assert "init-norm-rescaled, baseline-lr0.1, twice" in ended.stdout
+    assert "decorrelate, baseline-lr0.1, twice" in " ".join(ended.stdout.split())
     (row,) = json.loads((tmp_path / "table5.json").read_text())["rows"]
     assert (row["arm"], row["published"]["test_accuracy"]) == ("twice", 12.5)
     assert json.loads((tmp_path / "cnn1-twice-s0" / "args.json").read_text())["warp"] == 9

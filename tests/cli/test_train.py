@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Convsim, Start
 
+from convsim_cli.training.modes import MODES
+
 SMALL = (
     "--arch",
     "cnn:4",
@@ -23,10 +25,10 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("mode", ["baseline", "init", "reg", "rescale"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_trains_and_its_epochs_are_plain_lines(mode: str, tmp_path: Path, convsim: Convsim) -> None:
     outcome = convsim("train", "--mode", mode, *SMALL, "--epochs", 2, "--run-dir", tmp_path)
-    assert outcome.code == 0
+    assert outcome.code == 0, outcome.err
     assert [row["run"] for row in outcome.rows] == [str(tmp_path / f"cnn4-{mode}-s0")]
     lines = [line for line in outcome.err.splitlines() if line.startswith("epoch")]
     assert len(lines) == 2
@@ -89,6 +91,31 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    ("how", "warned"),
+    [(("--mode", "init"), True), (("--mode", "init", "--preserve-norm"), False), (("--mode", "orthogonal"), False)],
+)
+def test_holding_similarity_where_there_is_none_to_hold_is_warned_about(
+    how: tuple[str, ...], warned: bool, tmp_path: Path, convsim: Convsim
+) -> None:
+    outcome = convsim("train", *SMALL, *how, "--hold-similarity", "--epochs", 1, "--run-dir", tmp_path, "-q")
+    assert outcome.code == 0
+    assert ("--hold-similarity has nothing to hold: --mode init leaves ncs near 1" in outcome.err) == warned
+
+
+def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:
+    how = ("train", *SMALL, "--mode", "reg", "--objective", "kernel", "--run-dir", tmp_path, "--json", "-q")
+    (first,) = convsim(*how, "--beta", "auto", "--epochs", 1, "--name", "x").document["runs"]
+    assert first["beta"] > 0
+    assert json.loads((tmp_path / "x" / "args.json").read_text())["beta"] == "auto"
+    (longer,) = convsim("train", "--resume", tmp_path / "x", "--epochs", 2, "--beta", "auto", "--json", "-q").document[
+        "runs"
+    ]
+    assert (longer["beta"], longer["epochs"]) == (first["beta"], 2)
+    assert convsim(*how, "--beta", 0.5, "--epochs", 1).document["runs"][0]["beta"] == 0.5
+    assert convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--json").document["runs"][0]["beta"] is None
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--mode", "regularize"], "regularize"),
@@ -96,6 +123,8 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
         (["--dataset", "cifra10"], "did you mean 'cifar10'"),
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
         (["--rescale"], "--rescale goes with"),
+        (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
+        (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number of 0 or above"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--dataset", "digits", "--arch", "cnn:1"], "no convolution kernels"),
@@ -180,7 +209,7 @@ def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
         ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
         ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),
-        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg or rescale"),
+        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg, init+reg, rescale, orthogonal or decorrelate"),
     ],
 )
 def test_an_unusable_config_is_one_error_line(content: str, message: str, tmp_path: Path, convsim: Convsim) -> None:

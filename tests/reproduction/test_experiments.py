@@ -42,8 +42,13 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
         return [cell.labels["arm"] for cell in plan(table5, Choices(BASE, archs=("cnn1",), arms=names))]
 
     assert arms("published") == ["baseline", "init", "reg"]
-    assert arms("momentum") == ["baseline-m0.9", "init-m0.9", "reg-m0.9", "init-norm-m0.9"]
-    assert arms("peers", "init", "peers", "reg-kernel") == ["reg-kernel", "reg-neighbours", "init"]
+    rescaling, others = ["rescale", "rescale-0.07"], ["reg-norm", "orthogonal", "decorrelate", "baseline-lr0.1"]
+    assert arms("controls") == [*rescaling, "init-norm", "init-norm-rescaled", *others]
+    momentum = ["init-norm-m0.9", "init-norm-held-m0.9"]
+    assert arms("momentum") == ["baseline-m0.9", "init-m0.9", "reg-m0.9", *momentum]
+    peers = ["reg-auto", "reg-kernel", "reg-ocnn", "reg-srip", "reg-orthoreg", "reg-neighbours"]
+    assert arms("peers", "init", "peers", "reg-kernel") == [*peers, "init"]
+    assert all(ARMS[name].settings["beta"] == "auto" for name in peers)
     assert arms("all") == list(ARMS)
     assert {arm.set for arm in ARMS.values()} == set(SETS)
     cells = plan(table5, Choices(BASE, arms=("all",)))

@@ -60,7 +60,7 @@ def train_an_epoch(environment: dict[str, str], path: Path) -> None:
         model = features.append(nn.LazyLinear(10))
         data = load_dataset("digits", Path()).limited(64, 31)
         model(data.normalize(data.test.images[:1]))
-        arguments = Arguments(mode="reg", lr=0.1, beta=0.01, beta_schedule="loss", batch_size=21)
+        arguments = Arguments(mode="reg", lr=0.1, beta="auto", beta_schedule="loss", batch_size=21)
         trainer = Trainer(model, data, arguments, device, processes)
         row = trainer.run_epoch()
         torch.manual_seed(1)  # from here on the same in every process
@@ -68,7 +68,7 @@ def train_an_epoch(environment: dict[str, str], path: Path) -> None:
         normalized.append(nn.BatchNorm2d(4))
         reestimate_together(normalized, data, torch.arange(60).split(10), processes)
         if processes.is_rank_zero:
-            figures = torch.tensor([value for key, value in row.items() if key != "seconds"])
+            figures = torch.tensor([trainer.beta or 0.0, *(value for key, value in row.items() if key != "seconds")])
             statistics = {f"normalized.{name}": tensor for name, tensor in normalized.state_dict().items()}
             torch.save({**trainer.model.state_dict(), **statistics, "row": figures}, path)
 

@@ -20,6 +20,7 @@ from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Silence, execute
+from convsim_cli.training.modes import MODES
 from convsim_cli.training.results import COLUMNS, read_results
 from convsim_cli.training.reuse import find_or_create_run, is_finished
 from convsim_cli.training.run_folder import Run, create_run, open_run
@@ -74,7 +75,7 @@ def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
         assert evaluate(trainer.model, data, data.test, torch.device("cpu"))[1] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("mode", ["baseline", "init", "reg", "rescale"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("moment", ["inside an epoch", "between epochs", "after the end"])
 def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: str, moment: str) -> None:
     arguments = replace(SMALL, mode=mode, momentum=0.9)
@@ -85,7 +86,9 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: st
         execute(part)
     else:
         part = create_run(arguments, tmp_path, "part")
-        preparation = 40 if mode in ("init", "rescale") else 0
+        preparation = (
+            40 if mode in ("init", "init+reg", "rescale") else 4 if mode in ("orthogonal", "decorrelate") else 0
+        )
         with pytest.raises(KeyboardInterrupt):
             execute(part, Kill(preparation + (4 if moment == "inside an epoch" else 3)))
     torch.manual_seed(123)  # whatever else the process did

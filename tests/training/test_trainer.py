@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convsim_cli import ConvSimPenalty, minimize_
+from convsim_cli import ConvSimPenalty, decorrelate_, minimize_, orthogonalize_
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.inputs.datasets import load_dataset
-from convsim_cli.inputs.images import Dataset
+from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.batches import permutation
 from convsim_cli.training.modes import MODES
+from convsim_cli.training.preparation import first_images
 from convsim_cli.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -30,8 +31,12 @@ def prepare_(model: nn.Module, arguments: Arguments) -> list[int]:
     """Do to a network what its mode does before training, and return what it reports on the way."""
     told: list[int] = []
     if preparation := MODES[arguments.mode].preparation:
-        preparation.apply_(model, arguments, told.append)
+        preparation.apply_(model, arguments, images, told.append)
     return told
+
+
+def images() -> Tensor:
+    return torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def norms(model: nn.Module) -> Tensor:
@@ -72,6 +77,37 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
     assert tuple(row) == ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")
 
 
+@pytest.mark.parametrize("objective", ["cs", "orthoreg"])
+def test_beta_auto_is_one_percent_of_the_ratio_of_the_gradients_at_the_first_batch(
+    data: Dataset, objective: str
+) -> None:
+    arguments = Arguments(mode="reg", beta="auto", objective=objective, batch_size=20)
+    automatic = Trainer(build_network("cnn:4"), data, arguments, CPU)
+    assert automatic.state()["beta"] is None
+    first = automatic.run_epoch()
+    model = build_network("cnn:4").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    indices = permutation(50, 0, 0)[:20]
+    nn.functional.cross_entropy(
+        model(data.normalize(data.train.images[indices])), data.train.labels[indices]
+    ).backward()
+    kernels = [weight for weight in model.parameters() if weight.ndim == 4]
+    task = torch.cat([weight.grad.flatten() for weight in kernels]).norm()  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(ConvSimPenalty(model, objective)(), kernels)
+    expected = 0.01 * task / torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert automatic.state()["beta"] == pytest.approx(expected.item(), rel=1e-4)
+    given = replace(arguments, beta=automatic.state()["beta"])
+    fixed = Trainer(build_network("cnn:4"), data, given, CPU).run_epoch()
+    assert {**fixed, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_beta_auto_without_a_gradient_to_compare_is_an_error(data: Dataset) -> None:
+    model = build_network("cnn:4")
+    for weight in model.parameters():
+        weight.data.zero_()
+    with pytest.raises(DivergedError, match=r"`beta` auto: .* is nan times .*; give `beta` as a number"):
+        Trainer(model, data, Arguments(mode="reg", beta="auto"), CPU).run_epoch()
+
+
 def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
     orders = [permutation(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
@@ -109,6 +145,85 @@ def test_norm_preserved_directions_can_be_brought_to_the_norms_of_raw_init() -> 
     torch.testing.assert_close(directions(both), directions(preserved))
 
 
+def test_rescale_by_a_factor_scales_every_filter_and_minimizes_nothing() -> None:
+    fresh, scaled = build_network("cnn:8"), build_network("cnn:8")
+    assert prepare_(scaled, Arguments(mode="rescale", factor=0.25)) == []
+    for before, after in zip(fresh.parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(after, before / 4 if before.ndim == 4 else before)
+
+
+@pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
+def test_a_closed_form_before_training_is_that_of_the_library(mode: str) -> None:
+    fresh, prepared, reference = (build_network("cnn:8") for _ in range(3))
+    closed_forms = {"orthogonal": orthogonalize_, "decorrelate": lambda model: decorrelate_(model, images())}
+    closed_forms[mode](reference)
+    prepare_(prepared, Arguments(mode=mode))
+    assert all(torch.equal(a, b) for a, b in zip(prepared.parameters(), reference.parameters(), strict=True))
+    torch.testing.assert_close(norms(prepared), norms(fresh))
+
+
+@pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
+def test_a_closed_form_can_be_brought_to_the_norms_of_raw_init(mode: str) -> None:
+    plain, both, raw = (build_network("cnn:8") for _ in range(3))
+    prepare_(plain, Arguments(mode=mode))
+    prepare_(both, Arguments(mode=mode, rescale=True, iterations=50))
+    minimize_(raw, 50)
+    torch.testing.assert_close(norms(both), norms(raw))
+    torch.testing.assert_close(directions(both), directions(plain), rtol=0, atol=1e-3)  # batch norm's eps sees scale
+
+
+def test_maps_are_uncorrelated_at_other_norms_also_without_batch_normalization() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3))
+    prepare_(model, Arguments(mode="decorrelate", rescale=True, iterations=50))
+    maps = model(images()).detach().double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(maps.corrcoef(), torch.eye(8).double(), rtol=0, atol=1e-5)
+
+
+def test_a_preparation_that_fails_leaves_the_network_as_it_was() -> None:
+    fresh, model = build_network("cnn:8"), build_network("cnn:8")
+    arguments = Arguments(mode="decorrelate", rescale=True, iterations=2)
+    preparation = MODES["decorrelate"].preparation
+    assert preparation is not None
+    with pytest.raises(InputError, match="NaN or Inf"):
+        preparation.apply_(model, arguments, lambda: torch.full((4, 3, 32, 32), torch.nan), lambda _: None)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_decorrelate_sees_the_first_training_images_normalized(data: Dataset) -> None:
+    found = first_images(data, CPU)
+    assert torch.equal(found, data.normalize(data.train.images))
+    many = replace(data, train=Split(data.train.images[:1].repeat(1030, 1, 1, 1), torch.zeros(1030)))
+    assert len(first_images(many, CPU)) == 1024
+
+
+def test_init_and_reg_can_be_combined(data: Dataset) -> None:
+    arguments = Arguments(mode="init+reg", iterations=5, beta=0.5, batch_size=50)
+    initialized, combined = build_network("cnn:4"), build_network("cnn:4")
+    prepare_(initialized, replace(arguments, mode="init"))
+    prepare_(combined, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(combined.parameters(), initialized.parameters(), strict=True))
+    Trainer(initialized, data, replace(arguments, mode="reg"), CPU).run_epoch()
+    Trainer(combined, data, arguments, CPU).run_epoch()
+    assert all(torch.equal(a, b) for a, b in zip(combined.parameters(), initialized.parameters(), strict=True))
+
+
+def test_reg_with_preserve_norm_steps_without_the_penaltys_part_along_the_filters(data: Dataset) -> None:
+    plain, raw, projected = (
+        Trainer(build_network("cnn:4"), data, Arguments(batch_size=50, **more), CPU)  # type: ignore[arg-type]
+        for more in ({}, {"mode": "reg", "beta": 0.5}, {"mode": "reg", "beta": 0.5, "preserve_norm": True})
+    )
+    fresh = [weight.detach().clone() for weight in plain.model.parameters()]
+    for trainer in (plain, raw, projected):
+        trainer.run_epoch()
+    for before, none, whole, part in zip(fresh, *(t.model.parameters() for t in (plain, raw, projected)), strict=True):
+        if before.ndim == 4:
+            filters, radial = before.flatten(1).double(), (whole - none).detach().double().flatten(1)
+            along = (radial * filters).sum(1, keepdim=True) / filters.square().sum(1, keepdim=True) * filters
+            expected = radial - along
+            torch.testing.assert_close((part - none).detach().double().flatten(1), expected, rtol=1e-3, atol=1e-7)
+            assert along.norm() > 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("options", "minimizations"),
     [({"mode": "init"}, 1), ({"mode": "rescale"}, 1)]
@@ -124,6 +239,13 @@ def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, ob
     assert sum(prepare_(model, arguments)) == steps
 
 
+@pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
+def test_a_closed_form_takes_a_step_per_layer(mode: str) -> None:
+    preparation, arguments = MODES[mode].preparation, Arguments(mode=mode)
+    assert preparation is not None
+    assert preparation.steps(build_network("cnn:4"), arguments) == sum(prepare_(build_network("cnn:4"), arguments)) == 4
+
+
 def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
     trainer = Trainer(build_network("cnn:4"), data, Arguments(lr=1e30, batch_size=10), CPU)
     with pytest.raises(DivergedError, match=r"epoch 1: the loss is .* lower `lr`"):
@@ -131,13 +253,17 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
     assert trainer.epoch == 0
 
 
+@pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_restored_state_continues_bit_identically_including_dropout(data: Dataset, precision: str) -> None:
+def test_a_restored_state_continues_bit_identically_including_dropout(
+    data: Dataset, precision: str, hold: bool
+) -> None:
     def trainer(seed: int) -> Trainer:
         model = nn.Sequential(build_network("cnn:4", seed=seed), nn.Dropout(0.3))
         return Trainer(model, data, arguments, CPU)
 
-    arguments = Arguments(mode="reg", beta_schedule="loss", momentum=0.9, batch_size=20, precision=precision)  # type: ignore[arg-type]
+    how = {"beta": "auto", "beta_schedule": "loss", "momentum": 0.9, "hold_similarity": hold}
+    arguments = Arguments(mode="reg", batch_size=20, precision=precision, **how)  # type: ignore[arg-type]
     whole = trainer(seed=0)
     whole.run_epoch()
     stored = io.BytesIO()
@@ -164,12 +290,18 @@ def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
     [
         ({"epochs": 0}, "`epochs` 0: expected a number above 0"),
         ({"lr": -1.0}, "`lr` -1.0: expected a number above 0"),
-        ({"beta": -0.1}, "`beta` -0.1: expected a number of 0 or above"),
-        ({"rescale": True}, "`rescale` goes with `mode` init and `preserve_norm`"),
-        ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, got `mode` baseline"),
-        ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, rescale, got `mode` baseline"),
+        ({"beta": -0.1}, "`beta` -0.1: expected auto or a number of 0 or above"),
+        ({"mode": "reg", "beta": "atuo"}, "`beta` atuo: expected auto or a number of 0 or above"),
+        ({"beta": "auto"}, "`beta` auto goes with `mode` reg, init.reg, got `mode` baseline"),
+        ({"rescale": True}, "`rescale` goes with `mode` init, init.reg, orthogonal, decorrelate, got `mode` baseline"),
+        ({"mode": "init", "rescale": True}, "`rescale` changes nothing in raw `mode` init; add `preserve_norm`"),
+        ({"preserve_norm": True}, "`preserve_norm` goes with `mode` init, reg, init.reg, got `mode` baseline"),
+        ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, init.reg, rescale, got `mode` baseline"),
+        ({"mode": "init", "factor": 0.5}, "`factor` goes with `mode` rescale, got `mode` init"),
+        ({"mode": "rescale", "factor": 0.0}, "`factor` 0.0: expected a number above 0"),
+        ({"mode": "rescale", "factor": 0.5, "objective": "kernel"}, "`objective` kernel has no use with it"),
         ({"mode": "reg", "objective": "neighbors"}, "unknown `objective` 'neighbors'; did you mean 'neighbours'"),
-        ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg"),
+        ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg, init.reg"),
     ],
 )
 def test_options_that_a_mode_would_ignore_are_refused(wrong: dict[str, object], said: str) -> None:

@@ -1,0 +1,185 @@
+"""Kernel orthogonality as others define it: OCNN, SRIP and OrthoReg, each with its value and its gradient.
+
+The filters of a group are the rows of K; groups add up. Every value comes with a tensor that its gradient shares with
+it, so that a training step computes it once.
+
+- OCNN (Wang et al. 2020): the convolution as a whole is orthogonal, ‖Σ_c K_i[c] ⋆ K_j[c] − δ_ij δ_0‖² over all lags
+  and ordered pairs (stride 1, target norm 1). By Fourier transform this is the mean over frequencies ω of
+  ‖A Aᴴ − I‖², where A(ω) is S×C: the spectrum of each channel of each filter at ω. The smaller of A Aᴴ and Aᴴ A serves,
+  since ‖A Aᴴ − I_S‖² = ‖Aᴴ A − I_C‖² + S − C. ∂/∂K = 4 · the inverse transform of (A Aᴴ − I) A.
+- SRIP (Bansal et al. 2018): the spectral norm of M = K Kᵀ − I (of Kᵀ K − I where S > C·N), by the paper's power method:
+  twice u = M v, v = M u; then ‖v‖ / ‖u‖. M itself is never formed. v starts from the same fixed numbers everywhere.
+- OrthoReg (Rodríguez et al. 2017): Σ_{i≠j} log(1 + exp(10 (cos(K_i, K_j) − 1))), which separates filters that are alike
+  and leaves opposite ones alone.
+
+A filter of zeros has a zero gradient: OCNN counts its norm's distance from 1, which is constant to first order, and in
+the other two it takes no part.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from random import Random
+
+import torch
+from torch import Tensor
+
+from convsim_cli.machine.modes import constant
+from convsim_cli.similarity import Taps
+
+POWER_ITERATIONS = 2  # of SRIP, each with two products by M
+STEEPNESS = 10.0  # λ of OrthoReg
+
+
+def ocnn(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return OCNN's value, and A Aᴴ − I or Aᴴ A − I, the smaller, at each frequency, real and imaginary parts last."""
+    blocks = _spectra(filters, taps)
+    count, channels = blocks.shape[-2:]
+    excess = blocks @ blocks.mH if count <= channels else blocks.mH @ blocks
+    excess = excess - _identity(excess, excess.shape[-1])
+    excess = torch.view_as_real(excess) if excess.is_complex() else excess.unsqueeze(-1)
+    value = _mean_over_frequencies(excess.square().sum((-3, -2, -1)), taps)
+    return value + filters.shape[0] * max(0, count - channels), excess
+
+
+def ocnn_gradient(filters: Tensor, excess: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return OCNN's gradient. excess: what `ocnn` returned."""
+    blocks = _spectra(filters, taps)
+    count, channels = blocks.shape[-2:]
+    excess = torch.view_as_complex(excess) if blocks.is_complex() else excess.squeeze(-1)
+    return torch.mul(_at_taps(excess @ blocks if count <= channels else blocks @ excess, taps), 4, out=out)
+
+
+def srip(filters: Tensor, _taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return SRIP's value, summed over groups, and the product by M of each step of the power method, as columns."""
+    rows = _shorter_side(filters)
+    vector, products = _start(rows, filters), []
+    for _ in range(2 * POWER_ITERATIONS):
+        products.append(_times_excess(rows, vector))
+        vector = products[-1] / _lengths(products[-1])
+    return torch.linalg.vector_norm(products[-1], dim=-2).sum(), torch.cat(products, -1)
+
+
+def srip_gradient(filters: Tensor, products: Tensor, _taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return SRIP's gradient, back through every step of the power method. products: what `srip` returned."""
+    rows = _shorter_side(filters)
+    lengths = _lengths(products)
+    units = products / lengths
+    vectors = torch.cat([_start(rows, filters), units[..., :-1]], -1)
+    adjoints = [units[..., -1:]]  # of the products, last one first
+    for step in reversed(range(products.shape[-1] - 1)):
+        adjoint = _times_excess(rows, adjoints[-1])
+        if len(adjoints) == 1:  # the value is ‖M v‖ / ‖v‖, and v is of length 1
+            adjoint = adjoint - lengths[..., -1:] * vectors[..., -1:]
+        adjoints.append(adjoint / lengths[..., step : step + 1])
+    backward = torch.cat(adjoints[::-1], -1)  # ∂value/∂M = backward · vectorsᵀ
+    both, swapped = torch.cat([vectors, backward], -1), torch.cat([backward, vectors], -1)
+    gradient = swapped @ (both.mT @ rows)  # (∂M + ∂Mᵀ) K
+    if rows.shape[-2] != filters.shape[1]:
+        gradient = gradient.mT
+    gradient = gradient.reshape(filters.shape)
+    return gradient if out is None else out.copy_(gradient)
+
+
+def orthoreg(filters: Tensor, _taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return OrthoReg's value, and the exponents 10 (cos − 1), −∞ where there is no pair."""
+    directions, _ = _directions(filters)
+    alive = _present(filters)
+    pairs = alive & alive.mT & ~torch.eye(filters.shape[1], dtype=torch.bool, device=filters.device)
+    exponents = (STEEPNESS * (directions @ directions.mT - 1)).masked_fill(~pairs, -torch.inf)
+    return torch.nn.functional.softplus(exponents).sum(), exponents
+
+
+def orthoreg_gradient(filters: Tensor, exponents: Tensor, _taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return OrthoReg's gradient, 0 for filters of zeros. exponents: what `orthoreg` returned."""
+    directions, inverse = _directions(filters)
+    pull = (2 * STEEPNESS * exponents.sigmoid()) @ directions
+    along = (pull * directions).sum(-1, keepdim=True)
+    gradient = (pull - along * directions) * inverse
+    return gradient.view(filters.shape) if out is None else out.copy_(gradient.view(filters.shape))
+
+
+def _spectra(filters: Tensor, taps: Taps) -> Tensor:
+    """A(ω): `[groups, frequencies, S / groups, C]`; of a single tap, which is its own spectrum, real."""
+    if filters.shape[2] == 1:
+        return filters.transpose(1, 2)
+    groups, count, _, channels = filters.shape
+    axes = tuple(range(2, 2 + len(taps)))
+    spectrum = torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lags(taps), dim=axes)
+    return spectrum.flatten(2, -2).transpose(1, 2)
+
+
+def _at_taps(spectra: Tensor, taps: Taps) -> Tensor:
+    """Undo `_spectra`, of lags those that are taps: filters `[groups, S / groups, N, C]`."""
+    if not spectra.is_complex():
+        return spectra.transpose(1, 2)
+    lags = _lags(taps)
+    spectrum = spectra.transpose(1, 2).unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
+    full = torch.fft.irfftn(spectrum, s=lags, dim=tuple(range(2, 2 + len(taps))))
+    return full[(..., *(slice(k) for k in taps), slice(None))].flatten(2, -2)
+
+
+def _mean_over_frequencies(powers: Tensor, taps: Taps) -> Tensor:
+    """Sum over groups of the mean over frequencies of `[groups, frequencies]`.
+
+    All of them but frequency 0 of the last axis stand for two.
+    """
+    lags = _lags(taps)
+    powers = powers.unflatten(-1, (-1, lags[-1] // 2 + 1))
+    return (2 * powers.sum() - powers[..., 0].sum()) / prod(lags)
+
+
+def _lags(taps: Taps) -> Taps:
+    return tuple(2 * k - 1 for k in taps)
+
+
+def _shorter_side(filters: Tensor) -> Tensor:
+    """K `[groups, S / groups, C·N]`, or Kᵀ where there are more filters than values in one."""
+    rows = filters.flatten(2)
+    return rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
+
+
+def _times_excess(rows: Tensor, vector: Tensor) -> Tensor:
+    return rows @ (rows.mT @ vector) - vector
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """The length of each column, 1 for zero: in two steps, since the squares of 1e20 leave float32."""
+    largest = vectors.detach().abs().amax(-2, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)
+    return torch.where(largest == 0, 1, scale * torch.linalg.vector_norm(vectors / scale, dim=-2, keepdim=True))
+
+
+def _directions(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters as rows of length 1, and 1 / ‖K_i‖ `[groups, S / groups, 1]`; both 0 for filters of zeros."""
+    rows = filters.flatten(2)
+    wide = None if filters.device.type == "mps" else torch.float64  # the squares of 1e±20 leave float32
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide).to(rows.dtype)
+    present = _present(filters)
+    inverse = torch.where(present, 1 / torch.where(present, norms, 1), 0)
+    return rows * inverse, inverse
+
+
+def _start(rows: Tensor, filters: Tensor) -> Tensor:
+    """What the power method starts from: fixed numbers, but 0 for filters of zeros. `[groups, rows, 1]`."""
+    start = _numbers(rows, rows.shape[-2])
+    if rows.shape[-2] != filters.shape[1]:
+        return start.expand(len(rows), -1, -1)
+    return start * _present(filters)
+
+
+def _present(filters: Tensor) -> Tensor:
+    """Which filters are not all zeros: `[groups, S / groups, 1]`."""
+    return (filters != 0).flatten(2).any(-1, keepdim=True)
+
+
+@constant
+def _numbers(like: Tensor, count: int) -> Tensor:
+    """The same normally distributed numbers for every layer, device and process: `[count, 1]`."""
+    normal = Random(0).gauss
+    return torch.tensor([[normal(0, 1)] for _ in range(count)], dtype=like.dtype, device=like.device)
+
+
+@constant
+def _identity(like: Tensor, size: int) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
