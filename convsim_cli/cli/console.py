@@ -18,7 +18,7 @@ from convsim_cli import __version__
 Cell = str | int | float | bool | None
 
 _SECOND_LINE = re.compile(
-    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change)$"
+    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
 )  # of a header
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 

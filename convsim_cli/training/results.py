@@ -39,6 +39,11 @@ def write_results(folder: Path, history: Sequence[Row]) -> None:
     replace_file(folder / FILE, lambda file: file.write(data))
 
 
+def best_row(history: Sequence[Row]) -> Row:
+    """Return the row of the best epoch, the first if several are equally good."""
+    return max(history, key=lambda row: row["test_accuracy"])
+
+
 def epochs_done(folder: Path) -> int:
     """Return how many whole epochs a run has in its results, 0 if it has none yet."""
     return len(read_results(folder)) if (folder / FILE).exists() else 0

@@ -11,7 +11,7 @@ from torch import nn
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.networks.names import count_parameters
-from convsim_cli.training.results import LAST_EPOCHS, Row
+from convsim_cli.training.results import LAST_EPOCHS, Row, best_row
 from convsim_cli.training.run_state import Log
 from convsim_cli.training.trainer import Trainer
 
@@ -32,7 +32,7 @@ def feature_map_cosines(
 def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
     """Return the summary of a run: accuracies in per cent, `seconds` and `images_per_second` of its epochs."""
     history: list[Row] = log["history"]
-    best = max(history, key=lambda row: row["test_accuracy"])
+    best = best_row(history)
     seconds = sum(row["seconds"] for row in history)
     return {
         "best_test_accuracy": best["test_accuracy"],
