@@ -71,5 +71,5 @@ def _write(run: Run, trainer: Trainer, history: list[Row], state: dict[str, Any]
     save_state_dict(weights, run.folder / "last.safetensors", record)
     if history and best_row(history) is history[-1]:
         save_state_dict(weights, run.folder / "best.safetensors", record)
-    write_results(run.folder, history)
+    write_results(run.folder, history, validated=run.arguments.validation is not None)
     replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))

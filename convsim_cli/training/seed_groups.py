@@ -54,8 +54,8 @@ def read_runs(paths: Iterable[Path]) -> list[RunResults]:
 def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[Group]:
     """Return the groups of runs that differ only by seed, in the order of their first runs.
 
-    The number of a CUDA device does not tell runs apart, nor does the place of their data. by_length: whether the
-    number of finished epochs does.
+    The number of a CUDA device does not tell runs apart, nor does the place of their data. by_length: take the number
+    of finished epochs for the configured one, except where the schedule depends on that.
     """
     grouped: dict[tuple[Any, ...], list[RunResults]] = {}
     for run in runs:
@@ -88,7 +88,8 @@ def _configuration(run: RunResults, by_length: bool) -> dict[str, Any]:
     """What the runs of a group have in common, by the names of the arguments."""
     values = {name: value for name, value in run.arguments.identity().items() if name != "seed"}
     values["device"] = run.arguments.device.partition(":")[0]
-    return values | ({"epochs": len(run.rows)} if by_length else {})
+    shortened = by_length and "epochs" not in values  # where no epoch depends on how many follow
+    return values | {"epochs": len(run.rows) if shortened else run.arguments.epochs}
 
 
 def _name(configuration: dict[str, Any], differing: Sequence[str]) -> str:

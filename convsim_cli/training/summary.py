@@ -34,9 +34,11 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
     history: list[Row] = log["history"]
     best = best_row(history)
     seconds = sum(row["seconds"] for row in history)
+    validated = {"best_validation_accuracy": best["validation_accuracy"]} if "validation_accuracy" in best else {}
     return {
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
+        **validated,
         "last_test_accuracy": history[-1]["test_accuracy"],
         "mean_last5_test_accuracy": mean(row["test_accuracy"] for row in history[-LAST_EPOCHS:]),
         "last_train_accuracy": history[-1]["train_accuracy"],
