@@ -161,9 +161,9 @@ class Arguments:
         for name, declaration in declarations().items():
             declaration.check(getattr(self, name))
         find_objective(self.objective)
+        self._check_recipe()
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
             raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
-        self._check_recipe()
         if self.rescale and not (self.mode == "init" and self.preserve_norm):
             raise InputError("`rescale` goes with `mode` init and `preserve_norm`; the control alone is `mode` rescale")
         for name, declaration in declarations().items():

@@ -33,7 +33,8 @@ def tensorboard_log(run: Path, next_epoch: int) -> Iterator[Log]:
     next_epoch: the first one that is to come; TensorBoard hides what a crash has left of it. Raises InputError if the
     package is missing, and WriteError.
     """
-    writer = summary_writer()(str(run / FOLDER), purge_step=next_epoch)
+    folder = run / FOLDER
+    writer = _written(folder, lambda: summary_writer()(str(folder), purge_step=next_epoch))
 
     def write(row: Row) -> None:
         for name, value in row.items():
@@ -42,13 +43,13 @@ def tensorboard_log(run: Path, next_epoch: int) -> Iterator[Log]:
         writer.flush()
 
     try:
-        yield lambda row: _written(run, lambda: write(row))
+        yield lambda row: _written(folder, lambda: write(row))
     finally:
         writer.close()
 
 
-def _written(run: Path, write: Callable[[], None]) -> None:
+def _written(folder: Path, write: Callable[[], Any]) -> Any:
     try:
-        write()
+        return write()
     except OSError as error:
-        raise WriteError(f"{run / FOLDER}: cannot be written ({error.strerror or error})") from error
+        raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from errno import ENOSPC
 from math import cos, pi
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from conftest import Convsim
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import InputError, WriteError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.names import build_network
@@ -259,6 +260,35 @@ def test_too_many_validation_images_are_refused_before_a_folder_is_created(tmp_p
     outcome = convsim("train", *small, "--run-dir", tmp_path / "runs")
     assert (outcome.code, "--validation 20: expected fewer than the 20 training images" in outcome.error) == (2, True)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_is_given_on_the_command_line_and_a_cosine_run_keeps_its_length(
+    tmp_path: Path, convsim: Convsim
+) -> None:
+    small = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", 60, "--limit-test", 30, "--epochs", 2)
+    recipe = ("--optimizer", "adamw", "--schedule", "cosine", "--warmup", 1, "--augment", "flip-crop")
+    targets = ("--label-smoothing", 0.1, "--validation", 10)
+    outcome = convsim("train", *small, *recipe, *targets, "--run-dir", tmp_path, "--name", "x", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "best_validation_accuracy" in outcome.document["runs"][0]
+    assert sum("validation" in line for line in outcome.err.splitlines() if line.startswith("epoch")) == 2
+    refused = convsim("train", "--resume", tmp_path / "x", "--epochs", 3)
+    assert (refused.code, "--epochs 3: the run" in refused.error) == (2, True)
+    assert "(--schedule cosine); start a new run" in refused.error
+    assert convsim("compare", tmp_path / "x").rows[0]["epochs"] == "2"
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("torch.utils.tensorboard")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(ENOSPC, "No space left on device")
+
+    module.SummaryWriter = full  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = create_run(replace(SMALL, tensorboard=True), tmp_path, "run")
+    with pytest.raises(WriteError, match=r"run/tensorboard: cannot be written \(No space left on device\)"):
+        execute(run)
 
 
 def test_without_tensorboard_a_line_names_the_extra(
