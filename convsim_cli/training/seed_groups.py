@@ -54,20 +54,20 @@ def read_runs(paths: Iterable[Path]) -> list[RunResults]:
 def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[Group]:
     """Return the groups of runs that differ only by seed, in the order of their first runs.
 
-    The number of a CUDA device does not tell runs apart, nor does the place of their data. by_length: take the number
-    of finished epochs for the configured one, except where the schedule depends on that.
+    The number of a CUDA device does not tell runs apart, nor does the place of their data. by_length: whether the
+    number of finished epochs does. With a cosine schedule the configured number always does.
     """
     grouped: dict[tuple[Any, ...], list[RunResults]] = {}
     for run in runs:
         grouped.setdefault(tuple(_configuration(run, by_length).items()), []).append(run)
     configurations = [dict(key) for key in grouped]
     differing = [
-        name for name in declarations() if len({configuration.get(name) for configuration in configurations}) > 1
+        name for name in declarations() if len({values[name] for values in configurations if name in values}) > 1
     ]
     return [
         Group(
             _name(configuration, differing),
-            {name: configuration.get(name) for name in differing},
+            {name: configuration[name] for name in differing if name in configuration},
             tuple(sorted(found, key=lambda run: run.seed)),
         )
         for configuration, found in zip(configurations, grouped.values(), strict=True)
@@ -88,16 +88,16 @@ def _configuration(run: RunResults, by_length: bool) -> dict[str, Any]:
     """What the runs of a group have in common, by the names of the arguments."""
     values = {name: value for name, value in run.arguments.identity().items() if name != "seed"}
     values["device"] = run.arguments.device.partition(":")[0]
-    shortened = by_length and "epochs" not in values  # where no epoch depends on how many follow
-    return values | {"epochs": len(run.rows) if shortened else run.arguments.epochs}
+    return {"epochs": len(run.rows), **values} if by_length else values  # those of a cosine schedule are in `values`
 
 
 def _name(configuration: dict[str, Any], differing: Sequence[str]) -> str:
     """The mode, if it differs, and what else differs from the defaults; the first that differs if nothing does."""
     known = declarations()
-    named = [name for name in differing if name == "mode" or configuration.get(name) != known[name].default]
-    named = named or list(differing[:1]) or ["mode"]
-    return ", ".join(f"{name}={_shown(configuration.get(name))}" for name in named)
+    differing = [name for name in differing if name in configuration]
+    named = [name for name in differing if name == "mode" or configuration[name] != known[name].default]
+    named = named or differing[:1] or ["mode"]
+    return ", ".join(f"{name}={_shown(configuration[name])}" for name in named)
 
 
 def _shown(value: Any) -> str:

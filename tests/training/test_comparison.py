@@ -123,6 +123,11 @@ def test_only_common_seeds_are_paired_and_one_pair_has_no_interval(runs: Path) -
         ([{}, {"lr": 0.1}, {"momentum": 0.9}], ["lr=0.01", "lr=0.1", "momentum=0.9"]),
         ([{"mode": "reg"}], ["mode=reg"]),
         ([{}, {"limit_train": 50}], ["limit_train=none", "limit_train=50"]),
+        ([{}, {"epochs": 50, "seed": 1}], ["mode=baseline"]),
+        (
+            [{}, *({"schedule": "cosine", "epochs": n} for n in (6, 7))],
+            ["schedule=constant"] + [f"epochs={n}, schedule=cosine" for n in (6, 7)],
+        ),
         ([{"device": "cuda:0"}, {"device": "cuda:1", "seed": 1}], ["mode=baseline"]),
         ([{"data_dir": "a"}, {"data_dir": "b", "seed": 1}], ["mode=baseline"]),
     ],
