@@ -24,7 +24,7 @@ def test_the_main_command_is_the_one_of_the_help(convsim: Convsim) -> None:
     assert command in convsim("--help").out
 
 
-@pytest.mark.parametrize("command", ["init", "measure", "train", "reproduce", "plot"])
+@pytest.mark.parametrize("command", ["init", "measure", "train", "compare", "reproduce", "plot"])
 def test_every_option_that_the_readme_names_exists(command: str, convsim: Convsim) -> None:
     known = set(re.findall(r"--[a-z][\w-]*", convsim(command, "--help").out))
     for line in re.findall(rf"convsim {command} ([^`|\n]*)", README):

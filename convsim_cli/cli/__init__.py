@@ -15,6 +15,7 @@ import typer
 from typer.main import get_command
 
 from convsim_cli import __version__
+from convsim_cli.cli.compare import compare
 from convsim_cli.cli.console import say
 from convsim_cli.cli.grouped_help import GroupedCommand
 from convsim_cli.cli.init import init
@@ -67,6 +68,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     init: "Minimize L_CS of a checkpoint's kernels.",
     measure: "Measure similarity, per layer.",
     train: "Train a network, and keep its results.",
+    compare: "Compare runs, over their seeds.",
     reproduce: "Run the paper's experiments again.",
     plot: "Draw the curves of runs.",
 }

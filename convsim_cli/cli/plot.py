@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.options import JsonOption, QuietOption
 
+if TYPE_CHECKING:
+    from convsim_cli.reproduction.plots import Curve
+    from convsim_cli.training.seed_groups import RunResults
+
 EXAMPLES = """\b
 Examples:
   convsim plot runs/cnn1-baseline-s0 runs/cnn1-init-s0      # writes curves.png
-  convsim plot runs/cnn1-*-s0 -o arms.png"""
+  convsim plot runs/cnn1-*-s0 -o arms.png
+  convsim plot runs -o seeds.png                            # seeds of one kind: a mean and a band"""
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.png", help="The PNG to write.")] = Path(
         "curves.png"
     ),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw the training loss, accuracies and L_CS of runs over epochs, as a PNG. Runs may still be training."""
-    from convsim_cli.reproduction.plots import Curve, draw_runs, require_matplotlib, save_figure
-    from convsim_cli.training.results import read_results
+    """Draw the training loss, accuracies and L_CS of runs over epochs, as a PNG. Runs may still be training.
+
+    Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
+    """
+    from convsim_cli.reproduction.plots import draw_runs, require_matplotlib, save_figure
+    from convsim_cli.training.seed_groups import read_runs
 
     console = Console(quiet, as_json)
     require_matplotlib()
-    curves = [Curve(label, [read_results(run)]) for label, run in zip(_labels(runs), runs, strict=True)]
-    save_figure(draw_runs(curves), output)
-    console.document("plot", {"output": str(output), "runs": [str(run) for run in runs]})
+    found = read_runs(runs)
+    save_figure(draw_runs(_curves(found)), output)
+    console.document("plot", {"output": str(output), "runs": [str(run.folder) for run in found]})
     console.note(f"wrote {output}")
+
+
+def _curves(runs: Sequence[RunResults]) -> list[Curve]:
+    """A curve per group of seeds, and one for each other run, with the name of its folder."""
+    from convsim_cli.reproduction.plots import Curve
+    from convsim_cli.training.seed_groups import group_by_seed
+
+    labels = dict(zip([run.folder for run in runs], _labels([run.folder for run in runs]), strict=True))
+    curves = []
+    for group in group_by_seed(runs):
+        if len(group.runs) > 1 and len(set(group.seeds)) == len(group.runs):
+            curves.append(Curve(f"{group.name} (n = {len(group.runs)})", [run.rows for run in group.runs]))
+        else:
+            curves += [Curve(labels[run.folder], [run.rows]) for run in group.runs]
+    return curves
 
 
 def _labels(runs: list[Path]) -> list[str]:

@@ -13,7 +13,7 @@ Least = Sequence[str | tuple[str, ...]]  # columns in the order in which they ar
 GAP = 3  # characters between two columns
 EDGES = 2  # characters left and right of a table
 _SECOND_LINE = re.compile(
-    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change)$"
+    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
 )  # of a header
 
 

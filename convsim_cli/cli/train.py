@@ -28,6 +28,8 @@ Examples:
   convsim train --mode init --data-dir data                      # the paper's best arm, CNN1 on CIFAR-10
   convsim train --mode reg --beta 0.001 --epochs 20 --name reg20
   convsim train --mode init --preserve-norm --seeds 3            # similarity without the scale
+  convsim train --arch resnet18 --epochs 50 --lr 0.1 --momentum 0.9 --nesterov \\
+    --weight-decay 5e-4 --schedule cosine --augment flip-crop    # a modern recipe
   convsim train --resume runs/reg20 --epochs 40
   torchrun --nproc-per-node 2 -m convsim_cli train --mode init   # two processes share each batch"""
 

@@ -133,9 +133,10 @@ class CampaignScreen(_Screen):
 
 
 def _epoch(row: dict[str, Any], epochs: int) -> str:
+    validation = f"validation {row['validation_accuracy']:5.2f} %  " if "validation_accuracy" in row else ""
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %  "
         f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:5.2f} %  "
-        f"L_CS {row['cs']:.4g}"
+        f"{validation}L_CS {row['cs']:.4g}"
     )

@@ -39,6 +39,7 @@ class Dataset:
     """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1.
 
     class_names: in the order of the labels, where they have names.
+    validation: images set apart from the training images (`hold_out`), if any.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Dataset:
     mean: Channels
     std: Channels
     class_names: tuple[str, ...] = ()
+    validation: Split | None = None
 
     def images_of_classes(self) -> dict[str, dict[str, int]]:
         """Return for each class, by its name or number, how many training and test images there are of it."""
@@ -59,8 +61,21 @@ class Dataset:
         """Return the data set with the first images of each split only, all of them for None."""
         return replace(self, train=self.train.first(train), test=self.test.first(test))
 
+    def hold_out(self, count: int | None) -> Dataset:
+        """Return the data set with its last `count` training images set apart for validation, none for None.
+
+        Raises InputError if no training image would be left.
+        """
+        if count is None:
+            return self
+        train, left = self.train, len(self.train) - count
+        if left < 1:
+            raise InputError(f"`validation` {count}: expected fewer than the {len(train)} training images")
+        return replace(self, train=train.first(left), validation=Split(train.images[left:], train.labels[left:]))
+
     def to(self, device: torch.device) -> Dataset:
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        validation = self.validation and self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, channels_last in memory."""

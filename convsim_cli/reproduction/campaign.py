@@ -19,6 +19,7 @@ from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.execution import Listener, execute
 from convsim_cli.training.results import Row, epochs_done, read_results
 from convsim_cli.training.reuse import find_or_create_run, find_run, is_finished
+from convsim_cli.training.run_data import used_images
 from convsim_cli.training.run_folder import Run
 
 POLL = 2.0  # seconds between checks on a run that another process is working on
@@ -145,7 +146,7 @@ class _Part:
 
 def _epoch_work(arguments: Arguments, dataset: Dataset) -> float:
     """FLOPs of an epoch: three forward passes for each training image, one for each test image."""
-    data = dataset.limited(arguments.limit_train, arguments.limit_test)
+    data = used_images(arguments, dataset)
     height, width = dataset.train.images.shape[1:3]
     return _operations(arguments.arch, height, width) * (3 * len(data.train) + len(data.test))
 

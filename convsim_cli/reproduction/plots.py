@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,10 @@ LOGARITHMIC = {"cs", "train_loss"}
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over epochs: its label, and one history of rows of results.csv per seed."""
+    """A line over epochs: its label, and one history of rows of results.csv per seed.
+
+    Several seeds are drawn as their mean, in a band of one standard deviation to either side.
+    """
 
     label: str
     histories: Sequence[Sequence[Row]]
@@ -80,7 +83,7 @@ def draw_runs(curves: Sequence[Curve]) -> Figure:
 
 
 def draw_arms(rows: Sequence[dict[str, Any]], column: str, title: str) -> Figure:
-    """Draw Figure 1, 2 or 3: a panel per network, a curve per arm; several seeds as mean and range.
+    """Draw Figure 1, 2 or 3: a panel per network, a curve per arm.
 
     rows: those of the figure's JSON, each with `arch`, `arm`, `epoch` and the column.
     """
@@ -163,7 +166,7 @@ def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure
 
 
 def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import MaxNLocator
 
     for index, curve in enumerate(curves):
         round_ = index // len(COLORS)  # after eight curves the colors repeat, with other dash patterns
@@ -175,16 +178,37 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
         means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
         axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
         if len(curve.histories) > 1:
-            low, high = ([pick(seeds) for seeds in values] for pick in (min, max))
+            low, high = (
+                zip(*(_band(seeds, column in LOGARITHMIC) for seeds in values), strict=True) if values else ((), ())
+            )
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC:
-        axes.set_yscale("log")
-        bottom, top = axes.get_ylim()
-        axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and 1000, not powers of ten
-        axes.yaxis.set_minor_formatter("{x:g}" if top < 10 * bottom else NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _use_log_scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single epoch is a single tick
     axes.set_xlabel("epoch")
     axes.set_ylabel(UNITS[column])
+
+
+def _band(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
+    """The mean of an epoch's seeds minus and plus their standard deviation; a log scale has no room for 0 and below."""
+    center, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
+    low = center - spread
+    return (min(values) if logarithmic and low <= 0 else low), center + spread
+
+
+def _use_log_scale(axes: Axes) -> None:
+    """Label a log scale with 0.1 and 1000, not powers of ten: more densely the fewer decades it spans."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    if top < 10 * bottom:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif top < 100 * bottom:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish(figure: Figure, axes: Axes, title: str) -> None:

@@ -101,9 +101,23 @@ class Arguments:
     weights: str | None = setting(None, "Start from this checkpoint.", "Recipe", metavar="FILE")
     epochs: int = setting(100, "Number of epochs.", "Recipe", above=0)
     batch_size: int = setting(512, "Images per step.", "Recipe", above=0)
-    lr: float = setting(0.01, "Learning rate of SGD", "Recipe", above=0)
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD, or Adam with decoupled weight decay.", "Recipe")
+    lr: float = setting(0.01, "Learning rate, with a schedule its largest value", "Recipe", above=0)
     momentum: float = setting(0.0, "Momentum of SGD.", "Recipe", least=0)
-    weight_decay: float = setting(0.0, "L2 penalty of SGD.", "Recipe", least=0)
+    nesterov: bool = setting(False, "Nesterov's momentum; requires --momentum.", "Recipe")
+    weight_decay: float = setting(
+        0.0, "With sgd an L2 penalty of this weight, with adamw decoupled decay.", "Recipe", least=0
+    )
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "Keep the learning rate, or lower it to 0 over all epochs, along half a cosine.", "Recipe"
+    )
+    warmup: int = setting(0, "Raise the learning rate from 0 over this many epochs first.", "Recipe", metavar="EPOCHS")
+    augment: Literal["none", "flip-crop"] = setting(
+        "none", "flip-crop: mirror training images at random, and crop them after padding by 4 pixels.", "Recipe"
+    )
+    label_smoothing: float = setting(
+        0.0, "Mix this share of the uniform distribution into the targets.", "Recipe", most=1
+    )
     iterations: int = setting(500, "Iterations of Algorithm 1, before training.", "Method", least=0)
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1", "Method", above=0)
     preserve_norm: bool = setting(
@@ -151,8 +165,16 @@ class Arguments:
     compile: bool = setting(False, "Compile the network with torch.compile.", "Recipe")
     limit_train: int | None = setting(None, "Only the first N training images.", "Data", above=0)
     limit_test: int | None = setting(None, "Only the first N test images.", "Data", above=0)
+    validation: int | None = setting(
+        None,
+        "Hold out the last N training images (after --limit-train); the best epoch is chosen on them, not on the test "
+        "images.",
+        "Data",
+        above=0,
+    )
     folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, independent of its path.")
     deterministic: bool = setting(False, "Bit-exact on CUDA too; the CPU always is.", "Run")
+    tensorboard: bool = setting(False, "Write each epoch's results for TensorBoard too (extra: tensorboard).", "Run")
     seed: int = setting(0, "Seed of everything that is random.", "Run", least=0, most=(1 << 32) - 1)
     device: str = setting("cpu", "Where the run computes.")
     processes: int = setting(1, "Data-parallel processes, as torchrun started them.", above=0)
@@ -164,6 +186,7 @@ class Arguments:
         for name, declaration in declarations().items():
             declaration.check(getattr(self, name))
         find_objective(self.objective)
+        self._check_recipe()
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
             raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
         for name, declaration in declarations().items():
@@ -180,12 +203,24 @@ class Arguments:
                 f"`factor` {self.factor} minimizes nothing: `objective` {self.objective} has no use with it"
             )
 
+    def _check_recipe(self) -> None:
+        for name in ("momentum", "nesterov"):
+            if self.optimizer != "sgd" and getattr(self, name):
+                raise InputError(f"`{name}` goes with `optimizer` sgd, got `optimizer` {self.optimizer}")
+        if self.nesterov and not self.momentum:
+            raise InputError("`nesterov` requires a `momentum` above 0, for instance 0.9")
+        if self.warmup > self.epochs:
+            raise InputError(f"`warmup` {self.warmup}: expected no more than the run's `epochs` {self.epochs}")
+
     def identity(self) -> dict[str, Any]:
-        """Return what makes this run the one it is: all but the number of epochs and where its data lies."""
-        values = asdict(self)
-        for name in ("epochs", "data_dir", *(["dataset"] if self.folder_digest else [])):
-            del values[name]
-        return values
+        """Return what makes this run the one it is: all that its results depend on.
+
+        That leaves out where its data lies and, except with a schedule over all epochs, their number.
+        """
+        left_out = {"data_dir", "tensorboard"}
+        left_out |= {"epochs"} if self.schedule == "constant" else set()
+        left_out |= {"dataset"} if self.folder_digest else set()
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @cache

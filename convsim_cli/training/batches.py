@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,13 @@ _MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
 
 def permutation(count: int, seed: int, epoch: int) -> Tensor:
     """Return an order that only seed and epoch decide, so that a resumed run draws the same batches."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(count, generator=generator(seed, epoch, "order"))
+
+
+def generator(seed: int, epoch: int, purpose: Literal["order", "augmentation"]) -> torch.Generator:
+    """Return a source of random numbers that depends on nothing else."""
+    offset = {"order": 0, "augmentation": 500_000}[purpose]  # beyond the epochs of a run, within those of its seed
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch + offset)
 
 
 def statistics_batches(split: Split, seed: int, processes: int = 1) -> tuple[Tensor, ...]:

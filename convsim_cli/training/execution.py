@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -17,11 +18,12 @@ from convsim_cli.training.modes import MODES
 from convsim_cli.training.preparation import first_images
 from convsim_cli.training.processes import ALONE, Processes
 from convsim_cli.training.results import Row, write_results
-from convsim_cli.training.run_data import load_data
+from convsim_cli.training.run_data import load_data, used_images
 from convsim_cli.training.run_folder import Run, locked, open_run, write_arguments, write_json
 from convsim_cli.training.run_network import build_with_weights
 from convsim_cli.training.run_state import Log, read_state, save_state
 from convsim_cli.training.summary import feature_map_cosines, summarize_run
+from convsim_cli.training.tensorboard_log import tensorboard_log
 from convsim_cli.training.trainer import Trainer, be_deterministic
 
 
@@ -70,17 +72,18 @@ def execute(
         be_deterministic()
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
-        data = dataset or load_data(arguments)
-        data = data.limited(arguments.limit_train, arguments.limit_test)
+        data = used_images(arguments, dataset or load_data(arguments))
         listener.data(data)
         state = processes.on_rank_zero(lambda: read_state(run))
         trainer, log = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
         if processes.is_rank_zero:
             _update_folder(run, trainer.epoch)
+        log_row = _open_log(run, trainer, held)
         while trainer.epoch < arguments.epochs:
             listener.phase(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps)
             row = trainer.run_epoch(listener.advance)
             log["history"].append(row)
+            log_row(row)
             save_state(run, trainer, log)
             listener.row(row)
         if not processes.is_rank_zero:
@@ -88,6 +91,16 @@ def execute(
         summary = summarize_run(trainer, log)
         write_json(run.folder / "summary.json", summary)
     return summary
+
+
+def _open_log(run: Run, trainer: Trainer, held: ExitStack) -> Callable[[Row], None]:
+    """What takes each epoch's row on rank 0: TensorBoard's log if the run has one, else nothing."""
+    if not run.arguments.tensorboard:
+        return lambda row: None
+    logs: list[Callable[[Row], None]] = []
+    opened = tensorboard_log(run.folder, trainer.epoch + 1)
+    trainer.processes.on_rank_zero(lambda: logs.append(held.enter_context(opened)))
+    return lambda row: trainer.processes.on_rank_zero(lambda: logs[0](row))
 
 
 def _check_processes(run: Run, processes: Processes) -> None:
@@ -143,7 +156,7 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
     trainer = Trainer(model, data, arguments, device, processes)
     trainer.load_state(state["trainer"])
     if processes.is_rank_zero:
-        write_results(run.folder, state["progress"]["history"])
+        write_results(run.folder, state["progress"]["history"], validated=arguments.validation is not None)
     return trainer, state["progress"]
 
 

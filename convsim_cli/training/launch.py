@@ -19,6 +19,7 @@ from convsim_cli.training.processes import Processes, joined
 from convsim_cli.training.run_data import load_data
 from convsim_cli.training.run_folder import Run, create_run, free_stem, remove_unsaved
 from convsim_cli.training.run_network import check_network
+from convsim_cli.training.tensorboard_log import summary_writer
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def resume_run(run: Run, watch: Watch) -> list[Finished]:
 def _checked_data(arguments: Arguments) -> Dataset:
     """A run's data set, after every check that needs no folder."""
     arguments.check()
+    if arguments.tensorboard:
+        summary_writer()
     build_network(arguments.arch, CLASSES)  # before a data set is downloaded
     dataset = load_data(arguments)
     check_network(arguments, dataset)

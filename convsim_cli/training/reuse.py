@@ -16,8 +16,9 @@ def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
     """Return the run in `run_dir` with these arguments that has done most epochs, or None.
 
     Neither the place of the data nor the number of epochs has to agree: no epoch depends on how many follow, so a
-    shorter run can be continued, and a longer one serves with its first epochs. A run configured for more epochs that
-    has not yet reached the requested number is not reused.
+    shorter run can be continued, and a longer one serves with its first epochs. With a cosine schedule every epoch
+    does, and only a run of the same length serves. A run configured for more epochs that has not yet reached the
+    requested number is not reused.
     """
     arguments = identified(arguments)
     runs = (_readable_run(path) for path in sorted(run_dir.glob("*/args.json")))

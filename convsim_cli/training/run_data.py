@@ -20,6 +20,11 @@ def identified(arguments: Arguments) -> Arguments:
     return replace(arguments, folder_digest=folder_digest(Path(arguments.dataset.removeprefix(FOLDER))))
 
 
+def used_images(arguments: Arguments, dataset: Dataset) -> Dataset:
+    """Return the part of a data set that a run uses, its validation images set apart. Raises InputError if too few."""
+    return dataset.limited(arguments.limit_train, arguments.limit_test).hold_out(arguments.validation)
+
+
 def load_data(arguments: Arguments) -> Dataset:
     """Return the whole data set of a run.
 

@@ -113,6 +113,11 @@ def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
     for name, value in given.items():
         if name not in had:
             raise InputError(f"`{name}` cannot be combined with `resume`")
+        if name == "epochs" and value != had[name] and name in run.arguments.identity():
+            raise InputError(
+                f"`epochs` {value}: the run {folder} has {had[name]}, and its learning rates depend on their number "
+                f"(`schedule` {run.arguments.schedule}); start a new run"
+            )
         moved = name == "dataset" and run.arguments.folder_digest and value.startswith(FOLDER)
         if value != had[name] and name not in ("epochs", "data_dir") and not moved:
             raise InputError(

@@ -15,6 +15,7 @@ from convsim_cli.networks.names import build_network
 from convsim_cli.networks.weights import load_weights
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.run_data import used_images
 
 
 def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
@@ -35,7 +36,7 @@ def check_network(arguments: Arguments, dataset: Dataset) -> None:
         ConvSimPenalty(model)
     except InputError as error:
         raise InputError(f"`arch` {arguments.arch}: {error}") from error
-    data = dataset.limited(arguments.limit_train, arguments.limit_test)
+    data = used_images(arguments, dataset)
     _check_logits(model, data, arguments)
     _check_small_batches(model, data, arguments)
 
@@ -62,7 +63,9 @@ def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Argument
     """Batch normalization may refuse a batch of one image: the last one in training, or one in evaluation."""
     last = len(dataset.train) % arguments.batch_size or arguments.batch_size
     in_training = last // arguments.processes <= 1
-    in_evaluation = arguments.bn_statistics == "batch" and len(dataset.test) // arguments.processes <= 1
+    evaluated = {"test": dataset.test, "validation": dataset.validation}
+    alone = [name for name, split in evaluated.items() if split and len(split) // arguments.processes <= 1]
+    in_evaluation = alone if arguments.bn_statistics == "batch" else []
     if not in_training and not in_evaluation:
         return
     try:
@@ -71,7 +74,7 @@ def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Argument
     except ValueError as error:
         cause = f"`batch_size` {arguments.batch_size}: the last batch of {len(dataset.train)} training images"
         if not in_training:
-            cause = f"`bn_statistics` batch: the test set of {len(dataset.test)} images"
+            cause = f"`bn_statistics` batch: the {alone[0]} set of {len(evaluated[alone[0]] or [])} images"
         raise InputError(
             f"{cause} leaves one image for a process, of which {arguments.arch} cannot normalize a batch ({error})"
         ) from error

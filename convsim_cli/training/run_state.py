@@ -16,7 +16,7 @@ from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.state_dict import save_state_dict
 from convsim_cli.errors import InputError
 from convsim_cli.training.arguments import Arguments, make_arguments
-from convsim_cli.training.results import Row, write_results
+from convsim_cli.training.results import Row, best_row, write_results
 from convsim_cli.training.run_folder import Run
 from convsim_cli.training.trainer import Trainer
 
@@ -69,7 +69,7 @@ def _write(run: Run, trainer: Trainer, history: list[Row], state: dict[str, Any]
     }
     weights = trainer.model.state_dict()
     save_state_dict(weights, run.folder / "last.safetensors", record)
-    if history and history[-1]["test_accuracy"] > max((row["test_accuracy"] for row in history[:-1]), default=-1.0):
+    if history and best_row(history) is history[-1]:
         save_state_dict(weights, run.folder / "best.safetensors", record)
-    write_results(run.folder, history)
+    write_results(run.folder, history, validated=run.arguments.validation is not None)
     replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))

@@ -11,7 +11,7 @@ from torch import nn
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.networks.names import count_parameters
-from convsim_cli.training.results import LAST_EPOCHS, Row
+from convsim_cli.training.results import LAST_EPOCHS, Row, best_row
 from convsim_cli.training.run_state import Log
 from convsim_cli.training.trainer import Trainer
 
@@ -35,11 +35,13 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
     `classes` has the number of training and test images of each class, in the order of the network's outputs.
     """
     history: list[Row] = log["history"]
-    best = max(history, key=lambda row: row["test_accuracy"])
+    best = best_row(history)
     seconds = sum(row["seconds"] for row in history)
+    validated = {"best_validation_accuracy": best["validation_accuracy"]} if "validation_accuracy" in best else {}
     return {
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
+        **validated,
         "last_test_accuracy": history[-1]["test_accuracy"],
         "mean_last5_test_accuracy": mean(row["test_accuracy"] for row in history[-LAST_EPOCHS:]),
         "last_train_accuracy": history[-1]["train_accuracy"],

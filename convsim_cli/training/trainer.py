@@ -20,10 +20,13 @@ from convsim_cli.machine.progress import Advance
 from convsim_cli.measurement.batch_norm import batch_statistics
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.augmentation import FlipCrop
 from convsim_cli.training.batches import permutation, statistics_batches
 from convsim_cli.training.evaluation import evaluate_together, reestimate_together
 from convsim_cli.training.modes import MODES
+from convsim_cli.training.optimization import learning_rate, make_optimizer
 from convsim_cli.training.processes import ALONE, Processes
+from convsim_cli.training.results import VALIDATION_COLUMNS
 from convsim_cli.training.similarity_hold import SimilarityHold
 
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
@@ -52,9 +55,7 @@ class Trainer:
         self.processes = processes
         self.mode = MODES[arguments.mode]
         self.penalty = ConvSimPenalty(model, arguments.objective)
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), arguments.lr, arguments.momentum, weight_decay=arguments.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(model.parameters(), arguments)
         self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
             indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
@@ -81,7 +82,7 @@ class Trainer:
             loss, accuracy = self._train(advance)
             self.processes.broadcast_buffers(self.model)
             with self._autocast():
-                test_loss, test_accuracy = self._evaluate()
+                (test_loss, test_accuracy), *validation = self._evaluate()
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss,
@@ -90,6 +91,7 @@ class Trainer:
             "test_accuracy": test_accuracy,
             "cs": self.penalty.value().item(),
             "seconds": time.perf_counter() - start,
+            **{name: value for found in validation for name, value in zip(VALIDATION_COLUMNS, found, strict=True)},
         }
         self._check_finite(row)
         self.epoch += 1
@@ -124,6 +126,7 @@ class Trainer:
         if not self.processes.is_rank_zero:
             raise FollowedError
         losses = f"the loss is {row['train_loss']:g} in training and {row['test_loss']:g} in testing"
+        losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
         raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
 
     def _random_states(self) -> tuple[Tensor, Tensor | None]:
@@ -135,15 +138,19 @@ class Trainer:
         data = self.dataset.train
         totals = self._totals()
         order = permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
-        for batch in order.split(self.arguments.batch_size):
+        augmentation = self._draw_augmentation()
+        for number, batch in enumerate(order.split(self.arguments.batch_size)):
+            self._set_learning_rate(number)
             indices = self.processes.share(batch)
             weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
             if not len(indices):
                 indices = batch[:1]  # fewer images than processes: this one is computed with a weight of 0
-            labels = data.labels[indices]
+            images, labels = data.images[indices], data.labels[indices]
+            if augmentation:
+                images = augmentation.apply(images, indices)
             with self._autocast():
-                logits = self._forward(self.dataset.normalize(data.images[indices]))
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+                logits = self._forward(self.dataset.normalize(images))
+            loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.arguments.label_smoothing)
             self.optimizer.zero_grad()
             (loss if weight == 1 else weight * loss).backward()
             self._regularize(loss.detach(), weight)
@@ -157,15 +164,33 @@ class Trainer:
         loss_sum, correct = self.processes.sum(totals).tolist()
         return loss_sum / len(data), 100 * correct / len(data)
 
-    def _evaluate(self) -> tuple[float, float]:
-        """Test loss and accuracy. The statistics that `precise` re-estimates stay in the model, to be saved with it."""
+    def _draw_augmentation(self) -> FlipCrop | None:
+        if self.arguments.augment == "none":
+            return None
+        return FlipCrop.draw(len(self.dataset.train), self.arguments.seed, self.epoch, self.device)
+
+    def _set_learning_rate(self, number: int) -> None:
+        """Set the rate of a step of the current epoch; a constant one stays as it is in the optimizer."""
+        if self.arguments.schedule == "constant" and not self.arguments.warmup:
+            return
+        rate = learning_rate(self.arguments, self.epoch * self.steps + number, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _evaluate(self) -> list[tuple[float, float]]:
+        """Loss and accuracy on the test images, and on the validation images if there are any.
+
+        The statistics that `precise` re-estimates stay in the model, to be saved with it.
+        """
         if self.arguments.bn_statistics == "precise":
             reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
         own = self.arguments.bn_statistics == "batch"
+        splits = [split for split in (self.dataset.test, self.dataset.validation) if split]
         with batch_statistics(self.model) if own else nullcontext():
-            return evaluate_together(
-                self.model, self.dataset, self.dataset.test, self.device, self._evaluated, self.processes
-            )
+            return [
+                evaluate_together(self.model, self.dataset, split, self.device, self._evaluated, self.processes)
+                for split in splits
+            ]
 
     def _regularize(self, loss: Tensor, weight: float) -> None:
         """Algorithm 2: add β·∂L_CS to the gradients. With the schedule `loss`, β falls with the task loss."""

@@ -17,7 +17,7 @@ from typer.main import get_command
 from convsim_cli.cli import app, run
 from convsim_cli.cli.console import duration, printable, shape, show
 
-COMMANDS = ("init", "measure", "train", "reproduce")
+COMMANDS = ("init", "measure", "train", "compare", "reproduce")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from statistics import stdev
 
 import pytest
+from matplotlib.axes import Axes
 
 from convsim_cli.errors import InputError
 from convsim_cli.reproduction.plots import (
@@ -44,7 +46,7 @@ def test_axes_bear_their_units_and_falling_quantities_a_log_scale() -> None:
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
 
 
-def test_seeds_of_an_arm_are_one_curve_with_their_range() -> None:
+def test_seeds_of_an_arm_are_one_curve_with_a_band() -> None:
     rows = [
         {"arch": arch, "arm": arm, "seed": seed, "epoch": [1, 2], "cs": [900.0 + seed, 800.0]}
         for arch in ("cnn1", "cnn2")
@@ -57,6 +59,55 @@ def test_seeds_of_an_arm_are_one_curve_with_their_range() -> None:
         assert [line.get_label() for line in axes.get_lines()] == ["baseline", "init"]
         assert list(axes.get_lines()[0].get_ydata()) == [901, 800]
         assert len(axes.collections) == 2
+
+
+def test_the_band_is_one_standard_deviation_to_either_side_of_the_mean() -> None:
+    seeds = [[{**row, "test_accuracy": row["test_accuracy"] + shift} for row in HISTORY] for shift in (0, 3, 9)]
+    axes = draw_runs([Curve("seeds", seeds)]).axes[1]
+    spread = stdev([0, 3, 9])
+    box = axes.collections[0].get_paths()[0].get_extents()
+    assert list(axes.get_lines()[0].get_ydata()) == [row["test_accuracy"] + 4 for row in HISTORY]
+    assert (box.ymin, box.ymax) == (pytest.approx(8 + 4 - spread), pytest.approx(40 + 4 + spread))
+
+
+def test_a_band_on_a_log_scale_stays_above_zero() -> None:
+    seeds = [[{**row, "cs": scale * row["cs"]} for row in HISTORY] for scale in (1.0, 1.0, 100.0)]
+    axes = draw_runs([Curve("seeds", seeds)]).axes[3]
+    assert axes.collections[0].get_paths()[0].get_extents().ymin == pytest.approx(900 / 5)
+
+
+def ticks(axes: Axes, which: str) -> list[str]:
+    """The labels on an axis within its limits, from both of its scales."""
+    axis = getattr(axes, f"{which}axis")
+    low, high = sorted(axis.get_view_interval())
+    return [
+        label
+        for minor in (False, True)
+        for place, label in zip(
+            axis.get_ticklocs(minor=minor), [text.get_text() for text in axis.get_ticklabels(minor=minor)], strict=True
+        )
+        if low <= place <= high and label
+    ]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_the_epochs_on_an_axis_are_whole(epochs: int) -> None:
+    figure = draw_runs([Curve("a", [HISTORY[:epochs]])])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        found = ticks(axes, "x")
+        assert found
+        assert set(found) <= {str(epoch) for epoch in range(1, epochs + 1)}
+
+
+@pytest.mark.parametrize("factor", [1.0001, 1.05, 1.5, 3, 9.9, 50, 1e5])
+def test_a_log_scale_has_several_labels_however_little_it_spans(factor: float) -> None:
+    rows = [{**row, "train_loss": factor ** (row["epoch"] / 5), "cs": 1.0} for row in HISTORY]
+    figure = draw_runs([Curve("a", [rows])])
+    figure.draw_without_rendering()
+    found = ticks(figure.axes[0], "y")
+    assert 2 <= len(found) <= 12
+    assert len(set(found)) == len(found)
 
 
 def test_a_diverged_seed_counts_up_to_its_last_epoch() -> None:

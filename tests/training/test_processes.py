@@ -58,9 +58,9 @@ def train_an_epoch(environment: dict[str, str], path: Path) -> None:
         torch.manual_seed(processes.rank)  # whatever the others start from, rank 0's weights count
         features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=4), nn.Flatten())
         model = features.append(nn.LazyLinear(10))
-        data = load_dataset("digits", Path()).limited(64, 31)
+        data = load_dataset("digits", Path()).limited(71, 31).hold_out(7)
         model(data.normalize(data.test.images[:1]))
-        arguments = Arguments(mode="reg", lr=0.1, beta="auto", beta_schedule="loss", batch_size=21)
+        arguments = Arguments(mode="reg", lr=0.1, beta="auto", beta_schedule="loss", batch_size=21, augment="flip-crop")
         trainer = Trainer(model, data, arguments, device, processes)
         row = trainer.run_epoch()
         torch.manual_seed(1)  # from here on the same in every process

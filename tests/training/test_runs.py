@@ -99,6 +99,34 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: st
     assert json.loads((part.folder / "args.json").read_text()) == asdict(arguments)
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "cosine": {"schedule": "cosine", "warmup": 1},
+    "warmup": {"warmup": 2},
+    "augment": {"augment": "flip-crop"},
+    "smoothing": {"label_smoothing": 0.1},
+    "validation": {"validation": 15, "lr": 0.3},
+}
+RECIPES["all"] = {name: value for recipe in RECIPES.values() for name, value in recipe.items()}
+RECIPES["all"] |= {"optimizer": "sgd", "mode": "reg"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resuming_is_exact_with_every_part_of_a_recipe(tmp_path: Path, recipe: str) -> None:
+    arguments = replace(SMALL, bn_statistics="batch", **RECIPES[recipe])
+    whole, part = (create_run(arguments, tmp_path, name) for name in ("whole", "part"))
+    execute(whole)
+    for step in (4, 1, 3):  # in the second epoch, in its repetition, and between two epochs
+        with pytest.raises(KeyboardInterrupt):
+            execute(open_run(part.folder), Kill(step))
+        torch.manual_seed(123)
+    execute(open_run(part.folder))
+    assert results(part) == results(whole)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
 def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, mode="init"), tmp_path, "one")
     with pytest.raises(KeyboardInterrupt):

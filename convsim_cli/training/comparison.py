@@ -1,0 +1,159 @@
+"""Runs side by side: each group of seeds with its accuracies, and how far it is from a baseline, paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.training.arguments import declarations
+from convsim_cli.training.intervals import mean_interval
+from convsim_cli.training.results import LAST_EPOCHS, Row, best_row
+from convsim_cli.training.seed_groups import Group, RunResults, group_by_seed, read_runs
+
+ACCURACIES: dict[str, Callable[[Sequence[Row]], float]] = {  # of a run, in per cent
+    "best_test_accuracy": lambda rows: best_row(rows)["test_accuracy"],
+    "last_test_accuracy": lambda rows: rows[-1]["test_accuracy"],
+    "mean_last5_test_accuracy": lambda rows: mean(row["test_accuracy"] for row in rows[-LAST_EPOCHS:]),
+    "last_train_accuracy": lambda rows: rows[-1]["train_accuracy"],
+}
+
+
+def compare_runs(
+    paths: Iterable[Path], baseline: str | None = None, accuracy: float | None = None, epochs: int | None = None
+) -> dict[str, Any]:
+    """Return the groups of runs that differ only by seed, with their figures: the content of the JSON document.
+
+    paths: folders of runs, and folders that hold them. baseline: the name of a group, or of one of its runs; unless
+    given, the group of mode baseline, if there is one. accuracy: a test accuracy in per cent, for the epochs that runs
+    take to it. epochs: compare only the first ones. Figures are means over seeds in per cent with standard deviations;
+    differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals.
+    Raises InputError for runs that cannot be compared.
+    """
+    runs = [_first_epochs(run, epochs) for run in read_runs(paths)]
+    _check_comparable(runs)
+    groups = group_by_seed(runs, by_length=True)
+    for group in groups:
+        _check_seeds(group)
+    reference = _find_baseline(groups, baseline)
+    return {
+        "baseline": reference.name if reference else None,
+        "accuracy": accuracy,
+        "groups": [_figures(group, reference, accuracy) for group in groups],
+    }
+
+
+def _first_epochs(run: RunResults, epochs: int | None) -> RunResults:
+    if epochs is None:
+        return run
+    if len(run.rows) < epochs:
+        raise InputError(f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}")
+    return replace(run, rows=run.rows[:epochs])
+
+
+def _check_comparable(runs: Sequence[RunResults]) -> None:
+    """Raise InputError for a run without an epoch, for other data, and for unfinished runs of several lengths."""
+    first = runs[0]
+    for run in runs:
+        if not run.rows:
+            raise InputError(f"{run.folder}: has no finished epoch yet; train it first, or leave it out")
+        for name in ("dataset", "limit_test"):
+            ours, theirs = (_data(of, name) for of in (first, run))
+            if ours != theirs:
+                raise InputError(
+                    f"{first.folder} and {run.folder} were tested on different data ({name} {ours} and {theirs}); "
+                    "compare runs on the same test images"
+                )
+    lengths = {len(run.rows) for run in runs}
+    unfinished = [run for run in runs if len(run.rows) < run.arguments.epochs]
+    if len(lengths) > 1 and unfinished:
+        run = min(unfinished, key=lambda run: len(run.rows))
+        raise InputError(
+            f"{run.folder}: has done {len(run.rows)} of {run.arguments.epochs} epochs, other runs have done "
+            f"{max(lengths)}; finish it, leave it out, or compare the first ones with `epochs` {min(lengths)}"
+        )
+
+
+def _data(run: RunResults, name: str) -> Any:
+    """What says which images a run was tested on; a folder of images may lie anywhere."""
+    if name == "dataset" and run.arguments.folder_digest:
+        return run.arguments.folder_digest
+    return getattr(run.arguments, name)
+
+
+def _check_seeds(group: Group) -> None:
+    for one, other in zip(group.runs, group.runs[1:], strict=False):
+        if one.seed == other.seed:
+            raise InputError(
+                f"{one.folder} and {other.folder} have the same arguments and the same seed {one.seed}: they would "
+                "count as two; leave one out"
+            )
+
+
+def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
+    if name is None:
+        return _usual_baseline(groups)
+    by_name = {group.name: [group] for group in groups}
+    for group in groups:
+        for run in group.runs:
+            for spelling in {str(run.folder), run.folder.resolve().name}:
+                by_name.setdefault(spelling, []).append(group)
+    found = by_name.get(name) or by_name.get(str(Path(name)))
+    if found is None:
+        raise InputError(f"`baseline` {name!r}: no such group or run; {did_you_mean(name, by_name)}")
+    if len(found) > 1:
+        raise InputError(f"`baseline` {name!r}: several runs have this name; give the path of one")
+    return found[0]
+
+
+def _usual_baseline(groups: Sequence[Group]) -> Group | None:
+    """The group of mode baseline; if there are several, the one whose other arguments are the defaults."""
+    known = declarations()
+    plain = [group for group in groups if group.runs[0].arguments.mode == "baseline"]
+    if len(plain) > 1:
+        plain = [
+            group
+            for group in plain
+            if all(value == known[name].default for name, value in group.arguments.items() if name != "epochs")
+        ]
+    return plain[0] if len(plain) == 1 else None
+
+
+def _figures(group: Group, reference: Group | None, accuracy: float | None) -> dict[str, Any]:
+    return {
+        "group": group.name,
+        "arguments": group.arguments,
+        "runs": [str(run.folder) for run in group.runs],
+        "seeds": group.seeds,
+        "n": len(group.runs),
+        "epochs": len(group.runs[0].rows),
+        **{key: _spread([figure(run.rows) for run in group.runs]) for key, figure in ACCURACIES.items()},
+        "epochs_to_accuracy": None if accuracy is None else _epochs_to(group, accuracy),
+        "difference": None if reference in (None, group) else _difference(group, reference),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def _epochs_to(group: Group, accuracy: float) -> dict[str, float | None]:
+    """Epochs to a test accuracy: mean and deviation are null unless every seed reaches it."""
+    first = [next((row["epoch"] for row in run.rows if row["test_accuracy"] >= accuracy), None) for run in group.runs]
+    reached = [epoch for epoch in first if epoch is not None]
+    spread = _spread(reached) if len(reached) == len(first) else {"mean": None, "std": None}
+    return {"reached": len(reached), **spread}
+
+
+def _difference(group: Group, reference: Group) -> dict[str, Any]:
+    ours, theirs = ({run.seed: run.rows for run in of.runs} for of in (group, reference))
+    seeds = [seed for seed in group.seeds if seed in theirs]
+    found: dict[str, Any] = {"n": len(seeds), "seeds": seeds}
+    for key, figure in ACCURACIES.items():
+        values = [figure(ours[seed]) - figure(theirs[seed]) for seed in seeds]
+        low, high = mean_interval(values) or (None, None)
+        found[key] = {"mean": mean(values) if values else None, "low": low, "high": high}
+    return found

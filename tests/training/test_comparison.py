@@ -1,0 +1,211 @@
+"""Runs side by side: groups of seeds, differences paired by seed, and their intervals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from conftest import Convsim
+
+from convsim_cli.errors import InputError
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.comparison import compare_runs
+from convsim_cli.training.intervals import mean_interval, student_quantile
+from convsim_cli.training.results import write_results
+from convsim_cli.training.run_folder import create_run
+from convsim_cli.training.seed_groups import group_by_seed, read_runs
+
+BASE = Arguments(dataset="digits", epochs=6)
+TEST = {  # test accuracies per epoch, by seed
+    "baseline": {0: [10, 20, 30, 40, 60, 50], 1: [12, 22, 32, 42, 55, 52], 2: [11, 21, 31, 41, 58, 57]},
+    "init": {0: [20, 30, 50, 60, 70, 71], 1: [21, 31, 50, 64, 66, 63], 2: [20, 30, 40, 50, 61, 69]},
+}
+
+
+def make_run(folder: Path, name: str, accuracies: list[float], **arguments: Any) -> Path:
+    run = create_run(replace(BASE, **arguments), folder, name)
+    rows = [
+        {"epoch": n, "train_loss": 1 / n, "train_accuracy": value + 1, "test_loss": 1.0, "test_accuracy": value}
+        | {"cs": 900.0, "seconds": 1.0}
+        for n, value in enumerate(accuracies, 1)
+    ]
+    write_results(run.folder, rows)
+    return run.folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for mode, by_seed in TEST.items():
+        for seed, accuracies in by_seed.items():
+            make_run(tmp_path / "runs", f"{mode}-s{seed}", accuracies, mode=mode, seed=seed)  # type: ignore[arg-type]
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("freedom", "tabulated"),  # Abramowitz and Stegun, table 26.10
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980)],
+)
+def test_the_quantile_is_the_tabulated_one(freedom: int, tabulated: float) -> None:
+    assert student_quantile(freedom) == pytest.approx(tabulated, abs=5e-4)
+
+
+def test_the_quantile_is_the_one_of_scipy_for_every_small_number_of_seeds() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in range(1, 200):
+        assert student_quantile(freedom) == pytest.approx(float(stats.t.ppf(0.975, freedom)), rel=1e-9)
+
+
+def test_one_value_has_no_interval_and_two_have_one() -> None:
+    assert mean_interval([3.0]) is None
+    low, high = mean_interval([1.0, 3.0]) or (0, 0)
+    assert (low, high) == (pytest.approx(2 - 12.7062, abs=1e-3), pytest.approx(2 + 12.7062, abs=1e-3))
+
+
+def test_runs_that_differ_only_by_seed_are_one_group_with_its_figures(runs: Path) -> None:
+    content = compare_runs([runs], accuracy=60)
+    assert content["baseline"] == "mode=baseline"
+    baseline, init = content["groups"]
+    assert (baseline["group"], init["group"]) == ("mode=baseline", "mode=init")
+    assert (init["n"], init["seeds"], init["epochs"]) == (3, [0, 1, 2], 6)
+    assert init["runs"] == [str(runs / f"init-s{seed}") for seed in range(3)]
+    last5 = [mean(values[-5:]) for values in TEST["init"].values()]
+    expected = {
+        "best_test_accuracy": [71, 66, 69],
+        "last_test_accuracy": [71, 63, 69],
+        "mean_last5_test_accuracy": last5,
+        "last_train_accuracy": [72, 64, 70],
+    }
+    for key, values in expected.items():
+        assert init[key] == {"mean": pytest.approx(mean(values)), "std": pytest.approx(stdev(values))}
+    assert init["epochs_to_accuracy"] == {
+        "reached": 3,
+        "mean": pytest.approx(13 / 3),
+        "std": pytest.approx(stdev([4, 4, 5])),
+    }
+    assert baseline["epochs_to_accuracy"] == {"reached": 1, "mean": None, "std": None}
+
+
+def test_the_difference_is_paired_by_seed_and_has_the_interval_of_student(runs: Path) -> None:
+    baseline, init = compare_runs([runs])["groups"]
+    assert baseline["difference"] is None
+    found = init["difference"]
+    assert (found["n"], found["seeds"]) == (3, [0, 1, 2])
+    differences = [71 - 60, 66 - 55, 69 - 58]
+    assert found["best_test_accuracy"] == {"mean": 11, "low": 11, "high": 11}  # equal for every seed: no width
+    differences = [71 - 50, 63 - 52, 69 - 57]
+    half = 4.302653 * stdev(differences) / 3**0.5
+    assert found["last_test_accuracy"] == {
+        "mean": pytest.approx(mean(differences)),
+        "low": pytest.approx(mean(differences) - half),
+        "high": pytest.approx(mean(differences) + half),
+    }
+
+
+def test_only_common_seeds_are_paired_and_one_pair_has_no_interval(runs: Path) -> None:
+    make_run(runs, "other", [50.0] * 6, mode="rescale", seed=2)
+    make_run(runs, "strange", [50.0] * 6, mode="reg", seed=9)
+    groups = {group["group"]: group for group in compare_runs([runs])["groups"]}
+    one, none = groups["mode=rescale"]["difference"], groups["mode=reg"]["difference"]
+    assert one["seeds"] == [2]
+    assert one["best_test_accuracy"] == {"mean": 50 - 58, "low": None, "high": None}
+    assert groups["mode=rescale"]["best_test_accuracy"]["std"] is None
+    assert (none["n"], none["best_test_accuracy"]["mean"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ([{"lr": 0.01}, {"lr": 0.1}], ["lr=0.01", "lr=0.1"]),
+        ([{}, {"mode": "init", "preserve_norm": True}], ["mode=baseline", "mode=init, preserve_norm=true"]),
+        ([{}, {"lr": 0.1}, {"momentum": 0.9}], ["lr=0.01", "lr=0.1", "momentum=0.9"]),
+        ([{"mode": "reg"}], ["mode=reg"]),
+        ([{}, {"limit_train": 50}], ["limit_train=none", "limit_train=50"]),
+        ([{}, {"epochs": 50, "seed": 1}], ["mode=baseline"]),
+        (
+            [{}, *({"schedule": "cosine", "epochs": n} for n in (6, 7))],
+            ["schedule=constant"] + [f"epochs={n}, schedule=cosine" for n in (6, 7)],
+        ),
+        ([{"device": "cuda:0"}, {"device": "cuda:1", "seed": 1}], ["mode=baseline"]),
+        ([{"data_dir": "a"}, {"data_dir": "b", "seed": 1}], ["mode=baseline"]),
+    ],
+)
+def test_groups_are_named_by_the_arguments_in_which_they_differ(
+    settings: list[dict[str, Any]], names: list[str], tmp_path: Path
+) -> None:
+    for number, arguments in enumerate(settings):
+        make_run(tmp_path, f"run{number}", [50.0] * 6, **arguments)
+    assert [group.name for group in group_by_seed(read_runs([tmp_path]))] == names
+
+
+def test_the_baseline_is_a_group_or_the_group_of_a_run(runs: Path) -> None:
+    for name in ("mode=init", "init-s1", str(runs / "init-s1"), f"{runs / 'init-s1'}/"):
+        content = compare_runs([runs], name)
+        assert content["baseline"] == "mode=init"
+        assert content["groups"][0]["difference"]["last_test_accuracy"]["mean"] < 0
+    with pytest.raises(InputError, match=r"`baseline` 'mode=inti': no such group or run; did you mean 'mode=init'\?"):
+        compare_runs([runs], "mode=inti")
+
+
+def test_without_a_single_baseline_there_are_no_differences(tmp_path: Path) -> None:
+    for lr in (0.1, 0.3):
+        make_run(tmp_path, f"run-{lr}", [50.0] * 6, lr=lr)
+    content = compare_runs([tmp_path])
+    assert content["baseline"] is None
+    assert [group["difference"] for group in content["groups"]] == [None, None]
+    make_run(tmp_path, "usual", [50.0] * 6)
+    assert compare_runs([tmp_path])["baseline"] == "lr=0.01"
+
+
+def test_finished_runs_of_other_lengths_are_groups_and_unfinished_ones_are_refused(runs: Path) -> None:
+    make_run(runs, "longer", [50.0] * 8, epochs=8, seed=5)
+    names = [group["group"] for group in compare_runs([runs])["groups"]]
+    assert "mode=baseline, epochs=8" in names
+    part = make_run(runs, "part", [50.0] * 2, seed=7)
+    with pytest.raises(InputError, match=r"part: has done 2 of 6 epochs, other runs have done 8; .* with `epochs` 2"):
+        compare_runs([runs])
+    content = compare_runs([runs], epochs=2)
+    assert {group["epochs"] for group in content["groups"]} == {2}
+    assert (
+        next(group for group in content["groups"] if group["group"] == "mode=init")["best_test_accuracy"]["mean"] < 31
+    )
+    with pytest.raises(InputError, match=r"part: has done 2 epochs, fewer than `epochs` 3"):
+        compare_runs([part], epochs=3)
+
+
+def test_runs_that_cannot_be_compared_are_one_error(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not a run's folder .* and it holds none"):
+        compare_runs([tmp_path / "nowhere"])
+    make_run(tmp_path / "twice", "again", [50.0] * 6, seed=1)
+    with pytest.raises(InputError, match="have the same arguments and the same seed 1"):
+        compare_runs([runs, tmp_path / "twice"])
+    make_run(tmp_path / "other", "real", [50.0] * 6, dataset="cifar10", seed=8)
+    with pytest.raises(InputError, match=r"tested on different data \(dataset digits and cifar10\)"):
+        compare_runs([runs, tmp_path / "other"])
+    make_run(tmp_path / "fewer", "few", [50.0] * 6, limit_test=5, seed=8)
+    with pytest.raises(InputError, match=r"different data \(limit_test None and 5\)"):
+        compare_runs([runs, tmp_path / "fewer"])
+    empty = make_run(tmp_path, "empty", [], seed=8)
+    with pytest.raises(InputError, match="has no finished epoch yet"):
+        compare_runs([empty])
+
+
+def test_a_run_that_is_named_twice_counts_once(runs: Path) -> None:
+    assert [group["n"] for group in compare_runs([runs, runs / "init-s1"])["groups"]] == [3, 3]
+
+
+def test_a_pipe_gets_every_figure_and_json_one_document(runs: Path, convsim: Convsim) -> None:
+    outcome = convsim("compare", runs, "--accuracy", 60)
+    assert outcome.code == 0
+    _, init = outcome.rows
+    assert (init["group"], init["n"], init["pairs"]) == ("mode=init", "3", "3")
+    assert float(init["best_test_accuracy"]) == pytest.approx(68.6667)
+    assert (init["best_test_accuracy_difference"], init["best_test_accuracy_difference_low"]) == ("11", "11")
+    assert "differences from mode=baseline, paired by seed" in outcome.err
+    document = convsim("compare", runs, "--json", "-q").document
+    assert (document["schema"], document["command"]) == (1, "compare")
+    assert document["version"]
+    refused = convsim("compare", runs, "--baseline", "mode=inti")
+    assert (refused.code, refused.error.startswith("convsim: error: --baseline 'mode=inti'")) == (2, True)
