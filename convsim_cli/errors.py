@@ -28,6 +28,10 @@ class CheckpointError(InputError):
     """A file that cannot be read as a checkpoint, or holds nothing to work on."""
 
 
+class DownloadError(ConvsimError):
+    """Something could not be downloaded, and is not here already."""
+
+
 class BusyError(InputError):
     """Another process is working on it."""
 

@@ -21,6 +21,7 @@ from convsim_cli.cli.options import (
     KeyOption,
     MeanOption,
     ObjectiveOption,
+    PretrainedOption,
     QuietOption,
     SeedOption,
     StdOption,
@@ -51,6 +52,7 @@ def init(
         Path | None, typer.Option("-o", "--output", help="Write there instead of over CHECKPOINT.", show_default=False)
     ] = None,
     arch: ArchOption = None,
+    pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     key: KeyOption = None,
     iterations: Annotated[int, typer.Option(help="Optimization steps per layer.", min=0)] = 500,
@@ -150,6 +152,7 @@ def init(
         groups=parse_groups(groups),
         transposed=transposed,
         arch=arch,
+        pretrained=pretrained,
         num_classes=num_classes,
         key=key,
         probe=probe,

@@ -21,6 +21,7 @@ from convsim_cli.cli.options import (
     JsonOption,
     KeyOption,
     MeanOption,
+    PretrainedOption,
     QuietOption,
     SeedOption,
     StdOption,
@@ -74,6 +75,7 @@ def measure(
         ),
     ] = None,
     arch: ArchOption = None,
+    pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     key: KeyOption = None,
     input_: Annotated[
@@ -158,7 +160,7 @@ def measure(
     from convsim_cli.networks.probe import Probe
 
     console = Console(quiet, as_json, wide)
-    paths, arch = _what(checkpoints or [], arch, console)
+    paths, arch = _what(checkpoints or [], arch, "pretrained" if pretrained else "fresh", console)
     patterns = make_patterns(include, exclude, groups, transposed)
     normal = parse_channels("mean", mean), parse_channels("std", std)
     heat = None if plot is None else plot_order
@@ -169,6 +171,7 @@ def measure(
         probe,
         start(device, console),
         arch=arch,
+        pretrained=pretrained,
         num_classes=num_classes,
         key=key,
         patterns=patterns,
@@ -184,11 +187,11 @@ def measure(
         _show(reports, console, as_csv, top)
 
 
-def _what(paths: list[Path], arch: str | None, console: Console) -> tuple[list[Path | None], str | None]:
+def _what(paths: list[Path], arch: str | None, new: str, console: Console) -> tuple[list[Path | None], str | None]:
     if paths:
         return list(paths), arch
     if arch:
-        console.note(f"no CHECKPOINT given: measuring a fresh {arch}")
+        console.note(f"no CHECKPOINT given: measuring a {new} {arch}")
         return [None], arch
     if Path("model.safetensors").exists():
         console.note("no CHECKPOINT given: measuring model.safetensors of this folder")

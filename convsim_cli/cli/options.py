@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 
 SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
 
+
+def complete_arch(begun: str) -> list[str]:
+    """Return the networks whose names begin so; those of a library once its name is typed."""
+    names = [name for name in ("cnn1", "cnn2", "cnn:", "resnet18", "torchvision:", "timm:") if name.startswith(begun)]
+    if begun.startswith("torchvision:"):
+        from torchvision.models import list_models
+
+        names = [f"torchvision:{name}" for name in list_models()]
+    return [name for name in names if name.startswith(begun)]
+
+
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
@@ -66,9 +77,13 @@ ArchOption = Annotated[
     typer.Option(
         "--arch",
         metavar="NAME",
-        help="The network: cnn1, cnn2, cnn:WIDTH, resnet18, torchvision:NAME, timm:NAME or package.module:callable.",
+        help=f"The network: {declarations()['arch'].help}",
         show_default=False,
+        autocompletion=complete_arch,
     ),
+]
+PretrainedOption = Annotated[
+    bool, typer.Option("--pretrained", help="With --arch: the weights that torchvision or timm publishes.")
 ]
 ObjectiveOption = Annotated[str, typer.Option("--objective", metavar="NAME", help=declarations()["objective"].help)]
 KeyOption = Annotated[

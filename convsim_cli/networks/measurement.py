@@ -42,6 +42,7 @@ def measure_checkpoint(
     path: str | PathLike[str] | None = None,
     *,
     arch: str | None = None,
+    pretrained: bool = False,
     num_classes: int | None = None,
     key: str | None = None,
     input: str = "white",
@@ -65,11 +66,12 @@ def measure_checkpoint(
     """Measure how similar the filters and feature maps of a checkpoint are, layer by layer.
 
     path: a checkpoint file, or None for a fresh network. arch: the network by name, which is then run, with its number
-    of classes; without it each layer is probed by itself. input_channels: of the network, if its dry run does not find
-    them. key: which of a pickle's dictionaries. include, exclude,
-    groups, transposed: see `kernels.Patterns`. The others: see `Measurement`. Returns what `convsim measure --json`
-    prints, as a dictionary (`Report`). Warns of what a reader of the file had to choose between. Raises InputError for
-    a file without kernels, a kernel with NaN or Inf, a network that does not run on such inputs, and other bad input.
+    of classes; without it each layer is probed by itself. pretrained: a new network has its library's weights
+    (`find_network`). input_channels: of the network, if its dry run does not find them. key: which of a pickle's
+    dictionaries. include, exclude, groups, transposed: see `kernels.Patterns`. The others: see `Measurement`. Returns
+    what `convsim measure --json` prints, as a dictionary (`Report`). Warns of what a reader of the file had to choose
+    between. Raises InputError for a file without kernels, a kernel with NaN or Inf, a network that does not run on such
+    inputs, and other bad input.
     """
     probe = Probe(
         input, samples, side, Path(data_dir), seed, mean, std, threshold, bn_statistics, top, None, input_channels
@@ -79,6 +81,7 @@ def measure_checkpoint(
         probe,
         resolve_device(device),
         arch=arch,
+        pretrained=pretrained,
         num_classes=num_classes,
         key=key,
         patterns=Patterns(include, exclude, groups, transposed),
@@ -95,6 +98,7 @@ def measure_checkpoints(
     device: torch.device,
     *,
     arch: str | None = None,
+    pretrained: bool = False,
     num_classes: int | None = None,
     key: str | None = None,
     patterns: Patterns | None = None,
@@ -105,7 +109,10 @@ def measure_checkpoints(
     Opens all of them before it measures the first. Arguments and errors as in `measure_checkpoint`.
     """
     sources = [
-        open_model_checkpoint(path, arch, patterns, probe.seed, num_classes, key, parametrized=True) for path in paths
+        open_model_checkpoint(
+            path, arch, patterns, probe.seed, num_classes, key, pretrained=pretrained, parametrized=True
+        )
+        for path in paths
     ]
     reports = [_measure(source, probe, device, progress) for source in sources]
     if len(reports) > 1:

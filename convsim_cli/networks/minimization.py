@@ -94,6 +94,7 @@ def minimize_checkpoint(
     groups: Mapping[str, int] | None = None,
     transposed: Sequence[str] = (),
     arch: str | None = None,
+    pretrained: bool = False,
     num_classes: int | None = None,
     key: str | None = None,
     probe: str | None = None,
@@ -103,23 +104,23 @@ def minimize_checkpoint(
 ) -> MinimizedCheckpoint:
     """Minimize the kernels of a checkpoint (Algorithm 1), or give them a closed form, and save it, atomically.
 
-    path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names. output: where to
-    save; in place if None, which keeps the former file as `path.bak` (`.bak.1`, …) unless `backup` is false. force:
-    replace also a file that is read-only or that others share. iterations ≥ 0, lr > 0, optimizer, preserve_norm,
-    objective, tol ≥ 0: see `Minimization`. orthogonal: orthogonal filters instead, each at its own norm, without
-    iterations. decorrelate: filters of uncorrelated feature maps on these inputs, with `arch`; alone, or with
-    `preserve_norm` after Algorithm 1. It takes the names of `measure_checkpoint`'s `input`, of a data set the first
-    `samples` training images; side, data_dir, mean, std: as there. include, exclude, groups, transposed: see
-    `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`, `uniform` or
-    `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. Warns, with ConvsimWarning, of a checkpoint
-    that looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError and
-    WriteError; files are then unchanged.
+    path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names, with `pretrained`
+    that of its library. output: where to save; in place if None, which keeps the former file as `path.bak` (`.bak.1`,
+    …) unless `backup` is false. force: replace also a file that is read-only or that others share. iterations ≥ 0, lr >
+    0, optimizer, preserve_norm, objective, tol ≥ 0: see `Minimization`. orthogonal: orthogonal filters instead, each at
+    its own norm, without iterations. decorrelate: filters of uncorrelated feature maps on these inputs, with `arch`;
+    alone, or with `preserve_norm` after Algorithm 1. It takes the names of `measure_checkpoint`'s `input`, of a data
+    set the first `samples` training images; side, data_dir, mean, std: as there. include, exclude, groups, transposed:
+    see `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`,
+    `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. Warns, with ConvsimWarning, of
+    a checkpoint that looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError
+    and WriteError; files are then unchanged.
     """
     how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
     inputs = Probe(decorrelate, samples, side, Path(data_dir), seed, mean, std) if decorrelate is not None else None
     _check_closed_form(how, orthogonal, inputs, arch, (samples, side, mean, std))
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
-    source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key)
+    source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key, pretrained=pretrained)
     if not (orthogonal or inputs):  # the closed forms have something to do also on 1×1 kernels
         source.selection = how.select(source.selection)
     target = _target(source, path, output, dry_run)

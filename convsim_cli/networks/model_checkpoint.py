@@ -14,7 +14,7 @@ from convsim_cli.checkpoints.state_dict import StateDict
 from convsim_cli.checkpoints.training_state import set_aside
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Patterns, Selection, file_kernels, module_kernels
-from convsim_cli.networks.names import build_network
+from convsim_cli.networks.names import build_network, warn_of_random_weights
 from convsim_cli.networks.shared_weights import find_aliases
 from convsim_cli.networks.weights import load_weights
 
@@ -55,13 +55,14 @@ def open_model_checkpoint(
     classes: int | None = None,
     key: str | None = None,
     *,
+    pretrained: bool = False,
     parametrized: bool = False,
 ) -> ModelCheckpoint:
     """Open a checkpoint, build a new network by name, or load a checkpoint into a network.
 
-    parametrized: whether to select a network's layers that compute their weight from other parameters. Raises
-    CheckpointError for a file that cannot be read; InputError for an unknown network, a checkpoint that does not fit
-    it, patterns that match nothing, and arguments that would have no effect.
+    pretrained: see `find_network`. parametrized: whether to select a network's layers that compute their weight from
+    other parameters. Raises CheckpointError for a file that cannot be read; InputError for an unknown network, a
+    checkpoint that does not fit it, patterns that match nothing, and arguments that would have no effect.
     """
     patterns = patterns or Patterns()
     if path is None and arch is None:
@@ -70,6 +71,8 @@ def open_model_checkpoint(
         raise InputError("`key` applies only to a `checkpoint`; `arch` alone creates a new network")
     if classes is not None and arch is None:
         raise InputError("`num_classes` requires `arch`")
+    if pretrained and (arch is None or path is not None):
+        raise InputError("`pretrained` requires `arch`, and no `checkpoint`, which has weights of its own")
     if arch is None:
         assert path is not None
         checkpoint: Checkpoint = open_checkpoint(path, key)
@@ -79,7 +82,9 @@ def open_model_checkpoint(
         return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
-    model = build_network(arch, classes, seed)
+    model = build_network(arch, classes, seed, pretrained)
+    if path is None and not pretrained:
+        warn_of_random_weights(arch)
     names = None
     checkpoint = StateDict(Path(arch), model.state_dict()) if path is None else open_checkpoint(path, key)
     if path is not None:

@@ -1,4 +1,4 @@
-"""Networks of other people by name: torchvision's, timm's, and the user's own by the callable that makes them."""
+"""Networks of other libraries by name: torchvision's, timm's, and your own, by the callable that makes them."""
 
 from __future__ import annotations
 
@@ -7,66 +7,133 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
-from convsim_cli.errors import ConvsimError, InputError, did_you_mean
+from convsim_cli.errors import ConvsimError, DownloadError, InputError, did_you_mean
 
 LIBRARIES = ("torchvision", "timm")
+Build = Callable[[int | None], nn.Module]
 _AUXILIARY = ("googlenet", "inception_v3")  # give a tuple of logits in training, unless told not to
 
 
-def find_network(name: str) -> Callable[[int | None], nn.Module] | None:
+def find_network(name: str, pretrained: bool = False) -> Build | None:
     """Return what builds a network with so many classes (None: its own number), or None for a name of another kind.
 
     name: `torchvision:NAME`, `timm:NAME` or `package.module:callable`, imported from the current folder too; the number
-    of classes goes to its `num_classes`, where it takes that. Raises InputError, with the closest known name, where
-    there is none such, or the library is missing; what builds it raises it where the user's own code fails.
+    of classes goes to its `num_classes`, where it takes that. pretrained: with the weights that the library publishes,
+    which it downloads once; for another number of classes the layers that depend on it are fresh. Raises InputError,
+    with the closest known name, where there is none such, it has no such weights, or the library is missing; what
+    builds it raises InputError where the user's own code fails, and DownloadError where weights cannot be fetched.
     """
     library, separator, rest = name.partition(":")
-    if not separator or not rest:
+    if pretrained and library not in LIBRARIES:
+        raise InputError(f"`pretrained` goes with `arch` torchvision:NAME or timm:NAME, got {name}")
+    if not separator or not rest or library == "cnn":
         return None
     if library == "torchvision":
-        return _torchvision(rest)
+        return _torchvision(rest, pretrained)
     if library == "timm":
-        return _timm(rest)
-    if library == "cnn":
-        return None
+        return _timm(rest, pretrained)
     return _callable(library, rest)
 
 
-def _torchvision(name: str) -> Callable[[int | None], nn.Module]:
+def suggest_network(name: str) -> str | None:
+    """Return the torchvision name of a network that was named without its library, None where there is none."""
     from torchvision import models
 
+    return f"torchvision:{name}" if name in models.list_models() else None
+
+
+def names_pretrained_weights(name: str) -> bool:
+    """Return whether a name is one of timm's with a tag of weights, such as `timm:resnet18.a1_in1k`."""
+    return name.startswith("timm:") and "." in name
+
+
+def _torchvision(name: str, pretrained: bool) -> Build:
+    from torchvision import models
+
+    full = f"torchvision:{name}"
     try:
         builder = models.get_model_builder(name)
     except ValueError as error:
-        raise InputError(f"unknown network torchvision:{name}: {did_you_mean(name, models.list_models())}") from error
+        known = [f"torchvision:{other}" for other in models.list_models()]
+        raise InputError(f"unknown network {full}: {did_you_mean(full, known)}") from error
     parameters = inspect.signature(builder).parameters
     options: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in parameters}
     if name.removeprefix("quantized_") in _AUXILIARY:
         options["aux_logits"] = False
-    return lambda classes: _quietly(builder, options | ({} if classes is None else {"num_classes": classes}))
+
+    def build(classes: int | None) -> nn.Module:
+        model: nn.Module = _quietly(builder, options | ({} if classes is None else {"num_classes": classes}))
+        return model
+
+    if not pretrained:
+        return build
+    weights = models.get_model_weights(builder)
+    if not list(weights):
+        raise InputError(f"torchvision has no pretrained weights of {name}; leave out `pretrained`")
+
+    def build_pretrained(classes: int | None) -> nn.Module:
+        where = f"{weights['DEFAULT'].url} in {torch.hub.get_dir()}/checkpoints"
+        with _download(full, f"it keeps {where}"):
+            model: nn.Module = _quietly(builder, {**options, "weights": "DEFAULT"})
+        return model if classes is None else _with_classes(model, build(classes))
+
+    return build_pretrained
 
 
-def _timm(name: str) -> Callable[[int | None], nn.Module]:
+def _with_classes(trained: nn.Module, fresh: nn.Module) -> nn.Module:
+    """Return the fresh network with all trained tensors that fit it: all but those whose shape the classes decide."""
+    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    fitting = {name: tensor for name, tensor in trained.state_dict().items() if shapes.get(name) == tensor.shape}
+    fresh.load_state_dict(fitting, strict=False)
+    return fresh
+
+
+def _timm(name: str, pretrained: bool) -> Build:
+    full = f"timm:{name}"
     try:
         import timm
     except ImportError as error:
-        raise InputError(f"--arch timm:{name} needs timm, which is not installed: pip install timm") from error
+        raise InputError(f"`arch` {full} needs timm, which is not installed: pip install timm") from error
     if not timm.is_model(name):
-        raise InputError(f"unknown network timm:{name}: {did_you_mean(name, timm.list_models())}")
-    return lambda classes: _quietly(
-        timm.create_model, {"model_name": name} | ({} if classes is None else {"num_classes": classes})
-    )
+        known = [f"timm:{other}" for other in timm.list_models()]
+        raise InputError(f"unknown network {full}: {did_you_mean(full, known)}")
+    if pretrained and not timm.models.is_model_pretrained(name):
+        raise InputError(f"timm has no pretrained weights of {name}; leave out `pretrained`")
+
+    def build(classes: int | None) -> nn.Module:
+        options = {"model_name": name, "pretrained": pretrained}
+        with _download(full, "it keeps them in the Hugging Face cache (HF_HOME)") if pretrained else nullcontext():
+            model: nn.Module = _quietly(
+                timm.create_model, options | ({} if classes is None else {"num_classes": classes})
+            )
+        return model
+
+    return build
 
 
-def _callable(module_name: str, name: str) -> Callable[[int | None], nn.Module]:
-    where = f"--arch {module_name}:{name}"
+@contextmanager
+def _download(name: str, kept: str) -> Iterator[None]:
+    """Turn whatever a library raises when it cannot fetch its weights into one line."""
+    library = name.partition(":")[0]
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DownloadError(
+            f"the pretrained weights of {name} cannot be fetched ({said}); {library} downloads them once: {kept}"
+        ) from error
+
+
+def _callable(module_name: str, name: str) -> Build:
+    where = f"`arch` {module_name}:{name}"
     if module_name.endswith(".py") or "/" in module_name:
         dotted = ".".join(part for part in Path(module_name).with_suffix("").parts if part.isidentifier())
         raise InputError(f"{where}: is a file; write {dotted}:{name}, as Python imports it from here")
@@ -78,7 +145,8 @@ def _callable(module_name: str, name: str) -> Callable[[int | None], nn.Module]:
     make = getattr(module, name, None)
     if not callable(make):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"{where}: {module_name} has no callable {name}; {did_you_mean(name, known)}")
+        hint = did_you_mean(f"{module_name}:{name}", [f"{module_name}:{key}" for key in known])
+        raise InputError(f"{where}: {module_name} has no callable {name}; {hint}")
 
     def build(classes: int | None) -> nn.Module:
         with _users_code(where, f"calling {name}"):
@@ -95,7 +163,7 @@ def _callable(module_name: str, name: str) -> Callable[[int | None], nn.Module]:
 def _not_found(module_name: str, name: str, error: ModuleNotFoundError) -> NoReturn:
     close = get_close_matches(module_name, LIBRARIES, n=1)
     hint = f"did you mean {close[0]}:{name}?" if close else "it is looked for here too"
-    raise InputError(f"--arch {module_name}:{name}: cannot import {module_name} ({error}); {hint}") from error
+    raise InputError(f"`arch` {module_name}:{name}: cannot import {module_name} ({error}); {hint}") from error
 
 
 def _takes_classes(make: Callable[..., Any]) -> bool:
@@ -112,9 +180,9 @@ def _quietly(make: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _users_code(where: str, doing: str) -> Iterator[None]:
-    """Run what a user has written: it imports from the current folder too, as under `python -m`, and prints on stderr.
+    """Run code of the user: it imports from the current folder too, as under `python -m`, and prints on stderr.
 
-    What it raises, whatever that is, becomes one line.
+    Whatever it raises becomes one line.
     """
     here = str(Path.cwd())
     sys.path.insert(0, here)

@@ -80,7 +80,8 @@ class Arguments:
     mode: str = setting("baseline", "How to train.", "Method", choices=MODES)
     arch: str = setting(
         "cnn1",
-        "cnn1, cnn2, cnn:WIDTH, resnet18, torchvision:NAME, timm:NAME or package.module:callable.",
+        "cnn1, cnn2, cnn:WIDTH or resnet18 (these for 32×32 images), torchvision:NAME, timm:NAME or "
+        "package.module:callable.",
         "Recipe",
         metavar="NAME",
     )
@@ -99,6 +100,7 @@ class Arguments:
     )
     std: str | None = setting(None, "Normalize images by this standard deviation.", "Data", metavar="R,G,B")
     weights: str | None = setting(None, "Start from this checkpoint.", "Recipe", metavar="FILE")
+    pretrained: bool = setting(False, "Start from the weights that torchvision or timm publishes.", "Recipe")
     epochs: int = setting(100, "Number of epochs.", "Recipe", above=0)
     batch_size: int = setting(512, "Images per step.", "Recipe", above=0)
     optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD, or Adam with decoupled weight decay.", "Recipe")
@@ -204,6 +206,8 @@ class Arguments:
             )
 
     def _check_recipe(self) -> None:
+        if self.pretrained and self.weights:
+            raise InputError("`pretrained` and `weights` both say what to start from; choose one")
         for name in ("momentum", "nesterov"):
             if self.optimizer != "sgd" and getattr(self, name):
                 raise InputError(f"`{name}` goes with `optimizer` sgd, got `optimizer` {self.optimizer}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.networks.names import build_network
+from convsim_cli.networks.names import build_network, warn_of_random_weights
 from convsim_cli.networks.weights import load_weights
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.arguments import Arguments
@@ -19,8 +19,11 @@ from convsim_cli.training.run_data import used_images
 
 
 def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
-    """Return the fresh network of a run, with the tensors of its `weights` file if it names one. Raises InputError."""
-    model = build_network(arguments.arch, classes, arguments.seed)
+    """Return the network of a run before training: fresh, pretrained, or with the tensors of its `weights` file.
+
+    Raises InputError and DownloadError.
+    """
+    model = build_network(arguments.arch, classes, arguments.seed, arguments.pretrained)
     if arguments.weights:
         checkpoint = open_checkpoint(Path(arguments.weights))
         load_weights(model, checkpoint, arguments.arch)
@@ -32,6 +35,8 @@ def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
 def check_network(arguments: Arguments, dataset: Dataset) -> None:
     """Raise InputError for a network, or weights, that a run on this data set cannot use."""
     model = build_with_weights(arguments, dataset.classes)
+    if not (arguments.pretrained or arguments.weights):
+        warn_of_random_weights(arguments.arch)
     try:
         ConvSimPenalty(model)
     except InputError as error:
