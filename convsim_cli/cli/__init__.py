@@ -24,6 +24,7 @@ from convsim_cli.cli.options import with_options
 from convsim_cli.cli.plot import plot
 from convsim_cli.cli.reproduce import reproduce
 from convsim_cli.cli.train import train
+from convsim_cli.cli.usage import explain_usage
 from convsim_cli.errors import ConvsimWarning
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -114,7 +115,7 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("CONVSIM_DEBUG") == "1":
             raise
-        message, code = _explain(error)
+        message, code = _explain(error, arguments)
         if message:
             say(f"convsim: error: {with_options(message, find_command(arguments))}")
     if code == 130:
@@ -127,7 +128,7 @@ def find_command(arguments: list[str]) -> Any:
     return get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
     """The line that says what was wrong, empty where another process says it, and the exit code."""
     from convsim_cli.errors import ConvsimError, FollowedError
 
@@ -136,5 +137,5 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConvsimError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # a usage error of the parser
-        return f"{error.format_message()}".replace("\n", " ") or "see convsim --help", 2
+        return explain_usage(error, arguments) or "see convsim --help", 2
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)", 1
