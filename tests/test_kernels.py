@@ -222,6 +222,9 @@ def test_layers_whose_guess_may_well_be_wrong_are_named() -> None:
     unet = {"down.weight": (64, 3, 3, 3), "up1.weight": (64, 32, 2, 2), "decoder.deconv.0.weight": (32, 16, 4, 4)}
     (line,) = file_kernels(infos(**unet)).doubts
     assert "up1.weight [64, 32, 2, 2], decoder.deconv.0.weight [32, 16, 4, 4]; `transposed`" in line
+    real = {"up_l3.0.weight": (20, 20, 2, 2), "ffn.up_proj.weight": (20, 20, 1, 1)}
+    (line,) = file_kernels(infos(**real)).doubts
+    assert "names: up_l3.0.weight [20, 20, 2, 2]; " in line
     corrected = Patterns(transposed=["up1*", "*deconv*"])
     assert not file_kernels(infos(**unet), corrected).doubts
     gray = {"a.weight": (16, 1, 3, 3), "b.weight": (16, 1, 3, 3), "c.weight": (32, 16, 1, 1)}

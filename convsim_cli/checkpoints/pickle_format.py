@@ -18,6 +18,7 @@ from convsim_cli.checkpoints.stand_ins import harmless_globals, pickle_module
 from convsim_cli.checkpoints.state_dict_search import Found, find_state_dicts, named_tensors
 from convsim_cli.checkpoints.unreadable import can_be_mapped, why_not_loaded
 from convsim_cli.errors import CheckpointError, did_you_mean
+from convsim_cli.machine.interruption import held_interrupt
 
 
 class PickledCheckpoint(Checkpoint):
@@ -68,10 +69,14 @@ class PickledCheckpoint(Checkpoint):
 
 
 def write_pickle(file: BinaryIO, content: Any, zipped: bool = True, module: ModuleType = pickle) -> None:
-    """Write as `torch.save` does, but raise the OSError of a full disk, which it hides behind a RuntimeError."""
+    """Write as `torch.save` does, but raise the OSError of a full disk, which it hides behind a RuntimeError.
+
+    Ctrl-C takes effect once all is written: raised in `file.write`, which C++ calls, it could end the process.
+    """
     stream = _Stream(file)
     try:
-        torch.save(content, cast("BinaryIO", stream), module, _use_new_zipfile_serialization=zipped)
+        with held_interrupt():
+            torch.save(content, cast("BinaryIO", stream), module, _use_new_zipfile_serialization=zipped)
     except RuntimeError as error:
         raise stream.failure or error from error
 

@@ -21,7 +21,7 @@ def doubts(selection: Selection, depthwise: Sequence[str]) -> list[str]:
 
 def _doubts(selection: Selection, depthwise: Sequence[str]) -> Iterator[str]:
     guessed = [kernel for kernel in selection.kernels if kernel.assumed and not kernel.transposed]
-    transposed = [kernel for kernel in guessed if says_transposed(kernel.name)]
+    transposed = [kernel for kernel in guessed if says_transposed(kernel.name) and not kernel.pointwise]
     if transposed:
         yield f"perhaps transposed convolutions, by their names: {_listed(transposed)}; `transposed` or `arch` says so"
     others = [kernel for kernel in guessed if kernel not in transposed]

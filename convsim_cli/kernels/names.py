@@ -17,7 +17,7 @@ _FIXED = re.compile(  # a word anywhere in the name of a filter that no training
 _TRANSPOSED = re.compile(  # anywhere in a name
     r"(?<![a-z])(de|up|t|trans|transposed?)_?conv|deconv|conv\w*_?transposed?|conv_?t(?![a-z])"
 )
-_UPWARD = re.compile(r"up(_?\d+)?|ups(_?\d+)?|up_?sampl(e|er|ing)(_?\d+)?|\w+_up")  # the name of the layer itself
+_UPWARD = re.compile(r"ups?([_\d]\w*)?|up_?sampl\w*|\w+_up")  # the name of the layer itself
 
 
 def weight_word(name: str) -> str | None:

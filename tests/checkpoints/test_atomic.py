@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
+import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from types import FrameType
+from typing import Any, BinaryIO, cast
 
 import pytest
+import torch
+from forks import call_in_fork
 
 from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.scratch import Scratch
 from convsim_cli.errors import WriteError
 
@@ -288,3 +295,80 @@ def test_owner_group_and_every_bit_of_the_mode_are_kept_by_the_superuser(tmp_pat
     replace_file(path, lambda file: file.write(b"new"))
     after = path.stat()
     assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
+class Interrupted:
+    """Raises KeyboardInterrupt as one of the functions that create a new file returns."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, frame: FrameType, event: str, value: object) -> Interrupted | None:
+        if frame.f_code.co_name not in ("create", "fdopen"):
+            return None
+        self.left -= event == "return"
+        if self.left == 0 and event == "return":
+            sys.settrace(None)
+            del value  # what would be returned goes too, as if the signal had come just before
+            raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_while_a_new_file_is_created_is_no_failed_write(tmp_path: Path) -> None:
+    target, events = tmp_path / "file", 0
+    target.write_bytes(b"old")
+    while target.read_bytes() == b"old":
+        events += 1
+        sys.settrace(Interrupted(events))
+        try:
+            with suppress(KeyboardInterrupt):
+                replace_file(target, lambda file: file.write(b"new"))
+        finally:
+            sys.settrace(None)
+    assert events > 2
+    assert names(tmp_path) == ["file"]
+
+
+class Presses:
+    """A file at whose nth write the user presses Ctrl-C."""
+
+    def __init__(self, file: BinaryIO, number: int) -> None:
+        self.file, self.left = file, number
+
+    def write(self, data: Any) -> int:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def interrupted_pickle(target: Path, number: int) -> tuple[str, int]:
+    """How a save of a pickle ends with Ctrl-C at its nth write, and how many writes it had left until then."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pressed: list[Presses] = []
+
+    def write(file: BinaryIO) -> None:
+        pressed.append(Presses(file, number))
+        write_pickle(cast("BinaryIO", pressed[0]), {"a": torch.ones(3), "b": torch.ones(2)})
+
+    try:
+        replace_file(target, write)
+    except BaseException as error:
+        return type(error).__name__, pressed[0].left
+    return "saved", pressed[0].left
+
+
+def test_an_interruption_while_a_pickle_is_written_is_no_failed_write(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    for number in itertools.count(1):
+        target.write_bytes(b"old")
+        ended, left = call_in_fork(interrupted_pickle, target, number)
+        if left > 0:
+            break
+        assert (number, ended, target.read_bytes()) == (number, "KeyboardInterrupt", b"old")
+    assert (ended, names(tmp_path)) == ("saved", ["file"])
+    assert number > 5
