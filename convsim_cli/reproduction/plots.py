@@ -12,7 +12,7 @@ from itertools import groupby
 from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
-from textwrap import wrap
+from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
 
 from convsim_cli.checkpoints.atomic import replace_file
@@ -215,11 +215,13 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
     """Add the title and one legend for all panels, and make the figure higher for them."""
     handles, labels = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
+    labels = [fill(label, int((width - 0.75) / 0.08), break_on_hyphens=False) for label in labels]
     columns = max(1, min(len(labels), int(width / (0.75 + 0.065 * max(map(len, labels), default=1)))))
+    legend_lines = sum(label.count("\n") for label in labels) + ceil(len(labels) / columns)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, handlelength=4)
     lines = wrap(title, int(15 * width))
     figure.suptitle("\n".join(map(plain_text, lines)), fontsize=9)
-    figure.set_figheight(height + 0.17 * (ceil(len(labels) / columns) + len(lines)))
+    figure.set_figheight(height + 0.17 * (legend_lines + len(lines)))
 
 
 def _history(row: dict[str, Any], column: str) -> list[Row]:

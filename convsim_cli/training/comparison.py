@@ -33,6 +33,10 @@ def compare_runs(
     differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals.
     Raises InputError for runs that cannot be compared.
     """
+    if accuracy is not None and not 0 <= accuracy <= 100:
+        raise InputError(f"`accuracy` {accuracy}: expected a number from 0 to 100, in per cent")
+    if epochs is not None and epochs < 1:
+        raise InputError(f"`epochs` {epochs}: expected a number of 1 or above")
     runs = [_first_epochs(run, epochs) for run in read_runs(paths)]
     _check_comparable(runs)
     groups = group_by_seed(runs, by_length=True)

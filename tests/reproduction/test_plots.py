@@ -141,6 +141,15 @@ def test_a_long_title_stays_within_the_figure(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("label", ["momentum=0.9, " * 12, "x" * 150])
+def test_a_long_label_stays_within_the_figure(label: str) -> None:
+    figure = draw_runs([Curve(label, [HISTORY]), Curve("short", [HISTORY])])
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
+    assert box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
 def test_without_matplotlib_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -192,6 +192,12 @@ def test_runs_that_cannot_be_compared_are_one_error(runs: Path, tmp_path: Path) 
         compare_runs([empty])
 
 
+@pytest.mark.parametrize("wrong", [{"accuracy": float("nan")}, {"accuracy": 101.0}, {"epochs": 0}])
+def test_a_number_out_of_range_is_an_error_that_names_it(wrong: dict[str, Any], runs: Path) -> None:
+    with pytest.raises(InputError, match=f"`{next(iter(wrong))}` .*: expected a number"):
+        compare_runs([runs], **wrong)
+
+
 def test_a_run_that_is_named_twice_counts_once(runs: Path) -> None:
     assert [group["n"] for group in compare_runs([runs, runs / "init-s1"])["groups"]] == [3, 3]
 
