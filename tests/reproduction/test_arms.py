@@ -22,7 +22,7 @@ from convsim_cli.training.run_folder import Run, create_run, open_run
 @cache
 def first_images(data_dir: Path) -> Dataset:
     """The first images of the real CIFAR-10, read once."""
-    return load_dataset("cifar10", data_dir).limited(64, 32)
+    return load_dataset("cifar10", data_dir).limited(64, 16)
 
 
 def results(run: Run) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def results(run: Run) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
 def test_every_arm_runs_to_its_end_on_real_images_and_resumes(arm: Any, data_dir: Path, tmp_path: Path) -> None:
     data = first_images(data_dir)
-    base = Arguments(arch="cnn:8", epochs=2, batch_size=32, iterations=2)
+    base = Arguments(arch="cnn:4", epochs=2, batch_size=32, iterations=2)
     arguments = replace(base, **arm.settings)
     whole = create_run(arguments, tmp_path, "whole")
     summary = execute(whole, dataset=data)
