@@ -36,7 +36,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1."""
+    """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1.
+
+    layout: of normalized images in memory.
+    """
 
     name: str
     train: Split
@@ -44,6 +47,7 @@ class Dataset:
     classes: int
     mean: Channels
     std: Channels
+    layout: torch.memory_format = torch.channels_last
 
     def limited(self, train: int | None, test: int | None) -> Dataset:
         """Return the data set with the first images of each split only, all of them for None."""
@@ -53,9 +57,10 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, channels_last in memory."""
+        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, in the data set's layout."""
         scale, shift = _scale_and_shift(self.mean, self.std, images.device)
-        return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+        normalized = torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+        return normalized.contiguous(memory_format=self.layout)  # no copy where that is channels_last
 
 
 @lru_cache(maxsize=8)
