@@ -40,6 +40,7 @@ class Dataset:
 
     class_names: in the order of the labels, where they have names.
     validation: images set apart from the training images (`hold_out`), if any.
+    layout: of normalized images in memory.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Dataset:
     std: Channels
     class_names: tuple[str, ...] = ()
     validation: Split | None = None
+    layout: torch.memory_format = torch.channels_last
 
     def images_of_classes(self) -> dict[str, dict[str, int]]:
         """Return for each class, by its name or number, how many training and test images there are of it."""
@@ -78,9 +80,10 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, channels_last in memory."""
+        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, in the data set's layout."""
         scale, shift = _scale_and_shift(self.mean, self.std, images.device)
-        return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+        normalized = torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+        return normalized.contiguous(memory_format=self.layout)  # no copy where that is channels_last
 
 
 @lru_cache(maxsize=8)

@@ -47,6 +47,25 @@ def full_precision(device: torch.device) -> Iterator[None]:
             write(value)
 
 
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Allow TF32 in the enclosed products and convolutions on CUDA, and keep everything else as `full_precision` does.
+
+    On other devices the numbers are those of `full_precision`. A `full_precision` inside counts.
+    """
+    with full_precision(device):
+        if device.type != "cuda":
+            yield
+            return
+        torch.set_float32_matmul_precision("high")
+        _allow_tf32_in_cudnn(True)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            _allow_tf32_in_cudnn(False)
+
+
 def _switch_off(kind: str) -> list[Restore]:
     """Switch off what lowers the precision on that kind of device, and return how to undo it, in order."""
     if not _HAS_NEW:

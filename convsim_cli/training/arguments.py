@@ -163,7 +163,9 @@ class Arguments:
         "images; running: running averages; batch: the statistics of each test batch, as in the authors' code.",
         "Recipe",
     )
-    precision: Literal["fp32", "bf16"] = setting("fp32", "Full float32, or bfloat16 autocast.", "Recipe")
+    precision: Literal["fp32", "tf32", "bf16"] = setting(
+        "fp32", "fp32: full float32; tf32: TF32 products on CUDA, float32 elsewhere; bf16: bfloat16 autocast.", "Recipe"
+    )
     compile: bool = setting(False, "Compile the network with torch.compile.", "Recipe")
     limit_train: int | None = setting(None, "Only the first N training images.", "Data", above=0)
     limit_test: int | None = setting(None, "Only the first N test images.", "Data", above=0)

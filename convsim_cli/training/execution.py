@@ -24,7 +24,7 @@ from convsim_cli.training.run_network import build_with_weights
 from convsim_cli.training.run_state import Log, read_state, save_state
 from convsim_cli.training.summary import feature_map_cosines, summarize_run
 from convsim_cli.training.tensorboard_log import tensorboard_log
-from convsim_cli.training.trainer import Trainer, be_deterministic
+from convsim_cli.training.trainer import Trainer, choose_algorithms
 
 
 class Listener(Protocol):
@@ -68,8 +68,7 @@ def execute(
     arguments = run.arguments
     arguments.check()
     _check_processes(run, processes)
-    if arguments.deterministic:
-        be_deterministic()
+    choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
         data = used_images(arguments, dataset or load_data(arguments))

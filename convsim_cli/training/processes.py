@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, distributed, nn
 from convsim_cli.errors import ConvsimError, FollowedError, InputError
 
 T = TypeVar("T")
+
+LONGEST_PREPARATION = timedelta(days=1)  # of rank 0, which downloads data and runs Algorithm 1 while the others wait
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
         if (count := torch.cuda.device_count()) <= device.index:
             raise InputError(f"process {device.index} of this machine has no GPU: the machine has {count}")
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_PREPARATION)
     try:
         yield Processes(distributed.get_rank(), size), device
     finally:

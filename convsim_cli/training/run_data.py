@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from convsim_cli.errors import InputError
+import torch
+
+from convsim_cli.errors import ConvsimError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.image_folders import folder_digest
 from convsim_cli.inputs.images import Dataset, parse_channels
@@ -39,3 +41,18 @@ def load_data(arguments: Arguments) -> Dataset:
             "name a folder with the same images"
         )
     return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
+
+
+def resident(dataset: Dataset, device: torch.device) -> Dataset:
+    """Return the data set with all of its images on a device. Raises ConvsimError where they do not fit."""
+    try:
+        return dataset.to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        images = (dataset.train.images, dataset.test.images)
+        count, size = sum(map(len, images)), sum(split.nbytes for split in images)
+        height, width = images[0].shape[1:3]
+        raise ConvsimError(
+            f"the {count:,} images of {dataset.name} ({height}×{width}, {size / 1e9:.3g} GB) do not fit into the "
+            f"memory of {device}, where training keeps them; lower `limit_train` or `image_size`, or choose another "
+            "`device`"
+        ) from error

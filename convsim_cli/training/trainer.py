@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from convsim_cli.errors import DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.machine.device import synchronize
-from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.precision import full_precision, tf32
 from convsim_cli.machine.progress import Advance
 from convsim_cli.measurement.batch_norm import batch_statistics
 from convsim_cli.penalty import ConvSimPenalty
@@ -27,6 +28,7 @@ from convsim_cli.training.modes import MODES
 from convsim_cli.training.optimization import learning_rate, make_optimizer
 from convsim_cli.training.processes import ALONE, Processes
 from convsim_cli.training.results import VALIDATION_COLUMNS
+from convsim_cli.training.run_data import resident
 from convsim_cli.training.similarity_hold import SimilarityHold
 
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
@@ -48,8 +50,9 @@ class Trainer:
         device: torch.device,
         processes: Processes = ALONE,
     ) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dataset = dataset.to(device)
+        layout = _fastest_layout(device, arguments.precision)
+        self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.dataset = replace(resident(dataset, device), layout=layout)
         self.arguments = arguments
         self.device = device
         self.processes = processes
@@ -64,7 +67,7 @@ class Trainer:
         self.first_loss: Tensor | None = None
         self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
         parallel = processes.parallel(self.model)
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(parallel) if arguments.compile else parallel
+        self._forward: Callable[[Tensor], Tensor] = _compiled(parallel, device) if arguments.compile else parallel
         self._evaluated = self._forward if processes.size == 1 else self.model  # DDP would communicate
 
     @property
@@ -78,7 +81,8 @@ class Trainer:
         advance: called with 1 after every step. Raises DivergedError if a loss is no longer finite.
         """
         start = time.perf_counter()
-        with full_precision(self.device):  # fp32 means fp32; bf16 is switched on inside
+        # fp32 means fp32; bf16 is switched on inside
+        with (tf32 if self.arguments.precision == "tf32" else full_precision)(self.device):
             loss, accuracy = self._train(advance)
             self.processes.broadcast_buffers(self.model)
             with self._autocast():
@@ -226,7 +230,22 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
 
 
-def be_deterministic() -> None:
-    """Allow only deterministic algorithms from now on. Call it before the first product on the device."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+def choose_algorithms(deterministic: bool) -> None:
+    """Allow only deterministic algorithms from now on, or let cuDNN time its own for each shape of images.
+
+    Call it before the first product on the device.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _fastest_layout(device: torch.device, precision: str) -> torch.memory_format:
+    """NHWC, which tensor cores and CPUs take as it is; NCHW for float32 on CUDA, which uses none."""
+    return torch.contiguous_format if device.type == "cuda" and precision == "fp32" else torch.channels_last
+
+
+def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Compile a network; on CUDA into graphs that are replayed without work for the host in between."""
+    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)

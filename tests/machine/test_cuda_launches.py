@@ -49,7 +49,9 @@ def iteration(stacks: list[Stack], how: Minimization) -> Trace:
         return traced(_iteration(stacks, how))
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (512, 512, 3, 3), (64, 3, 7, 7), (2048, 64, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 3, 3), (512, 512, 3, 3), (64, 3, 7, 7), (96, 1, 7, 7), (2048, 64, 3, 3)], ids=str
+)
 @pytest.mark.parametrize("preserve_norm", [False, True])
 def test_an_iteration_is_a_few_launches_and_no_wait(shape: tuple[int, ...], preserve_norm: bool) -> None:
     trace = iteration([stack(*shape)], Minimization(preserve_norm=preserve_norm))
@@ -109,7 +111,9 @@ def trainer(count: int, mode: str, **more: object) -> Trainer:
 
 
 @pytest.mark.parametrize("mode", ["baseline", "reg"])
-@pytest.mark.parametrize("more", [{}, {"precision": "bf16", "momentum": 0.9}, {"beta_schedule": "loss"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"precision": "tf32"}, {"precision": "bf16", "momentum": 0.9}, {"beta_schedule": "loss"}], ids=str
+)
 def test_training_waits_once_an_epoch_however_many_steps_that_has(mode: str, more: dict[str, object]) -> None:
     if mode == "baseline" and "beta_schedule" in more:
         pytest.skip("a schedule of reg alone")
@@ -146,6 +150,20 @@ def test_feature_map_statistics_wait_no_more_for_more_inputs() -> None:
         seen = LayerMaps(kernel, weight)
     maps = torch.randn(8, 64, 34, 34, device=CUDA)
     assert not traced(lambda: seen.similarity.update(maps)).waits
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [("fp32", torch.contiguous_format), ("tf32", torch.channels_last), ("bf16", torch.channels_last)],
+)
+def test_on_cuda_tensor_cores_get_channels_last_and_plain_float32_does_not(
+    precision: str, layout: torch.memory_format
+) -> None:
+    once = trainer(4, "baseline", precision=precision)
+    images = once.dataset.normalize(once.dataset.train.images)
+    assert images.is_contiguous(memory_format=layout)
+    kernels = next(parameter for parameter in once.model.parameters() if parameter.shape[1:2] == (64,))
+    assert kernels.is_contiguous(memory_format=layout)
 
 
 def test_the_trace_sees_a_wait_a_launch_and_a_mixture_of_devices() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from convsim_cli.machine.precision import full_precision
+from convsim_cli.machine.precision import full_precision, tf32
 
 NEW = hasattr(torch._C, "_get_fp32_precision_getter")  # torch ≥ 2.9
 GENERAL = [("generic", "all"), ("mkldnn", "all"), ("cuda", "all")]  # what the others inherit from where they say "none"
@@ -114,6 +114,27 @@ def test_an_exception_inside_restores_the_switches(kind: str) -> None:
     with pytest.raises(KeyError), full_precision(torch.device(kind)):
         raise KeyError
     assert (read_new(), read_old()) == before
+
+
+def test_tf32_is_on_for_cuda_inside_off_again_in_full_precision_and_exactly_as_it_was_afterwards() -> None:
+    for settings in SETTINGS:
+        choose(*settings)
+        own = read_own()
+        choose(*settings)
+        before = read_new(), read_old()
+        with tf32(torch.device("cuda")):
+            assert read_old() == {"matmul": "high", "cuBLAS": True, "cuDNN": True}, settings
+            with full_precision(torch.device("cuda")):
+                assert read_old() == {"matmul": "highest", "cuBLAS": False, "cuDNN": False}, settings
+            assert read_old() == {"matmul": "high", "cuBLAS": True, "cuDNN": True}, settings
+        assert (read_new(), read_old()) == before, settings
+        assert read_own() == own, settings
+
+
+def test_tf32_is_full_precision_on_the_cpu() -> None:
+    choose("medium", True)
+    with tf32(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_autocast_is_off_inside_and_on_afterwards() -> None:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Start
 from forks import Program, call_in_fork, fork
-from torch import nn
+from torch import distributed, nn
 
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.training.arguments import Arguments
@@ -49,6 +50,16 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command += ["-m", "convsim_cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_others_wait_for_rank_0_as_long_as_it_prepares_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, timedelta] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "init_process_group", lambda _, **options: found.update(options))
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    with joined(torch.device("cpu")):
+        assert found["timeout"] >= timedelta(hours=12)  # torch's own are 10 and 30 minutes
 
 
 def train_an_epoch(environment: dict[str, str], path: Path) -> None:

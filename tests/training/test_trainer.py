@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli import ConvSimPenalty, decorrelate_, minimize_, orthogonalize_
-from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.errors import ConvsimError, DivergedError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.names import build_network
@@ -17,7 +17,7 @@ from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.batches import permutation
 from convsim_cli.training.modes import MODES
 from convsim_cli.training.preparation import first_images
-from convsim_cli.training.trainer import Trainer
+from convsim_cli.training.trainer import Trainer, _compiled, choose_algorithms
 
 CPU = torch.device("cpu")
 
@@ -275,6 +275,47 @@ def test_a_restored_state_continues_bit_identically_including_dropout(
     found = resumed.run_epoch()
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_on_the_cpu_tf32_is_float32_to_the_bit(data: Dataset) -> None:
+    rows = [
+        Trainer(
+            build_network("cnn:4"), data, Arguments(mode="reg", batch_size=20, precision=precision), CPU
+        ).run_epoch()
+        for precision in ("fp32", "tf32")
+    ]
+    assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_chooses_its_algorithms_by_time_unless_they_are_to_be_deterministic(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    choose_algorithms(deterministic)
+    assert torch.backends.cudnn.benchmark is not deterministic
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("cpu", None), ("cuda", "reduce-overhead")])
+def test_a_compiled_network_is_replayed_as_a_graph_on_cuda(
+    kind: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda _, mode: mode)
+    assert _compiled(nn.Identity(), torch.device(kind)) == mode
+
+
+def test_a_data_set_that_does_not_fit_on_the_device_says_what_to_do_in_one_line(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.\nSee documentation …")
+
+    monkeypatch.setattr(Dataset, "to", refuse)
+    with pytest.raises(ConvsimError, match=r"^the 70 images of digits .* do not fit .* lower `limit_train`") as caught:
+        Trainer(build_network("cnn:4"), data, Arguments(), CPU)
+    assert "\n" not in str(caught.value)
 
 
 def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
