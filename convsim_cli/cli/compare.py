@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from convsim_cli.cli.console import Cell, Console
-from convsim_cli.cli.options import JsonOption, QuietOption
+from convsim_cli.cli.options import JsonOption, QuietOption, WideOption
+from convsim_cli.cli.tables import Least
 
 EXAMPLES = """\b
 Examples:
@@ -25,6 +26,8 @@ _HEADERS = {  # on a terminal, by the keys of JSON, which TSV has as they are
     "last_train_accuracy": "train_accuracy",
 }
 _COMPARED = {"best_test_accuracy": "best_difference", "mean_last5_test_accuracy": "last5_difference"}
+
+LEAST: Least = ("train_accuracy", "last_accuracy", "last5_difference", "mean_last5")
 
 
 def compare(
@@ -49,6 +52,7 @@ def compare(
         int | None,
         typer.Option(metavar="N", help="Compare the first N epochs only.", min=1, show_default=False),
     ] = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -60,14 +64,14 @@ def compare(
     """
     from convsim_cli.training.comparison import compare_runs
 
-    console = Console(quiet, as_json)
+    console = Console(quiet, as_json, wide)
     content = compare_runs(runs, baseline, accuracy, epochs)
     console.document("compare", content)
     if as_json:
         return
     groups = content["groups"]
     table = _screen_table if console.is_screen else _full_table
-    console.table(*table(groups, accuracy))
+    console.table(*table(groups, accuracy), LEAST)
     lengths = {group["epochs"] for group in groups}
     if len(lengths) == 1:
         console.note(f"epochs of each run: {lengths.pop()}")

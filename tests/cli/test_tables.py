@@ -20,6 +20,7 @@ from hypothesis import strategies as some
 from safetensors.torch import save_file
 
 from convsim_cli.cli import reproduction_tables, run, training_screen
+from convsim_cli.cli.compare import _HEADERS, LEAST, _screen_table
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.tables import EDGES, GAP, fitting_columns
 
@@ -87,6 +88,19 @@ def test_a_table_of_the_paper_fits_the_terminal_with_whole_cells(name: str, widt
     lines = terminal(width)
     Console().table(columns, rows, reproduction_tables.LEAST)
     check(lines(), width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compared_groups_fit_the_terminal(width: int, terminal: Terminal) -> None:
+    spread = {"mean": 79.1634, "std": 0.4321}
+    interval = {"mean": 5.1234, "low": -10.1234, "high": 12.3456}
+    group = {"group": "init-norm, lr=0.03", "n": 5, "epochs": 30, "epochs_to_accuracy": {**spread, "reached": 5}}
+    group |= dict.fromkeys(_HEADERS, spread) | {"difference": dict.fromkeys(_HEADERS, interval)}
+    lines = terminal(width)
+    Console().table(*_screen_table([group], 60.0), LEAST)
+    shown = lines()
+    check(shown, width)
+    assert any("+5.12 [-10.12, +12.35]" in line for line in shown)
 
 
 def check(lines: list[str], width: int) -> None:
