@@ -86,6 +86,15 @@ def init(
             show_default=False,
         ),
     ] = None,
+    input_channels: Annotated[
+        int | None,
+        typer.Option(
+            "--input-channels",
+            metavar="N",
+            help="--decorrelate: channels of a synthetic input; found by a dry run of the network unless given.",
+            min=1,
+        ),
+    ] = None,
     data_dir: DataDirOption = Path("data"),
     mean: MeanOption = None,
     std: StdOption = None,
@@ -140,6 +149,7 @@ def init(
         decorrelate=decorrelate,
         samples=samples,
         side=side,
+        input_channels=input_channels,
         data_dir=data_dir,
         mean=parse_channels("mean", mean),
         std=parse_channels("std", std),

@@ -83,6 +83,7 @@ def minimize_checkpoint(
     decorrelate: str | None = None,
     samples: int = SAMPLES,
     side: int | None = None,
+    input_channels: int | None = None,
     data_dir: str | Path = "data",
     mean: Channels | None = None,
     std: Channels | None = None,
@@ -110,15 +111,17 @@ def minimize_checkpoint(
     0, optimizer, preserve_norm, objective, tol ≥ 0: see `Minimization`. orthogonal: orthogonal filters instead, each at
     its own norm, without iterations. decorrelate: filters of uncorrelated feature maps on these inputs, with `arch`;
     alone, or with `preserve_norm` after Algorithm 1. It takes the names of `measure_checkpoint`'s `input`, of a data
-    set the first `samples` training images; side, data_dir, mean, std: as there. include, exclude, groups, transposed:
-    see `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records, on `white`,
-    `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. Warns, with ConvsimWarning, of
-    a checkpoint that looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError
-    and WriteError; files are then unchanged.
+    set the first `samples` training images; side, input_channels, data_dir, mean, std: as there. include, exclude,
+    groups, transposed: see `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records,
+    on `white`, `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. Warns, with
+    ConvsimWarning, of a checkpoint that looks trained and of choices made in reading it. Raises CheckpointError,
+    InputError, DivergedError and WriteError; files are then unchanged.
     """
     how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
-    inputs = Probe(decorrelate, samples, side, Path(data_dir), seed, mean, std) if decorrelate is not None else None
-    _check_closed_form(how, orthogonal, inputs, arch, (samples, side, mean, std))
+    inputs = None
+    if decorrelate is not None:
+        inputs = Probe(decorrelate, samples, side, Path(data_dir), seed, mean, std, channels=input_channels)
+    _check_closed_form(how, orthogonal, inputs, arch, (samples, side, input_channels, mean, std))
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
     source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key, pretrained=pretrained)
     if not (orthogonal or inputs):  # the closed forms have something to do also on 1×1 kernels
@@ -146,8 +149,11 @@ def _check_closed_form(
     how: Minimization, orthogonal: bool, inputs: Probe | None, arch: str | None, described: tuple[object, ...]
 ) -> None:
     """Raise InputError for arguments that contradict each other, or would have no effect."""
-    if inputs is None and described != (SAMPLES, None, None, None):
-        raise InputError("`samples`, `side`, `mean` and `std` describe the inputs of `decorrelate`; name them there")
+    if inputs is None and described != (SAMPLES, None, None, None, None):
+        raise InputError(
+            "`samples`, `side`, `input_channels`, `mean` and `std` describe the inputs of `decorrelate`; "
+            "name them there"
+        )
     if orthogonal and inputs:
         raise InputError("`orthogonal` and `decorrelate` are two closed forms; choose one")
     if inputs and arch is None:

@@ -155,3 +155,23 @@ def test_input_channels_decide_what_a_network_is_given(
     assert "--input-channels requires --arch" in convsim("measure", "m.pt", "--input-channels", 3).error
     refused = convsim(*how[:-1], "--input", "digits", "--input-channels", 1)
     assert "--input-channels goes with synthetic inputs: the images of --input digits have 3" in refused.error
+
+
+def test_init_decorrelates_on_the_channels_that_the_network_takes_or_is_given(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "decorrelated.py").write_text(MINE)
+    how = ("--decorrelate", "natural", "--samples", 4, "--input-size", 16, "-o", "m.safetensors", "--json")
+    found = convsim("init", "--arch", "decorrelated:Net", *how)
+    assert found.code == 0, found.err
+    assert len(found.document["layers"]) == 2
+    after = [
+        convsim("init", "--arch", "decorrelated:Any", *how, "--probe", "white", *channels).document["layers"][0][
+            "after"
+        ]
+        for channels in ((), ("--input-channels", 1), ("--input-channels", 4))
+    ]
+    assert after[0] == after[1] != after[2]
+    refused = convsim("init", "--arch", "cnn:4", "-o", "x.safetensors", "--input-channels", 3)
+    assert "--input-channels, --mean and --std describe the inputs of --decorrelate" in refused.error
