@@ -114,7 +114,8 @@ def _at_taps(spectra: Tensor, taps: Taps) -> Tensor:
     if not spectra.is_complex():
         return spectra.transpose(1, 2)
     lags = _lags(taps)
-    spectrum = spectra.transpose(1, 2).unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
+    spectrum = spectra.transpose(1, 2).contiguous()  # the FFT of a view rounds in another way in a stack of layers
+    spectrum = spectrum.unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
     full = torch.fft.irfftn(spectrum, s=lags, dim=tuple(range(2, 2 + len(taps))))
     return full[(..., *(slice(k) for k in taps), slice(None))].flatten(2, -2)
 
