@@ -139,9 +139,7 @@ class ConvSimPenalty:
             return kernel.view_as_stored(self._objective.gradient(filters, kernel.taps, None))
         if kernel.pointwise and self._objective.norm_only_pointwise:
             return torch.zeros_like(weight)
-        gradient, norms = torch.empty_like(filters), torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-        self._objective.tangent_gradient(filters.clone(), kernel.taps, norms, gradient)
-        return kernel.view_as_stored(gradient)
+        return kernel.view_as_stored(self._objective.tangent_gradient(filters, kernel.taps, None, None))
 
 
 def _filters(objective: Objective, kernel: Kernel, weight: Tensor) -> Tensor:

@@ -106,24 +106,25 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
     return _gradient(filters, sum_of_others(autocorrelation(filters, taps, spectrum)), taps, out, spectrum)
 
 
-def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor, out: Tensor | None = None) -> Tensor:
-    """Scale filters, in place, to their L2 norms and return ∂L_CS/∂filters without its parts along the filters.
+def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return ∂L_CS/∂filters without its parts along the filters, which are first scaled to their L2 norms, in place.
 
-    norms: `[groups, S / groups, 1, 1]`. A filter whose square underflows stays as it is, with a zero gradient. Since
-    ⟨∂L_CS/∂K_i, K_i⟩ = 2⟨A_i, R_i⟩ and K_i convolved with a single lag 0 is K_i itself, the part along K_i leaves by
-    one change of R_i at lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no other norm. Both cost next to
-    nothing.
+    norms: `[groups, S / groups, 1, 1]`; None leaves the filters as they are. A filter whose square underflows is not
+    scaled, and has a zero gradient. Since ⟨∂L_CS/∂K_i, K_i⟩ = 2⟨A_i, R_i⟩ and K_i convolved with a single lag 0 is K_i
+    itself, the part along K_i leaves by one change of R_i at lag 0; since A_i at lag 0 is ‖K_i‖², the scaling needs no
+    other norm. Both cost next to nothing.
     """
     spectrum = spectrum_if_cheaper(filters, taps)
     autocorrelations = autocorrelation(filters, taps, spectrum)
     least = torch.finfo(filters.dtype).tiny
     impulse = None if spectrum is None else unit_impulse(filters, taps)
-    squares = _at_lag_zero(autocorrelations, impulse)
-    scale = torch.where(squares > least, norms.squeeze(-1) * squares.clamp_min(least).rsqrt(), 1)
-    filters.mul_(scale.unsqueeze(-1))
-    if spectrum is not None:
-        spectrum.mul_(scale.reshape(*scale.shape[:2], *[1] * (spectrum.ndim - 2)))
-    autocorrelations *= scale.square()
+    if norms is not None:
+        squares = _at_lag_zero(autocorrelations, impulse)
+        scale = torch.where(squares > least, norms.squeeze(-1) * squares.clamp_min(least).rsqrt(), 1)
+        filters.mul_(scale.unsqueeze(-1))
+        if spectrum is not None:
+            spectrum.mul_(scale.reshape(*scale.shape[:2], *[1] * (spectrum.ndim - 2)))
+        autocorrelations *= scale.square()
     others = sum_of_others(autocorrelations)
     along = (autocorrelations * others).sum(-1, keepdim=True)
     along /= _at_lag_zero(autocorrelations, impulse).clamp_min(least)

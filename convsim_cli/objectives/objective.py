@@ -12,7 +12,7 @@ from convsim_cli.similarity import Taps
 
 Value = Callable[[Tensor, Taps], Tensor]
 Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
-Tangent = Callable[[Tensor, Taps, Tensor, Tensor | None], Tensor]
+Tangent = Callable[[Tensor, Taps, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,20 @@ class Objective:
     tangent: Tangent | None = None
     vanishes_with_filters: bool = True
 
-    def tangent_gradient(self, filters: Tensor, taps: Taps, norms: Tensor, out: Tensor) -> None:
-        """Scale filters, in place, to their L2 norms `[groups, S / groups, 1, 1]`, and write to `out` their gradient,
-        projected onto the tangent space of each filter's sphere.
+    def tangent_gradient(self, filters: Tensor, taps: Taps, norms: Tensor | None, out: Tensor | None) -> Tensor:
+        """Return the gradient, written to `out` if given, projected onto the tangent space of each filter's sphere.
+
+        norms: the L2 norms `[groups, S / groups, 1, 1]` to scale the filters to first, in place; None leaves them.
         """
         if self.tangent:
-            self.tangent(filters, taps, norms, out)
+            return self.tangent(filters, taps, norms, out)
+        if norms is None:
+            norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
         else:
             rescale_(filters, norms)
-            self.gradient(filters, taps, out)
-            project_(out, filters, norms)
+        gradient = self.gradient(filters, taps, out)
+        project_(gradient, filters, norms)
+        return gradient
 
 
 def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:

@@ -114,7 +114,8 @@ def _at_taps(spectra: Tensor, taps: Taps) -> Tensor:
     if not spectra.is_complex():
         return spectra.transpose(1, 2)
     lags = _lags(taps)
-    spectrum = spectra.transpose(1, 2).unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
+    spectrum = spectra.transpose(1, 2).contiguous()  # the FFT of a view rounds in another way in a stack of layers
+    spectrum = spectrum.unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
     full = torch.fft.irfftn(spectrum, s=lags, dim=tuple(range(2, 2 + len(taps))))
     return full[(..., *(slice(k) for k in taps), slice(None))].flatten(2, -2)
 
@@ -140,7 +141,9 @@ def _shorter_side(filters: Tensor) -> Tensor:
 
 
 def _times_excess(rows: Tensor, vector: Tensor) -> Tensor:
-    return rows @ (rows.mT @ vector) - vector
+    """M v, as two columns that are alike: a single one is multiplied in another way as soon as layers are stacked."""
+    twice = vector.expand(-1, -1, 2)
+    return (rows @ (rows.mT @ twice) - twice)[..., :1]
 
 
 def _lengths(vectors: Tensor) -> Tensor:
@@ -161,11 +164,12 @@ def _directions(filters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _start(rows: Tensor, filters: Tensor) -> Tensor:
-    """What the power method starts from: fixed numbers, but 0 for filters of zeros. `[groups, rows, 1]`."""
+    """What the power method starts from, `[groups, rows, 1]`: fixed numbers, which filters of zeros do not take up."""
     start = _numbers(rows, rows.shape[-2])
     if rows.shape[-2] != filters.shape[1]:
         return start.expand(len(rows), -1, -1)
-    return start * _present(filters)
+    present = _present(filters)
+    return start[(present.cumsum(1) - 1).clamp_min(0).squeeze(-1)] * present
 
 
 def _present(filters: Tensor) -> Tensor:

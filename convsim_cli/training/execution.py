@@ -121,7 +121,8 @@ def _update_folder(run: Run, epochs_done: int) -> None:
 
 def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, _device(run, processes)
-    _warn_of_nothing_to_hold(arguments)
+    if processes.is_rank_zero:
+        _warn_of_nothing_to_hold(arguments)
     model = build_with_weights(arguments, data.classes).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
     preparation = MODES[arguments.mode].preparation
