@@ -50,9 +50,14 @@ def interleave(functions: dict[str, Callable[[], object]], device: torch.device,
 def arguments(description: str) -> argparse.Namespace:
     """Parse what every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
     parser.add_argument("--repetitions", type=int, default=21, help="rounds that count, at most")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    return arguments_of_device(parser)
+
+
+def arguments_of_device(parser: argparse.ArgumentParser, default: str = "cpu") -> argparse.Namespace:
+    """Parse the arguments of a parser, and a device."""
+    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:N or mps")
     found = parser.parse_args()
     found.device = resolve_device(found.device)
     return found

@@ -167,16 +167,3 @@ def test_elsewhere_and_where_it_is_switched_off_nothing_is_recorded(monkeypatch:
     assert repeated(step, torch.device("cpu")) is step
     monkeypatch.setenv("CONVSIM_CUDA_GRAPHS", "0")
     assert repeated(step, torch.device("cuda")) is step
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_replayed_minimization_comes_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convsim_cli.kernels import Kernel
-    from convsim_cli.minimize import Minimization, minimize_kernel
-
-    kernel, weight = Kernel("a", (64, 64, 3, 3)), torch.randn(64, 64, 3, 3, device="cuda")
-    results = []
-    for switch in ("1", "0"):
-        monkeypatch.setenv("CONVSIM_CUDA_GRAPHS", switch)
-        results.append(minimize_kernel(kernel, weight, Minimization(120, preserve_norm=True))[0])
-    torch.testing.assert_close(*results)

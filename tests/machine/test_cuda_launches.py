@@ -9,8 +9,8 @@ import torch
 from fake_cuda import CUDA, Trace, fake_cuda, real_network
 from torch import nn
 
-from convsim_cli import ConvSimPenalty
-from convsim_cli.descent import LOOK_EVERY, Minimization, Stack, _iteration, descend_
+from convsim_cli import ConvSimPenalty, descent
+from convsim_cli.descent import Minimization, Stack, _iteration, descend_
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import Kernel, module_kernels, weight_of
 from convsim_cli.machine.precision import full_precision
@@ -80,9 +80,12 @@ def test_an_iteration_of_resnet18_launches_so_much_for_each_shape_not_for_each_l
 
 
 @pytest.mark.parametrize("preserve_norm", [False, True])
-def test_a_minimization_waits_once_to_read_all_losses_and_no_more_for_more_iterations(preserve_norm: bool) -> None:
+def test_a_minimization_waits_once_to_read_all_losses_and_no_more_for_more_iterations(
+    preserve_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent, "LOOK_EVERY", 8)
     waits = []
-    for iterations in (LOOK_EVERY // 2, LOOK_EVERY, 3 * LOOK_EVERY):
+    for iterations in (4, 8, 24):
         with Trace() as trace:
             descend_([stack(16, 8, 3, 3, count=2)], Minimization(iterations, preserve_norm=preserve_norm))
         waits.append(trace.waits.total())
