@@ -36,10 +36,11 @@ app = typer.Typer(
     help="Measure how similar a convolutional network's feature maps are, and lower it by acting on the kernels alone.",
     epilog="""\b
 Examples:
-  convsim init --arch resnet18 -o model.safetensors   # a fresh network, minimized before training
-  convsim init model.safetensors --preserve-norm      # in place; the former file stays as model.safetensors.bak
-  convsim measure model.safetensors                   # the similarity of every layer
-  convsim train --mode init --data-dir data           # the paper's CNN1 on CIFAR-10""",
+ # a fresh network whose feature maps are less similar, in seconds
+ convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors
+ convsim measure model.safetensors           # the similarity of every layer
+ convsim train --mode init --data-dir data   # the paper's CNN1 on CIFAR-10
+ convsim compare runs                        # means over seeds, differences""",
 )
 
 

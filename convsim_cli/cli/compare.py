@@ -13,11 +13,11 @@ from convsim_cli.cli.tables import Least
 
 EXAMPLES = """\b
 Examples:
-  convsim compare runs                              # every run in the folder
-  convsim compare runs/cnn1-baseline-s* runs/cnn1-init-s* --accuracy 60
-  convsim compare runs --baseline lr=0.1            # a group of seeds
-  convsim compare runs --baseline cnn1-init-s0      # the group of this run
-  convsim compare runs --json | jq '.groups[].difference'"""
+ convsim compare runs                              # every run in the folder
+ convsim compare runs/cnn1-baseline-s* runs/cnn1-init-s* --accuracy 60
+ convsim compare runs --baseline lr=0.1            # a group of seeds
+ convsim compare runs --baseline cnn1-init-s0      # the group of this run
+ convsim compare runs --json | jq '.groups[].difference'"""
 
 _HEADERS = {  # on a terminal, by the keys of JSON, which TSV has as they are
     "best_test_accuracy": "best_accuracy",

@@ -36,13 +36,14 @@ from convsim_cli.cli.options import (
 
 EXAMPLES = """\b
 Examples:
-  convsim init --arch resnet18 -o model.safetensors      # a fresh network
-  convsim init model.safetensors                         # in place; keeps model.safetensors.bak
-  convsim init model.pth -o new.pth --preserve-norm      # similarity only: every filter keeps its norm
-  convsim init model.pth --orthogonal                    # orthogonal filters, without iterations
-  convsim init --arch cnn1 --preserve-norm --decorrelate cifar10 --data-dir data -o model.safetensors
-  convsim init model.pth --dry-run --json                # what would be touched, and what skipped
-  convsim init model.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
+ # a fresh network, less similar filter by filter at unchanged norms
+ convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors
+ convsim init model.safetensors              # raw, in place; keeps a .bak
+ convsim init model.pth -o new.pth --preserve-norm
+ convsim init model.pth --orthogonal         # closed form, no iterations
+ convsim init --arch cnn1 -o new.pth --decorrelate cifar10 --data-dir data
+ convsim init model.pth --dry-run            # what would be touched
+ convsim init a.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
 
 
 def init(

@@ -55,14 +55,14 @@ Figures of a layer (scaling its weights moves {", ".join(f.key for f in FIGURES 
 
 \b
 Examples:
-  convsim measure model.safetensors           # layer by layer, on white noise
-  convsim measure a.pth b.pth --input natural # side by side, with changes
-  convsim measure model.pth --sort -fm_rank   # the lowest rank first
-  convsim measure model.pth --top 3           # the three strongest pairs
-  convsim measure --arch cnn1                 # a fresh network's feature maps
-  convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
-  convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
-  convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
+ convsim measure model.safetensors           # layer by layer, on white noise
+ convsim measure a.pth b.pth --input natural # side by side, with changes
+ convsim measure model.pth --sort -fm_rank   # the lowest rank first
+ convsim measure model.pth --top 3           # the three strongest pairs
+ convsim measure --arch cnn1                 # a fresh network's feature maps
+ convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
+ convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
+ convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
 
 
 def measure(

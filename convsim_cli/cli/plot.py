@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  convsim plot runs/cnn1-baseline-s0 runs/cnn1-init-s0      # writes curves.png
-  convsim plot runs/cnn1-*-s0 -o arms.png
-  convsim plot runs -o seeds.png                            # seeds of one kind: a mean and a band"""
+ convsim plot runs/cnn1-baseline-s0 runs/cnn1-init-s0   # writes curves.png
+ convsim plot runs/cnn1-*-s0 -o arms.png
+ convsim plot runs -o seeds.png          # seeds of one kind: mean and band"""
 
 
 def plot(

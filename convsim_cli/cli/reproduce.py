@@ -44,13 +44,14 @@ Sets of arms:
 
 \b
 Examples:
-  convsim reproduce table1                      # kernel orthogonality and feature maps: half a minute, no data
-  convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
-  convsim reproduce table5 --archs cnn1 --arms baseline,init,rescale --epochs 10 --data-dir data
-  convsim reproduce figure3 --archs cnn1 --arms baseline,init,rescale --epochs 10   # reuses the same runs
-  convsim reproduce table5 --archs cnn1 --arms published,controls --seeds 5 --limit-train 10000 --epochs 30
-  convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5 --limit-train 5000
-  convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
+ convsim reproduce table1                        # half a minute, no data
+ convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
+ convsim reproduce table5 --archs cnn1 --arms baseline,init --epochs 10
+ convsim reproduce figure3 --archs cnn1 --arms baseline,init --epochs 10
+ convsim reproduce table5 --arms published,controls --seeds 5 \\
+   --archs cnn1 --limit-train 10000 --epochs 30
+ convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5
+ convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
 
 T = TypeVar("T")
 

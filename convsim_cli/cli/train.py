@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  convsim train --dataset digits --epochs 5                      # needs no download
-  convsim train --mode init --data-dir data                      # the paper's best arm, CNN1 on CIFAR-10
-  convsim train --mode reg --beta 0.001 --epochs 20 --name reg20
-  convsim train --mode init --preserve-norm --seeds 3            # similarity without the scale
-  convsim train --arch resnet18 --epochs 50 --lr 0.1 --momentum 0.9 --nesterov \\
-    --weight-decay 5e-4 --schedule cosine --augment flip-crop    # a modern recipe
-  convsim train --resume runs/reg20 --epochs 40
-  torchrun --nproc-per-node 2 -m convsim_cli train --mode init   # two processes share each batch"""
+ convsim train --dataset digits --epochs 5       # needs no download
+ convsim train --mode init --data-dir data       # the paper's best arm
+ convsim train --mode reg --beta 0.001 --epochs 20 --name reg20
+ convsim train --mode init --preserve-norm --seeds 3
+ convsim train --resume runs/reg20 --epochs 40
+ # a modern recipe
+ convsim train --arch resnet18 --epochs 50 --lr 0.1 --momentum 0.9 \\
+   --nesterov --weight-decay 5e-4 --schedule cosine --augment flip-crop
+ # two processes share each batch
+ torchrun --nproc-per-node 2 -m convsim_cli train --mode init"""
 
 _RUN: dict[str, Any] = {"show_default": False, "rich_help_panel": "Run"}  # the heading in the help
 

@@ -191,3 +191,8 @@ def test_arguments_in_an_error_of_the_library_are_shown_as_options(command: str,
     from convsim_cli.cli.options import with_options
 
     assert with_options(message, find_command([command])) == shown
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "plot"])
+def test_no_line_of_a_help_is_longer_than_80_characters(command: str, convsim: Convsim) -> None:
+    assert max(map(len, convsim(*command.split(), "--help").out.splitlines())) <= 80
