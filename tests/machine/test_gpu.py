@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from convsim_cli import (
     ConvSimPenalty,
     convolutional_similarity,
+    decorrelate_,
     measure,
     measure_checkpoint,
     minimize_,
     minimize_checkpoint,
     minimize_weight_,
+    orthogonalize_,
 )
 from convsim_cli.descent import Minimization, Stack, _iteration, descend_
 from convsim_cli.inputs.images import Dataset, Split
@@ -119,6 +121,17 @@ def test_graphs_come_to_the_same_as_iterations_without(
         how = Minimization(120, preserve_norm=preserve_norm)
         results.append(minimize_kernel(Kernel("a", shape), kernels(*shape).to(CUDA), how)[0])
     torch.testing.assert_close(*results)
+
+
+def test_closed_forms_are_those_of_the_cpu() -> None:
+    weights = []
+    for device in (CPU, CUDA):
+        model = build_network("cnn:16").to(device)
+        orthogonalize_(model)
+        decorrelate_(model, kernels(32, 3, 32, 32).to(device))
+        weights.append([kernel.detach() for kernel in model.parameters() if kernel.ndim == 4])
+    for found, expected in zip(weights[1], weights[0], strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
