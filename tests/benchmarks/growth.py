@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import log
 
 import torch
-from methods import ours
+from methods import value_and_gradient
 from timing import arguments, interleave, report
 
 SIZES = (64, 128, 256, 512, 1024)
@@ -31,7 +31,9 @@ def main() -> None:
     given = arguments(__doc__ or "")
     with report(given, ["in", "exponent", "milliseconds"]) as add:
         for name, shapes in SERIES.items():
-            runs = {str(size): ours([torch.randn(shape, device=given.device)]) for size, shape in shapes}
+            runs = {
+                str(size): value_and_gradient([torch.randn(shape, device=given.device)], "cs") for size, shape in shapes
+            }
             found = interleave(runs, given.device, given.repetitions)
             seconds = [timing.seconds for timing in found.values()]
             said = ", ".join(f"{size}: {1e3 * timing.seconds:.3g}" for size, timing in found.items())
