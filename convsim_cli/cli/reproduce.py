@@ -24,7 +24,7 @@ from convsim_cli.cli.options import (
 )
 from convsim_cli.cli.reproduction_tables import EXPERIMENT_TABLES, LEAST, numerical_table
 from convsim_cli.cli.training_screen import CampaignScreen
-from convsim_cli.reproduction.arms import SETS, arms_of, choose_arms
+from convsim_cli.reproduction.arms import ALL, ARMS, SETS, arms_of, choose_arms
 
 if TYPE_CHECKING:
     from convsim_cli.reproduction.configurations import Choices
@@ -56,9 +56,27 @@ Examples:
 T = TypeVar("T")
 
 
+def complete_experiment(begun: str) -> list[str]:
+    """Return the experiments whose names begin so."""
+    from convsim_cli.reproduction.experiments import known_experiments
+
+    return [name for name in known_experiments() if name.startswith(begun)]
+
+
+def complete_arms(begun: str) -> list[str]:
+    """Return what a list of arms that begins so can go on with: arms, their sets, and all of them."""
+    first, comma, last = begun.rpartition(",")
+    return [f"{first}{comma}{name}" for name in (*SETS, ALL, *ARMS) if name.startswith(last)]
+
+
 def reproduce(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="table1, 2, 3, 5 or 6, or figure1 to figure5.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="table1, 2, 3, 5 or 6, or figure1 to figure5.", autocompletion=complete_experiment
+        ),
+    ],
     episodes: Annotated[
         int | None,
         typer.Option(
@@ -76,6 +94,7 @@ def reproduce(
             help="table5, figure1 to 3: arms, sets of arms (see below), or all; "
             f"{', '.join(arm.name for arm in choose_arms(None))} unless given.",
             show_default=False,
+            autocompletion=complete_arms,
         ),
     ] = None,
     lrs: Annotated[str | None, typer.Option(metavar="A,B", help="figure4: learning rates.", show_default=False)] = None,

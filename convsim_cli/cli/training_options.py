@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from convsim_cli.cli.options import complete_arch
 from convsim_cli.training.arguments import GROUPS, Declaration, declarations
 from convsim_cli.training.modes import modes_that_take
 
@@ -43,6 +44,7 @@ def _parameter(declaration: Declaration) -> Parameter:
         parser=_number_or_word if _is_number_or_word(declaration) else None,
         show_default=declaration.default is not None,
         rich_help_panel=declaration.group,
+        autocompletion=complete_arch if declaration.name == "arch" else None,
     )
     annotation = Annotated[_type(declaration), option]  # type: ignore[valid-type]
     return Parameter(declaration.name, Parameter.KEYWORD_ONLY, default=declaration.default, annotation=annotation)

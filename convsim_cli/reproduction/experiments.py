@@ -26,8 +26,12 @@ def find_experiment(name: str) -> Experiment:
     for experiment in EXPERIMENTS:
         if experiment.name == name:
             return experiment
-    known = [table.name for table in paper.NUMERICAL_TABLES] + [experiment.name for experiment in EXPERIMENTS]
-    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, known)}")
+    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, known_experiments())}")
+
+
+def known_experiments() -> list[str]:
+    """Return the names of all experiments, the numerical ones included."""
+    return [table.name for table in paper.NUMERICAL_TABLES] + [experiment.name for experiment in EXPERIMENTS]
 
 
 def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, watcher: Watcher) -> dict[str, Any]:
