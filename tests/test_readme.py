@@ -2,26 +2,91 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Convsim
+import torch
+from conftest import SHARED, Convsim
+
+from convsim_cli import convolutional_similarity
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_the_librarys_examples_run_as_they_stand(code: str) -> None:
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def block(word: str) -> str:
+    """The one example that has a word in it."""
+    (found,) = (code for code in BLOCKS if word in code)
+    return found
+
+
+def test_the_librarys_example_runs_as_it_stands() -> None:
     found: dict[str, object] = {}
-    exec(code, found)
+    exec(block("minimize_("), found)
     records = found["records"]
     assert isinstance(records, list)
     assert len(records) == 2
 
 
+def test_the_example_of_duplicates_gives_the_accuracies_that_are_claimed(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = SHARED / "runs"
+    if not (runs / "cnn1-baseline-s0").is_dir():
+        pytest.skip(f"{runs} is missing: make it with convsim reproduce table5 --archs cnn1 --bn-statistics running")
+    (tmp_path / "runs").symlink_to(runs)
+    (tmp_path / "data").symlink_to(data_dir)
+    monkeypatch.chdir(tmp_path)
+    exec(block("clusters"), {})
+    trained, without = (f"{float(value):.2f} %" for value in capsys.readouterr().out.split())
+    assert (trained, without) == ("73.06 %", "72.75 %")
+    assert trained in README
+    assert without in README
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callback_for_lightning_adds_the_gradient_of_the_penalty(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    found: dict[str, Any] = {}
+    exec(block("import lightning"), found)
+
+    class Network(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(1, 4, 3)
+
+        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            return 0 * self.convolution(batch).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1)
+
+    network = Network()
+    before = network.convolution.weight.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(convolutional_similarity(before), before)
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_model_summary=False,
+        callbacks=[found["LowerSimilarity"]()],
+        **silent,
+    )
+    trainer.fit(network, torch.utils.data.DataLoader(torch.randn(2, 1, 8, 8), batch_size=2))
+    torch.testing.assert_close(network.convolution.weight.detach(), (before - 1e-3 * gradient).detach())
+
+
 def test_the_main_command_is_the_one_of_the_help(convsim: Convsim) -> None:
-    command = "convsim init --arch resnet18 -o model.safetensors"
+    command = "convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors"
     assert f"pip install -e . && {command}" in README
     assert command in convsim("--help").out
+
+
+def test_the_readme_can_be_read_in_a_sitting() -> None:
+    assert len(README.splitlines()) <= 320
 
 
 @pytest.mark.parametrize("command", ["init", "measure", "train", "compare", "reproduce", "plot"])
