@@ -66,12 +66,12 @@ class Scratch:
     def create(self, real: Path) -> BinaryIO:
         """Create the file that goes to `real`, to write and read."""
         mode = 0o600 if real.exists() else 0o666
-
-        def create(path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_CLOEXEC, mode)
-
-        # Not os.fdopen: an interruption after it would close the descriptor twice. Path.open takes no opener.
-        return open(self.file_for(real), "x+b", opener=create)
+        descriptor = os.open(self.file_for(real), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            return os.fdopen(descriptor, "w+b")
+        except Exception:  # not after an interruption: the file may have closed its descriptor by then
+            os.close(descriptor)
+            raise
 
     def keep(self, real: Path, place: Path) -> None:
         """Hold the present file at `real` as the one that goes to `place`."""

@@ -16,7 +16,9 @@ _MOMENTS = re.compile(  # tensors that optimizers keep per parameter, under name
     r"(?:^|[._/])(exp_avg|max_exp_avg|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|mu_product|row_var|col_var|"
     r"previous_grad|slow_buffer|first_moment|second_moment|preconditioner)(?![a-z])"
 )
-_LAST = frozenset({"step", "step_size", "grad", "main_grad"})  # the same, but only as the last part of a name
+_LAST = frozenset(
+    {"step", "step_size", "grad", "main_grad", "velocity"}
+)  # the same, but only as the last part of a name
 
 _AVERAGES = frozenset({"ema", "swa", "ewma", "polyak"})
 _COPIES = frozenset({"averaged", "shadow", "teacher", "momentum"})  # alone, or with a word for a network
@@ -82,10 +84,10 @@ def _copies(averaged: Shapes, own: Shapes) -> Iterator[str]:
 
 
 def _beyond(rest: Parts, ends: Mapping[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield (prefix, name) of the tensors whose names end as a copy's, with or without `model` before that."""
+    """Yield (prefix, name) of the tensors whose names end as a copy's, apart from `shadow.model` before that."""
     while rest:
         yield from ends.get(_joined(rest), {}).items()
-        if rest[0] not in _NETWORK and rest[0] not in _WRAPPERS:
+        if rest[0] not in _NETWORK and rest[0] not in _WRAPPERS and not _says_average(rest[0]):
             break
         rest = rest[1:]
 

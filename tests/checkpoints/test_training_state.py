@@ -33,6 +33,7 @@ OPTIMIZERS = [
     "adam.m.{}",
     "master_params.{}",
     "{}.grad",
+    "{}.velocity",
 ]
 AVERAGES = [
     "model_ema.{}",
@@ -40,6 +41,8 @@ AVERAGES = [
     "ema.{}",
     "ema.module.{}",
     "ema.model.{}",
+    "callbacks.EMA.shadow.{}",
+    "ema.ema_model.module.{}",
     "modelEMA.{}",
     "averaged_model.module.{}",
     "swa_model.{}",
