@@ -56,12 +56,15 @@ class ConvsimWarning(UserWarning):
     """What a user must know though the work goes on; the command line shows it even when quiet."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean …?" for the closest known name, or else a list of those that are known, or their first."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "did you mean …?" for the closest known name, or else a list of those that are known, or their first.
+
+    prefix: what stands before a name where it is typed.
+    """
     known = list(known)
     close = get_close_matches(name, known, n=1)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {prefix + close[0]!r}?"
     more = f", … ({len(known)} in all)" if len(known) > _LISTED else ""
     return f"known are {', '.join(known[:_LISTED])}{more}"
 

@@ -62,8 +62,8 @@ def _torchvision(name: str, pretrained: bool) -> Build:
     try:
         builder = models.get_model_builder(name)
     except ValueError as error:
-        known = [f"torchvision:{other}" for other in models.list_models()]
-        raise InputError(f"unknown network {full}: {did_you_mean(full, known)}") from error
+        hint = did_you_mean(name, models.list_models(), "torchvision:")
+        raise InputError(f"unknown network {full}: {hint}") from error
     parameters = inspect.signature(builder).parameters
     options: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in parameters}
     if name.removeprefix("quantized_") in _AUXILIARY:
@@ -103,8 +103,7 @@ def _timm(name: str, pretrained: bool) -> Build:
     except ImportError as error:
         raise InputError(f"`arch` {full} needs timm, which is not installed: pip install timm") from error
     if not timm.is_model(name):
-        known = [f"timm:{other}" for other in timm.list_models()]
-        raise InputError(f"unknown network {full}: {did_you_mean(full, known)}")
+        raise InputError(f"unknown network {full}: {did_you_mean(name, timm.list_models(), 'timm:')}")
     if pretrained and not timm.models.is_model_pretrained(name):
         raise InputError(f"timm has no pretrained weights of {name}; leave out `pretrained`")
 
@@ -145,7 +144,7 @@ def _callable(module_name: str, name: str) -> Build:
     make = getattr(module, name, None)
     if not callable(make):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        hint = did_you_mean(f"{module_name}:{name}", [f"{module_name}:{key}" for key in known])
+        hint = did_you_mean(name, known, f"{module_name}:")
         raise InputError(f"{where}: {module_name} has no callable {name}; {hint}")
 
     def build(classes: int | None) -> nn.Module:

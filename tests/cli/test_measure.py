@@ -315,7 +315,7 @@ def many():
     ("arch", "said"),
     [
         ("Dictionary", "no test accuracy: the network gives a dict, not logits [images, 10]"),
-        ("maps", "no test accuracy: for 360 images the network gives [360, 4, 30, 30], not [360, 10]"),
+        ("maps", "no test accuracy: for 180 images the network gives [180, 4, 30, 30], not [180, 10]"),
         ("few", "no test accuracy: 2 outputs for 10 classes"),
         ("many", "12 outputs for 10 classes: the first 10 count"),
     ],

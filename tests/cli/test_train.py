@@ -205,7 +205,7 @@ def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"epochs": "3"}', "epochs = '3', expected int"),
         ('{"epochs": true}', "epochs = True, expected int"),
         ('{"pairs": "most"}', "pairs = 'most', expected all, neighbours"),
-        ('{"precision": "fp8"}', "--precision fp8: expected fp32 or bf16"),
+        ('{"precision": "fp8"}', "--precision fp8: expected fp32, tf32 or bf16"),
         ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
         ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
         ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),

@@ -155,7 +155,7 @@ def test_hostile_names_neither_escape_nor_break_the_table(
     assert name in [layer["name"] for layer in convsim("measure", path, "--json").document["layers"]]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.safetensors", "model.safetensors.bak"]
     monkeypatch.setattr(console, "is_terminal", lambda stream: stream is sys.stdout)
-    drawn = convsim("measure", path)
+    drawn = convsim("measure", path, "--wide")
     assert drawn.code == 0, drawn.err
     assert "─" in drawn.out  # by rich
     assert sum("4×3×3×3" in line and console.printable(name) in line for line in drawn.out.splitlines()) == 1

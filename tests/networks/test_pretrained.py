@@ -34,6 +34,7 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(scheme, "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # which keeps the proxies that it was made with
     hub = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)

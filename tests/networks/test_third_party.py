@@ -185,9 +185,9 @@ def test_a_users_network_repeats_with_its_seed() -> None:
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("torchvision:resnet81", "unknown network torchvision:resnet81: did you mean 'resnet18'"),
+        ("torchvision:resnet81", "unknown network torchvision:resnet81: did you mean 'torchvision:resnet18'"),
         ("nowhere:Net", "cannot import nowhere"),
-        ("mine:Unet", "mine has no callable Unet; did you mean 'UNet'"),
+        ("mine:Unet", "mine has no callable Unet; did you mean 'mine:UNet'"),
         ("mine:number", "gives a int; expected a torch.nn.Module"),
         ("resnet19", "unknown network 'resnet19': did you mean 'resnet18'"),
         ("mine:fails", "--arch mine:fails: calling fails raised RuntimeError: my own failure"),
@@ -213,7 +213,7 @@ def test_a_wrong_name_is_one_line_that_helps(arch: str, message: str, convsim: C
 
 def test_an_unknown_timm_network_gets_a_suggestion() -> None:
     pytest.importorskip("timm")
-    with pytest.raises(InputError, match="unknown network timm:resnet17: did you mean 'resnet"):
+    with pytest.raises(InputError, match="unknown network timm:resnet17: did you mean 'timm:resnet"):
         find_network("timm:resnet17")
 
 
