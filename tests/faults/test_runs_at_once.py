@@ -21,7 +21,7 @@ from convsim_cli.training.run_folder import create_run
 
 TRAIN = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", 200, "--limit-test", 60)
 TRAIN += ("--batch-size", 20, "--iterations", 20)
-EPOCHS = 12
+EPOCHS = 8
 
 
 def create_ten_runs(parent: Path) -> list[Path]:
