@@ -36,7 +36,7 @@ from convsim_cli.cli.options import (
 
 EXAMPLES = """\b
 Examples:
- # a fresh network, less similar filter by filter at unchanged norms
+ # a fresh network: less similar feature maps, every filter at its norm
  convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors
  convsim init model.safetensors              # raw, in place; keeps a .bak
  convsim init model.pth -o new.pth --preserve-norm

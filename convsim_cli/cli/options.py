@@ -59,7 +59,9 @@ LimitTestOption = Annotated[
 IncludeOption = Annotated[
     list[str],
     typer.Option(
-        "--include", metavar="GLOB", help="Only tensors with such names; 3-D and 5-D ones join only this way."
+        "--include",
+        metavar="GLOB",
+        help="Only tensors with such names; 5-D ones, and 3-D ones beside 4-D ones, are taken only this way.",
     ),
 ]
 ExcludeOption = Annotated[list[str], typer.Option("--exclude", metavar="GLOB", help="Not the tensors with such names.")]
