@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,18 @@ class Trace(TorchDispatchMode):
         elif on_cuda or any(_on(leaf, "cuda") for leaf in outputs):
             self.launches[name] += 1
         return result
+
+
+def needs_a_driver() -> bool:
+    """Whether this torch asks the CUDA driver even for fake tensors, as 2.6 with CUDA does and 2.14 does not."""
+    if torch.__version__ >= TorchVersion("2.10"):
+        return False
+    try:
+        with FakeTensorMode():
+            torch.empty(2, 3, device=CUDA).mT.contiguous()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _on(value: object, kind: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from fake_cuda import CUDA, Trace, fake_cuda, real_network
+from fake_cuda import CUDA, Trace, fake_cuda, needs_a_driver, real_network
 from torch import nn
 
 from convsim_cli import ConvSimPenalty, descent
@@ -21,6 +21,7 @@ from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.trainer import Trainer
 
+pytestmark = pytest.mark.skipif(needs_a_driver(), reason="this torch asks the CUDA driver even for fake tensors")
 RAW, HELD = 7, 20  # launches of an iteration over one stack: two of them are the optimizer's
 
 
