@@ -132,10 +132,11 @@ def reproduce(
     from convsim_cli.reproduction.published import NUMERICAL_TABLES
 
     console = Console(quiet, as_json, wide)
+    given = {**context.params, "data_dir": data_dir, "run_dir": run_dir}  # paths as text in older typers
     if any(table.name == name for table in NUMERICAL_TABLES):
-        _numerical(name, context.params, console)
+        _numerical(name, given, console)
     else:
-        _trained(name, context.params, console)
+        _trained(name, given, console)
 
 
 _OF_TRAINING = ("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test")

@@ -14,7 +14,9 @@ _EXPECTED = (  # what the parser says → what it expected
     (re.compile(r"valid (?:number|float)"), "a number"),
     (re.compile(r"greater than or equal to (\S+)"), r"\1 or more"),
     (re.compile(r"less than or equal to (\S+)"), r"at most \1"),
-    (re.compile(r"not in the range (\S+)"), r"\1"),
+)
+_RANGE = re.compile(
+    r"not in the range (?:(?P<least>[^<>=x]+)<=)?x(?:<=(?P<most>[^<>=]+?))?(?:>=(?P<above>[^<>=]+?))?\.?$"
 )
 _CHOICES = re.compile(r"is not one of (.+?)\.?$")
 
@@ -44,6 +46,10 @@ def _expected(message: str, given: str) -> str | None:
         known = re.findall(r"'([^']*)'", choices[1])
         close = get_close_matches(given, known, n=1)
         return one_of(known) + (f"; did you mean {close[0]!r}?" if close else "")
+    limits = _RANGE.search(message)
+    if limits:
+        least, most = limits["least"] or limits["above"], limits["most"]
+        return f"at most {most}" if most and (not least or float(given) > float(most)) else f"{least} or more"
     for pattern, text in _EXPECTED:
         found = pattern.search(message)
         if found:
