@@ -43,17 +43,19 @@ def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
     for uniform ones. None for fewer than `FEWEST` filters, for NaN or infinity, and where `NEAR_ZERO` or more of the
     weights are next to zero: as raw Algorithm 1 takes weights there, the norms that are left spread too.
     """
-    filters = kernel.to_filters(weight).double().flatten(2)
-    if not filters.isfinite().all():
+    filters = kernel.to_filters(weight)
+    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), dtype=torch.float64)
+    if not norms.isfinite().all():
         return None
-    filters = filters[living_filters(filters.unsqueeze(-1))]
-    if len(filters) < FEWEST:
+    living = living_filters(filters)
+    if living.sum() < FEWEST:
         return None
-    norms = torch.linalg.vector_norm(filters, dim=1)
-    weights = filters[0].numel()
-    near_zero = filters.abs() < 0.1 * norms[:, None] / weights**0.5
-    if near_zero.double().mean() >= NEAR_ZERO:
+    weights = filters[0, 0].numel()
+    next_to_zero = (0.1 * norms / weights**0.5).to(filters.dtype)  # of this type, so that no copy is made in another
+    shares = (filters.abs() < next_to_zero[..., None, None]).sum(dim=(-2, -1)) / weights
+    if shares[living].mean() >= NEAR_ZERO:
         return None
+    norms = norms[living]
     return (norms.std(correction=0) / norms.mean() * (2 * weights) ** 0.5).item()
 
 

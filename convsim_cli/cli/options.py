@@ -139,7 +139,7 @@ def note_choice(checkpoint: Checkpoint, _: Console) -> None:
 
 
 def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console: Console) -> None:
-    """Print the table of layers; where groups were guessed from shapes, say so. least: see `Console.table`."""
+    """Print the table of layers, and a note where groups are guesses. least: see `Console.table`."""
     assumed = [row[columns.index("assumed")] for row in rows]
     console.table(columns, rows, ["assumed", "groups", *least], groups=1, assumed=all(assumed))
     if any(assumed):

@@ -23,7 +23,7 @@ def _doubts(selection: Selection, depthwise: Sequence[str]) -> Iterator[str]:
     guessed = [kernel for kernel in selection.kernels if kernel.assumed and not kernel.transposed]
     transposed = [kernel for kernel in guessed if says_transposed(kernel.name) and not kernel.pointwise]
     if transposed:
-        yield f"perhaps transposed convolutions, by their names: {_listed(transposed)}; `transposed` or `arch` says so"
+        yield f"perhaps transposed, by their names: {_listed(transposed)}; if so, use `transposed` or `arch`"
     others = [kernel for kernel in guessed if kernel not in transposed]
     grouped = _perhaps_grouped(others, selection)
     if grouped:
@@ -35,7 +35,7 @@ def _doubts(selection: Selection, depthwise: Sequence[str]) -> Iterator[str]:
     if first and guessed and {kernel.shape[1] for kernel in guessed} <= _given(selection):
         yield (
             f"{first[0].name} {list(first[0].shape)} is taken for depthwise, but no other layer takes the images: "
-            f"perhaps it is the first layer; `groups` '{first[0].name}=1' or `arch` says so"
+            f"perhaps it is the first layer; if so, use `groups` '{first[0].name}=1' or `arch`"
         )
 
 
