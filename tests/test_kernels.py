@@ -221,7 +221,8 @@ def test_layers_whose_guess_may_well_be_wrong_are_named() -> None:
     assert "grouped.weight [128, 4, 3, 3]; `groups`" in line
     unet = {"down.weight": (64, 3, 3, 3), "up1.weight": (64, 32, 2, 2), "decoder.deconv.0.weight": (32, 16, 4, 4)}
     (line,) = file_kernels(infos(**unet)).doubts
-    assert "up1.weight [64, 32, 2, 2], decoder.deconv.0.weight [32, 16, 4, 4]; if so, use `transposed` or `arch`" in line
+    named = "up1.weight [64, 32, 2, 2], decoder.deconv.0.weight [32, 16, 4, 4]"
+    assert f"{named}; if so, use `transposed` or `arch`" in line
     real = {"up_l3.0.weight": (20, 20, 2, 2), "ffn.up_proj.weight": (20, 20, 1, 1)}
     (line,) = file_kernels(infos(**real)).doubts
     assert "names: up_l3.0.weight [20, 20, 2, 2]; " in line
