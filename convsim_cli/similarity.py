@@ -116,18 +116,20 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor | None = None, o
     """
     spectrum = spectrum_if_cheaper(filters, taps)
     autocorrelations = autocorrelation(filters, taps, spectrum)
-    least = torch.finfo(filters.dtype).tiny
     impulse = None if spectrum is None else unit_impulse(filters, taps)
+    least = torch.finfo(filters.dtype).tiny
+    squares = _at_lag_zero(autocorrelations, impulse).clamp_min(least)
     if norms is not None:
-        squares = _at_lag_zero(autocorrelations, impulse)
-        scale = torch.where(squares > least, norms.squeeze(-1) * squares.clamp_min(least).rsqrt(), 1)
+        wanted = norms.squeeze(-1).square().clamp_min_(least)
+        quotient = wanted / squares
+        scale = quotient.sqrt()
         filters.mul_(scale.unsqueeze(-1))
         if spectrum is not None:
             spectrum.mul_(scale.reshape(*scale.shape[:2], *[1] * (spectrum.ndim - 2)))
-        autocorrelations *= scale.square()
+        autocorrelations.mul_(quotient)
+        squares = wanted
     others = sum_of_others(autocorrelations)
-    along = (autocorrelations * others).sum(-1, keepdim=True)
-    along /= _at_lag_zero(autocorrelations, impulse).clamp_min(least)
+    along = (autocorrelations * others).sum(-1, keepdim=True).div_(squares)
     _subtract_at_lag_zero_(others, along, impulse)
     return _gradient(filters, others, taps, out, spectrum)
 
