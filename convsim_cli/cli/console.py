@@ -36,6 +36,11 @@ class Console:
         if not self.quiet:
             say(message)
 
+    def note_fitting(self, *messages: str) -> None:
+        """Say in passing the first of these that fits a terminal, the last where none does; elsewhere the first."""
+        width = screen_width(sys.stderr) if is_terminal(sys.stderr) else max(map(len, messages))
+        self.note(next((message for message in messages if len(message) <= width), messages[-1]))
+
     def warn(self, message: str) -> None:
         """Say something that must not be missed, on stderr, even when quiet."""
         say(f"convsim: warning: {message}")
@@ -96,7 +101,7 @@ class Console:
 
         cells = [[printable(show(cell, digits=4)) for cell in row] for row in rows]
         numeric = [any(isinstance(row[index], int | float) for row in rows) for index in range(len(columns))]
-        width = 10_000 if self.wide else screen_width()  # a table that is wider than the terminal is wrapped by it
+        width = 10_000 if self.wide else screen_width(sys.stdout)  # the terminal wraps what is wider
         kept = choose_columns(columns, cells, least, width)
         if kept is None:
             self.note(f"a line per figure, as the table is wider than {width} characters; --wide shows it as it is")

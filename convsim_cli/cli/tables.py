@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 Least = Sequence[str | tuple[str, ...]]  # columns in the order in which they are left out; a tuple goes together
 
@@ -49,13 +48,13 @@ def choose_columns(
     return fitting_columns(widths, [[columns.index(n) for n in names if n in columns] for names in groups], screen)
 
 
-def screen_width() -> int:
-    """Return the width in characters of the terminal that stdout is; 80 where it does not say."""
+def screen_width(stream: TextIO) -> int:
+    """Return the width in characters of the terminal that a stream is; 80 where it does not say."""
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal() and int(given):
         return int(given)
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        return os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:
         return 80
 

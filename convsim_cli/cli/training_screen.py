@@ -65,8 +65,9 @@ class RunScreen(_Screen):
         """Show the figures of an epoch."""
         self._stack.close()
         self._seconds.append(row["seconds"])
-        left = duration((self._epochs - row["epoch"]) * sum(self._seconds) / len(self._seconds))
-        self._console.note(f"{_epoch(row, self._epochs)}  {row['seconds']:.1f} s, {left} left")
+        seconds = (self._epochs - row["epoch"]) * sum(self._seconds) / len(self._seconds)
+        whole = f"{_epoch(row, self._epochs)}  {row['seconds']:.1f} s, {duration(seconds)} left"
+        self._console.note_fitting(whole, *_shorter(row, self._epochs, seconds))
 
 
 class CampaignScreen(_Screen):
@@ -135,8 +136,30 @@ class CampaignScreen(_Screen):
 def _epoch(row: dict[str, Any], epochs: int) -> str:
     validation = f"validation {row['validation_accuracy']:5.2f} %  " if "validation_accuracy" in row else ""
     return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
+        f"{_number(row, epochs)}  "
         f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %  "
         f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:5.2f} %  "
         f"{validation}L_CS {row['cs']:.4g}"
     )
+
+
+def _number(row: dict[str, Any], epochs: int) -> str:
+    return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
+
+
+def _shorter(row: dict[str, Any], epochs: int, seconds: float) -> list[str]:
+    """The figures of an epoch in two shorter lines, the least important ones left out first."""
+    validation = f"  validation {row['validation_accuracy']:5.2f} %" if "validation_accuracy" in row else ""
+    train, test = f"{row['train_accuracy']:5.2f} %{validation}", f"{row['test_accuracy']:5.2f} %"
+    begin, end = f"{_number(row, epochs)}  train", f"  {_roughly(seconds)} left"
+    return [
+        f"{begin} loss {row['train_loss']:.3f}, {train}  test loss {row['test_loss']:.3f}, {test}{end}",
+        f"{begin} {train}  test {test}{end}",
+    ]
+
+
+def _roughly(seconds: float) -> str:
+    """A duration in one unit: as long in every line of a run, so that all lines take the same form."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

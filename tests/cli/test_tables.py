@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import struct
+import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,3 +208,22 @@ def test_the_line_to_resume_a_stopped_run_is_printed_after_its_bar(
     assert stopped.code == 130
     assert f"--resume {tmp_path / ('a' * 60)}\n" in stopped.err
     assert ended == [True, False]
+
+
+@pytest.mark.parametrize("validation", [{}, {"validation_accuracy": 99.5, "validation_loss": 1.0}])
+@pytest.mark.parametrize(("width", "full"), [(80, False), (100, False), (160, True)])
+def test_every_epoch_of_a_run_is_a_line_of_one_form_that_fits_the_terminal(
+    width: int, full: bool, validation: dict[str, float], terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = terminal(width)
+    monkeypatch.setattr("sys.stderr", sys.stdout)
+    monkeypatch.setattr(Console, "live", False)
+    screen = training_screen.RunScreen(Console(), 100)
+    for epoch in range(1, 101):
+        figures = {"train_loss": 2.3 / epoch, "train_accuracy": float(epoch), "test_loss": 1.5, "test_accuracy": 9.87}
+        screen.row({"epoch": epoch, **figures, **validation, "cs": 12345.6 + epoch, "seconds": 98.76})
+    said = [line for line in lines() if line]
+    assert [line.split()[1] for line in said] == [f"{epoch}/100" for epoch in range(1, 101)]
+    assert all(len(line) <= width and line.endswith(" left") for line in said)
+    assert len({re.sub(r"[0-9.]+ (s|min|h)\b|[0-9. ]", "", line) for line in said}) == 1
+    assert all(("L_CS" in line) == full for line in said)
