@@ -2,16 +2,19 @@
 
     python tests/benchmarks/gpu.py --output gpu.json            # all stages that are not in the file yet
     python tests/benchmarks/gpu.py --output gpu.json --stage init
+    python tests/benchmarks/gpu.py --output gpu.json --stage table5 --data-dir data   # again, until it is finished
     python tests/benchmarks/gpu.py --device cpu --smoke         # the plumbing alone, in seconds
 
-A stage ends well under nine minutes and is saved when it ends; the next call goes on with the next one. Times do not
-contain starting a process and CUDA; a step is timed over many, after those that record and compile.
+A stage ends well under nine minutes and is saved when it ends; the next call goes on with the next one. `table5` is
+the long one: it stops after eight minutes and goes on with the next call. Times do not contain starting a process and
+CUDA; a step is timed over many, after those that record and compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +42,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16 + compile": {"precision": "bf16", "compile": True},
 }
+ARMS = "baseline,init,reg,rescale,init-norm"
+PATIENCE = 480.0  # seconds that `table5` takes in one call
 EPOCHS_AIM = {"fp32": "≤ 45", "tf32": "≤ 25", "bf16": "≤ 15", "bf16 + compile": "≤ 10"}
 
 
@@ -102,9 +107,35 @@ def penalty(given: argparse.Namespace) -> Iterator[Row]:
             yield f"peak memory, both, {what}", torch.cuda.max_memory_allocated(given.device) / 1e9, "GB", ""
 
 
+def table5(given: argparse.Namespace) -> Iterator[Row]:
+    """Table 5 in full length, with three seeds: runs that are finished count, and unfinished ones go on."""
+    size = "--archs cnn1 --seeds 1 --epochs 1 --limit-train 64 --limit-test 64" if given.smoke else "--seeds 3"
+    command = [sys.executable, "-m", "convsim_cli", "reproduce", "table5", "--arms", ARMS, *size.split()]
+    where = ["--data-dir", str(given.data_dir), "--run-dir", str(given.run_dir), "--device", str(given.device)]
+    with subprocess.Popen([*command, *where, "--json", "-q"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            document, _ = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            process.send_signal(signal.SIGINT)
+            process.communicate()
+            raise UnfinishedError(f"table5: stopped after {PATIENCE:.0f} s; the same command goes on") from error
+    if process.returncode:
+        raise UnfinishedError("table5: failed, see above")
+    for row in json.loads(document)["rows"]:
+        measured, paper = row["measured"], row["published"]["test_accuracy"]
+        what = f"{row['arch']} {row['arm']}, {measured['seeds']} seeds, {measured['epochs']} epochs, test accuracy"
+        yield f"{what}: best", measured["best_test_accuracy"], "%", f"{paper} in the paper" if paper else ""
+        yield f"{what}: standard deviation", measured["best_test_accuracy_std"] or "", "%", ""
+        yield f"{what}: last", measured["last_test_accuracy"], "%", ""
+
+
 STAGES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
-    stage.__name__: stage for stage in (tests, init, epochs, penalty)
+    stage.__name__: stage for stage in (tests, init, epochs, penalty, table5)
 }
+
+
+class UnfinishedError(Exception):
+    """A stage is not at its end: it is not saved, and the next call goes on with it."""
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -119,6 +150,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where stages are saved, and resumed from")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this one, again if it is saved")
+    parser.add_argument("--data-dir", type=Path, default="data", help="where CIFAR-10 is, for table5")
+    parser.add_argument("--run-dir", type=Path, default="runs", help="where the runs of table5 are kept")
     parser.add_argument("--smoke", action="store_true", help="tiny networks: to see that it runs")
     return arguments_of_device(parser, default="cuda")
 
@@ -132,13 +165,17 @@ def main() -> None:
     found = _load(given.output)
     name = torch.cuda.get_device_name(given.device) if given.device.type == "cuda" else given.device.type
     for stage in given.stage or [stage for stage in STAGES if stage not in found]:
-        found[stage] = list(STAGES[stage](given))
+        try:
+            found[stage] = list(STAGES[stage](given))
+        except UnfinishedError as error:
+            print(error, file=sys.stderr)
+            continue
         if given.output:
             document = {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "stages": found}
             given.output.write_text(json.dumps(document, indent=2, ensure_ascii=False))
     print(f"what ({name}, torch {torch.__version__})\tfound\tunit\taim")
     for what, value, unit, aim in (row for stage in STAGES if stage in found for row in found[stage]):
-        print(what, f"{value:.3g}" if isinstance(value, float) else value, unit, aim, sep="\t")
+        print(what, f"{value:.4g}" if isinstance(value, float) else value, unit, aim, sep="\t")
 
 
 if __name__ == "__main__":
