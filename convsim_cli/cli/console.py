@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EBADF
+from textwrap import wrap
 from typing import Any, TextIO
 
 from convsim_cli import __version__
@@ -32,9 +33,10 @@ class Console:
         self.wide = wide
 
     def note(self, message: str) -> None:
-        """Say something in passing, on stderr."""
+        """Say something in passing, on stderr; a terminal's lines end between words."""
         if not self.quiet:
-            say(message)
+            for line in _screen_lines(message) if is_terminal(sys.stderr) else [message]:
+                say(line)
 
     def note_fitting(self, *messages: str) -> None:
         """Say in passing the first of these that fits a terminal, the last where none does; elsewhere the first."""
@@ -216,6 +218,10 @@ def remaining(done: float, total: float, seconds: float) -> str:
     """Return how far something has come in so many seconds, and the time left at this pace."""
     left = f", {duration(seconds * (total - done) / done)} left" if done else ""
     return f"{100 * done / total:.0f} %{left}"
+
+
+def _screen_lines(message: str) -> list[str]:
+    return wrap(printable(message), screen_width(sys.stderr), break_long_words=False, break_on_hyphens=False)
 
 
 def printable(text: str) -> str:

@@ -227,3 +227,20 @@ def test_every_epoch_of_a_run_is_a_line_of_one_form_that_fits_the_terminal(
     assert all(len(line) <= width and line.endswith(" left") for line in said)
     assert len({re.sub(r"[0-9.]+ (s|min|h)\b|[0-9. ]", "", line) for line in said}) == 1
     assert all(("L_CS" in line) == full for line in said)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_is_said_in_passing_breaks_between_words_on_a_terminal_and_is_one_line_elsewhere(
+    width: int, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = f"runs/{'r' * 150}/model.safetensors"
+    sentence = f"not shown: {', '.join(['fm_rank_random', 'cs'] * 12)} (--wide shows all); wrote {path}"
+    Console().note(sentence)
+    assert capsys.readouterr().err == f"{sentence}\n"
+    lines = terminal(width)
+    monkeypatch.setattr("sys.stderr", sys.stdout)
+    Console().note(sentence)
+    said = [line for line in lines() if line]
+    assert " ".join(said) == sentence
+    assert path in said
+    assert all(len(line) <= width for line in said if line != path)
