@@ -7,7 +7,6 @@ the last axis of frequencies is halved. An axis of k taps has at least 2k − 1 
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import count
 from math import prod
 
 import torch
@@ -20,7 +19,7 @@ from convsim_cli.machine.modes import constant
 @lru_cache(maxsize=64)
 def fft_shape(taps: Taps) -> Taps:
     """Return for each axis the smallest length ≥ 2k − 1 without a prime factor above 5: FFTs are slow on others."""
-    return tuple(next(length for length in count(2 * k - 1) if 30**length % length == 0) for k in taps)
+    return tuple(next(length for length in range(2 * k - 1, 4 * k) if 30**length % length == 0) for k in taps)
 
 
 def spectra(filters: Tensor, taps: Taps) -> Tensor:
