@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ ONE = json.dumps({"a": ENTRY}).encode()
     ("header", "length", "expected", "copies"),
     [
         ("spaces", MOST - 1_000_000, "read", 2.25),
-        ("one text", MOST - 1_000_000, "read", 3.25),
+        ("one text", MOST - 1_000_000, "read", 3.25 if sys.version_info >= (3, 11) else 4.25),  # json copies once more
         ("spaces", MOST + 1_000_000, "refused", 0.1),
         ("one text", MOST + 1_000_000, "refused", 0.1),
     ],

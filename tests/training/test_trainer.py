@@ -318,6 +318,7 @@ def test_a_data_set_that_does_not_fit_on_the_device_says_what_to_do_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist")  # torch 2.6's own
 def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
     plain, compiled = (
         Trainer(build_network("cnn:4"), data, Arguments(compile=compile_, batch_size=25), CPU).run_epoch()
