@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SHARED, Convsim
 
-from convsim_cli import convolutional_similarity
+from convsim_cli import ConvSimPenalty, convolutional_similarity
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -76,6 +76,36 @@ def test_the_callback_for_lightning_adds_the_gradient_of_the_penalty(tmp_path: P
         **silent,
     )
     trainer.fit(network, torch.utils.data.DataLoader(torch.randn(2, 1, 8, 8), batch_size=2))
+    torch.testing.assert_close(network.convolution.weight.detach(), (before - 1e-3 * gradient).detach())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_hugging_face_trainer_takes_the_penalty_where_the_readme_says(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs pip install transformers accelerate")
+    pytest.importorskip("accelerate", reason="needs pip install transformers accelerate")
+
+    class LowerSimilarity(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_train_begin(self, *_: Any, model: torch.nn.Module, **others: Any) -> None:
+            self.penalty = ConvSimPenalty(model)
+
+        def on_pre_optimizer_step(self, *_: Any, **others: Any) -> None:
+            self.penalty.add_gradient_(1e-3)
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(1, 4, 3)
+
+        def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": 0 * self.convolution(pixel_values).sum()}
+
+    network = Network()
+    before = network.convolution.weight.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(convolutional_similarity(before), before)
+    options = {"max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 0.0, "optim": "sgd", "use_cpu": True}
+    how = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], disable_tqdm=True, **options)
+    images = [{"pixel_values": torch.randn(1, 8, 8)} for _ in range(2)]
+    transformers.Trainer(model=network, args=how, train_dataset=images, callbacks=[LowerSimilarity()]).train()
     torch.testing.assert_close(network.convolution.weight.detach(), (before - 1e-3 * gradient).detach())
 
 
