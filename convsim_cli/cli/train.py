@@ -128,7 +128,7 @@ def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen
     from convsim_cli.training.processes import is_rank_zero
 
     how = run.arguments
-    what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epochs"
+    what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
     console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
     try:
         with RunScreen(console, how.epochs) as screen:
