@@ -5,9 +5,9 @@
     python tests/benchmarks/gpu.py --output gpu.json --stage table5 --data-dir data   # again, until it is finished
     python tests/benchmarks/gpu.py --device cpu --smoke         # the plumbing alone, in seconds
 
-A stage ends well under nine minutes and is saved when it ends; the next call goes on with the next one. `table5` is
-the long one: it stops after eight minutes and goes on with the next call. Times do not contain starting a process and
-CUDA; a step is timed over many, after those that record and compile.
+A stage takes well under nine minutes and is saved at its end; the next call runs those that are left. `table5` takes
+longer: it stops after eight minutes, and the next call resumes it. Times do not contain starting a process and CUDA; a
+step is timed over many, after those that record and compile.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def table5(given: argparse.Namespace) -> Iterator[Row]:
         except subprocess.TimeoutExpired as error:
             process.send_signal(signal.SIGINT)
             process.communicate()
-            raise UnfinishedError(f"table5: stopped after {PATIENCE:.0f} s; the same command goes on") from error
+            raise UnfinishedError(f"table5: stopped after {PATIENCE:.0f} s; the same command resumes it") from error
     if process.returncode:
         raise UnfinishedError("table5: failed, see above")
     for row in json.loads(document)["rows"]:
@@ -135,7 +135,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 
 class UnfinishedError(Exception):
-    """A stage is not at its end: it is not saved, and the next call goes on with it."""
+    """A stage was stopped before its end: it is not saved, and the next call resumes it."""
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
