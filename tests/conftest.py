@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,22 @@ class Outcome:
 
 Convsim = Callable[..., Outcome]
 Start = Callable[..., Program]
+
+
+def _make_device(path: Path) -> None:
+    """Make a device that is `path` itself: a link to one would let a broken guard replace the machine's own."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 7))
+    except PermissionError:
+        path.symlink_to("/dev/full")  # which such a user cannot replace
+
+
+IRREGULAR: dict[str, Callable[[Path], object]] = {  # what no file may be written over, with how to make it
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a device": _make_device,
+    "a broken link": lambda path: path.symlink_to("nowhere"),
+}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ existing file.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,10 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from convsim_cli.checkpoints.scratch import Scratch, finish_save, flush_folder
-from convsim_cli.errors import CheckpointError, WriteError
+from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path | None = None) -> Path | None:
@@ -27,13 +36,31 @@ def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path
 
     A symbolic link stays a link; an existing file keeps its mode and owner, a new one follows the umask. backup: the
     name to keep the old file under (a hard link, or a copy where links cannot be made), with .1, .2, … added where it
-    exists. Raises WriteError that names the target, with the old file intact; an exception of `write` passes through
-    once the temporary file is removed.
+    exists. Raises InputError where the target is no regular file, and WriteError that names the target, with the old
+    file intact; an exception of `write` passes through once the temporary file is removed.
     """
     with Replacements() as files:
         with files.writing(target) as file:
             write(file)
         return files.commit({target: backup} if backup else {}).get(target)
+
+
+def check_regular(target: Path, replaceable: str = "a regular one") -> None:
+    """Raise InputError where a name is taken by anything but a regular file, or a link to one.
+
+    replaceable: what may be replaced, for the message.
+    """
+    try:
+        mode = target.stat().st_mode
+    except OSError:  # mostly no such file; whatever else it is, writing reports it
+        if not target.is_symlink():
+            return
+        kind = "a broken link"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+    raise InputError(f"{target}: is {kind}; name a new file or {replaceable} to replace")
 
 
 def free_names(names: Collection[Path]) -> list[Path]:
@@ -74,8 +101,8 @@ class _Move:
 class Replacements:
     """New files that replace old ones together: a context manager that removes them unless they are committed.
 
-    Together means in one folder, after following links. Each method raises WriteError that names a target; the old
-    files are then intact.
+    Together means in one folder, after following links. Each method raises WriteError that names a target, `writing`
+    InputError for one that is no regular file; the old files are then intact.
     """
 
     def __init__(self) -> None:
@@ -97,6 +124,7 @@ class Replacements:
         """Give the new file of a target to write to, the same one each time."""
         with _explained(target):
             if target not in self._made:
+                check_regular(target)
                 real = Path(os.path.realpath(target))
                 self._made[target] = real, self._scratch_in(real.parent).create(real)
             yield self._made[target][1]

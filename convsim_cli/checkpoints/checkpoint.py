@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from convsim_cli.checkpoints.atomic import free_names
+from convsim_cli.checkpoints.atomic import check_regular, free_names
 from convsim_cli.errors import InputError, one_of
 from convsim_cli.kernels import TensorInfo
 
@@ -51,9 +51,7 @@ class Checkpoint(ABC):
 
     def target_for(self, output: Path) -> Path:
         """Return the file to write for an `output` of the user. Raises InputError where it cannot be written there."""
-        if output.exists() and not output.is_file():
-            what = "a folder" if output.is_dir() else "not a regular file"
-            raise InputError(f"{output}: {what}; name the file to write")
+        check_regular(output)
         if not output.parent.is_dir():
             raise InputError(f"{output}: there is no folder {output.parent}; create it first")
         self.check_suffix(output)

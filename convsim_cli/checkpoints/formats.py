@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from convsim_cli.checkpoints.checkpoint import Checkpoint
 
 
+_START = 512  # bytes that tell what a file is
+
+
 @dataclass(frozen=True)
 class Format:
     """A checkpoint format: a new one is an entry in `FORMATS`, and a module that reads and writes it.
 
     name: what a file of it is called, with its article; suffixes: of its file names; recognizes: takes a path and the
-    file's first 512 bytes; open: takes the path and a key, which only formats with `keys` have; write: takes a new
+    file's first bytes; open: takes the path and a key, which only formats with `keys` have; write: takes a new
     file, a state dict and metadata, None for a format that can only be written back.
     """
 
@@ -126,6 +129,13 @@ def format_for(target: Path) -> Format:
     raise InputError(f"{target}: {what}; name it {one_of(new_suffixes())}")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a regular file looks like a checkpoint of any format; an empty one may become any."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    return not start or any(format_.recognizes(path, start) for format_ in FORMATS)
+
+
 def new_suffixes() -> list[str]:
     """Return the suffixes that a new file may have."""
     return [suffix for format_ in FORMATS if format_.write for suffix in format_.suffixes]
@@ -136,7 +146,7 @@ def _first_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path}: a pipe or a device; save what it gives to a file first")
     try:
         with path.open("rb") as file:
-            start = file.read(512)
+            start = file.read(_START)
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = get_close_matches(path.name, siblings, n=1)

@@ -34,7 +34,9 @@ from convsim_cli.cli.options import (
     start,
     with_options,
 )
+from convsim_cli.errors import one_of
 from convsim_cli.measurement.figures import FIGURES, compared_keys, least_important_keys, shown_keys
+from convsim_cli.reproduction.pictures import PICTURES
 
 if TYPE_CHECKING:
     from convsim_cli.networks.report import Report
@@ -137,7 +139,9 @@ def measure(
     ] = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw every layer's mean cosines there.", show_default=False),
+        typer.Option(
+            metavar="FILE", help=f"Draw every layer's mean cosines in this {one_of(PICTURES)} file.", show_default=False
+        ),
     ] = None,
     plot_order: Annotated[
         Literal["similarity", "index"],
@@ -165,7 +169,7 @@ def measure(
     normal = parse_channels("mean", mean), parse_channels("std", std)
     heat = None if plot is None else plot_order
     probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat, input_channels)
-    _check(plot, sort, as_csv and as_json)
+    _check(_pages(plot, len(paths)) if plot else [], sort, as_csv and as_json)
     reports = measure_checkpoints(
         paths,
         probe,
@@ -181,7 +185,7 @@ def measure(
     if sort is not None:
         _sort(reports, sort)
     if plot is not None:
-        _plot(reports, plot, console)
+        _plot(reports, _pages(plot, len(reports)), console)
     console.document("measure", dict(reports[0]) if len(reports) == 1 else {"checkpoints": reports})
     if not as_json:
         _show(reports, console, as_csv, top)
@@ -200,19 +204,18 @@ def _what(paths: list[Path], arch: str | None, new: str, console: Console) -> tu
     return [None], "cnn1"
 
 
-def _check(plot: Path | None, sort: str | None, two_formats: bool) -> None:
+def _check(pages: Sequence[Path], sort: str | None, two_formats: bool) -> None:
     """Raise InputError, before any work is done, for what could not be shown in the end."""
     from convsim_cli.errors import InputError
     from convsim_cli.measurement.summary import sort_layers
-    from convsim_cli.reproduction.plots import require_matplotlib
+    from convsim_cli.reproduction.pictures import check_picture, require_matplotlib
 
     if two_formats:
         raise InputError("`as_csv` and `as_json` exclude each other: standard output holds one table or one document")
     if sort is not None:
         sort_layers([], sort)
-    if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise InputError(f"`plot` {plot}: expected a name that ends in .png")
+    for page in pages:
+        check_picture(page)
         require_matplotlib()
 
 
@@ -232,13 +235,17 @@ def _sort(reports: Sequence[Report], by: str) -> None:
         sort_layers(report["layers"], by)
 
 
-def _plot(reports: Sequence[Report], path: Path, console: Console) -> None:
-    """Draw a page per checkpoint: FILE.png, or FILE-1.png and so on for several."""
-    from convsim_cli.measurement.heat_maps import draw_heat
-    from convsim_cli.reproduction.plots import save_figure
+def _pages(path: Path, count: int) -> list[Path]:
+    """A page per checkpoint: FILE.png, or FILE-1.png and so on for several."""
+    numbered = [path.parent / f"{path.stem}-{number}{path.suffix}" for number in range(1, count + 1)]
+    return [path] if count == 1 else numbered
 
-    for number, report in enumerate(reports, 1):
-        page = path if len(reports) == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+def _plot(reports: Sequence[Report], pages: Sequence[Path], console: Console) -> None:
+    from convsim_cli.measurement.heat_maps import draw_heat
+    from convsim_cli.reproduction.pictures import save_figure
+
+    for report, page in zip(reports, pages, strict=True):
         captions = {
             layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report["layers"] if layer["name"] in report.heat
         }

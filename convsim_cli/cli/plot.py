@@ -10,6 +10,8 @@ import typer
 
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.options import JsonOption, QuietOption
+from convsim_cli.errors import one_of
+from convsim_cli.reproduction.pictures import PICTURES
 
 if TYPE_CHECKING:
     from convsim_cli.reproduction.plots import Curve
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
  convsim plot runs/cnn1-baseline-s0 runs/cnn1-init-s0   # writes curves.png
- convsim plot runs/cnn1-*-s0 -o arms.png
+ convsim plot runs/cnn1-*-s0 -o arms.pdf
  convsim plot runs -o seeds.png          # seeds of one kind: mean and band"""
 
 
@@ -26,20 +28,22 @@ def plot(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.png", help="The PNG to write.")] = Path(
-        "curves.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help=f"The {one_of(PICTURES)} file to write.")
+    ] = Path("curves.png"),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw the training loss, accuracies and L_CS of runs over epochs, as a PNG. Runs may still be training.
+    """Draw the training loss, accuracies and L_CS of runs over epochs. Runs may still be training.
 
     Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
     """
-    from convsim_cli.reproduction.plots import draw_runs, require_matplotlib, save_figure
+    from convsim_cli.reproduction.pictures import check_picture, require_matplotlib, save_figure
+    from convsim_cli.reproduction.plots import draw_runs
     from convsim_cli.training.seed_groups import read_runs
 
     console = Console(quiet, as_json)
+    check_picture(output)
     require_matplotlib()
     found = read_runs(runs)
     save_figure(draw_runs(_curves(found)), output)

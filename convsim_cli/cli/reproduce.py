@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -158,6 +159,7 @@ def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
     _refuse(name, given, _OF_TRAINING)
     if given["device"] != "auto" and start(given["device"], console).type != "cpu":
         raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
+    _check_output(name, given["run_dir"])
     make_folder(given["run_dir"])
     with console.progress(name, numerical_steps(name)) as advance:
         content = reproduce_table(name, given["episodes"] or EPISODES, given["seed"], advance)
@@ -173,10 +175,12 @@ def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
 def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.machine.allocator import keep_freed_memory
     from convsim_cli.reproduction.experiments import find_experiment, run_experiment
-    from convsim_cli.reproduction.plots import draw_experiment, require_matplotlib, save_figure
+    from convsim_cli.reproduction.pictures import require_matplotlib, save_figure
+    from convsim_cli.reproduction.plots import draw_experiment
 
     experiment = find_experiment(name)
     _refuse(name, given, ["episodes"])
+    _check_output(name, given["run_dir"])
     is_figure = name.startswith("figure")
     if is_figure:
         require_matplotlib()
@@ -197,6 +201,26 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
         claim = f"; published: {content['claim']}" if content["claim"] else ""
         console.note(f"{content['title']}; {seeds}{claim}")
     console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if is_figure else ""))
+
+
+def _check_output(name: str, run_dir: Path) -> None:
+    """Raise InputError, before any work is done, where RUN_DIR/NAME.json or .png is not one of this command's."""
+    from convsim_cli.checkpoints.atomic import check_regular
+    from convsim_cli.errors import InputError
+    from convsim_cli.reproduction.pictures import check_picture
+
+    document = run_dir / f"{name}.json"
+    check_regular(document, "a document of convsim reproduce")
+    if document.exists():
+        try:
+            found = json.loads(document.read_bytes() or "{}")
+            is_ours = found == {} or found["command"] == "reproduce"
+        except (OSError, ValueError, RecursionError, TypeError, KeyError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{document}: exists and is no document of convsim reproduce; choose another `run_dir`")
+    if name.startswith("figure") and run_dir.is_dir():
+        check_picture(run_dir / f"{name}.png")
 
 
 def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from convsim_cli.checkpoints.minimization import ClosedForm, Method, check_kernels, describe_kernels, write_minimized
 from convsim_cli.checkpoints.protection import check_replaceable
+from convsim_cli.checkpoints.state_dict import StateDict
 from convsim_cli.checkpoints.training_evidence import looks_trained
 from convsim_cli.closed_forms import orthogonalize_kernel
 from convsim_cli.errors import ConvsimWarning, InputError
@@ -123,12 +124,14 @@ def minimize_checkpoint(
         inputs = Probe(decorrelate, samples, side, Path(data_dir), seed, mean, std, channels=input_channels)
     _check_closed_form(how, orthogonal, inputs, arch, (samples, side, input_channels, mean, std))
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
+    if path is None and arch is not None and output is not None:
+        StateDict(Path(arch), {}).target_for(Path(output))  # refused before pretrained weights are downloaded
     source = open_model_checkpoint(path, arch, patterns, seed, num_classes, key, pretrained=pretrained)
     if not (orthogonal or inputs):  # the closed forms have something to do also on 1×1 kernels
         source.selection = how.select(source.selection)
     target = _target(source, path, output, dry_run)
     if target is not None and not (force or dry_run):
-        check_replaceable(source.checkpoint.replaced_by(target))
+        check_replaceable(source.checkpoint.replaced_by(target), Path(output or path or target))
     place = resolve_device(device) if isinstance(device, str) else device
     began = time.perf_counter()
     in_place = path is not None and target is not None and source.checkpoint.is_in_place(target)

@@ -1,7 +1,7 @@
-"""Figures as PNG: curves over epochs, and the paper's Figures 1 to 5.
+"""Figures: curves over epochs, and the paper's Figures 1 to 5.
 
 They can be read in gray and by color-blind readers: the colors are Okabe and Ito's, and each curve also has its own
-dash pattern, each bar its own hatching. matplotlib is the extra `plot`.
+dash pattern, each bar its own hatching.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
-from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
 
-from convsim_cli.checkpoints.atomic import replace_file
-from convsim_cli.errors import InputError
 from convsim_cli.reproduction.arm_experiments import CURVES
 from convsim_cli.training.results import Row
 
@@ -28,7 +25,6 @@ from convsim_cli.measurement.heat_maps import plain_text
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A00")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
 HATCHES = ("", "///")
-DPI = 200
 UNITS = {
     "cs": "$L_{CS}$ (Eq. 10, dimensionless)",
     "train_loss": "training loss (cross entropy, nats)",
@@ -48,20 +44,6 @@ class Curve:
 
     label: str
     histories: Sequence[Sequence[Row]]
-
-
-def require_matplotlib() -> None:
-    """Raise InputError, saying what to install, if matplotlib is missing."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError("figures need matplotlib, which is not installed: pip install matplotlib") from error
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, creating its folder. Raises WriteError, with a former file intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def draw_experiment(name: str, rows: Sequence[dict[str, Any]], title: str) -> Figure:

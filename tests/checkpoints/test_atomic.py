@@ -16,12 +16,13 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 import torch
+from conftest import IRREGULAR
 from forks import call_in_fork
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.scratch import Scratch
-from convsim_cli.errors import WriteError
+from convsim_cli.errors import InputError, WriteError
 
 
 def names(folder: Path) -> list[str]:
@@ -372,3 +373,14 @@ def test_an_interruption_while_a_pickle_is_written_is_no_failed_write(tmp_path: 
         assert (number, ended, target.read_bytes()) == (number, "KeyboardInterrupt", b"old")
     assert (ended, names(tmp_path)) == ("saved", ["file"])
     assert number > 5
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    IRREGULAR[kind](target)
+    before = target.lstat()
+    with pytest.raises(InputError, match=f"file: is {kind}; name a new file or a regular one to replace"):
+        replace_file(target, lambda file: file.write(b"new"))
+    assert os.path.samestat(target.lstat(), before)
+    assert names(tmp_path) == ["file"]

@@ -97,3 +97,32 @@ def test_a_read_only_index_is_no_obstacle_in_place(tmp_path: Path, convsim: Conv
     index.write_text(json.dumps({"weight_map": {"a.weight": "model.safetensors"}}))
     index.chmod(0o444)
     assert convsim("init", index, "--iterations", 1).code == 0
+
+
+def test_the_only_checkpoint_of_a_folder_is_no_link_out_of_it(tmp_path: Path, convsim: Convsim) -> None:
+    before = store(tmp_path / "precious.safetensors")
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "unpacked" / "model.safetensors").symlink_to(tmp_path / "precious.safetensors")
+    outcome = convsim("init", tmp_path / "unpacked", "--iterations", 1)
+    assert outcome.code == 2
+    assert "is in another folder than the one that you named; save elsewhere with --output" in outcome.error
+    assert (tmp_path / "precious.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", b"import torch\n"])
+def test_a_checkpoint_replaces_no_other_kind_of_file_unasked(content: bytes, tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    outcome = convsim("init", "--arch", "cnn:4", "-o", path, "--iterations", 1)
+    assert outcome.code == 2
+    assert f"{path} is not a checkpoint; save elsewhere with --output, or replace it with --force" in outcome.error
+    assert path.read_bytes() == content
+    path.write_bytes(b"")  # as tempfile leaves it
+    for _ in range(2):
+        assert convsim("init", "--arch", "cnn:4", "-o", path, "--iterations", 1).code == 0
+
+
+def test_a_suffix_is_refused_before_a_network_is_built(tmp_path: Path, convsim: Convsim) -> None:
+    for arch in ("cnn:4", "nowhere:network"):
+        outcome = convsim("init", "--arch", arch, "-o", tmp_path / "x.png")
+        assert (outcome.code, "x.png: unknown suffix .png" in outcome.error) == (2, True)

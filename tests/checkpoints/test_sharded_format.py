@@ -139,7 +139,7 @@ def test_shards_go_to_a_folder_and_a_single_file_does_not(folder: Path, tmp_path
     for output in (tmp_path / "x.safetensors", tmp_path / "missing" / "new"):
         with pytest.raises(InputError, match=r"name a folder|create it first"):
             checkpoint.target_for(output)
-    with pytest.raises(InputError, match="a folder; name the file to write"):
+    with pytest.raises(InputError, match="is a folder; name a new file or a regular one to replace"):
         open_checkpoint(folder / SHARDS[0]).target_for(tmp_path)
     (tmp_path / "v1.5").mkdir()
     for name in ("v1.5", "resnet-v1.6"):
@@ -170,12 +170,15 @@ def test_an_output_that_would_overwrite_shards_of_the_source_is_refused(
     assert contents(folder) == before
 
 
-def test_through_links_to_all_of_it_a_checkpoint_is_saved_in_place(folder: Path, convsim: Convsim) -> None:
+def test_shards_that_are_links_out_of_the_folder_are_saved_only_by_force(folder: Path, convsim: Convsim) -> None:
     before, links = contents(folder), folder.parent / "links"
     links.mkdir()
     for path in folder.iterdir():
         (links / path.name).symlink_to(path)
-    assert convsim("init", links, "--iterations", 2).code == 0
+    refused = convsim("init", links, "--iterations", 2)
+    assert (refused.code, contents(folder)) == (2, before)
+    assert f"{folder / SHARDS[0]}, which is in another folder than the one that you named" in refused.error
+    assert convsim("init", links, "--iterations", 2, "--force").code == 0
     assert all((links / name).is_symlink() for name in before)
     assert sorted(before) == sorted(contents(folder))
     assert not torch.equal(load_file(folder / SHARDS[0])["conv1.weight"], torch.zeros(8, 3, 3, 3))

@@ -238,7 +238,7 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
         (["--arch", "cnn1"], "--arch creates a new network; --output is required"),
         (["--arch", "resnet81", "-o", "x.pt"], "did you mean 'resnet18'"),
         (["--arch", "cnn1", "-o", "."], "a folder"),
-        (["--arch", "cnn1", "-o", "/dev/null"], "not a regular file"),
+        (["--arch", "cnn1", "-o", "/dev/null"], "/dev/null: is a device; name a new file or a regular one to replace"),
         (["--arch", "cnn1", "-o", "nowhere/x.pt"], "there is no folder nowhere"),
         (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "expected a finite number > 0"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpu:"], "--device cpu:"),

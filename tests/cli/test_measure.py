@@ -271,7 +271,7 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
         (["--arch", "cnn:4", "--std", "1,1,0"], "--std '1,1,0': expected numbers above 0"),
         (["--arch", "cnn:4", "--input", "digits", "--std", "1,nan,1"], "--std '1,nan,1': expected finite numbers"),
         (["--arch", "cnn:4", "--mean", "1,1,1"], "--mean and --std normalize images: --input white has none"),
-        (["--arch", "cnn:4", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png"),
+        (["--arch", "cnn:4", "--plot", "x.jpg"], "x.jpg: expected a name that ends in .png, .pdf or .svg"),
         (["m.safetensors", "--key", "ema"], "--key applies only to pickled checkpoints; m.safetensors is"),
         (["m.safetensors", "--input", "folder:x"], "needs --arch"),
         (["--arch", "cnn:4", "--input", "folder:nowhere"], "nowhere: expected a folder of images for each class"),
