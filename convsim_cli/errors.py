@@ -1,7 +1,7 @@
 """What can go wrong, each with the exit code that the command line gives it.
 
 A message names an argument of the failing call in backticks (`lr`), never a command-line option: the command line shows
-the option of that name instead (--lr).
+the option of that name instead (--lr). Only a whole command to copy (convsim train --resume RUN) is spelled as typed.
 """
 
 from __future__ import annotations

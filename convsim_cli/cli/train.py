@@ -108,7 +108,7 @@ def _arguments(given: dict[str, Any], config: Path | None, typed: dict[str, Any]
     from convsim_cli.training.run_folder import read_config
 
     if config is not None:
-        given |= {name: value for name, value in read_config(config).items() if name not in typed}
+        given |= read_config(config, typed)
     options = {name: given[name] for name, declaration in declarations().items() if declaration.group}
     return Arguments(**options, device=_start(given["device"], console))
 
@@ -126,6 +126,7 @@ def _start(device: str, console: Console) -> str:
 def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen]:
     """Show a run while it trains. If it is interrupted, say how to resume it and how to start those that follow."""
     from convsim_cli.training.processes import is_rank_zero
+    from convsim_cli.training.run_folder import train_command
 
     how = run.arguments
     what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
@@ -135,7 +136,7 @@ def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen
             yield screen
     except KeyboardInterrupt:  # here the bar has ended, which would break a long line
         if is_rank_zero():
-            resume = f"convsim train --resume {quote(str(run.folder))}"
+            resume = train_command("resume", run.folder, how.arch)
             console.warn(f"stopped; resume with: {resume}{_others(rest) if rest else ''}")
         raise
 

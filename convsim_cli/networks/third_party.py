@@ -55,6 +55,16 @@ def names_pretrained_weights(name: str) -> bool:
     return name.startswith("timm:") and "." in name
 
 
+def names_code(name: str) -> bool:
+    """Return whether a network's name says what code to run: a callable, or a model on a hub.
+
+    Only a person may choose that. convsim's own networks, and those that torchvision and timm ship, are safe to build
+    by a name that stands in a file.
+    """
+    library, separator, rest = name.partition(":")
+    return bool(separator) and library != "cnn" and (library not in LIBRARIES or ":" in rest)
+
+
 def _torchvision(name: str, pretrained: bool) -> Build:
     from torchvision import models
 

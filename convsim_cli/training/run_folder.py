@@ -9,15 +9,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from shlex import quote
+from typing import Any, Literal, NoReturn
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.errors import BusyError, InputError
+from convsim_cli.networks.third_party import names_code
 from convsim_cli.training.arguments import FOLDER, Arguments, make_arguments, parse_arguments
 from convsim_cli.training.run_data import identified
 
@@ -44,7 +46,8 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
     stem = name or plain_name(f"{arguments.arch}-{arguments.mode}-s{arguments.seed}")
     check_name(stem)
     make_folder(run_dir)
-    return create_first_free(arguments, run_dir, [stem] if name else numbered(stem)) or _refuse_taken(run_dir / stem)
+    run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
+    return run or _refuse_taken(run_dir / stem, arguments.arch)
 
 
 def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:
@@ -87,7 +90,7 @@ def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iter
         taken = [folder for seed in seeds if (folder := run_dir / f"{candidate}-s{seed}").exists()]
         if not taken:
             return candidate
-    return _refuse_taken(taken[0])
+    return _refuse_taken(taken[0], arguments.arch)
 
 
 def open_run(folder: Path, **changes: Any) -> Run:
@@ -106,7 +109,8 @@ def open_run(folder: Path, **changes: Any) -> Run:
 def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
     """Open a run's folder to resume it with the given arguments: `epochs`, and where its data lies.
 
-    Others may be given if they are those of the run. Raises InputError for one that differs; as `open_run`.
+    Others may be given if they are those of the run; `arch` must be, where it names code to run: a file alone runs
+    none. Raises InputError for one that differs; as `open_run`.
     """
     run = open_run(folder)
     had = asdict(run.arguments)
@@ -124,16 +128,38 @@ def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
                 f"`{name}` {value}: the run {folder} has {had[name]}; "
                 "with `resume` only `epochs` and `data_dir` may differ, and the place of a folder:PATH"
             )
+    _refuse_code(run.arguments.arch, folder / _ARGUMENTS, given, train_command("resume", folder, run.arguments.arch))
     return replace(run, arguments=replace(run.arguments, **given))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return by name the arguments that an args.json holds, for another run. Raises InputError."""
+def read_config(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    """Return by name the arguments that an args.json holds, for another run, without those that are given.
+
+    Raises InputError, also for an `arch` that names code to run: it must be given.
+    """
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"`config` {path}: not a readable args.json ({error})") from error
-    return parse_arguments(values, path)
+    arguments = parse_arguments(values, path)
+    arch = arguments.get("arch", "")
+    _refuse_code(arch, path, given, train_command("config", path, arch))
+    return {name: value for name, value in arguments.items() if name not in given}
+
+
+def train_command(option: Literal["resume", "config"], path: Path, arch: str) -> str:
+    """Return the command that resumes a run, or starts another from its args.json.
+
+    It repeats the run's network where that names code to run: a file alone runs none.
+    """
+    return f"convsim train --{option} {quote(str(path))}" + (f" --arch {quote(arch)}" if names_code(arch) else "")
+
+
+def _refuse_code(arch: str, file: Path, given: Collection[str], command: str) -> None:
+    if names_code(arch) and "arch" not in given:
+        raise InputError(
+            f"{file}: names the network {arch}, whose code would run; if you trust it, repeat its name: {command}"
+        )
 
 
 def write_arguments(run: Run) -> None:
@@ -189,5 +215,6 @@ def numbered(stem: str) -> Iterator[str]:
     yield from (f"{stem}-{number}" for number in count(2))
 
 
-def _refuse_taken(folder: Path) -> NoReturn:
-    raise InputError(f"{folder} already exists; resume it with `resume` {folder} or choose another `name`")
+def _refuse_taken(folder: Path, arch: str) -> NoReturn:
+    command = train_command("resume", folder, arch)
+    raise InputError(f"{folder} already exists; resume it with: {command}, or choose another `name`")

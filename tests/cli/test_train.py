@@ -60,7 +60,7 @@ def test_interrupted_seeds_can_be_resumed_one_by_one(tmp_path: Path, convsim: Co
     again = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--json").document
     assert [run["run"] for run in again["runs"]] == [str(tmp_path / f"cnn4-init-2-s{seed}") for seed in (0, 1)]
     taken = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--name", "cnn4-init")
-    assert "cnn4-init-s0 already exists; resume it with --resume" in taken.error
+    assert "cnn4-init-s0 already exists; resume it with: convsim train --resume" in taken.error
 
 
 def test_a_run_dir_that_cannot_be_created_is_named(tmp_path: Path, convsim: Convsim) -> None:

@@ -233,7 +233,8 @@ def test_folders_are_never_shared(tmp_path: Path) -> None:
     assert len({run.folder for run in runs}) == 40
     create_run(SMALL, tmp_path, "mine")
     with pytest.raises(
-        InputError, match=r"mine already exists; resume it with `resume` .*mine or choose another `name`"
+        InputError,
+        match=r"mine already exists; resume it with: convsim train --resume .*mine, or choose another `name`",
     ):
         create_run(SMALL, tmp_path, "mine")
     with pytest.raises(InputError, match="plain folder name"):
