@@ -21,6 +21,7 @@ from convsim_cli.training.results import Row, epochs_done, read_results
 from convsim_cli.training.reuse import find_or_create_run, find_run, is_finished
 from convsim_cli.training.run_data import used_images
 from convsim_cli.training.run_folder import Run
+from convsim_cli.training.run_state import check_resumable
 
 POLL = 2.0  # seconds between checks on a run that another process is working on
 
@@ -85,10 +86,15 @@ def carry_out(jobs: Sequence[Job], run_dir: Path, dataset: Dataset, watcher: Wat
 
 
 def work_left(job: Job, run_dir: Path, dataset: Dataset) -> float:
-    """Return the floating-point operations of a job's remaining epochs, 0 if it is finished."""
+    """Return the floating-point operations of a job's remaining epochs, 0 if it is finished.
+
+    Raises InputError for an unfinished run that cannot be resumed.
+    """
     run = find_run(job.arguments, run_dir)
     if run and is_finished(run, job.arguments.epochs):
         return 0.0
+    if run:
+        check_resumable(run)
     epochs = job.arguments.epochs - (min(epochs_done(run.folder), job.arguments.epochs - 1) if run else 0)
     return epochs * _epoch_work(job.arguments, dataset)
 

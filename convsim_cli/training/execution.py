@@ -62,7 +62,7 @@ def execute(
 
     dataset: the run's whole data set, if it is loaded already. Only rank 0 touches the folder; the other processes
     return an empty summary. Raises DivergedError (the last good checkpoint is kept), InputError for a damaged
-    `state.pt` or that of another run, and BusyError for a run that another process is working on.
+    `state.pt`, a lost one or that of another run, and BusyError for a run that another process is working on.
     """
     listener = listener or Silence()
     arguments = run.arguments
@@ -71,9 +71,9 @@ def execute(
     choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
+        state = processes.on_rank_zero(lambda: read_state(run))  # refused before a data set is downloaded
         data = used_images(arguments, dataset or load_data(arguments))
         listener.data(data)
-        state = processes.on_rank_zero(lambda: read_state(run))
         trainer, log = _resume(run, data, state, processes) if state else _start(run, data, listener, processes)
         if processes.is_rank_zero:
             _update_folder(run, trainer.epoch)

@@ -7,17 +7,19 @@ epoch, with the same result.
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.state_dict import save_state_dict
-from convsim_cli.errors import InputError
+from convsim_cli.errors import CheckpointError, InputError
 from convsim_cli.training.arguments import Arguments, make_arguments
-from convsim_cli.training.results import Row, best_row, write_results
-from convsim_cli.training.run_folder import Run
+from convsim_cli.training.results import Row, best_row, epochs_done, write_results
+from convsim_cli.training.run_folder import Run, train_command
 from convsim_cli.training.trainer import Trainer
 
 Log = dict[str, Any]  # "history": the rows so far; "fm_cos_start": `fm_cos` per layer, before training
@@ -29,11 +31,40 @@ def save_state(run: Run, trainer: Trainer, log: Log) -> None:
     trainer.processes.on_rank_zero(lambda: _write(run, trainer, log["history"], state))
 
 
+def check_resumable(run: Run) -> None:
+    """Raise InputError for a run that has lost its state after an epoch: starting over would overwrite its results."""
+    path = run.folder / "state.pt"
+    if path.exists():
+        return
+    done = epochs_done(run.folder)
+    found = [f"results.csv with {done} epoch{'s' if done > 1 else ''}"] if done else []
+    found += [name for name in ("last.safetensors", "best.safetensors") if _is_trained(run.folder / name)]
+    found += ["summary.json"] if (run.folder / "summary.json").exists() else []
+    if found:
+        another = train_command("config", run.folder / "args.json", run.arguments.arch)
+        raise InputError(
+            f"{path}: missing, so the run cannot be resumed, and starting over would overwrite {', '.join(found)}; "
+            f"move {run.folder} away, or start another run: {another} --name NEW"
+        )
+
+
+def _is_trained(weights: Path) -> bool:
+    """Whether a run's weights may be those of an epoch: all but those that say that they are from before the first."""
+    if not weights.exists():
+        return False
+    try:
+        return open_checkpoint(weights).metadata.get("convsim.epoch") != "0"
+    except CheckpointError:
+        return True
+
+
 def read_state(run: Run) -> dict[str, Any] | None:
     """Return what `save_state` saved, None for a run that has not got so far.
 
-    Raises InputError for a damaged state, one of another run, and one of more epochs than the run is to have.
+    Raises InputError for a damaged state, one of another run, one of more epochs than the run is to have, and as
+    `check_resumable`.
     """
+    check_resumable(run)
     path = run.folder / "state.pt"
     if not path.exists():
         return None

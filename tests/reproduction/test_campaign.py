@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convsim_cli.errors import BusyError
+from convsim_cli.errors import BusyError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import campaign
@@ -151,3 +151,19 @@ def test_a_diverged_run_is_reported_and_the_others_are_trained(tmp_path: Path, d
     assert outcomes[0].rows == []
     assert [len(outcome.rows) for outcome in outcomes[1:]] == [2, 2]
     assert notes.worked == pytest.approx(notes.total)
+
+
+def test_a_run_that_has_lost_its_state_is_reused_only_if_finished(tmp_path: Path, digits: Dataset) -> None:
+    carry_out(JOBS, tmp_path, digits, Notes())
+    unfinished = tmp_path / "init"
+    for path in tmp_path.glob("*/state.pt"):
+        path.unlink()
+    finished = carry_out(JOBS, tmp_path, digits, Notes())
+    assert [outcome.run.name for outcome in finished] == ["base", "init"]
+    (unfinished / "summary.json").unlink()
+    before = {path.name: path.read_bytes() for path in unfinished.iterdir()}
+    new = Job("new", replace(SMALL, seed=7))
+    with pytest.raises(InputError, match=r"init/state\.pt: missing, so the run cannot be resumed"):
+        carry_out([new, *JOBS], tmp_path, digits, Notes())
+    assert {path.name: path.read_bytes() for path in unfinished.iterdir()} == before
+    assert not (tmp_path / "new").exists()  # refused before any other run was trained

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import shlex
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from forks import call_in_fork
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from convsim_cli.cli import run as run_command
 from convsim_cli.errors import DivergedError, InputError
@@ -325,3 +326,81 @@ def test_a_run_that_is_interrupted_before_its_first_save_can_be_resumed(
         assert run_command(small("--name", "a")) == 130
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["args.json"]
     assert run_command(["train", "--resume", "runs/a", "-q"]) == 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("lost", "left"),
+    [
+        ([], r"results\.csv with 3 epochs, last\.safetensors, best\.safetensors, summary\.json"),
+        (["last.safetensors", "best.safetensors", "summary.json"], r"results\.csv with 3 epochs;"),
+        (["results.csv", "best.safetensors", "summary.json"], r"overwrite last\.safetensors;"),
+        (["results.csv", "last.safetensors", "summary.json"], r"overwrite best\.safetensors;"),
+        (["results.csv", "last.safetensors", "best.safetensors"], r"overwrite summary\.json;"),
+    ],
+)
+def test_a_run_that_has_lost_its_state_is_not_overwritten(lost: list[str], left: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    for name in ("state.pt", *lost):
+        (run.folder / name).unlink()
+    before = files(run.folder)
+    for change in ({}, {"epochs": 5}, {"dataset": "folder:nowhere"}):  # refused before data is read
+        with pytest.raises(InputError, match=rf"state\.pt: missing, so the run cannot be resumed, .*{left}"):
+            execute(open_run(run.folder, **change))
+    assert files(run.folder) == before
+
+
+def test_what_to_do_about_a_lost_state_can_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(small("--run-dir", "my runs", "--name", "a")) == 0
+    Path("my runs/a/state.pt").unlink()
+    capsys.readouterr()
+    assert run_command(["train", "--resume", "my runs/a", "--epochs", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "move my runs/a away, or start another run: convsim train" in error
+    program, *command = shlex.split(error.rpartition("start another run: ")[2])
+    assert (program, command[-2:]) == ("convsim", ["--name", "NEW"])
+    assert run_command([*command, "-q"]) == 0
+    assert read_results(Path("runs/NEW"))
+
+
+@pytest.mark.parametrize("harm", ["no record", "damaged"])
+def test_weights_of_an_unknown_epoch_are_not_overwritten(harm: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    weights = run.folder / "last.safetensors"
+    save_file({"a": torch.ones(2)}, weights) if harm == "no record" else weights.write_bytes(b"torn")
+    before = files(run.folder)
+    with pytest.raises(InputError, match=r"starting over would overwrite last\.safetensors"):
+        execute(run)
+    assert files(run.folder) == before
+
+
+def test_a_run_killed_in_its_first_save_starts_over(tmp_path: Path) -> None:
+    whole, part = (create_run(replace(SMALL, epochs=1), tmp_path, name) for name in ("whole", "part"))
+    execute(whole)
+    with pytest.raises(KeyboardInterrupt):
+        execute(part, Kill(0))
+    assert {"last.safetensors", "results.csv", "state.pt"} <= files(part.folder).keys()
+    (part.folder / "state.pt").unlink()  # which is written last
+    execute(open_run(part.folder))
+    assert results(part) == results(whole)
+
+
+def test_a_new_run_never_takes_the_folder_of_another(tmp_path: Path) -> None:
+    how = ["--run-dir", str(tmp_path)]
+    assert run_command(small(*how, "--name", "a-s0")) == 0
+    before = files(tmp_path / "a-s0")
+    assert run_command(small(*how, "--name", "a-s0")) == 2
+    assert run_command(small(*how, "--name", "a", "--seeds", 2)) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "a-s0")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "broken"):
+        assert run_command(small(*how, "--name", name)) == 2
+    assert files(tmp_path / "a-s0") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a-s0", "link", "broken"}
