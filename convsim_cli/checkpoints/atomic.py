@@ -1,13 +1,14 @@
 """Replace files so that a crash at any moment leaves either the complete old file or the complete new one.
 
 convsim writes a temporary file in the same directory, fsyncs it and renames it. Files that belong together are all
-complete on disk before the first rename, and a journal commits them together (`scratch`). A backup never overwrites an
+complete on disk before the first rename, and a journal commits them together (`journal`). A backup never overwrites an
 existing file.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,7 +17,15 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from convsim_cli.checkpoints.scratch import Scratch, finish_save, flush_folder
+from convsim_cli.checkpoints.folders import is_checkpoint_file, is_index
+from convsim_cli.checkpoints.journal import (
+    ForeignJournalError,
+    complete_save,
+    flush_folder,
+    is_interrupted,
+    warn_of_foreign,
+)
+from convsim_cli.checkpoints.scratch import Scratch
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 if TYPE_CHECKING:
@@ -73,20 +82,56 @@ def free_names(names: Collection[Path]) -> list[Path]:
     return [numbered(name, free) for name in names]
 
 
-def finish_saves(path: Path) -> None:
-    """Complete saves that a dead process had committed in the folders of this file, or in this folder.
+def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
+    """Complete interrupted saves in the folders of a checkpoint; return folder → the names of the files that it moved.
 
-    Raises CheckpointError where the moves cannot be made here.
+    path: a file or a folder, which need not exist. Waits for a save that is running. A journal that cannot be trusted
+    (`journal`) is left alone, with a warning. strict: raise CheckpointError for it. Raises CheckpointError where the
+    files cannot be moved.
     """
-    folders = {path} if path.is_dir() else {path.parent, Path(os.path.realpath(path)).parent}
-    for folder in folders:
-        try:
-            finish_save(folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: a save to {folder} was interrupted and cannot be completed ({error.strerror or error}); "
-                "open it once as a user who may write there"
-            ) from error
+    moved = {}
+    for folder in _folders(path):
+        with _explained_journal(path, folder, strict):
+            moved[folder] = complete_save(folder)
+    return {folder: names for folder, names in moved.items() if names}
+
+
+def refuse_interrupted(path: Path) -> None:
+    """Raise CheckpointError if a save in the folders of a checkpoint was interrupted. Waits and warns as above."""
+    for folder in _folders(path):
+        with _explained_journal(path, folder):
+            if is_interrupted(folder):
+                raise CheckpointError(
+                    f"{path}: a save to {folder} was interrupted; to complete it, run {_recovery(path)}"
+                )
+
+
+def _folders(path: Path) -> list[Path]:
+    """Return the folders that hold the files of a checkpoint, those behind links too."""
+    folder = path if path.is_dir() else path.parent
+    files = [] if folder == path else [path]
+    if folder == path or is_index(path):
+        files += sorted(file for file in folder.glob("*") if file.is_symlink() and is_checkpoint_file(file.name))
+    return list(dict.fromkeys([folder, *(Path(os.path.realpath(file)).parent for file in files)]))
+
+
+def _recovery(path: Path) -> str:
+    return f"convsim init {shlex.quote(str(path))} --recover"
+
+
+@contextmanager
+def _explained_journal(path: Path, folder: Path, strict: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except ForeignJournalError as foreign:
+        if strict:
+            raise CheckpointError(str(foreign)) from foreign
+        warn_of_foreign(str(foreign))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: a save to {folder} was interrupted and cannot be completed ({error.strerror or error}); "
+            f"once you may write there, run {_recovery(path)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -202,7 +247,7 @@ class Replacements:
             if journals:
                 raise WriteError(
                     f"{last}: the save failed ({failure}), and files that had been replaced could not "
-                    f"be restored ({error.strerror or error}); the next command that opens it completes the save"
+                    f"be restored ({error.strerror or error}); to complete the save, run {_recovery(last)}"
                 ) from failure
 
     def _move_back(self, move: _Move, old: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a folder holds, when there is only one candidate."""
+"""How the files of checkpoints are named, and which checkpoint a folder holds when there is only one candidate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,27 @@ from convsim_cli.errors import CheckpointError
 _INDEX = re.compile(
     r"\.index(\.[\w-]+)?\.json$"
 )  # of shards, by Hugging Face's naming; a variant such as fp16 comes last
+SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".th", ".bin", ".ckpt")  # suffixes
+_BACKUP = re.compile(r"\.bak(\.\d+)?$")
+_DIGEST = re.compile(r"[0-9a-f]{30,128}")  # how a store names a file; some use the first two digits as the folder
 _LISTED = 6  # names in an error, at most
 
 
 def is_index(path: Path) -> bool:
     """Return whether a file is named like an index of shards."""
     return _INDEX.search(path.name) is not None
+
+
+def is_backup(name: str) -> bool:
+    """Return whether a file is named like a backup."""
+    return _BACKUP.search(name) is not None
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Return whether a file is named like one of a checkpoint, behind a store's link too, or like its backup."""
+    name = _BACKUP.sub("", name)
+    suffixed = name.lower().endswith((*SAFETENSORS, *PICKLES)) or is_index(Path(name))
+    return "/" not in name and (suffixed or _DIGEST.fullmatch(name) is not None)
 
 
 def checkpoint_in(folder: Path, suffixes: Sequence[str]) -> Path:

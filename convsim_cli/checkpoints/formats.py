@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from convsim_cli.checkpoints.atomic import finish_saves
-from convsim_cli.checkpoints.folders import checkpoint_in, is_index
+from convsim_cli.checkpoints.atomic import finish_saves, refuse_interrupted
+from convsim_cli.checkpoints.folders import PICKLES, SAFETENSORS, checkpoint_in, is_index
 from convsim_cli.checkpoints.unreadable import describe_unknown, is_pickle
 from convsim_cli.errors import CheckpointError, InputError, one_of
 
@@ -81,14 +81,14 @@ FORMATS: tuple[Format, ...] = (
     Format("an index of shards", (".index.json",), lambda path, _: is_index(path), _open_index, None),
     Format(
         "a safetensors file",
-        (".safetensors",),
+        SAFETENSORS,
         lambda _, start: len(start) > 8 and start[8:9] == b"{",
         _open_safetensors,
         _write_safetensors,
     ),
     Format(
         "a pickle",
-        (".pt", ".pth", ".th", ".bin", ".ckpt"),
+        PICKLES,
         lambda _, start: is_pickle(start),
         _open_pickle,
         _write_pickle,
@@ -97,14 +97,15 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
-    """Open a checkpoint for reading: a file of any known format, or a folder that holds one checkpoint.
+def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bool = False) -> Checkpoint:
+    """Open a checkpoint: a file of any known format, or a folder that holds one checkpoint.
 
-    key: which dictionary of tensors in a pickle to take, names joined by dots (`ema.state_dict`). Raises
-    CheckpointError, in one line that says what was found and what to do, for anything that is not a checkpoint.
+    key: which dictionary of tensors in a pickle to take, names joined by dots (`ema.state_dict`). for_writing: complete
+    an interrupted save first; otherwise it is an error. Raises CheckpointError, in one line that says what was found
+    and what to do, for anything that is not a checkpoint.
     """
     path = Path(path)
-    finish_saves(path)
+    finish_saves(path) if for_writing else refuse_interrupted(path)
     if path.is_dir():
         path = checkpoint_in(path, new_suffixes())
     start = _first_bytes(path)

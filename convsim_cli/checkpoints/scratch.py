@@ -1,13 +1,13 @@
-"""Hidden, locked folders in which new files are made, and the journal that commits a save of several files.
+"""Hidden, locked folders in which new files are made.
 
 A scratch folder goes through up to three names:
 
-- `.convsim-<random>.tmp` while new files are written to it;
+- `.convsim-<16 hexadecimal digits>.tmp` while new files are written to it;
 - `.convsim-backup.tmp` while its process chooses the names of backups: one process at a time per folder;
-- `.convsim-journal` once every file is complete. The rename commits the save: if the process dies afterwards, the next
-  one to open the folder completes the moves.
+- `.convsim-journal` once every file of a save of several is complete. The rename commits the save (`journal`).
 
-A locked folder belongs to a running process. The next save removes what a dead one left under the first two names.
+A locked folder belongs to a running process. The next save removes what a dead process of the same user left under the
+first two names. It opens nothing but folders, and touches no other names that begin or end like these.
 """
 
 from __future__ import annotations
@@ -15,19 +15,32 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
 
-_PREFIX, _SUFFIX = ".convsim-", ".tmp"
-_TURN = f"{_PREFIX}backup{_SUFFIX}"
-_JOURNAL = ".convsim-journal"
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync(2) of a folder, on some file systems
+from convsim_cli.checkpoints.journal import (
+    FOLDER,
+    JOURNAL,
+    TAKEN,
+    ForeignJournalError,
+    complete_save,
+    flush_folder,
+    is_hidden,
+    is_still,
+    list_names,
+    remove_folder,
+    wait_for_lock,
+    warn_of_foreign,
+    write_manifest,
+)
+
+_TURN = ".convsim-backup.tmp"
+_NAME = re.compile(r"\.convsim-(?:[0-9a-f]{16}|backup)\.tmp")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # link(2), on some file systems
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Scratch:
@@ -36,10 +49,10 @@ class Scratch:
     def __init__(self, folder: Path) -> None:
         _sweep(folder)
         while True:
-            self.path = self._name = folder / f"{_PREFIX}{token_hex(8)}{_SUFFIX}"
+            self.path = self._name = folder / f".convsim-{token_hex(8)}.tmp"
             self.path.mkdir(0o700)
             try:
-                self._descriptor = os.open(self.path, _FOLDER)
+                self._descriptor = os.open(self.path, FOLDER)
             except FileNotFoundError:  # another process swept it before it was locked
                 continue
             except BaseException:
@@ -87,7 +100,7 @@ class Scratch:
         """Hold the present file at `place`, where hard links can be made. Returns its hidden name, None for no file."""
         if not place.exists():
             return None
-        name = self.path / f"{_PREFIX}{token_hex(8)}"
+        name = self.path / f".convsim-{token_hex(8)}"
         with suppress(OSError):
             os.link(place, name)
         return name
@@ -95,20 +108,21 @@ class Scratch:
     def take_turn(self) -> None:
         """Wait until no other process chooses names of backups in this folder; none will while this scratch exists.
 
-        On a file system without locks there is no waiting: `move_beside` still overwrites nothing.
+        There is no waiting on a file system without locks, nor for what another user has put there under that name:
+        `move_beside` still overwrites nothing.
         """
         turn = self.path.with_name(_TURN)
-        (self.path / f"{_PREFIX}turn").touch()  # rename(2) replaces an empty folder
+        (self.path / ".convsim-turn").touch()  # rename(2) replaces an empty folder
         while True:
             try:
                 self.path = self.path.rename(turn)
                 break
             except OSError as error:
-                if error.errno not in _TAKEN:
+                if error.errno not in TAKEN and not os.path.lexists(turn):
                     raise
             if not _wait_and_remove(turn):
                 break
-        finish_save(turn.parent)
+        _complete_or_warn(turn.parent)
 
     def move(self, place: Path) -> None:
         """Rename a file to its place, over a file that is there."""
@@ -128,16 +142,18 @@ class Scratch:
 
     def make_journal(self) -> None:
         """Commit: from now on every file here goes to its place, even if this process dies."""
+        write_manifest(self.path.parent, self._descriptor)
         flush_folder(self.path)
+        journal = self.path.with_name(JOURNAL)
         while True:
             try:
-                self.path = self.path.rename(self.path.with_name(_JOURNAL))
+                self.path = self.path.rename(journal)
                 break
             except OSError as error:
-                if error.errno not in _TAKEN:
+                if error.errno not in TAKEN and not os.path.lexists(journal):
                     raise
-                finish_save(self.path.parent)
-        flush_folder(self.path.parent)
+                complete_save(journal.parent)
+        flush_folder(journal.parent)
 
     def unmake_journal(self) -> None:
         """Undo `make_journal`, once no file has been moved or all were moved back."""
@@ -146,74 +162,51 @@ class Scratch:
     def remove(self) -> None:
         """Remove the folder and what it holds, except a journal whose moves the next process has to complete."""
         with suppress(OSError):
-            names = _names(self._descriptor)
-            if self.path.name != _JOURNAL or all(name.startswith(_PREFIX) for name in names):
-                _remove(self.path, self._descriptor)
+            if self.path.name != JOURNAL or all(is_hidden(name) for name in list_names(self._descriptor)):
+                remove_folder(self.path, self._descriptor)
         os.close(self._descriptor)
 
 
-def finish_save(folder: Path) -> None:
-    """Complete the moves of a dead process's journal; wait for those of a running one. Raises OSError."""
-    journal = folder / _JOURNAL
-    while True:
-        try:
-            descriptor = os.open(journal, _FOLDER)
-        except FileNotFoundError:
-            return
-        try:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_still(journal, descriptor):
-                continue  # its own process has completed it
-            for path in journal.iterdir():
-                place = folder / path.name
-                if path.name.startswith(_PREFIX) or (place.exists() and place.samefile(path)):
-                    path.unlink()
-                else:
-                    path.replace(place)
-            flush_folder(folder)
-            with suppress(OSError):
-                journal.rmdir()
-        finally:
-            os.close(descriptor)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, where its file system can. Raises OSError."""
-    descriptor = os.open(folder, _FOLDER & ~os.O_NOFOLLOW)
+def _complete_or_warn(folder: Path) -> None:
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
+        complete_save(folder)
+    except ForeignJournalError as foreign:
+        warn_of_foreign(str(foreign))
 
 
 def _sweep(folder: Path) -> None:
     """Complete what a dead process had committed, and remove the scratch folders that no running process locks."""
-    finish_save(folder)
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    _complete_or_warn(folder)
+    for path in folder.glob(".convsim-*.tmp"):
+        if not _NAME.fullmatch(path.name):
+            continue
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(path, FOLDER)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_still(path, descriptor):
-                    _remove(path, descriptor) if path.is_dir() else path.unlink()
+                if _is_own(descriptor) and is_still(path, descriptor):
+                    remove_folder(path, descriptor)
             finally:
                 os.close(descriptor)
 
 
 def _wait_and_remove(turn: Path) -> bool:
-    """Wait for the process whose turn it is, and remove what it left if it died. Returns False where locks fail."""
+    """Wait for the process whose turn it is, and remove what it left if it died.
+
+    Returns False where locks fail, or where that name is not a scratch folder of this user.
+    """
     try:
-        descriptor = os.open(turn, _FOLDER)
+        descriptor = os.open(turn, FOLDER)
     except FileNotFoundError:
         return True
+    except OSError:
+        return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_still(turn, descriptor):
-            _remove(turn, descriptor)
+        if not _is_own(descriptor):
+            return False
+        wait_for_lock(descriptor, turn.parent)
+        if is_still(turn, descriptor):
+            remove_folder(turn, descriptor)
     except OSError:
         return False
     finally:
@@ -221,22 +214,5 @@ def _wait_and_remove(turn: Path) -> bool:
     return True
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Return whether an open file or folder is still the one of this name."""
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
-
-
-def _remove(folder: Path, descriptor: int) -> None:
-    """Remove an open folder with its files. Another process may take its name as soon as it is empty."""
-    for name in _names(descriptor):
-        os.unlink(name, dir_fd=descriptor)
-    try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno not in (*_TAKEN, errno.ENOENT):
-            raise
-
-
-def _names(descriptor: int) -> list[str]:
-    with os.scandir(descriptor) as entries:
-        return [entry.name for entry in entries]
+def _is_own(descriptor: int) -> bool:
+    return os.fstat(descriptor).st_uid == os.geteuid()

@@ -1,7 +1,7 @@
 """Checkpoints in several safetensors files with an index, as Hugging Face writes large ones.
 
 Only shards with a changed tensor are written, one tensor at a time, and all of them are on disk before the first one
-replaces its old file. If that is interrupted, the next one to open the checkpoint completes it.
+replaces its old file. If that is interrupted, the next command that writes the checkpoint completes it (`journal`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shutil import copyfileobj
 
 from torch import Tensor
 
-from convsim_cli.checkpoints.atomic import Replacements, finish_saves, free_names
+from convsim_cli.checkpoints.atomic import Replacements, free_names
 from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint
 from convsim_cli.checkpoints.folders import is_index
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, natural_order
@@ -154,10 +154,7 @@ def _read_index(path: Path) -> dict[str, str]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder")
         try:
-            finish_saves(path.with_name(shard))
             found = path.with_name(shard).is_file()
-        except CheckpointError:
-            raise
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: names the shard {shard[:80]!r}, which no file can be called") from error
         if not found:

@@ -120,6 +120,9 @@ def init(
     force: Annotated[
         bool, typer.Option("--force", help="Replace also a file that is read-only, or in a store that others link to.")
     ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Complete an interrupted save of CHECKPOINT, and do nothing else.")
+    ] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     wide: WideOption = False,
@@ -137,6 +140,8 @@ def init(
     from convsim_cli.networks.minimization import minimize_checkpoint
 
     console = Console(quiet, as_json, wide)
+    if recover:
+        return _recover(context, checkpoint, console)
     return_freed_memory()
     minimized = minimize_checkpoint(
         checkpoint,
@@ -176,6 +181,27 @@ def init(
     document = console.document("init", content)
     if not as_json:
         _show(document, console)
+
+
+def _recover(context: typer.Context, checkpoint: Path | None, console: Console) -> None:
+    from convsim_cli.checkpoints.atomic import finish_saves
+    from convsim_cli.errors import CheckpointError, InputError
+
+    if checkpoint is None:
+        raise InputError("`recover` requires a `checkpoint`")
+    for name in context.params.keys() - {"checkpoint", "recover", "as_json", "quiet", "wide"}:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            raise InputError(f"`recover` only completes an interrupted save; leave out `{name}`")
+    moved = finish_saves(checkpoint, strict=True)
+    if not moved and not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint}: no such file")
+    recovered = [str(folder / name) for folder, names in moved.items() for name in names]
+    console.document("init", {"checkpoint": str(checkpoint), "recovered": recovered})
+    for folder, names in moved.items():
+        console.note(f"completed an interrupted save to {folder}: moved {', '.join(names)}")
+    if not moved:
+        console.note(f"{checkpoint}: no save was interrupted; nothing to do")
 
 
 def _least(preserve_norm: bool, probed: bool) -> list[str | tuple[str, ...]]:

@@ -57,12 +57,14 @@ def open_model_checkpoint(
     *,
     pretrained: bool = False,
     parametrized: bool = False,
+    for_writing: bool = False,
 ) -> ModelCheckpoint:
     """Open a checkpoint, build a new network by name, or load a checkpoint into a network.
 
     pretrained: see `find_network`. parametrized: whether to select a network's layers that compute their weight from
-    other parameters. Raises CheckpointError for a file that cannot be read; InputError for an unknown network, a
-    checkpoint that does not fit it, patterns that match nothing, and arguments that would have no effect.
+    other parameters. for_writing: see `open_checkpoint`. Raises CheckpointError for a file that cannot be read;
+    InputError for an unknown network, a checkpoint that does not fit it, patterns that match nothing, and arguments
+    that would have no effect.
     """
     patterns = patterns or Patterns()
     if path is None and arch is None:
@@ -75,7 +77,7 @@ def open_model_checkpoint(
         raise InputError("`pretrained` requires `arch`, and no `checkpoint`, which has weights of its own")
     if arch is None:
         assert path is not None
-        checkpoint: Checkpoint = open_checkpoint(path, key)
+        checkpoint: Checkpoint = open_checkpoint(path, key, for_writing=for_writing)
         aside = set_aside(checkpoint.tensors)
         selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit, aside)
         checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.doubts]
@@ -86,8 +88,10 @@ def open_model_checkpoint(
     if path is None and not pretrained:
         warn_of_random_weights(arch)
     names = None
-    checkpoint = StateDict(Path(arch), model.state_dict()) if path is None else open_checkpoint(path, key)
-    if path is not None:
+    if path is None:
+        checkpoint = StateDict(Path(arch), model.state_dict())
+    else:
+        checkpoint = open_checkpoint(path, key, for_writing=for_writing)
         names = load_weights(model, checkpoint, arch)
     selection = module_kernels(model, patterns, names, parametrized=parametrized)
     return ModelCheckpoint(checkpoint, selection, model, arch, names, find_aliases(model, selection.kernels, names))

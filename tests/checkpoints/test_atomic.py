@@ -151,7 +151,8 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_swept_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
-    (tmp_path / ".convsim-0000000000000000.tmp").write_bytes(b"left by a killed process")
+    (tmp_path / ".convsim-0000000000000000.tmp").mkdir()
+    (tmp_path / ".convsim-0000000000000000.tmp" / "file").write_bytes(b"left by a killed process")
     target = tmp_path / "file"
 
     def write(file: BinaryIO) -> None:

@@ -97,7 +97,7 @@ def save_shards_slowly(index: Path, value: float) -> None:
         open_checkpoint(index).write(index, kernels, backup=True)
 
 
-def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(tmp_path: Path) -> None:
+def test_a_killed_save_of_shards_is_all_old_or_all_new_to_the_next_writer(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     shards = [f"model-{number}-of-8.safetensors" for number in range(8)]
     for number, shard in enumerate(shards):
@@ -108,7 +108,7 @@ def test_a_killed_save_of_shards_is_all_old_or_all_new_once_it_is_opened_again(t
     for case in cases(20):
         kill_after(chance.uniform(0, 0.1), save_shards_slowly, index)
         found |= {entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".convsim-")}
-        checkpoint = open_checkpoint(index)
+        checkpoint = open_checkpoint(index, for_writing=True)
         kernels = [checkpoint.load(name) for name in checkpoint.tensors]
         assert len({value for kernel in kernels for value in kernel.unique().tolist()}) == 1, case
         saves: dict[str, list[float]] = {}
@@ -225,10 +225,13 @@ def test_where_locks_are_not_offered_files_are_replaced_and_swept_nowhere(
 ) -> None:
     path = tmp_path / "model"
     monkeypatch.setattr(fcntl, "flock", _failing(fcntl.flock, errno.ENOLCK, False))
-    (tmp_path / ".convsim-0.tmp").mkdir()
+    (tmp_path / ".convsim-0000000000000000.tmp").mkdir()
     replace_file(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
-    assert {entry.name for entry in tmp_path.iterdir()} == {"model", ".convsim-0.tmp"}  # who knows who uses it
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "model",
+        ".convsim-0000000000000000.tmp",
+    }  # who knows who uses it
 
 
 def init_on_a_full_disk(path: Path) -> tuple[int, str]:

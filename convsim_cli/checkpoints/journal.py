@@ -1,0 +1,258 @@
+"""The journal that commits a save of several files, and its completion after a crash.
+
+A save first writes all of its files to a scratch folder (`scratch`). Renaming that folder to `.convsim-journal` commits
+the save; every file then moves to its place in the parent folder, and the emptied journal is removed. If the process
+dies in between, the journal stays. Commands that write to the folder complete its moves first; commands that read it
+end with an error, because reading never writes. While the process still runs, it locks the journal, and others wait.
+
+A journal replaces files, so it is trusted only if convsim made it in this very folder:
+
+- It is a folder, not a link, that belongs to this user and that nobody else may write to.
+- Its `.convsim-manifest` names the inode of the parent folder, of the journal, and of each file, with the file's size
+  and digest. A copy, unpacked from an archive for example, has other inodes. Device numbers are left out: they may
+  change when a disk is mounted again, and a crash of the machine is what journals are for.
+- Every file is named like one of a checkpoint, and is either in the journal or, already moved, in its place.
+- A file that is still to be moved has no other name, and its place holds a regular file or nothing. A backup's place
+  holds nothing.
+
+All of this is checked before the first move. A journal that fails any check is left alone, with a warning. What is left
+once every file has moved (the manifest, and hidden links to former files) is removed by the next save.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+from convsim_cli.checkpoints.folders import is_backup, is_checkpoint_file
+from convsim_cli.errors import ConvsimWarning
+
+JOURNAL, MANIFEST = ".convsim-journal", ".convsim-manifest"
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+PATIENCE = 2.0  # seconds of waiting for another process before it is said
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync(2) of a folder, on some file systems
+_HIDDEN = re.compile(r"\.convsim-(?:manifest|turn|[0-9a-f]{16})")  # files of a scratch folder that go nowhere
+_CHUNK = 1 << 20
+
+Fingerprint = list[int | str]  # inode, size and digest of a file
+
+
+class ForeignJournalError(FileExistsError):
+    """What lies under the journal's name is not an interrupted save that can be completed."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"{folder / JOURNAL} is not an interrupted save of this folder: {reason}")
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """A journal that is checked and locked: descriptors of its parent and itself, and the files still to be moved."""
+
+    parent: int
+    descriptor: int
+    to_move: list[str]
+
+
+def complete_save(folder: Path) -> list[str]:
+    """Complete an interrupted save to a folder; return the names of the files that were still to be moved.
+
+    Waits for a running process. Raises ForeignJournalError, OSError.
+    """
+    with _opened(folder) as journal:
+        if journal is None:
+            return []
+        for name in journal.to_move:
+            os.replace(name, name, src_dir_fd=journal.descriptor, dst_dir_fd=journal.parent)
+            with suppress(FileNotFoundError):  # rename(2) does nothing where both are links to one file
+                os.unlink(name, dir_fd=journal.descriptor)
+        flush_folder(folder)
+        remove_folder(folder / JOURNAL, journal.descriptor)
+        return journal.to_move
+
+
+def is_interrupted(folder: Path) -> bool:
+    """Return whether files of an interrupted save to a folder are still to be moved. Waits and raises as above."""
+    with _opened(folder) as journal:
+        return journal is not None and bool(journal.to_move)
+
+
+@cache
+def warn_of_foreign(message: str) -> None:
+    """Warn of a journal that is left alone: once, however many files a run saves beside it."""
+    warnings.warn(f"{message}; it is left alone", ConvsimWarning, stacklevel=2)
+
+
+def write_manifest(parent: Path, descriptor: int) -> None:
+    """Write the manifest of an open scratch folder that becomes the parent's journal. Raises OSError."""
+    files = {name: _fingerprint(descriptor, name) for name in list_names(descriptor) if not is_hidden(name)}
+    for name in files:
+        if not is_checkpoint_file(name):
+            raise OSError(errno.EINVAL, f"{name} is not named like a file of a checkpoint")
+    manifest = {"folder": parent.stat().st_ino, "journal": os.fstat(descriptor).st_ino, "files": files}
+    new = os.open(MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=descriptor)
+    with open(new, "w") as file:
+        json.dump(manifest, file)
+        file.flush()
+        os.fsync(new)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file of a scratch folder stays there when the others move to their places."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
+def wait_for_lock(descriptor: int, folder: Path) -> None:
+    """Lock a scratch folder that another process may hold for a save to `folder`. Raises OSError where locks fail."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        else:
+            return
+    warnings.warn(f"waiting for another process that saves to {folder}", ConvsimWarning, stacklevel=2)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def is_still(path: Path, descriptor: int) -> bool:
+    """Return whether an open folder is still the one of this name."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, where its file system can. Raises OSError."""
+    descriptor = os.open(folder, FOLDER & ~os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path, descriptor: int) -> None:
+    """Remove an open folder with its files. Another process may take its name as soon as it is empty."""
+    for name in list_names(descriptor):
+        os.unlink(name, dir_fd=descriptor)
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (*TAKEN, errno.ENOENT):
+            raise
+
+
+def list_names(descriptor: int) -> list[str]:
+    """Return the names in an open folder."""
+    with os.scandir(descriptor) as entries:
+        return sorted(entry.name for entry in entries)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[_Journal | None]:
+    """Give a folder's journal, once no running process holds it and every check has passed; None where there is none.
+
+    Raises ForeignJournalError.
+    """
+    path = folder / JOURNAL
+    while os.path.lexists(path):
+        with ExitStack() as opened:
+            parent = os.open(folder, FOLDER & ~os.O_NOFOLLOW)
+            opened.callback(os.close, parent)
+            try:
+                descriptor = os.open(JOURNAL, FOLDER, dir_fd=parent)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ForeignJournalError(folder, f"it is not a folder that you may open ({error.strerror})") from error
+            opened.callback(os.close, descriptor)
+            status = os.fstat(descriptor)
+            if status.st_uid != os.geteuid():
+                raise ForeignJournalError(folder, f"it belongs to another user (uid {status.st_uid})")
+            if status.st_mode & 0o022:
+                raise ForeignJournalError(folder, f"others may write to it (mode {stat.S_IMODE(status.st_mode):04o})")
+            with suppress(OSError):  # a file system without locks
+                wait_for_lock(descriptor, folder)
+            if not is_still(path, descriptor):
+                continue  # its own process has completed it
+            names = list_names(descriptor)
+            if irregular := [name for name in names if not _is_regular(descriptor, name)]:
+                raise ForeignJournalError(folder, f"{irregular[0]} in it is not a regular file")
+            to_move = [name for name in names if not is_hidden(name)]
+            if to_move and (reason := _find_fault(parent, descriptor, to_move)):
+                raise ForeignJournalError(folder, reason)
+            yield _Journal(parent, descriptor, to_move)
+            return
+    yield None
+
+
+def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
+    """Return why a journal's files must not be moved, None if they can be."""
+    if not _is_regular(journal, MANIFEST):
+        return "it has no manifest"
+    try:
+        with open(os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=journal), "rb") as file:
+            manifest = json.loads(file.read(100 * _CHUNK))
+        inodes, files = [manifest["folder"], manifest["journal"]], dict(manifest["files"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "its manifest is damaged"
+    if inodes != [os.fstat(parent).st_ino, os.fstat(journal).st_ino]:
+        return "it was made in another place and copied here"
+    if unnamed := [name for name in to_move if name not in files]:
+        return f"its manifest does not name {unnamed[0]}"
+    for name, fingerprint in files.items():
+        if not is_checkpoint_file(name):
+            return f"{name} is not named like a file of a checkpoint"
+        folder = journal if name in to_move else parent
+        if not _is_regular(folder, name) or _fingerprint(folder, name) != fingerprint:
+            return f"{name} has changed since, or is missing"
+    return next(filter(None, (_find_obstacle(parent, journal, name) for name in to_move)), None)
+
+
+def _find_obstacle(parent: int, journal: int, name: str) -> str | None:
+    """Return why a file of the journal cannot take its place, None if it can."""
+    new = os.stat(name, dir_fd=journal, follow_symlinks=False)
+    try:
+        old = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        old = None
+    is_moved = old is not None and os.path.samestat(new, old)  # both names exist for a moment
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        return f"{name} beside it is not a regular file"
+    if is_backup(name):
+        return f"{name} was created beside it since" if old is not None and not is_moved else None
+    return f"{name} in it has yet another name" if new.st_nlink > 1 + is_moved else None
+
+
+def _is_regular(folder: int, name: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except (FileNotFoundError, ValueError):  # no file can have every name that a manifest can hold
+        return False
+
+
+def _fingerprint(folder: int, name: str) -> Fingerprint:
+    """Return what identifies a regular file in an open folder: its inode, its size, and a digest of its content."""
+    digest = blake2b(digest_size=32)
+    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+        status = os.fstat(file.fileno())
+    return [status.st_ino, status.st_size, digest.hexdigest()]
