@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -26,6 +26,7 @@ from convsim_cli.cli.options import (
 from convsim_cli.cli.reproduction_tables import EXPERIMENT_TABLES, LEAST, numerical_table
 from convsim_cli.cli.training_screen import CampaignScreen
 from convsim_cli.reproduction.arms import ALL, ARMS, SETS, arms_of, choose_arms
+from convsim_cli.training.arguments import declarations
 
 if TYPE_CHECKING:
     from convsim_cli.reproduction.configurations import Choices
@@ -114,6 +115,13 @@ def reproduce(
     ] = None,
     limit_train: LimitTrainOption = None,
     limit_test: LimitTestOption = None,
+    precision: Annotated[
+        Literal["fp32", "tf32", "bf16"] | None,
+        typer.Option(help=declarations()["precision"].help, show_default=declarations()["precision"].default),
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help=declarations()["compile"].help, show_default=False)
+    ] = None,
     data_dir: DataDirOption = Path("data"),
     run_dir: RunDirOption = Path("runs"),
     device: DeviceOption = "auto",
@@ -140,7 +148,10 @@ def reproduce(
         _trained(name, given, console)
 
 
-_OF_TRAINING = ("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test")
+_OF_TRAINING = (
+    *("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test"),
+    *("precision", "compile"),
+)
 
 
 def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:
@@ -237,6 +248,8 @@ def _choices(given: dict[str, Any], device: str) -> Choices:
         data_dir=str(given["data_dir"]),
         limit_train=given["limit_train"],
         limit_test=given["limit_test"],
+        precision=given["precision"] or declarations()["precision"].default,
+        compile=bool(given["compile"]),
         seed=given["seed"],
         device=device,
     )

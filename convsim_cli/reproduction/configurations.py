@@ -19,7 +19,7 @@ FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
 class Choices:
     """What to run. None stands for what is usual."""
 
-    base: Arguments  # limits, data, device and the first seed
+    base: Arguments  # limits, data, precision, device and the first seed
     seeds: int = 1
     epochs: int | None = None
     archs: tuple[str, ...] | None = None

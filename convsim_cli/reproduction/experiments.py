@@ -54,6 +54,8 @@ def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, watc
         "claim": paper.CLAIMS.get(experiment.name),
         "reduced": reduced,
         "device": choices.base.device,
+        "precision": choices.base.precision,
+        "compile": choices.base.compile,
         "bn_statistics": choices.base.bn_statistics,
         "rows": experiment.rows(group(cells, outcomes)),
     }

@@ -13,6 +13,7 @@ from math import ceil
 from statistics import median
 from typing import Any
 
+import records  # noqa: F401  (finds convsim_cli in a checkout that is not installed)
 import torch
 
 from convsim_cli.machine.device import resolve_device, synchronize
@@ -52,12 +53,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repetitions", type=int, default=21, help="rounds that count, at most")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
-    return arguments_of_device(parser)
-
-
-def arguments_of_device(parser: argparse.ArgumentParser, default: str = "cpu") -> argparse.Namespace:
-    """Parse the arguments of a parser, and a device."""
-    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
     found = parser.parse_args()
     found.device = resolve_device(found.device)
     return found

@@ -26,9 +26,13 @@ from convsim_cli.training.trainer import Trainer
 WORKERS = 2
 
 
-def noise(count: int) -> Dataset:
-    split = Split(torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,)))
-    return Dataset("noise", split, split, 10, (0.5,) * 3, (0.3,) * 3)
+def noise(train: int, test: int | None = None) -> Dataset:
+    """Return so many images for training and for testing, as many for both unless given."""
+    splits = (
+        Split(torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,)))
+        for count in (train, test or train)
+    )
+    return Dataset("noise", *splits, 10, (0.5,) * 3, (0.3,) * 3)
 
 
 def trained(arch: str, mode: str, batch: int, data: Dataset, device: torch.device) -> Callable[[], object]:

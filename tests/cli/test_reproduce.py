@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Convsim, Start
 
-from convsim_cli.reproduction import published
+from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.reproduction import experiments, published
 from convsim_cli.training.results import read_results
 
 REDUCED = ("--archs", "cnn1", "--limit-train", 96, "--limit-test", 32)
@@ -167,3 +169,35 @@ def test_a_diverging_arm_is_a_warning_and_an_empty_cell(data_dir: Path, tmp_path
     assert outcome.code == 0
     assert "convsim: warning" in outcome.err
     assert outcome.rows[0]["gain_measured"] == ""
+
+
+def test_precision_and_compile_are_those_of_the_runs_and_tell_them_apart(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = Split(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.arange(8))
+    data = Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.3,) * 3)
+    monkeypatch.setattr(experiments, "load_data", lambda _: data)
+    monkeypatch.setattr("convsim_cli.training.trainer._compiled", lambda model, _: model)
+    how = ("--archs", "cnn1", "--arms", "baseline", "--epochs", 1, "--run-dir", tmp_path, "--device", "cpu", "--json")
+    found = []
+    for settings in ((), ("--precision", "tf32"), ("--precision", "bf16", "--compile"), ("--precision", "fp32")):
+        document = convsim("reproduce", "table5", *settings, *how).document
+        run = Path(document["rows"][0]["runs"][0])
+        saved = json.loads((run / "args.json").read_text())
+        assert (document["precision"], document["compile"]) == (saved["precision"], saved["compile"])
+        found.append((run.name, saved["precision"], saved["compile"]))
+    assert found == [
+        ("cnn1-baseline-s0", "fp32", False),
+        ("cnn1-baseline-s0-2", "tf32", False),
+        ("cnn1-baseline-s0-3", "bf16", True),
+        ("cnn1-baseline-s0", "fp32", False),
+    ]
+
+
+@pytest.mark.parametrize("settings", [("--precision", "tf32"), ("--compile",)], ids=str)
+def test_the_numerical_tables_have_no_precision_to_choose(
+    tmp_path: Path, convsim: Convsim, settings: tuple[str, ...]
+) -> None:
+    outcome = convsim("reproduce", "table2", *settings, "--run-dir", tmp_path)
+    assert outcome.code == 2
+    assert f"table2 has no {settings[0]}" in outcome.error
