@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint, tensor_infos
-from convsim_cli.checkpoints.stand_ins import harmless_globals, pickle_module
+from convsim_cli.checkpoints.stand_ins import RefusedError, harmless_globals, pickle_module
 from convsim_cli.checkpoints.state_dict_search import Found, find_state_dicts, named_tensors
 from convsim_cli.checkpoints.unreadable import can_be_mapped, why_not_loaded
 from convsim_cli.errors import CheckpointError, did_you_mean
@@ -65,7 +65,10 @@ class PickledCheckpoint(Checkpoint):
     def _write(self, file: BinaryIO, changes: Changes) -> None:
         for name, tensor in changes:
             self._state[name].detach().copy_(tensor)  # into its own memory, which other tensors may share
-        write_pickle(file, self._root, self._zipped, pickle_module())
+        try:
+            write_pickle(file, self._root, self._zipped, pickle_module())
+        except RefusedError as error:
+            raise CheckpointError(f"{self.path}: holds {error}, which is no plain data; nothing was written") from error
 
 
 def write_pickle(file: BinaryIO, content: Any, zipped: bool = True, module: ModuleType = pickle) -> None:

@@ -3,6 +3,8 @@
 `torch.load(weights_only=True)` refuses everything but tensors and plain containers. A command-line namespace, a path, a
 defaultdict and numpy's scalars and arrays are data as well. Stand-ins keep them without calling numpy, which a forged
 dtype can crash, and without holding a factory; `HarmlessPickler` saves the real objects again.
+
+A pickle can set any attribute of a stand-in, its class included, so `real` trusts nothing that was checked before.
 """
 
 from __future__ import annotations
@@ -23,29 +25,49 @@ _FACTORY = "_convsim_factory"  # attribute of an OrderedDict that stands for a d
 _CODES = re.compile(r"b1|[iu][1248]|f[248]|c(?:8|16)|[SU][1-9]\d{0,3}")  # numpy's dtypes of plain values
 
 
+class RefusedError(ValueError):
+    """What looks harmless by its name, but is not plain data."""
+
+
 class Dtype:
     """A numpy.dtype of plain values."""
 
+    code: Any = None
+    order: Any = "|"
+
     def __init__(self, code: str, *_: object) -> None:
-        if not isinstance(code, str) or not _CODES.fullmatch(code):
-            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r})")
-        self.code, self.order = code, "|"
-        self.bytes = int(code[1:]) * (4 if code[0] == "U" else 1)
+        self.code = code
+        self.check()
 
     def __setstate__(self, state: Any) -> None:
-        _, order, subdtype, names, fields, *_ = state
-        if order not in ("<", ">", "|", "=") or (subdtype, names, fields) != (None, None, None):
-            raise pickle.UnpicklingError("GLOBAL numpy.dtype")
-        self.order = order
+        _, self.order, subdtype, names, fields, *_ = state
+        if not (subdtype is names is fields is None):
+            raise RefusedError("a numpy.dtype of several fields")
+        self.check()
+
+    def check(self) -> None:
+        if type(self.code) is not str or not _CODES.fullmatch(self.code):
+            raise RefusedError(
+                f"numpy.dtype({self.code!r})" if type(self.code) is str else "a numpy.dtype without a code"
+            )
+        if type(self.order) is not str or self.order not in ("<", ">", "|", "="):
+            raise RefusedError("a numpy.dtype of unknown byte order")
+
+    def itemsize(self) -> int:
+        return int(self.code[1:]) * (4 if self.code[0] == "U" else 1)
 
     def real(self) -> Any:
         import numpy
 
+        Dtype.check(self)
         return numpy.dtype(self.code if self.order == "|" else self.order + self.code)
 
 
 class NumpyScalar:
     """A numpy scalar, by its bytes."""
+
+    dtype: Any = None
+    data: Any = None
 
     def __init__(self, dtype: Dtype, data: bytes) -> None:
         _check(dtype, (), data)
@@ -54,11 +76,17 @@ class NumpyScalar:
     def real(self) -> Any:
         import numpy
 
-        return numpy.frombuffer(self.data, self.dtype.real())[0]
+        _check(self.dtype, (), self.data)
+        return numpy.frombuffer(self.data, Dtype.real(self.dtype))[0]
 
 
 class NumpyArray:
     """A numpy.ndarray, by its shape and bytes."""
+
+    dtype: Any = None
+    shape: Any = None
+    data: Any = None
+    fortran: Any = False
 
     def __setstate__(self, state: Any) -> None:
         _, self.shape, self.dtype, self.fortran, self.data = state
@@ -67,8 +95,9 @@ class NumpyArray:
     def real(self) -> Any:
         import numpy
 
-        order: Any = "F" if self.fortran else "C"
-        return numpy.ndarray(self.shape, self.dtype.real(), self.data, order=order).copy(order)
+        _check(self.dtype, self.shape, self.data)
+        order: Any = "F" if self.fortran is True else "C"
+        return numpy.ndarray(self.shape, Dtype.real(self.dtype), self.data, order=order).copy(order)
 
 
 class HarmlessPickler(pickle.Pickler):
@@ -77,8 +106,9 @@ class HarmlessPickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is OrderedDict and _FACTORY in vars(obj):
             return defaultdict, (_checked_factory(vars(obj)[_FACTORY]),), None, None, iter(obj.items())
-        if isinstance(obj, (Dtype, NumpyScalar, NumpyArray)):
-            return obj.real().__reduce__()
+        for kind in (Dtype, NumpyScalar, NumpyArray):
+            if type(obj) is kind:
+                return kind.real(obj).__reduce__()  # of the class: an attribute of the object may hide it
         return NotImplemented
 
 
@@ -102,6 +132,14 @@ def harmless_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
     return allowed
 
 
+def harmless_names() -> set[str]:
+    """Return the globals, as pickles spell them, that rebuild plain data whatever they are called with."""
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    ours = {entry[1] for entry in harmless_globals() if isinstance(entry, tuple)}
+    return {*_get_allowed_globals(), *ours, *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core"))}
+
+
 def _default_dict(factory: Any = None) -> OrderedDict[Any, Any]:
     """Return a dictionary that remembers its factory: of a type that torch's unpickler fills with items."""
     found: OrderedDict[Any, Any] = OrderedDict()
@@ -111,7 +149,7 @@ def _default_dict(factory: Any = None) -> OrderedDict[Any, Any]:
 
 def _checked_factory(factory: Any) -> Any:
     if not any(factory is known for known in _FACTORIES):
-        raise pickle.UnpicklingError(f"GLOBAL {getattr(factory, '__qualname__', type(factory).__name__)}")
+        raise RefusedError(f"a defaultdict of {(factory if isinstance(factory, type) else type(factory)).__name__}")
     return factory
 
 
@@ -121,13 +159,14 @@ def _no_bytes() -> bytes:
 
 def _empty_array(kind: Any, *_: object) -> NumpyArray:
     if kind is not NumpyArray:
-        raise pickle.UnpicklingError("GLOBAL numpy._reconstruct")
+        raise RefusedError("an array of another class than numpy.ndarray")
     return NumpyArray()
 
 
 def _check(dtype: Any, shape: Any, data: Any) -> None:
-    whole = isinstance(dtype, Dtype) and isinstance(data, bytes) and isinstance(shape, tuple)
-    if not (whole and all(isinstance(size, int) and size >= 0 for size in shape)):
-        raise pickle.UnpicklingError("GLOBAL numpy.ndarray")
-    if prod(shape) * dtype.bytes != len(data):
-        raise pickle.UnpicklingError("a numpy value whose bytes do not fit its shape")
+    if type(dtype) is not Dtype:
+        raise RefusedError("a numpy value without a dtype")
+    Dtype.check(dtype)
+    plain = type(data) is bytes and type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape)
+    if not plain or prod(shape) * Dtype.itemsize(dtype) != len(data):
+        raise RefusedError("a numpy value whose bytes do not fit its shape")

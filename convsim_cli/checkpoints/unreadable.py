@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import mmap
-import pickletools
+import pickle
 import re
 import shlex
 import zipfile
 import zlib
-from collections.abc import Iterator
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+
+from convsim_cli.checkpoints.pickle_globals import LongPickleError, PickleGlobals, TornPickleError
+from convsim_cli.checkpoints.stand_ins import RefusedError, harmless_names
 
 _SIGNATURES = (  # how files of other kinds begin, and what they are
     (b"version https://git-lfs", "a git-LFS pointer (run git lfs pull)"),
@@ -25,32 +28,37 @@ _SIGNATURES = (  # how files of other kinds begin, and what they are
     (b"Rar!", "a RAR archive; unpack it"),
 )
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how the stream of an older torch.save begins, after its protocol
-_PLAIN = r"(numpy|builtins|__builtin__|collections|copy_reg|copyreg|_codecs)(\.|$)"  # modules in a pickle of arrays
+_LEGACY_PICKLES = 5  # that it begins with: magic number, protocol, system, content and the keys of its storages
+_LARGEST = 1 << 26  # bytes of the pickles in an archive
+_SHOWN = 3  # globals that a message names
+_WIDEST = 60  # characters of a name in it
 
-_FROM_TORCH = (
-    "import sys, torch; plain = lambda x: plain(x.state_dict()) if hasattr(x, 'state_dict') else "
-    "{str(k): plain(v) for k, v in x.items() if isinstance(v, (dict, torch.Tensor)) or hasattr(v, 'state_dict')} "
-    "if isinstance(x, dict) else x; "
-    "torch.save(plain(torch.load(sys.argv[1], map_location='cpu', weights_only=False)), sys.argv[2])"
+_ONLY = (  # an unpickler that imports only what was found in the file, and was known to be harmless
+    "import sys, pickle, torch; known = '{names}'.split(); Only = type('Only', (pickle.Unpickler,), {{'find_class': "
+    "lambda self, *name: pickle.Unpickler.find_class(self, *name) if '.'.join(name) in known else sys.exit(name)}}); "
 )
-_FROM_ARRAYS = (
-    "import sys, pickle, torch; number = lambda v: isinstance(v, torch.Tensor) or "
-    "getattr(getattr(v, 'dtype', v), 'kind', '') in [*'biufc']; "
-    "plain = lambda x: {str(k): plain(v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x)) if "
-    "isinstance(v, (dict, list, tuple)) or number(v)} if isinstance(x, (dict, list, tuple)) else torch.as_tensor(x); "
-    "torch.save(plain(pickle.load(open(sys.argv[1], 'rb'), encoding='latin1')), sys.argv[2])"
+_FROM_TORCH = _ONLY + (
+    "only = type('only', (), {{'Unpickler': Only, 'load': staticmethod(lambda *a, **k: Only(*a, **k).load())}}); "
+    "torch.save(torch.load(sys.argv[1], map_location='cpu', pickle_module=only, weights_only=False), sys.argv[2])"
 )
-_FROM_EXPORT = "import sys, torch; torch.save(dict(torch.export.load(sys.argv[1]).state_dict), sys.argv[2])"
+_FROM_ARRAYS = _ONLY + (
+    "number = lambda v: getattr(getattr(v, 'dtype', v), 'kind', '') in [*'biufc']; "
+    "plain = lambda x: {{str(k): plain(v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x)) if "
+    "isinstance(v, (dict, list, tuple)) or number(v)}} if isinstance(x, (dict, list, tuple)) else torch.as_tensor(x); "
+    "torch.save(plain(Only(open(sys.argv[1], 'rb'), encoding='latin1').load()), sys.argv[2])"
+)
 _FROM_NPZ = (
-    "import sys, numpy, torch; "
-    "torch.save({k: torch.as_tensor(v) for k, v in numpy.load(sys.argv[1]).items()}, sys.argv[2])"
+    "import sys, numpy, torch; torch.save({k: torch.as_tensor(v) for k, v in "
+    "numpy.load(sys.argv[1], allow_pickle=False).items()}, sys.argv[2])"
 )
-_FROM_SCRIPT = "import sys, torch; torch.save(torch.jit.load(sys.argv[1], 'cpu').state_dict(), sys.argv[2])"
+_ASK = (
+    "ask its author for the weights alone (a safetensors file, or model.state_dict() saved by torch.save); convert it "
+    "yourself only if you trust its origin, in the environment it was made in"
+)
 
-_ARCHIVES = (  # what a zip without a pickle is, by a name in it, and what converts it
-    (r"/archive_format$|serialized_exported_program\.json$", "a torch.export archive, not a state dict", _FROM_EXPORT),
-    (r"\.npy$", "a NumPy archive of arrays", _FROM_NPZ),
-    (r"(^|/)model\.weights\.h5$", "a Keras archive", None),
+_PROGRAMS = (  # what a zip is that runs code when it is loaded, by a name in it
+    (r"/constants\.pkl$", "a TorchScript program"),
+    (r"/archive_format$|serialized_exported_program\.json$", "a torch.export archive"),
 )
 
 
@@ -59,6 +67,8 @@ def describe_unknown(start: bytes) -> str:
     for signature, what in _SIGNATURES:
         if start.startswith(signature):
             return what
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it, or, if an early torch.save wrote it, ask its author for a safetensors file"
     if start.lstrip()[:1] == b"<":
         return "a web page (download the raw file instead)"
     return "an unknown kind of file"
@@ -70,17 +80,19 @@ def is_pickle(start: bytes) -> bool:
 
 
 def why_not_loaded(path: Path, error: Exception) -> str:
-    """Return why torch could not load a pickle or a zip archive, and what to do."""
-    message = " ".join(str(error).split())
+    """Return why torch could not load a pickle or a zip archive, and what to do.
+
+    Nothing that a file holds stands in a command, and a command loads only what is known to be harmless.
+    """
     with path.open("rb") as file:
         start = file.read(64)
         file.seek(0)
         if start.startswith(b"PK"):
-            return _why_not_archive(path, message)
-        if _TORCH_MAGIC in start:
-            return _why_not_torch(path, message, _globals_in(file, pickles=4))  # magic, version, system and content
-        found = _globals_in(file)
-    return _damage(message) if found is None else _why_not_plain(path, found)
+            return _why_not_archive(path, error)
+        found = PickleGlobals()
+        of_torch = _TORCH_MAGIC in start
+        trouble = _trouble(lambda: found.read(file, _LEGACY_PICKLES if of_torch else None))
+        return _why_not_pickle(path, error, found, trouble, of_torch)
 
 
 def can_be_mapped(path: Path) -> bool:
@@ -92,81 +104,92 @@ def can_be_mapped(path: Path) -> bool:
         return False
 
 
-def _why_not_archive(path: Path, message: str) -> str:
+def _why_not_archive(path: Path, error: Exception) -> str:
+    found = PickleGlobals()
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            content = next((name for name in names if name.endswith("/data.pkl")), None)
-            found = _globals_in(io.BytesIO(archive.read(content))) if content else None
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, zlib.error):
-        return _damage(message)
-    if any(name.endswith("/constants.pkl") for name in names):
-        return f"a TorchScript program, not a state dict; convert it: {_command(_FROM_SCRIPT, path)}"
-    if content:
-        return _why_not_torch(path, message, found)
-    for pattern, what, script in _ARCHIVES:
+            pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
+            trouble = _trouble(lambda: _read_entries(archive, pickles, found))
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error):
+        return "damaged or cut short (a zip archive that cannot be unpacked); fetch it again"
+    for pattern, what in _PROGRAMS:
         if any(re.search(pattern, name) for name in names):
-            return what + (f"; convert it: {_command(script, path)}" if script else "")
-    return f"a zip archive without a checkpoint (it holds {', '.join(names[:3]) or 'nothing'})"
+            return f"{what}, which runs code when it is loaded; {_ASK}"
+    if pickles:
+        return _why_not_pickle(path, error, found, trouble, of_torch=True)
+    if any(name.endswith(".npy") for name in names):
+        return f"a NumPy archive of arrays; convert it: {_command(_FROM_NPZ, path)}"
+    if any(re.search(r"(^|/)model\.weights\.h5$", name) for name in names):
+        return "a Keras archive"
+    return f"a zip archive without a checkpoint (it holds {', '.join(map(_shown, names[:3])) or 'nothing'})"
 
 
-def _why_not_plain(path: Path, found: set[str]) -> str:
-    others = sorted(name for name in found if not re.match(_PLAIN, name))
-    what = "torch tensors" if others and others[0].startswith("torch.") else others[0] if others else "numpy arrays"
-    return (
-        f"a plain pickle (of {what}), which is not how torch.save writes; if you trust where it came from, convert it: "
-        f"{_command(_FROM_ARRAYS, path)}"
-    )
+def _read_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], found: PickleGlobals) -> None:
+    """Read the pickles of an archive. A name may stand there twice: readers do not agree on which one counts."""
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        raise zipfile.BadZipFile
+    if sum(entry.file_size for entry in entries) > _LARGEST:
+        raise LongPickleError
+    for entry in entries:
+        found.read(io.BytesIO(archive.read(entry)))
 
 
-def _why_not_torch(path: Path, message: str, found: set[str] | None) -> str:
-    refused = re.search(r"GLOBAL (\S+)", message)
-    if not refused and found is None:
-        return _damage(message)
-    if not refused:
-        reason = re.search(r"Unsupported \w+ \w+", message)
+def _trouble(read: Callable[[], None]) -> type[Exception] | None:
+    """Return the kind of error that keeps the globals of a pickle from being known, if any."""
+    try:
+        read()
+    except (TornPickleError, LongPickleError) as error:
+        return type(error)
+    return None
+
+
+def _why_not_pickle(
+    path: Path, error: Exception, found: PickleGlobals, trouble: type[Exception] | None, of_torch: bool
+) -> str:
+    harmless = harmless_names()
+    unknown = sorted(name for name in found.names if not harmless.intersection((name, _renamed(name))))
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         return (
-            f"is pickled in a way that torch.load does not read safely ({reason[0] if reason else message[:120]}); if "
-            f"you trust where it came from, convert it: {_command(_FROM_TORCH, path)}"
+            f"loading it would run {', '.join(map(_shown, unknown[:_SHOWN]))}{more}, not known to be harmless; {_ASK}"
         )
-    package = refused[1].split(".")[0]
-    known = package in ("torch", "numpy", "collections", "builtins") or "." not in refused[1]
-    return (
-        f"holds Python objects beside tensors ({refused[1]}), which could run code, and is not loaded; if you trust "
-        f"where it came from{'' if known else f' and its package {package} can be imported'}, convert it: "
-        f"{_command(_FROM_TORCH, path)}"
-    )
+    if trouble is LongPickleError:
+        return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
+    if isinstance(error, RefusedError):
+        return f"holds {_shown(str(error))}, which is no plain data; {_ASK}"
+    if trouble:
+        return "damaged or cut short (its pickle does not end); fetch it again"
+    names = " ".join(sorted(found.names))
+    if not of_torch and not any(name.startswith("numpy.") for name in found.names):
+        return f"a plain pickle without arrays, which is not how torch.save writes; {_ASK}"
+    if not of_torch:
+        return (
+            "a plain pickle (of numpy arrays), which is not how torch.save writes; if you trust where it came from, "
+            f"convert it: {_command(_FROM_ARRAYS.format(names=names), path)}"
+        )
+    if found.protocol != 2 or "Unsupported operand" in str(error):
+        return (
+            f"pickled in a way that torch.load does not read safely (protocol {found.protocol}); if you trust where it "
+            f"came from, convert it: {_command(_FROM_TORCH.format(names=names), path)}"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return f"pickled in a way that torch.load does not read safely; {_ASK}"
+    return f"damaged or cut short ({_shown(' '.join(str(error).split()), 120)}); fetch it again"
 
 
-def _damage(message: str) -> str:
-    return f"damaged or cut short ({message[:120]}); fetch it again"
+def _renamed(name: str) -> str:
+    """Return what a global of Python 2 is called in Python 3."""
+    module, _, attribute = name.rpartition(".")
+    return ".".join(NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute)))
+
+
+def _shown(text: str, widest: int = _WIDEST) -> str:
+    """Return what stands in a file as plain characters, shortened: it must not steer a terminal."""
+    plain = text.encode("unicode_escape").decode("ascii")
+    return plain if len(plain) <= widest else f"{plain[: widest - 1]}…"
 
 
 def _command(script: str, path: Path) -> str:
     """Return a command that converts a file, to copy into a shell."""
     return f'python -c "{script}" {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix(".converted.pt")))}'
-
-
-def _globals_in(file: BinaryIO, pickles: int = 1) -> set[str] | None:
-    """Return the names that pickles refer to, without loading them; None where they do not parse to their ends."""
-    try:
-        return {name for _ in range(pickles) for name in _globals(pickletools.genops(file))}
-    except Exception:  # whatever a torn pickle makes the parser raise
-        return None
-
-
-def _globals(operations: Iterator[tuple[Any, Any, int | None]]) -> Iterator[str]:
-    strings: list[str] = []  # in the order in which they are put on the stack
-    memo: dict[int, object] = {}
-    last: object = None
-    for opcode, argument, _ in operations:
-        if opcode.name == "GLOBAL":
-            yield argument.replace(" ", ".", 1)
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = last
-        else:
-            last = memo.get(argument) if opcode.name in ("BINGET", "LONG_BINGET") else argument
-            if isinstance(last, str):
-                strings.append(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import mmap
 import os
 import pickle
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
@@ -105,9 +107,49 @@ FORGED = {
 def test_what_only_looks_harmless_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"a.weight": KERNEL, "other": FORGED[kind]()}, path)
-    with pytest.raises(CheckpointError, match=r"could run code.*python -c|pickled in a way") as caught:
+    with pytest.raises(CheckpointError, match=r"plain data|not known to be harmless") as caught:
         open_checkpoint(path)
     assert "\n" not in str(caught.value)
+    assert "python -c" not in str(caught.value)
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+NOTHING, POINTERS = b")\x81", b"c_codecs\nencode\n" + text("A" * 8) + text("latin1") + b"\x86R"
+OBJECTS = (  # a numpy.dtype of pointers, made of an argparse.Namespace whose class is set afterwards
+    b"cargparse\nNamespace\n" + NOTHING + b"}(" + text("code") + text("O8") + text("order") + text("|") + b"u"
+    b"}" + text("__class__") + b"cnumpy\ndtype\ns\x86b"
+)
+POINTED = (
+    b"}(" + text("data") + POINTERS + text("shape") + b"K\x01\x85" + text("fortran") + b"\x89" + text("dtype") + OBJECTS
+)
+DISGUISED = {
+    "scalar": b"cnumpy.core.multiarray\nscalar\n" + NOTHING + POINTED + b"ub",
+    "array": b"cargparse\nNamespace\n" + NOTHING + POINTED + b"u}" + text("__class__") + b"cnumpy\nndarray\ns\x86b",
+    "dtype": OBJECTS,
+    "empty scalar": b"cnumpy.core.multiarray\nscalar\n" + NOTHING,
+    "empty array": b"cnumpy\nndarray\n" + NOTHING,
+    "empty dtype": b"cnumpy\ndtype\n" + NOTHING,
+    "factory": b"ccollections\nOrderedDict\n)R}" + text("_convsim_factory") + b"c_codecs\nencode\nsb",
+}
+
+
+@pytest.mark.parametrize("kind", DISGUISED)
+def test_a_disguised_stand_in_reaches_no_numpy_and_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    made, path = io.BytesIO(), tmp_path / "model.pt"
+    torch.save({"a.weight": KERNEL, "other": 7}, made)
+    with zipfile.ZipFile(made) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"K\x07", DISGUISED[kind]))
+    before = path.read_bytes()
+    command = [sys.executable, "-m", "convsim_cli", "init", str(path), "--iterations", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "is no plain data" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert path.read_bytes() == before
 
 
 MINE = """
@@ -135,15 +177,16 @@ def pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
 
 @pytest.mark.parametrize("kind", ["module", "model", "ema", "object"])
-def test_the_command_in_the_error_converts_the_file_at_hand(kind: str, tmp_path: Path, pickles: dict[str, Any]) -> None:
+def test_objects_of_unknown_classes_are_named_and_no_command_loads_them(
+    kind: str, tmp_path: Path, pickles: dict[str, Any]
+) -> None:
     torch.save(pickles[kind], tmp_path / "my model's.pth")
-    with pytest.raises(CheckpointError, match="holds Python objects beside tensors") as caught:
+    with pytest.raises(CheckpointError, match="loading it would run ") as caught:
         open_checkpoint(tmp_path / "my model's.pth")
     said = str(caught.value)
-    assert ("and its package mine can be imported" in said) == (kind != "object")
-    run_command(said)
-    converted = open_checkpoint(tmp_path / "my model's.converted.pt")
-    assert [info.shape for info in converted.tensors.values() if len(info.shape) == 4] == [(4, 3, 3, 3), (4, 4, 3, 3)]
+    assert ("functools.partial" if kind == "object" else "mine.Net") in said
+    assert "ask its author for the weights alone" in said
+    assert "python -c" not in said
 
 
 def run_command(message: str) -> None:
@@ -161,7 +204,7 @@ def run_command(message: str) -> None:
 
 def test_the_command_survives_a_real_shell(tmp_path: Path) -> None:
     path = tmp_path / 'my model\'s $HOME `x` "y".pth'
-    torch.save({"a.weight": KERNEL, "f": partial(print)}, path)
+    torch.save({"a.weight": KERNEL}, path, pickle_protocol=4)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     command = str(caught.value)[str(caught.value).index("python -c") :]
@@ -171,13 +214,25 @@ def test_the_command_survives_a_real_shell(tmp_path: Path) -> None:
 
 
 def test_a_cuda_tensor_is_converted_where_there_is_no_cuda(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    torch.save({"state_dict": {"a.weight": KERNEL}, "f": partial(print)}, path, _use_new_zipfile_serialization=False)
+    path, options = tmp_path / "model.pt", {"pickle_protocol": 3, "_use_new_zipfile_serialization": False}
+    torch.save({"state_dict": {"a.weight": KERNEL}, "f": b"bytes"}, path, **options)
     path.write_bytes(path.read_bytes().replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     run_command(str(caught.value))
     assert torch.equal(open_checkpoint(tmp_path / "model.converted.pt").load("a.weight"), KERNEL)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_the_command_imports_nothing_but_what_was_found(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a.weight": KERNEL}, path, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    torch.save({"a.weight": KERNEL, "b": Forged(os.mkdir, str(tmp_path / "run"))}, path, pickle_protocol=protocol)
+    with pytest.raises(SystemExit, match="mkdir"):
+        run_command(str(caught.value))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -193,12 +248,11 @@ def test_a_plain_pickle_of_arrays_is_called_that_and_converted_by_the_command(pr
     assert torch.equal(open_checkpoint(tmp_path / "zoo.converted.pt").load("conv1_w"), KERNEL)
 
 
-def test_a_plain_pickle_of_tensors_is_converted_by_the_command(tmp_path: Path) -> None:
+def test_a_plain_pickle_of_tensors_is_not_converted_as_it_holds_pickles(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a.weight": KERNEL}))
-    with pytest.raises(CheckpointError, match=r"a plain pickle \(of torch tensors\)") as caught:
+    with pytest.raises(CheckpointError, match=r"would run torch\.storage\._load_from_bytes, not known") as caught:
         open_checkpoint(tmp_path / "a.pkl")
-    run_command(str(caught.value))
-    assert torch.equal(open_checkpoint(tmp_path / "a.converted.pt").load("a.weight"), KERNEL)
+    assert "python -c" not in str(caught.value)
 
 
 def test_a_newer_pickle_protocol_is_not_called_damage(tmp_path: Path) -> None:
@@ -209,19 +263,24 @@ def test_a_newer_pickle_protocol_is_not_called_damage(tmp_path: Path) -> None:
     assert torch.equal(open_checkpoint(tmp_path / "a.converted.pt").load("a.weight"), KERNEL)
 
 
-def test_archives_of_other_kinds_are_named_and_converted_by_the_command(tmp_path: Path) -> None:
+def test_programs_are_named_and_no_command_loads_them(tmp_path: Path) -> None:
     net = nn.Conv2d(3, 4, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), tmp_path / "exported.pt2")
         torch.jit.save(torch.jit.script(net), tmp_path / "script.pt")
-    np.savez(tmp_path / "arrays.npz", weight=KERNEL.numpy())
-    said = {"exported.pt2": "a torch.export archive", "script.pt": "a TorchScript program", "arrays.npz": "a NumPy"}
-    for name, what in said.items():
-        with pytest.raises(CheckpointError, match=f"{name}: {what}") as caught:
+    for name, what in {"exported.pt2": "a torch.export archive", "script.pt": "a TorchScript program"}.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {what}, which runs code when it is loaded; ask") as caught:
             open_checkpoint(tmp_path / name)
-        run_command(str(caught.value))
-        assert open_checkpoint((tmp_path / name).with_suffix(".converted.pt")).tensors["weight"].shape == (4, 3, 3, 3)
+        assert "python -c" not in str(caught.value)
+
+
+def test_an_archive_of_arrays_is_converted_by_the_command(tmp_path: Path) -> None:
+    np.savez(tmp_path / "arrays.npz", weight=KERNEL.numpy())
+    with pytest.raises(CheckpointError, match=r"arrays\.npz: a NumPy archive") as caught:
+        open_checkpoint(tmp_path / "arrays.npz")
+    run_command(str(caught.value))
+    assert open_checkpoint(tmp_path / "arrays.converted.pt").tensors["weight"].shape == (4, 3, 3, 3)
 
 
 @pytest.mark.parametrize(

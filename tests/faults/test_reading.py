@@ -230,10 +230,10 @@ def test_a_zip_with_a_payload_in_place_of_its_pickle_is_never_executed(tmp_path:
     assert not witness.exists()
 
 
-def test_a_pickle_of_a_whole_module_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> None:
+def test_a_pickle_of_a_whole_module_is_refused_with_its_classes_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(torch.nn.Conv2d(3, 4, 3), path)
-    with pytest.raises(CheckpointError, match=r"could run code.*python -c"):
+    with pytest.raises(CheckpointError, match=r"loading it would run torch\.nn\.modules\.conv\.Conv2d"):
         read_all(path)
 
 

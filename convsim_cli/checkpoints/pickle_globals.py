@@ -1,0 +1,191 @@
+"""The globals that pickles refer to, listed without loading them, in bounded time and memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+from collections.abc import Callable
+from typing import BinaryIO
+
+COMPUTED = "(a computed name)"
+
+_BUDGET = 1_000_000  # opcodes, bytes of text and KiB that are skipped, of all pickles of a file
+_LONGEST = 512  # bytes of a text; what is longer is no name
+_WIDTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+_TEXTS: dict[str, Callable[[BinaryIO], str]] = {  # how each opcode of a text is decoded
+    opcode.name: opcode.arg.reader
+    for opcode in pickletools.opcodes
+    if opcode.arg and ("STRING" in opcode.name or "UNICODE" in opcode.name)
+}
+_IMPORTING = ("GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+_IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # opcodes that change what they leave
+
+
+class _Global(str):
+    """A global on the stack: no text, and nothing whose attributes a pickle may set."""
+
+
+class TornPickleError(ValueError):
+    """A pickle that does not parse to its end."""
+
+
+class LongPickleError(ValueError):
+    """A pickle with more in it than is worth reading to list its globals."""
+
+
+class PickleGlobals:
+    """The globals of one or several pickles.
+
+    names: module and name joined by a dot, as pickles spell them; `COMPUTED` for those that only loading would tell,
+    and "changes to …" for those whose attributes are set. An error leaves what was found before it. protocol: the
+    newest one that a pickle declares.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.protocol = 0
+        self._budget = _BUDGET
+
+    def read(self, file: BinaryIO, most: int | None = None) -> None:
+        """Read the pickles that follow each other in a seekable file: all up to its end, or the first `most`.
+
+        Raises TornPickleError and LongPickleError.
+        """
+        start = file.tell()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(start)
+        count = 0
+        while count != most and (file.tell() < size or not count):
+            self._read_one(file, size)
+            count += 1
+
+    def _read_one(self, file: BinaryIO, size: int) -> None:
+        """Follow which texts the unpickler would have on its stack and in its memo: STACK_GLOBAL takes names there."""
+        stack: list[str | None] = []
+        marks: list[int] = []
+        memo: dict[int, str | None] = {}
+        while True:
+            opcode = _OPCODES.get(file.read(1))
+            if opcode is None:
+                raise TornPickleError
+            name = opcode.name
+            argument = self._argument(file, size, opcode.arg)
+            self._spend(1)
+            if name == "STOP":
+                return
+            if name == "PROTO":
+                self.protocol = max(self.protocol, argument[0])
+            elif name in ("GLOBAL", "INST"):
+                found = ".".join(line.decode("utf-8", "backslashreplace") for line in argument.split(b"\n")[:2])
+                self.names.add(found)
+            elif name.startswith("EXT"):
+                found = f"copyreg extension {int.from_bytes(argument, 'little', signed=name == 'EXT4')}"
+                self.names.add(found)
+            if name == "MARK":
+                marks.append(len(stack))
+            elif name == "POP" and marks and marks[-1] == len(stack):
+                marks.pop()
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                memo[len(memo) if name == "MEMOIZE" else _index(name, argument)] = _top(stack, marks)
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                stack.append(memo.get(_index(name, argument)))
+            elif name == "DUP":
+                stack.append(_top(stack, marks))
+            elif name in _TEXTS:
+                stack.append(_text(argument, _TEXTS[name]))
+            else:
+                taken = _pop(stack, marks, opcode.stack_before)
+                if name == "STACK_GLOBAL":
+                    found = ".".join(map(str, taken)) if all(type(text) is str for text in taken) else COMPUTED
+                    self.names.add(found)
+                elif name == "BUILD" and isinstance(taken[0], _Global):
+                    self.names.add(f"changes to {taken[0]}")
+                made = _Global(found) if name in _IMPORTING else taken[0] if name in _IN_PLACE else None
+                stack += [made] * len(opcode.stack_after)
+
+    def _argument(self, file: BinaryIO, size: int, kind: pickletools.ArgumentDescriptor | None) -> bytes:
+        """Return the bytes of an opcode's argument, or only the first where it is too long for a name."""
+        if kind is None:
+            return b""
+        if kind.n == pickletools.UP_TO_NEWLINE:
+            lines = 2 if kind.name == "stringnl_noescape_pair" else 1
+            return b"".join(self._line(file) for _ in range(lines))
+        if kind.n >= 0:
+            return _exactly(file, kind.n)
+        prefix = _exactly(file, _WIDTHS[kind.n])
+        length = int.from_bytes(prefix, "little", signed=kind.n == pickletools.TAKEN_FROM_ARGUMENT4)
+        if not 0 <= length <= size - file.tell():
+            raise TornPickleError
+        if length <= _LONGEST:
+            self._spend(length)
+            return prefix + _exactly(file, length)
+        file.seek(length, os.SEEK_CUR)
+        return prefix
+
+    def _line(self, file: BinaryIO) -> bytes:
+        line = file.readline(_LONGEST)
+        self._spend(len(line))
+        if line.endswith(b"\n"):
+            return line
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = file.readline(1 << 16)
+            self._spend(1 + len(rest) // 1024)
+        if not rest:
+            raise TornPickleError
+        return line + "…\n".encode()
+
+    def _spend(self, amount: int) -> None:
+        self._budget -= amount
+        if self._budget < 0:
+            raise LongPickleError
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise TornPickleError
+    return data
+
+
+def _index(name: str, argument: bytes) -> int:
+    try:
+        return int.from_bytes(argument, "little") if "BIN" in name else int(argument)
+    except ValueError as error:
+        raise TornPickleError from error
+
+
+def _top(stack: list[str | None], marks: list[int]) -> str | None:
+    if len(stack) <= (marks[-1] if marks else 0):
+        raise TornPickleError
+    return stack[-1]
+
+
+def _pop(stack: list[str | None], marks: list[int], before: list[pickletools.StackObject]) -> list[str | None]:
+    """Take from the stack what an opcode takes; return what it took last, which lay below any mark."""
+    count = len(before)
+    if pickletools.markobject in before:
+        if not marks:
+            raise TornPickleError
+        del stack[marks.pop() :]
+        count = before.index(pickletools.markobject)
+    first = len(stack) - count
+    if first < (marks[-1] if marks else 0):
+        raise TornPickleError
+    taken = stack[first:]
+    del stack[first:]
+    return taken
+
+
+def _text(argument: bytes, reader: Callable[[BinaryIO], str]) -> str | None:
+    try:
+        return reader(io.BytesIO(argument))
+    except ValueError:  # too long for a name, so its bytes are not here, or no text at all
+        return None
