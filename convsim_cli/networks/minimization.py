@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from convsim_cli.checkpoints.atomic import finish_saves
 from convsim_cli.checkpoints.minimization import ClosedForm, Method, check_kernels, describe_kernels, write_minimized
 from convsim_cli.checkpoints.protection import check_replaceable
 from convsim_cli.checkpoints.state_dict import StateDict
@@ -115,10 +114,10 @@ def minimize_checkpoint(
     alone, or with `preserve_norm` after Algorithm 1. It takes the names of `measure_checkpoint`'s `input`, of a data
     set the first `samples` training images; side, input_channels, data_dir, mean, std: as there. include, exclude,
     groups, transposed: see `Patterns`. key: which dictionary of a pickle to take. probe: adds `fm_cos` to the records,
-    on `white`, `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. Completes an
-    interrupted save to `path` or `output` first; a dry run refuses it. Warns, with ConvsimWarning, of a checkpoint that
-    looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError and WriteError;
-    files are then unchanged.
+    on `white`, `uniform` or `natural` inputs drawn with `seed`. dry_run: measures and saves nothing. An interrupted
+    save to `path` or `output` is completed first; a dry run refuses one to `path`. Warns, with ConvsimWarning, of a
+    checkpoint that looks trained and of choices made in reading it. Raises CheckpointError, InputError, DivergedError
+    and WriteError; files are then unchanged.
     """
     how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
     inputs = None
@@ -128,8 +127,6 @@ def minimize_checkpoint(
     patterns = Patterns(include, exclude, list((groups or {}).items()), transposed)
     if path is None and arch is not None and output is not None:
         StateDict(Path(arch), {}).target_for(Path(output))  # refused before pretrained weights are downloaded
-    if output is not None and not dry_run:
-        finish_saves(Path(output))
     source = open_model_checkpoint(
         path, arch, patterns, seed, num_classes, key, pretrained=pretrained, for_writing=not dry_run
     )

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import stat
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
@@ -270,6 +272,11 @@ def rewrite_manifest(folder: Path, /, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def name_a_null_byte(folder: Path) -> None:
+    manifest = json.loads((folder / ".convsim-journal" / ".convsim-manifest").read_text())
+    rewrite_manifest(folder, files={**manifest["files"], "\0.pt": 3})
+
+
 def name_a_shell_s_file(folder: Path) -> None:
     path = folder / ".convsim-journal" / ".bashrc"
     path.write_text("theirs")
@@ -324,10 +331,7 @@ OUTSIDE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another journal": (lambda folder: rewrite_manifest(folder, journal=1), "made in another place"),
     "no list of files": (lambda folder: rewrite_manifest(folder, files=3), "its manifest is damaged"),
     "files without entries": (lambda folder: rewrite_manifest(folder, files={SHARDS[1]: 3}), "has changed since"),
-    "a name that no file has": (
-        lambda folder: rewrite_manifest(folder, files={SHARDS[1]: 0, "a\0.pt": 3}),
-        "has changed since, or is missing",
-    ),
+    "a name that no file has": (name_a_null_byte, "\\x00.pt has changed since, or is missing"),
     "a file of a shell": (name_a_shell_s_file, ".bashrc is not named like a file of a checkpoint"),
     "changed content": (change_a_file, f"{SHARDS[1]} has changed since, or is missing"),
     "a file made anew": (change_an_inode, f"{SHARDS[1]} has changed since, or is missing"),
@@ -435,21 +439,28 @@ def test_another_user_s_scratch_folder_is_neither_swept_nor_waited_for(name: str
         replace_file(path, lambda file: file.write(b"new"), tmp_path / "model.pt.bak")
     finally:
         os.close(descriptor)
+    replace_file(tmp_path / "other", lambda file: file.write(b"x"))  # no longer locked
     assert (theirs / "file").read_text() == "theirs"
     assert (path.read_bytes(), (tmp_path / "model.pt.bak").read_bytes()) == (b"new", b"old")
 
 
 @pytest.mark.parametrize("name", [".convsim-journal", ".convsim-backup.tmp"])
 def test_waiting_for_another_process_is_said(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "PATIENCE", 0.1)
     (folder / "notes").touch()
     (folder / name).mkdir(0o700)
     (folder / name / ".convsim-turn").touch()
-    descriptor = os.open(folder / name, os.O_RDONLY)
+    descriptor, said = os.open(folder / name, os.O_RDONLY), []
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    Timer(0.3, os.close, [descriptor]).start()
-    with pytest.warns(ConvsimWarning, match=f"waiting for another process that saves to {folder}"):
-        replace_file(folder / "notes", lambda file: file.write(b"x"), folder / "notes.bak")
+
+    def warn(message: str, category: type, **_: object) -> None:
+        said.append((message, category))
+        os.close(descriptor)  # the other process is done
+
+    monkeypatch.setattr(warnings, "warn", warn)
+    began = time.monotonic()
+    replace_file(folder / "notes", lambda file: file.write(b"x"), folder / "notes.bak")
+    assert said == [(f"waiting for another process that saves to {folder}", ConvsimWarning)]
+    assert time.monotonic() - began > 2
     assert sorted(path.name for path in folder.iterdir()) == [*SHARDS, INDEX, "notes", "notes.bak"]
 
 
@@ -468,3 +479,21 @@ def test_a_reader_waits_for_a_save_that_is_running(moves: int, folder: Path) -> 
     Timer(0.3, finish).start()
     checkpoint = open_checkpoint(folder)
     assert [checkpoint.load(name).mean().item() for name in NAMES] == [2.0, 2.0]
+
+
+def test_an_interrupted_save_after_the_one_waited_for_is_seen(folder: Path) -> None:
+    interrupt(folder)
+    place, next_one = folder / ".convsim-journal", folder / "next"
+    place.rename(next_one)
+    place.mkdir(0o700)
+    descriptor = os.open(place, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def finish() -> None:
+        place.rmdir()
+        next_one.rename(place)
+        os.close(descriptor)
+
+    Timer(0.3, finish).start()
+    with pytest.raises(CheckpointError, match="was interrupted"):
+        open_checkpoint(folder)
