@@ -8,6 +8,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from threading import Timer
 
@@ -17,7 +18,6 @@ from conftest import Convsim
 from forks import fork
 from safetensors.torch import load_file, save_file
 
-from convsim_cli.checkpoints import journal
 from convsim_cli.checkpoints.atomic import finish_saves, replace_file
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimWarning, WriteError
@@ -281,7 +281,7 @@ def name_a_shell_s_file(folder: Path) -> None:
     path = folder / ".convsim-journal" / ".bashrc"
     path.write_text("theirs")
     manifest = json.loads((folder / ".convsim-journal" / ".convsim-manifest").read_text())
-    entry = [path.stat().st_ino, path.stat().st_size, journal.blake2b(b"theirs", digest_size=32).hexdigest()]
+    entry = [path.stat().st_ino, path.stat().st_size, blake2b(b"theirs", digest_size=32).hexdigest()]
     rewrite_manifest(folder, files={**manifest["files"], ".bashrc": entry})
 
 
