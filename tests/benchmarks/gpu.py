@@ -99,7 +99,8 @@ def parity(given: argparse.Namespace) -> Iterator[Part]:
     def run() -> Iterator[Row]:
         path = (given.output / "parity.json").resolve()
         command = [sys.executable, str(Path(__file__).with_name("parity.py")), "--device", str(given.device)]
-        done = subprocess.run([*command, "--output", str(path)], check=False, env=environment())
+        command += ["--output", str(path), "--patience", "240" if given.smoke else "60"]
+        done = subprocess.run(command, check=False, env=environment())
         rows = json.loads(path.read_text())["rows"]
         failed = [row["name"] for row in rows if row["outcome"] not in ("ok", "skipped")]
         yield "parity with the CPU: entries", float(len(rows)), "", ""
@@ -372,6 +373,7 @@ def main(stages: tuple[Stage, ...] = STAGES, arguments: list[str] | None = None)
     print("stage\twhat\tfound\tunit\taim", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if given.smoke:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors this small are quicker without threads
             given.run_dir = Path(folder) / "runs"
             given.unchecked = given.data_dir is None
             if given.unchecked and any(stage.call == "b" for stage in stages if stage.name in given.stage):

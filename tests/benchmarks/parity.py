@@ -449,9 +449,14 @@ def _torchrun(device: torch.device) -> Figures:
         command += ["--dataset", f"folder:{_image_folder().name}", "--batch-size", "16", "--run-dir", str(folder), "-q"]
         settings = environment(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
         command += ["--device", device.type, "--lr", "0.001"]
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-250:])
+        with subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as launcher:
+            try:
+                said, _ = launcher.communicate()
+            except BaseException:
+                launcher.terminate()  # a launcher that is killed leaves its ranks behind
+                raise
+        if launcher.returncode:
+            raise RuntimeError(said.decode()[-250:])
         weights = load_file(folder / "two" / "last.safetensors")
         return {name: weight for name, weight in weights.items() if weight.ndim == 4}
 
@@ -551,6 +556,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="GLOB", help="only the entries with such names")
     parser.add_argument("--patience", type=float, default=60, help="seconds that one entry may take")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # tensors this small are quicker without others
     device, rows = resolve_device(given.device), []
     print("entry", "difference", "limit", "outcome", "seconds", sep="\t", flush=True)
     for one in ENTRIES:
