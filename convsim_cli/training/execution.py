@@ -15,7 +15,7 @@ from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.modes import MODES
-from convsim_cli.training.preparation import first_images
+from convsim_cli.training.preparation import count_steps, first_images, prepare_
 from convsim_cli.training.processes import ALONE, Processes
 from convsim_cli.training.results import Row, write_results
 from convsim_cli.training.run_data import load_data, used_images
@@ -125,14 +125,13 @@ def _start(run: Run, data: Dataset, listener: Listener, processes: Processes) ->
         _warn_of_nothing_to_hold(arguments)
     model = build_with_weights(arguments, data.classes).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
-    preparation = MODES[arguments.mode].preparation
-    if preparation:  # on rank 0 only: the other processes receive its weights
-        listener.phase("init", preparation.steps(model, arguments))
+    prepared = MODES[arguments.mode].directions is not None
+    if prepared:  # on rank 0 only: the other processes receive its weights
+        listener.phase("init", count_steps(model, arguments))
         images = partial(first_images, data, device)
-        processes.on_rank_zero(lambda: preparation.apply_(model, arguments, images, listener.advance))
+        processes.on_rank_zero(lambda: prepare_(model, arguments, images, listener.advance))
     trainer = Trainer(model, data, arguments, device, processes)
-    changed = preparation is not None
-    cosines = feature_map_cosines(model, data, device, changed) if processes.is_rank_zero else {}
+    cosines = feature_map_cosines(model, data, device, prepared) if processes.is_rank_zero else {}
     log: Log = {"history": [], "fm_cos_start": cosines}
     save_state(run, trainer, log)
     return trainer, log

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +13,12 @@ from convsim_cli.inputs.images import Dataset
 from convsim_cli.kernels import Selection, module_kernels, weight_of
 from convsim_cli.machine.progress import Advance
 from convsim_cli.minimize import Minimization, minimize_kernels, rescale_to
+from convsim_cli.training.arguments import Arguments
+from convsim_cli.training.modes import MODES, Directions
 
 IMAGES = 1024  # the first training images, on which `decorrelate` makes feature maps uncorrelated
 
 Images = Callable[[], Tensor]  # the first training images, normalized: `[B, 3, height, width]`
-Directions = Literal["own", "init", "orthogonal", "decorrelate"]  # where a mode's filters take their directions from
-
-
-class PreparationSettings(Protocol):
-    """The arguments of a run that a preparation reads (see `arguments.Arguments`)."""
-
-    @property
-    def iterations(self) -> int: ...
-    @property
-    def init_lr(self) -> float: ...
-    @property
-    def objective(self) -> str: ...
-    @property
-    def preserve_norm(self) -> bool: ...
-    @property
-    def rescale(self) -> bool: ...
-    @property
-    def factor(self) -> float | None: ...
 
 
 def first_images(data: Dataset, device: torch.device) -> Tensor:
@@ -43,24 +26,22 @@ def first_images(data: Dataset, device: torch.device) -> Tensor:
     return data.normalize(data.train.images[:IMAGES].to(device))
 
 
-def count_steps(model: nn.Module, directions: Directions, settings: PreparationSettings) -> int:
+def count_steps(model: nn.Module, settings: Arguments) -> int:
     """Return the number of steps that `prepare_` reports: those of its minimizations, and one per closed-form layer."""
-    selection = module_kernels(model)
+    directions, selection = MODES[settings.mode].directions, module_kernels(model)
     plans = [how for how in (_turning(directions, settings), _scaling(directions, settings)) if how]
     layers = len(selection.kernels) if directions in ("orthogonal", "decorrelate") else 0
     return layers + sum(how.steps(how.select(selection).kernels) for how in plans)
 
 
 @torch.no_grad()
-def prepare_(
-    model: nn.Module, directions: Directions, settings: PreparationSettings, images: Images, advance: Advance
-) -> None:
-    """Give the kernels new directions, and then the norms that the settings ask for, in place.
+def prepare_(model: nn.Module, settings: Arguments, images: Images, advance: Advance) -> None:
+    """Give the kernels the directions, the norms, or both, that a run's mode and arguments ask for, in place.
 
     Feature maps are decorrelated last, which keeps the norms: without batch normalization, the scale of one layer
     matters to the maps of the next. Raises InputError and DivergedError; the network is then untouched.
     """
-    selection = module_kernels(model)
+    directions, selection = MODES[settings.mode].directions, module_kernels(model)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
     with undone_on_failure(list(weights.values())):
         scaling = _scaling(directions, settings)  # of the fresh kernels
@@ -80,18 +61,18 @@ def prepare_(
             decorrelate_(model, images(), advance=advance)
 
 
-def _turning(directions: Directions, settings: PreparationSettings) -> Minimization | None:
+def _turning(directions: Directions | None, settings: Arguments) -> Minimization | None:
     """The minimization that the filters' directions come from, if one does."""
     return _minimization(settings, settings.preserve_norm) if directions == "init" else None
 
 
-def _scaling(directions: Directions, settings: PreparationSettings) -> Minimization | None:
+def _scaling(directions: Directions | None, settings: Arguments) -> Minimization | None:
     """The minimization that the filters' norms come from, if another one does."""
     wanted = settings.rescale or (directions == "own" and settings.factor is None)
     return _minimization(settings, preserve_norm=False) if wanted else None
 
 
-def _minimization(settings: PreparationSettings, preserve_norm: bool) -> Minimization:
+def _minimization(settings: Arguments, preserve_norm: bool) -> Minimization:
     objective = settings.objective
     return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
 

@@ -14,6 +14,7 @@ from conftest import Convsim
 from safetensors.torch import load_file
 
 from convsim_cli import ConvSimPenalty, minimize_
+from convsim_cli.closed_forms import orthogonalize_weight_
 from convsim_cli.networks.names import build_network
 from convsim_cli.objectives import OBJECTIVES, Objective
 
@@ -26,17 +27,8 @@ from convsim_cli.training import arguments, modes
 class Arguments(arguments.Arguments):
     warp: int = arguments.setting(3, "Warp factor.", "Recipe", above=0)
 
-class Doubled:
-    def steps(self, model, settings):
-        return 1
-
-    def apply_(self, model, settings, images, advance):
-        for parameter in model.parameters():
-            parameter.data.mul_(2)
-        advance(1)
-
 arguments.Arguments = Arguments
-modes.MODES["double"] = modes.Mode("double", "twice the weights", frozenset({"warp"}), preparation=Doubled())
+modes.MODES["double"] = modes.Mode("double", "orthogonal filters", frozenset({"warp"}), directions="orthogonal")
 arms.ARMS["twice"] = arms.Arm("twice", "controls", {"mode": "double", "warp": 9}, {"cnn1": 12.5})
 
 from convsim_cli.cli import run
@@ -70,11 +62,11 @@ def test_an_option_and_a_mode_are_seen_in_help_arguments_and_checks(
     )
     text = " ".join(ended.stdout.split())
     assert "baseline|init|reg|init+reg|rescale|orthogonal|decorrelate|double" in text
-    assert "double: twice the weights" in text
+    assert "double: orthogonal filters" in text
     assert "--warp N double: warp factor. [default: 3; x>=1]" in text
     assert json.loads((tmp_path / "x" / "args.json").read_text())["warp"] == 5
     weight = load_file(tmp_path / "x" / "last.safetensors")["0.weight"]
-    torch.testing.assert_close(weight, 2 * build_network("cnn:4").state_dict()["0.weight"])
+    torch.testing.assert_close(weight, orthogonalize_weight_(build_network("cnn:4").state_dict()["0.weight"]))
     errors = [line for line in ended.stderr.splitlines() if "convsim: error: " in line]
     assert len(errors) == 3
     assert "--warp goes with --mode double, got --mode baseline" in errors[0]

@@ -16,7 +16,8 @@ from convsim_cli.networks.names import build_network
 from convsim_cli.training.arguments import Arguments
 from convsim_cli.training.batches import permutation
 from convsim_cli.training.modes import MODES
-from convsim_cli.training.preparation import first_images
+from convsim_cli.training.preparation import count_steps, first_images
+from convsim_cli.training.preparation import prepare_ as prepare_network_
 from convsim_cli.training.trainer import Trainer, _compiled, choose_algorithms
 
 CPU = torch.device("cpu")
@@ -30,8 +31,8 @@ def data() -> Dataset:
 def prepare_(model: nn.Module, arguments: Arguments) -> list[int]:
     """Do to a network what its mode does before training, and return what it reports on the way."""
     told: list[int] = []
-    if preparation := MODES[arguments.mode].preparation:
-        preparation.apply_(model, arguments, images, told.append)
+    if MODES[arguments.mode].directions:
+        prepare_network_(model, arguments, images, told.append)
     return told
 
 
@@ -182,10 +183,8 @@ def test_maps_are_uncorrelated_at_other_norms_also_without_batch_normalization()
 def test_a_preparation_that_fails_leaves_the_network_as_it_was() -> None:
     fresh, model = build_network("cnn:8"), build_network("cnn:8")
     arguments = Arguments(mode="decorrelate", rescale=True, iterations=2)
-    preparation = MODES["decorrelate"].preparation
-    assert preparation is not None
     with pytest.raises(InputError, match="NaN or Inf"):
-        preparation.apply_(model, arguments, lambda: torch.full((4, 3, 32, 32), torch.nan), lambda _: None)
+        prepare_network_(model, arguments, lambda: torch.full((4, 3, 32, 32), torch.nan), lambda _: None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
@@ -233,17 +232,14 @@ def test_progress_is_told_of_every_step_of_the_preparation(options: dict[str, ob
     model, arguments = build_network("cnn:4"), Arguments(**options, iterations=10)  # type: ignore[arg-type]
     values = sum(weight.numel() for weight in model.parameters() if weight.ndim == 4)
     steps = 10 * values * minimizations
-    preparation = MODES[arguments.mode].preparation
-    assert preparation is not None
-    assert preparation.steps(model, arguments) == steps
+    assert count_steps(model, arguments) == steps
     assert sum(prepare_(model, arguments)) == steps
 
 
 @pytest.mark.parametrize("mode", ["orthogonal", "decorrelate"])
 def test_a_closed_form_takes_a_step_per_layer(mode: str) -> None:
-    preparation, arguments = MODES[mode].preparation, Arguments(mode=mode)
-    assert preparation is not None
-    assert preparation.steps(build_network("cnn:4"), arguments) == sum(prepare_(build_network("cnn:4"), arguments)) == 4
+    arguments = Arguments(mode=mode)
+    assert count_steps(build_network("cnn:4"), arguments) == sum(prepare_(build_network("cnn:4"), arguments)) == 4
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
