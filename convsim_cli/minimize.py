@@ -32,7 +32,8 @@ from convsim_cli.kernels import (
     weight_of,
 )
 from convsim_cli.machine.progress import Advance
-from convsim_cli.measurement.kernel_figures import Record, describe, is_finite, kernel_figures
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import describe, is_finite, kernel_figures
 from convsim_cli.objectives import rescale_
 from convsim_cli.similarity import to_filters
 

@@ -14,7 +14,8 @@ from convsim_cli.checkpoints.checkpoint import Checkpoint
 from convsim_cli.errors import CheckpointError
 from convsim_cli.kernels import Kernel, Selection, living_filters
 from convsim_cli.machine.progress import Advance
-from convsim_cli.measurement.kernel_figures import Record, check_finite, describe, kernel_figures
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import check_finite, describe, kernel_figures
 from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.minimize import Minimization, minimize_kernels
 

@@ -22,7 +22,8 @@ from convsim_cli.closed_forms.passes import before_calls, maps_of, undisturbed, 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, Patterns, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.kernels.kernel import VANISHED
-from convsim_cli.measurement.kernel_figures import Record, check_finite, is_finite
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import check_finite, is_finite
 
 SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
 _CHUNK = 1 << 22  # values of feature maps that are held in float64 at once

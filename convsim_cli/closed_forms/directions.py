@@ -9,7 +9,8 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.kernel_figures import Record, describe, is_finite, kernel_figures
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import describe, is_finite, kernel_figures
 
 Advance = Callable[[int], None]  # takes the number of layers done since the last call
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from convsim_cli.closed_forms.directions import Advance, norms, record, turned
 from convsim_cli.kernels import Kernel, Patterns, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.kernels.kernel import VANISHED
-from convsim_cli.measurement.kernel_figures import Record, check_finite
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import check_finite
 
 SMALLEST_SINGULAR_VALUE = 1e-6  # as a share of the largest
 _ROUNDING = 1e-8  # rows of U Vᵀ are at most 1 long; one this short lies outside of the directions that count

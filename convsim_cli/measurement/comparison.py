@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from convsim_cli.measurement.figures import compared_keys
-from convsim_cli.measurement.kernel_figures import Record
+from convsim_cli.measurement.figures import Record, compared_keys
 
 Report = dict[str, Any]
 

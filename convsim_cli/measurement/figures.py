@@ -8,26 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from convsim_cli.measurement.layer import Layer
+Record = dict[str, Any]  # what is known of one layer: which it is, and its figures
 
 
 @dataclass(frozen=True)
 class Figure:
     """A number that is measured of every layer.
 
-    key: its name in JSON and in tables; meaning: one line for help texts and the README; value: what computes it, None
-    where no number can be given; unit: empty where it is dimensionless; moves_with_scale: whether scaling a layer's
-    weights changes it; shown: whether tables have a column for it (JSON has every figure); compared: whether several
-    checkpoints also get its change, under `KEY_change`; keep: on a terminal that is too narrow for all columns, those
-    with a lower number go first.
+    key: its name in JSON and in tables; meaning: one line for help texts and the README; value: takes it from a
+    `layer.Layer`, None where no number can be given; unit: empty where it is dimensionless; moves_with_scale: whether
+    scaling a layer's weights changes it; shown: whether tables have a column for it (JSON has every figure); compared:
+    whether several checkpoints also get its change, under `KEY_change`; keep: on a terminal that is too narrow for all
+    columns, those with a lower number go first.
     """
 
     key: str
     meaning: str
-    value: Callable[[Layer], Any]
+    value: Callable[[Any], Any]
     unit: str = ""
     moves_with_scale: bool = False
     shown: bool = True
@@ -109,7 +108,7 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 
-def make_record(layer: Layer) -> dict[str, Any]:
+def make_record(layer: Any) -> Record:
     """Return every figure of a layer, by key. Raises InputError for a kernel with NaN or Inf."""
     return {figure.key: figure.value(layer) for figure in FIGURES}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, living_filters
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.measurement.feature_maps import finite
+from convsim_cli.measurement.figures import Record
 from convsim_cli.similarity import similarity
 
-Record = dict[str, Any]
 _ROWS = 256  # filters whose cosines with all later ones are computed at once
 
 

@@ -15,9 +15,9 @@ from convsim_cli.machine.eager import as_written
 from convsim_cli.machine.effective_weight import effective_weight
 from convsim_cli.machine.precision import full_precision
 from convsim_cli.measurement.batch_norm import evaluation_mode
-from convsim_cli.measurement.figures import make_record
+from convsim_cli.measurement.figures import Record, make_record
 from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics, input_statistics
-from convsim_cli.measurement.kernel_figures import Record, describe
+from convsim_cli.measurement.kernel_figures import describe
 from convsim_cli.measurement.layer import Layer, LayerMaps
 from convsim_cli.measurement.layer_hooks import layers_of, observed
 from convsim_cli.measurement.mean_cosines import THRESHOLD

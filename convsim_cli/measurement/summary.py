@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.measurement.figures import FIGURES
-from convsim_cli.measurement.kernel_figures import Record
+from convsim_cli.measurement.figures import FIGURES, Record
 
 _NAMED = 3  # layers, at most
 _ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_cos and up to which its fm_rank stand out

@@ -18,7 +18,8 @@ from convsim_cli.errors import ConvsimError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.kernels import Kernel, Selection, weight_of
 from convsim_cli.machine.progress import Progress
-from convsim_cli.measurement.kernel_figures import Record, is_finite
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import is_finite
 from convsim_cli.minimize import Minimization, minimize_kernels
 from convsim_cli.networks.accuracy import resize
 from convsim_cli.networks.model_checkpoint import ModelCheckpoint

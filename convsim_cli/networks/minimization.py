@@ -21,7 +21,7 @@ from convsim_cli.inputs.images import Channels
 from convsim_cli.kernels import Patterns
 from convsim_cli.machine.device import resolve_device
 from convsim_cli.machine.progress import Progress, unreported
-from convsim_cli.measurement.kernel_figures import Record
+from convsim_cli.measurement.figures import Record
 from convsim_cli.minimize import Minimization
 from convsim_cli.networks.decorrelation import SAMPLES, decorrelated, decorrelation
 from convsim_cli.networks.model_checkpoint import ModelCheckpoint, open_model_checkpoint

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from convsim_cli.kernels import Selection
+from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.heat_maps import HeatMap
 from convsim_cli.measurement.inference_statistics import INPUTS
-from convsim_cli.measurement.kernel_figures import Record
 
 
 class Report(dict[str, Any]):
