@@ -6,6 +6,7 @@ over the whole layer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from convsim_cli.measurement.linkage import agglomerate
 
+MOST_CELLS = 128  # along each axis of a heat map; of more filters, a cell shows the strongest of several pairs
 THRESHOLD = 0.95  # signed mean cosine above which one of two filters could go
 
 
@@ -88,3 +90,56 @@ def similarity_order(mean: Tensor) -> Tensor:
 
 def _without_diagonal(mean: Tensor) -> Tensor:
     return mean - torch.diag_embed(mean.diagonal(dim1=-2, dim2=-1))
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The mean signed cosine of every pair of a layer's maps, as it is drawn.
+
+    cells: `[n, n]`, NaN where two filters form no pair; labels: the filter that each row begins with; pooled: whether a
+    cell stands for several pairs.
+    """
+
+    cells: Tensor
+    labels: list[int]
+    pooled: bool
+
+
+def make_heat_map(mean: Tensor, order: str = "similarity") -> HeatMap:
+    """Return the heat map of mean cosines `[groups, S / groups, S / groups]`, groups as blocks along its diagonal.
+
+    order: of the filters within their group, by `similarity` (average linkage) or by `index`. Dead filters form no
+    pairs.
+    """
+    mean = mean.cpu()
+    groups, each, _ = mean.shape
+    order_ = similarity_order(mean) if order == "similarity" else torch.arange(each).expand(groups, -1)
+    side = min(each, max(1, MOST_CELLS // groups))
+    cells = torch.full((groups * side, groups * side), torch.nan)
+    for group in range(groups):
+        block = slice(group * side, (group + 1) * side)
+        cells[block, block] = _pooled(_without_dead(mean[group])[order_[group]][:, order_[group]], side)
+    starts = torch.arange(side) * each // side
+    labels = (torch.arange(groups)[:, None] * each + order_[:, starts]).flatten().tolist()
+    return HeatMap(cells, labels, side < each)
+
+
+def _without_dead(mean: Tensor) -> Tensor:
+    alive = mean.diagonal() > 0
+    return torch.where(alive[:, None] & alive[None, :], mean, torch.nan)
+
+
+def _pooled(mean: Tensor, side: int) -> Tensor:
+    """Keep the strongest pair of those that share a cell, with its sign; NaN where no pair is alive."""
+    if side == len(mean):
+        return mean
+    pairs = mean.clone().fill_diagonal_(torch.nan)  # a filter is no partner of its own
+    highest = _pool(torch.where(pairs.isnan(), -torch.inf, pairs), side)
+    lowest = -_pool(torch.where(pairs.isnan(), -torch.inf, -pairs), side)
+    strongest = torch.where(highest >= -lowest, highest, lowest)
+    return torch.where(strongest.isinf(), torch.nan, strongest)
+
+
+def _pool(values: Tensor, side: int) -> Tensor:
+    pooled: Any = torch.nn.functional.adaptive_max_pool2d(values[None], side)
+    return pooled[0]

@@ -22,13 +22,12 @@ from convsim_cli.machine.progress import Advance, Progress, unreported
 from convsim_cli.measurement.batch_norm import evaluation_mode
 from convsim_cli.measurement.comparison import add_changes
 from convsim_cli.measurement.figures import make_record
-from convsim_cli.measurement.heat_maps import make_heat_map
 from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics
 from convsim_cli.measurement.kernel_figures import check_finite, describe
 from convsim_cli.measurement.layer import Layer, LayerMaps
 from convsim_cli.measurement.layer_hooks import layers_of
 from convsim_cli.measurement.layer_probe import LayerProbe
-from convsim_cli.measurement.mean_cosines import THRESHOLD, strongest_pairs
+from convsim_cli.measurement.mean_cosines import THRESHOLD, make_heat_map, strongest_pairs
 from convsim_cli.measurement.network import feature_maps
 from convsim_cli.networks.accuracy import measure_accuracy
 from convsim_cli.networks.model_checkpoint import ModelCheckpoint, open_model_checkpoint

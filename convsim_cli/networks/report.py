@@ -7,8 +7,8 @@ from typing import Any
 
 from convsim_cli.kernels import Selection
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.heat_maps import HeatMap
 from convsim_cli.measurement.inference_statistics import INPUTS
+from convsim_cli.measurement.mean_cosines import HeatMap
 
 
 class Report(dict[str, Any]):

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convsim_cli.measurement import heat_maps
-from convsim_cli.measurement.heat_maps import draw_heat, make_heat_map
+from convsim_cli.measurement import mean_cosines
+from convsim_cli.measurement.heat_maps import draw_heat
+from convsim_cli.measurement.mean_cosines import make_heat_map
 
 
 def mean_of(*values: tuple[int, int, float], filters: int = 6) -> torch.Tensor:
@@ -41,7 +42,7 @@ def test_groups_are_blocks_and_filters_of_different_groups_and_dead_ones_make_no
 def test_of_many_filters_a_cell_shows_the_strongest_pair_with_its_sign(
     value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heat_maps, "MOST_CELLS", 4)
+    monkeypatch.setattr(mean_cosines, "MOST_CELLS", 4)
     drawn = make_heat_map(mean_of((1, 6, value), (0, 7, -0.1), filters=8), "index")
     assert drawn.pooled
     assert drawn.cells.shape == (4, 4)
