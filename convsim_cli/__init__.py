@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convsim_cli.checkpoint_init import minimize_checkpoint
+    from convsim_cli.checkpoint_measure import measure_checkpoint
     from convsim_cli.checkpoints.formats import open_checkpoint
     from convsim_cli.closed_forms import decorrelate_, orthogonalize_
     from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_, minimize_weight_
-    from convsim_cli.networks.measurement import measure_checkpoint
-    from convsim_cli.networks.minimization import minimize_checkpoint
     from convsim_cli.penalty import ConvSimPenalty
     from convsim_cli.similarity import convolutional_similarity
 
@@ -34,9 +34,9 @@ _HOMES = {
     "convolutional_similarity": "similarity",
     "decorrelate_": "closed_forms",
     "measure": "measurement.network",
-    "measure_checkpoint": "networks.measurement",
+    "measure_checkpoint": "checkpoint_measure",
     "minimize_": "minimize",
-    "minimize_checkpoint": "networks.minimization",
+    "minimize_checkpoint": "checkpoint_init",
     "minimize_weight_": "minimize",
     "open_checkpoint": "checkpoints.formats",
     "orthogonalize_": "closed_forms",

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convsim_cli.inputs.images import _scale_and_shift
-from convsim_cli.machine.effective_weight import _leaves
-from convsim_cli.networks.names import build_network
+from convsim_cli.kernels.modules import _leaves
+from convsim_cli.networks.architectures import build_network
 
 CUDA = torch.device("cuda")
 _FREE = ("empty", "scalar_tensor", "lift_fresh", "detach", "_unsafe_view", "alias")  # launch nothing, as views do

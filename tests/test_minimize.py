@@ -10,14 +10,21 @@ from conftest import same_bits
 from references import literal_similarity
 from torch import Tensor, nn
 
-from convsim_cli import descent, minimize, minimize_, minimize_weight_
-from convsim_cli.descent import Stack
+from convsim_cli import minimize
+from convsim_cli.device import Advance
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel, living_filters, module_kernels, weight_of
-from convsim_cli.machine.progress import Advance
 from convsim_cli.measurement.kernel_figures import kernel_figures
-from convsim_cli.measurement.layer_probe import LayerProbe
-from convsim_cli.minimize import Minimization, minimize_kernel, minimize_kernels, rescale_to
+from convsim_cli.measurement.synthetic import LayerProbe
+from convsim_cli.minimize import (
+    Minimization,
+    Stack,
+    minimize_,
+    minimize_kernel,
+    minimize_kernels,
+    minimize_weight_,
+    rescale_to,
+)
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.similarity import to_filters
 
@@ -268,9 +275,11 @@ def descents(monkeypatch: pytest.MonkeyPatch) -> list[list[list[str]]]:
     """The names of the layers of each stack of each descent, as they happen."""
     seen: list[list[list[str]]] = []
 
+    original = minimize.descend_
+
     def descend_(stacks: Sequence[Stack], how: Minimization, advance: Advance | None = None) -> None:
         seen.append([[part.kernel.name for part in stack.parts] for stack in stacks])
-        descent.descend_(stacks, how, advance)
+        original(stacks, how, advance)
 
     monkeypatch.setattr(minimize, "descend_", descend_)
     return seen

@@ -10,9 +10,10 @@ from references import literal_neighbouring_similarity, literal_similarity
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from convsim_cli import ConvSimPenalty, convolutional_similarity
 from convsim_cli.errors import InputError
 from convsim_cli.objectives import OBJECTIVES
+from convsim_cli.penalty import ConvSimPenalty
+from convsim_cli.similarity import convolutional_similarity
 
 
 def network() -> nn.Sequential:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import SHARED, Convsim
 
-from convsim_cli import ConvSimPenalty, convolutional_similarity
+from convsim_cli.penalty import ConvSimPenalty
+from convsim_cli.similarity import convolutional_similarity
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

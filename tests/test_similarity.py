@@ -12,14 +12,18 @@ from references import (
 )
 from torch import Tensor
 
-from convsim_cli import convolutional_similarity, similarity
-from convsim_cli.power_spectra import fft_shape, power_spectra, spectra, unit_impulse
+from convsim_cli import similarity
 from convsim_cli.similarity import (
+    convolutional_similarity,
+    fft_shape,
     normalized_gradient,
     normalized_similarity,
+    power_spectra,
     similarity_gradient,
+    spectra,
     to_filters,
     to_weight,
+    unit_impulse,
 )
 
 TAPS = [(1,), (2,), (3,), (5,), (7,), (1, 1), (2, 2), (3, 1), (3, 3), (5, 3), (4, 2), (1, 1, 1), (2, 3, 2)]

@@ -17,15 +17,15 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from convsim_cli.checkpoints.folders import is_checkpoint_file, is_index
+from convsim_cli.checkpoints.diagnose import is_checkpoint_file, is_index
 from convsim_cli.checkpoints.journal import (
     ForeignJournalError,
+    Scratch,
     complete_save,
     flush_folder,
     is_interrupted,
     warn_of_foreign,
 )
-from convsim_cli.checkpoints.scratch import Scratch
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 if TYPE_CHECKING:

@@ -1,27 +1,30 @@
 """The checkpoint formats, registered in one table, and how a file of any of them is opened or newly written.
 
 Formats are told apart by the content of a file. Importing this module imports no torch: help texts are made from it.
+
+A state dict in memory as a checkpoint, and how it is written to a new file.
+
+Files that must not be replaced unasked: read-only, no checkpoint, or in a store that names files by content.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from convsim_cli.checkpoints.atomic import finish_saves, refuse_interrupted
-from convsim_cli.checkpoints.folders import PICKLES, SAFETENSORS, checkpoint_in, is_index
-from convsim_cli.checkpoints.unreadable import describe_unknown, is_pickle
+from convsim_cli.checkpoints.atomic import check_regular, finish_saves, refuse_interrupted, replace_file
+from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
+from convsim_cli.checkpoints.diagnose import PICKLES, SAFETENSORS, checkpoint_in, describe_unknown, is_index, is_pickle
 from convsim_cli.errors import CheckpointError, InputError, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from convsim_cli.checkpoints.checkpoint import Checkpoint
-
 
 _START = 512  # bytes that tell what a file is
 
@@ -157,3 +160,80 @@ def _first_bytes(path: Path) -> bytes:
     if not start:
         raise CheckpointError(f"{path}: an empty file; fetch it again")
     return start
+
+
+class StateDict(Checkpoint):
+    """A state dict that has no file yet. path: what to call it in messages."""
+
+    def __init__(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        self._state = dict(state)
+        super().__init__(path, tensor_infos(state))
+
+    def load(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        write_new = format_for(target).write
+        assert write_new  # `format_for` returns no other
+
+        def write(file: BinaryIO) -> None:
+            write_new(file, self._state | dict(changes), record or {})
+
+        return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+
+    def check_suffix(self, target: Path) -> None:
+        format_for(target)
+
+
+def save_state_dict(state: Mapping[str, Tensor], target: Path, record: Mapping[str, str]) -> None:
+    """Write a state dict to a file, atomically, in the format that its suffix says.
+
+    record: metadata of a safetensors file. Raises InputError for an unknown suffix, WriteError.
+    """
+    StateDict(target, state).write(target, (), record)
+
+
+_DIGEST = r"(?<![0-9a-f])(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})(?![0-9a-f])"
+_LINKED = re.compile(_DIGEST)
+_NAMED = re.compile(rf"(?:[A-Za-z0-9]+[-:_](?:s\d+--)?)?(?!.{{32}}$){_DIGEST}")  # 32 digits alone may be a random name
+
+
+def check_replaceable(files: Iterable[Path], named: Path) -> None:
+    """Raise InputError for a file that is read-only, no checkpoint, or that others share through a store.
+
+    named: the file or folder that the user named. A link beside it, such as a shard, must not lead out of its folder.
+    A store such as a Hugging Face cache names files by digests of their content, and links to them. Mode bits decide
+    what is read-only, since the superuser may write anywhere.
+    """
+    for file in files:
+        check_regular(file)
+        real = Path(os.path.realpath(file))
+        reason = _reason(file, real, named)
+        if reason:
+            name = f"{file} is a link to {real}, which" if file.is_symlink() else f"{file}"
+            raise InputError(f"{name} {reason}; save elsewhere with `output`, or replace it with `force`")
+
+
+def _reason(file: Path, real: Path, named: Path) -> str | None:
+    if _is_stored(file, real):
+        return "is named by a digest of its content, so others rely on what it holds"
+    mode = stat.S_IMODE(real.stat().st_mode)
+    if not mode & 0o222 or not os.access(real, os.W_OK):
+        return f"is read-only (mode {mode:04o})"
+    if file != named and real.parent != Path(os.path.realpath(file.parent)):
+        return "is in another folder than the one that you named"
+    if not os.access(real, os.R_OK):
+        return "cannot be read"
+    return None if is_checkpoint(real) else "is not a checkpoint"
+
+
+def _is_stored(file: Path, real: Path) -> bool:
+    """Return whether a store holds a file: a link leads to a digest, or the name is nothing else.
+
+    Some stores use the first two digits as the folder.
+    """
+    if len(real.parent.name) == 2 and re.fullmatch(_DIGEST, real.parent.name + real.stem):
+        return True
+    return bool(_LINKED.search(real.name) if file.name != real.name else _NAMED.fullmatch(real.stem))

@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
-from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint
-from convsim_cli.checkpoints.unreadable import can_be_mapped
+from convsim_cli.checkpoints.base import Changes, Checkpoint
+from convsim_cli.checkpoints.diagnose import can_be_mapped
 from convsim_cli.errors import CheckpointError
 from convsim_cli.kernels import TensorInfo
 

@@ -16,8 +16,8 @@ from shutil import copyfileobj
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import Replacements, free_names
-from convsim_cli.checkpoints.checkpoint import Changes, Checkpoint
-from convsim_cli.checkpoints.folders import is_index
+from convsim_cli.checkpoints.base import Changes, Checkpoint
+from convsim_cli.checkpoints.diagnose import is_index
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, natural_order
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 

@@ -15,16 +15,14 @@ import typer
 from typer.main import get_command
 
 from convsim_cli import __version__
-from convsim_cli.cli.compare import compare
+from convsim_cli.cli.compare_command import compare
 from convsim_cli.cli.console import say
-from convsim_cli.cli.grouped_help import GroupedCommand
-from convsim_cli.cli.init import init
-from convsim_cli.cli.measure import measure
-from convsim_cli.cli.options import with_options
-from convsim_cli.cli.plot import plot
-from convsim_cli.cli.reproduce import reproduce
-from convsim_cli.cli.train import train
-from convsim_cli.cli.usage import explain_usage
+from convsim_cli.cli.init_command import init
+from convsim_cli.cli.measure_command import measure
+from convsim_cli.cli.options import GroupedCommand, explain_usage, with_options
+from convsim_cli.cli.plot_command import plot
+from convsim_cli.cli.reproduce_command import reproduce
+from convsim_cli.cli.train_command import train
 from convsim_cli.errors import ConvsimWarning
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}

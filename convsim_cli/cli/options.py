@@ -1,24 +1,38 @@
-"""The options that several commands share, and what they show in the same way."""
+"""The options that several commands share, and what they show in the same way.
+
+The options of `convsim train` that are arguments of a run, made from their declarations.
+
+typer reads a command's options from the signature of its function: a parameter per option, with the type and the
+`typer.Option` in its annotation. `with_training_options` adds a parameter per declared argument to that signature.
+
+Plain `--help` with the options under named headings.
+
+The parser's words for a value that cannot be used, in one plain line, whichever parser typer brings.
+"""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import Parameter, Signature, signature
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from convsim_cli.checkpoints.formats import new_suffixes
-from convsim_cli.cli.console import Console
-from convsim_cli.cli.tables import Least
+from convsim_cli.cli.console import Console, Least
 from convsim_cli.errors import ConvsimWarning, one_of
-from convsim_cli.training.arguments import declarations
+from convsim_cli.training.config import GROUPS, Declaration, declarations, modes_that_take
 
 if TYPE_CHECKING:
     import torch
 
-    from convsim_cli.checkpoints.checkpoint import Checkpoint
+    from convsim_cli.checkpoints.base import Checkpoint
     from convsim_cli.kernels import Patterns
 
 SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
@@ -104,7 +118,7 @@ ClassesOption = Annotated[
 
 def start(device: str, console: Console) -> torch.device:
     """Return the device, saying which one `auto` took."""
-    from convsim_cli.machine.device import resolve_device
+    from convsim_cli.device import resolve_device
 
     found = resolve_device(device)
     if device == "auto":
@@ -193,3 +207,142 @@ def _skipped_line(reason: str, names: list[str]) -> str:
         return f"skipped {len(names)} ({reason})"
     more = f" and {len(names) - SKIPPED_NAMES} more" if len(names) > SKIPPED_NAMES else ""
     return f"skipped {len(names)} ({reason}): {', '.join(names[:SKIPPED_NAMES])}{more}"
+
+
+_METAVARS = {int: "N", float: "X"}
+
+
+def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command that takes `**arguments`: each declared argument becomes an option, and one of its keys.
+
+    Options are ordered by the heading that the help shows them under; the command's own options without a heading
+    come last.
+    """
+    own = [item for item in signature(command, eval_str=True).parameters.values() if item.kind != Parameter.VAR_KEYWORD]
+    made = [_parameter(declaration) for declaration in declarations().values() if declaration.group]
+    place = {group: number for number, group in enumerate(GROUPS)}
+    ordered = sorted([*made, *own], key=lambda item: (item.kind, place.get(_heading(item), len(place))))
+    command.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(declaration: Declaration) -> Parameter:
+    option = typer.Option(
+        f"--{declaration.name.replace('_', '-')}",
+        help=_help(declaration),
+        metavar=declaration.metavar or _METAVARS.get(declaration.types[0]),
+        min=_least(declaration),
+        max=None if declaration.most == inf else declaration.most,
+        parser=_number_or_word if _is_number_or_word(declaration) else None,
+        show_default=declaration.default is not None,
+        rich_help_panel=declaration.group,
+        autocompletion=complete_arch if declaration.name == "arch" else None,
+    )
+    annotation = Annotated[_type(declaration), option]  # type: ignore[valid-type]
+    return Parameter(declaration.name, Parameter.KEYWORD_ONLY, default=declaration.default, annotation=annotation)
+
+
+def _type(declaration: Declaration) -> Any:
+    if declaration.choices and not _is_number_or_word(declaration):
+        return Literal[tuple(declaration.choices)]
+    kind: Any = declaration.types[0]
+    return kind | None if declaration.default is None else kind
+
+
+def _is_number_or_word(declaration: Declaration) -> bool:
+    return bool(declaration.choices) and float in declaration.types
+
+
+def _number_or_word(text: str) -> float | str:
+    """The argument's declaration checks the value later."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _least(declaration: Declaration) -> float | None:
+    """The inclusive lower bound, which typer checks and shows. It has no exclusive one: that stands in the help."""
+    kind = declaration.types[0]
+    if declaration.above is None:
+        return declaration.least if kind in (int, float) else None
+    return declaration.above + 1 if kind is int else None
+
+
+def _help(declaration: Declaration) -> str:
+    takers = modes_that_take(declaration.name)
+    text = declaration.help
+    if takers:
+        text = f"{', '.join(takers)}: {text[0].lower()}{text[1:]}"
+    if isinstance(declaration.choices, Mapping):  # a table, whose entries explain themselves
+        text += f" {'; '.join(f'{name}: {entry.help}' for name, entry in declaration.choices.items())}."
+    if float in declaration.types and declaration.above is not None:
+        text = f"{text.rstrip('.')}, above {declaration.above}."
+    return text
+
+
+def _heading(parameter: Parameter) -> Any:
+    return next((option.rich_help_panel for option in getattr(parameter.annotation, "__metadata__", ())), None)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists each option under its `rich_help_panel`, and the others under "Options"."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and options, in the order in which their headings first occur."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+_EXPECTED = (  # what the parser says → what it expected
+    (re.compile(r"valid integer"), "a whole number"),
+    (re.compile(r"valid (?:number|float)"), "a number"),
+    (re.compile(r"greater than or equal to (\S+)"), r"\1 or more"),
+    (re.compile(r"less than or equal to (\S+)"), r"at most \1"),
+)
+_RANGE = re.compile(
+    r"not in the range (?:(?P<least>[^<>=x]+)<=)?x(?:<=(?P<most>[^<>=]+?))?(?:>=(?P<above>[^<>=]+?))?\.?$"
+)
+_CHOICES = re.compile(r"is not one of (.+?)\.?$")
+
+
+def explain_usage(error: Any, arguments: Sequence[str]) -> str:
+    """Return a usage error of the parser as a line: the option, the value found, and what was expected."""
+    message = " ".join(error.format_message().split())
+    options = getattr(getattr(error, "param", None), "opts", [])
+    given = _value_of(options, arguments)
+    expected = _expected(message, given) if given is not None else None
+    return f"{max(options, key=len)} {given}: expected {expected}" if expected else message
+
+
+def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str | None:
+    """The last value that was given for an option."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, separator, value = word.partition("=")
+        if name in options:
+            found = value if separator else following
+    return found
+
+
+def _expected(message: str, given: str) -> str | None:
+    choices = _CHOICES.search(message)
+    if choices:
+        known = re.findall(r"'([^']*)'", choices[1])
+        close = get_close_matches(given, known, n=1)
+        return one_of(known) + (f"; did you mean {close[0]!r}?" if close else "")
+    limits = _RANGE.search(message)
+    if limits:
+        least, most = limits["least"] or limits["above"], limits["most"]
+        return f"at most {most}" if most and (not least or float(given) > float(most)) else f"{least} or more"
+    for pattern, text in _EXPECTED:
+        found = pattern.search(message)
+        if found:
+            return found.expand(text)
+    return None

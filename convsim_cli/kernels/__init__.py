@@ -4,8 +4,8 @@ Filters form pairs only where they see the same input: all i < j of a dense laye
 one. A module tells exactly (`modules`); a file holds names and shapes only, so its kernels are assumed (`files`).
 """
 
-from convsim_cli.kernels.files import TensorInfo, file_kernels
-from convsim_cli.kernels.kernel import FLOATING, Kernel, living_filters
+from convsim_cli.kernels.guess import TensorInfo, file_kernels
+from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped, living_filters
 from convsim_cli.kernels.modules import (
     current_kernel,
     is_convolution,
@@ -14,7 +14,6 @@ from convsim_cli.kernels.modules import (
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.kernels.selection import Patterns, Selection, Skipped
 
 __all__ = [
     "FLOATING",

@@ -2,13 +2,22 @@
 
 A figure is one entry of `FIGURES`: the record of a layer, JSON, tables, CSV, `measure --help` and the README's table
 follow from it. This module imports no torch, so that help texts can read it.
+
+Compare what was measured of several checkpoints: which layers belong together, and what changed.
+
+A report is a dictionary with a `source` and its `layers`, the records of `measurement.layer`.
+
+What stands out among the layers of a checkpoint, and their order by a figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
+
+from convsim_cli.errors import InputError, did_you_mean
 
 Record = dict[str, Any]  # what is known of one layer: which it is, and its figures
 
@@ -127,3 +136,97 @@ def least_important_keys() -> list[str]:
 def shown_keys() -> list[str]:
     """Return the keys that are columns of tables."""
     return [figure.key for figure in FIGURES if figure.shown]
+
+
+Report = dict[str, Any]
+
+
+def add_changes(reports: Sequence[Report]) -> list[str]:
+    """Add `KEY_change` to every layer, for each figure that is compared, and return warnings.
+
+    A change is the difference from the first report; None in the first report itself, where a layer has no partner
+    there, and where a figure is None.
+    """
+    warnings = []
+    for report in reports:
+        partners = _partners(reports[0], report)
+        if not partners:
+            warnings.append(f"{report['source']}: has no layer in common with {reports[0]['source']}")
+        for layer in report["layers"]:
+            first = None if report is reports[0] else partners.get(layer["name"])
+            layer |= {f"{key}_change": _change(first, layer, key) for key in compared_keys()}
+    return warnings
+
+
+def side_by_side(reports: Sequence[Report]) -> list[tuple[Report, Record]]:
+    """Return the layers of all reports, those that belong together next to each other, each with its report."""
+    places: dict[str, int] = {}
+    rows = []
+    for report in reports:
+        partners = _partners(reports[0], report)
+        for layer in report["layers"]:
+            name = partners[layer["name"]]["name"] if layer["name"] in partners else layer["name"]
+            rows.append((places.setdefault(name, len(places)), report, layer))
+    rows.sort(key=lambda row: row[0])
+    return [(report, layer) for _, report, layer in rows]
+
+
+def _partners(first: Report, report: Report) -> dict[str, Record]:
+    """Which layer of the first report each layer of another one is, by name.
+
+    Where no two names are equal, what all names of a checkpoint begin with, such as `module.`, is left out.
+    """
+    theirs = {layer["name"]: layer for layer in first["layers"]}
+    ours = {layer["name"]: layer["name"] for layer in report["layers"]}
+    if not theirs.keys() & ours.keys():
+        theirs = {name[_common(theirs) :]: layer for name, layer in theirs.items()}
+        ours = {name: name[_common(ours) :] for name in ours}
+    return {name: theirs[short] for name, short in ours.items() if short in theirs}
+
+
+def _common(names: Iterable[str]) -> int:
+    """The length of what all names begin with, up to a dot."""
+    low, high = min(names), max(names)  # what these two share, all in between do
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
+    return low.rfind(".", 0, shared) + 1
+
+
+def _change(first: Record | None, layer: Record, key: str) -> float | None:
+    if first is None or None in (first[key], layer[key]):
+        return None
+    return float(layer[key] - first[key])
+
+
+_NAMED = 3  # layers, at most
+_ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_cos and up to which its fm_rank stand out
+
+
+def what_stands_out(layers: Sequence[Record]) -> str:
+    """Return one line: the layers whose maps are most alike against chance, the lowest rank, and removable filters."""
+    alike = sorted(_against_chance(layers, "fm_cos"), key=lambda found: -found[0])
+    ranks = sorted(_against_chance(layers, "fm_rank"), key=lambda found: found[0])
+    removable = sum(layer["removable"] or 0 for layer in layers)
+    listed = [f"{layer['name']} ({ratio:.1f} times)" for ratio, layer in alike[:_NAMED] if ratio >= _ALIKE]
+    said = [f"maps most alike against chance: {', '.join(listed)}"] if listed else []
+    if ranks and ranks[0][0] <= _LOW:
+        layer = ranks[0][1]
+        said.append(f"lowest rank: {layer['name']} ({layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f})")
+    said = said or ["no layer's maps stand out against chance"]
+    return "; ".join([*said, f"{removable} filter{'s' * (removable != 1)} removable"])
+
+
+def sort_layers(layers: list[Record], by: str) -> None:
+    """Sort records by a figure, in place: the largest first, or the smallest with a minus before it; null last.
+
+    Raises InputError for an unknown figure.
+    """
+    key = by.removeprefix("-")
+    known = [figure.key for figure in FIGURES if figure.shown]
+    if key not in known:
+        raise InputError(f"`sort` {by}: {did_you_mean(key, known)}")
+    sign = 1 if by.startswith("-") else -1
+    layers.sort(key=lambda layer: (layer[key] is None, sign * (layer[key] or 0)))
+
+
+def _against_chance(layers: Sequence[Record], key: str) -> list[tuple[float, Record]]:
+    return [(layer[key] / layer[f"{key}_random"], layer) for layer in layers if layer[key] and layer[f"{key}_random"]]

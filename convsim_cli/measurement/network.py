@@ -1,26 +1,29 @@
-"""Run a network on images and measure every convolution's real feature maps."""
+"""Run a network on images and measure every convolution's real feature maps.
+
+See the feature maps of a network's layers, by hooks, while it runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convsim_cli.batch_norm import INPUTS, choose_statistics, evaluation_mode, input_statistics
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, module_kernels, warn_of_unsupported, weight_of
-from convsim_cli.machine.eager import as_written
-from convsim_cli.machine.effective_weight import effective_weight
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.measurement.batch_norm import evaluation_mode
+from convsim_cli.kernels import Kernel, Patterns, is_convolution, module_kernels, warn_of_unsupported, weight_of
+from convsim_cli.kernels.modules import effective_weight, own_weight
+from convsim_cli.layers import convolve_with
+from convsim_cli.measurement.feature_maps import inputs_at_once
 from convsim_cli.measurement.figures import Record, make_record
-from convsim_cli.measurement.inference_statistics import INPUTS, choose_statistics, input_statistics
-from convsim_cli.measurement.kernel_figures import describe
-from convsim_cli.measurement.layer import Layer, LayerMaps
-from convsim_cli.measurement.layer_hooks import layers_of, observed
-from convsim_cli.measurement.mean_cosines import THRESHOLD
+from convsim_cli.measurement.kernel_figures import Layer, LayerMaps, describe
+from convsim_cli.measurement.pairs import THRESHOLD
+from convsim_cli.precision import as_written, full_precision
 
 PIXELS = "pixel_values"  # the images of a batch that is a dictionary
 
@@ -146,3 +149,69 @@ def _weight(layer: nn.Module) -> Tensor:
     weight = effective_weight(layer)
     assert weight is not None  # a layer without one is not selected
     return weight.detach()
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by position and by name
+
+
+def layers_of(
+    model: nn.Module, kernels: Iterable[Kernel], names: Mapping[str, str]
+) -> Iterator[tuple[Kernel, nn.Module]]:
+    """Give each kernel with every layer that computes with it: layers can share one weight.
+
+    names: the model's name of a tensor → the kernel's, where they differ.
+    """
+    known = {kernel.name: kernel for kernel in kernels}
+    owners: dict[int, Kernel] = {}
+    for path, layer in model.named_modules():
+        if not is_convolution(layer):
+            continue
+        name, own = f"{path}.weight".lstrip("."), own_weight(layer)
+        kernel = known.get(names.get(name, name)) or owners.get(id(own))
+        if kernel is not None:
+            if own is not None:
+                owners[id(own)] = kernel
+            yield kernel, layer
+
+
+@contextmanager
+def observed(layer: nn.Module, kernel: Kernel, seen: LayerMaps) -> Iterator[None]:
+    """Add a layer's feature maps to what is seen of them, at every call."""
+    handle = layer.register_forward_hook(partial(_look, kernel, seen), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _look(
+    kernel: Kernel, seen: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor
+) -> None:
+    seen.calls += 1
+    weight, positions = layer.weight, prod(_batched(output, kernel).shape[2:])
+    if layer.bias is None:
+        seen.similarity.update(_batched(output, kernel))
+    filters = kernel.filters if seen.chance is None else seen.chance.filters
+    for part in _parts((inputs, options), kernel, inputs_at_once(filters, kernel.groups, positions)):
+        if layer.bias is not None:  # subtracting it would leave rounding in maps that are small beside it
+            seen.similarity.update(_maps(kernel, layer, part, weight))
+        if seen.chance is not None:
+            seen.chance.update(partial(_maps, kernel, layer, part), weight)
+
+
+def _parts(arguments: Arguments, kernel: Kernel, size: int) -> Iterator[Arguments]:
+    """A layer's arguments, `size` images at a time."""
+    inputs, options = arguments
+    images: Tensor = inputs[0] if inputs else options["input"]
+    alone = images.ndim < len(kernel.shape)  # an image without an axis for the batch
+    for part in [images] if alone else images.split(size):
+        yield ((part, *inputs[1:]), options) if inputs else ((), {**options, "input": part})
+
+
+def _maps(kernel: Kernel, layer: nn.Module, arguments: Arguments, weight: Tensor) -> Tensor:
+    return _batched(convolve_with(layer, weight, *arguments), kernel)
+
+
+def _batched(maps: Tensor, kernel: Kernel) -> Tensor:
+    """Maps `[inputs, S, *space]`, also those of a single image without an axis for the batch."""
+    return maps.unsqueeze(0) if maps.ndim < len(kernel.shape) else maps

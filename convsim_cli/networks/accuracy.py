@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsim_cli.device import Advance
 from convsim_cli.inputs.images import Dataset, Split
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.machine.progress import Advance
+from convsim_cli.precision import full_precision
 
 BATCH_PIXELS = 1000 * 32 * 32  # of the images that are evaluated at once
 CACHED_PIXELS = BATCH_PIXELS // 4  # on a CPU twice as fast: the maps stay in its cache

@@ -14,14 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convsim_cli.errors import BusyError, DivergedError
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.networks.names import build_network
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.execution import Listener, execute
-from convsim_cli.training.results import Row, epochs_done, read_results
-from convsim_cli.training.reuse import find_or_create_run, find_run, is_finished
-from convsim_cli.training.run_data import used_images
-from convsim_cli.training.run_folder import Run
-from convsim_cli.training.run_state import check_resumable
+from convsim_cli.networks.architectures import build_network
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.data import used_images
+from convsim_cli.training.launch import find_or_create_run, find_run, is_finished
+from convsim_cli.training.run import Listener, Row, Run, check_resumable, epochs_done, execute, read_results
 
 POLL = 2.0  # seconds between checks on a run that another process is working on
 

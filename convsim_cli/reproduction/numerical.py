@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.machine.precision import full_precision
 from convsim_cli.objectives import project_, rescale_
+from convsim_cli.precision import full_precision
 from convsim_cli.reproduction.published import (
     FITTED_NOTES,
     KEYS,

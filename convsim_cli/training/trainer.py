@@ -1,36 +1,36 @@
-"""The training loop: one epoch at a time."""
+"""The training loop: one epoch at a time.
+
+The optimizer of a run, and the learning rate of each of its steps.
+
+Evaluation during training: batch-norm statistics, test loss and accuracy. Each process does its share.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
+from convsim_cli.device import Advance, synchronize
 from convsim_cli.errors import DivergedError, FollowedError
-from convsim_cli.inputs.images import Dataset
-from convsim_cli.machine.device import synchronize
-from convsim_cli.machine.precision import full_precision, tf32
-from convsim_cli.machine.progress import Advance
-from convsim_cli.measurement.batch_norm import batch_statistics
-from convsim_cli.penalty import ConvSimPenalty
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.augmentation import FlipCrop
-from convsim_cli.training.batches import permutation, statistics_batches
-from convsim_cli.training.evaluation import evaluate_together, reestimate_together
-from convsim_cli.training.modes import MODES
-from convsim_cli.training.optimization import learning_rate, make_optimizer
-from convsim_cli.training.processes import ALONE, Processes
-from convsim_cli.training.results import VALIDATION_COLUMNS
-from convsim_cli.training.run_data import resident
-from convsim_cli.training.similarity_hold import SimilarityHold
+from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.networks.accuracy import evaluation_totals
+from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
+from convsim_cli.precision import full_precision, tf32
+from convsim_cli.training.config import MODES, Arguments
+from convsim_cli.training.data import FlipCrop, permutation, resident, statistics_batches
+from convsim_cli.training.distributed import ALONE, Processes
 
+VALIDATION_COLUMNS = ("validation_loss", "validation_accuracy")  # of `results.csv`, with validation images
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
 
 
@@ -249,3 +249,62 @@ def _fastest_layout(device: torch.device, precision: str) -> torch.memory_format
 def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Compile a network; on CUDA into graphs that are replayed without work for the host in between."""
     return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], arguments: Arguments) -> torch.optim.Optimizer:
+    """Return the optimizer that a run's arguments ask for."""
+    lr, decay = arguments.lr, arguments.weight_decay
+    if arguments.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True)
+    momentum, nesterov = arguments.momentum, arguments.nesterov
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
+
+
+def learning_rate(arguments: Arguments, step: int, steps: int) -> float:
+    """Return the learning rate of a run's optimizer step, which depends on nothing else.
+
+    step: counted from 0 over the whole run. steps: in an epoch. With W steps of warm-up and T in all, step s takes
+    lr·(s + 1)/W for s < W; after that lr, or with the cosine schedule lr·(1 + cos(π(s − W)/(T − W)))/2, the half wave
+    of Loshchilov and Hutter (2017), equation 5, once from lr to 0.
+    """
+    warmup = arguments.warmup * steps
+    if step < warmup:
+        return arguments.lr * (step + 1) / warmup
+    if arguments.schedule == "constant":
+        return arguments.lr
+    return arguments.lr * (1 + cos(pi * (step - warmup) / (arguments.epochs * steps - warmup))) / 2
+
+
+def evaluate_together(
+    model: nn.Module,
+    dataset: Dataset,
+    split: Split,
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    processes: Processes = ALONE,
+) -> tuple[float, float]:
+    """Return what `networks.accuracy.evaluate` returns. All processes of a run must call this."""
+    share = Split(processes.share(split.images), processes.share(split.labels))
+    totals = evaluation_totals(model, dataset, share, device, forward)
+    loss, correct = processes.sum(totals).tolist()
+    return loss / len(split), 100 * correct / len(split)
+
+
+def reestimate_together(
+    model: nn.Module, dataset: Dataset, batches: Sequence[Tensor], processes: Processes = ALONE
+) -> None:
+    """Re-estimate the batch-norm statistics of a network in training mode, in place, on batches of training images.
+
+    batches: indices, on the device: equal batches, and equally many for each process. The averages are those over all
+    batches. A layer that its owner keeps in evaluation mode trains with its statistics, and keeps them. All processes
+    of a run must call this.
+    """
+    layers = [layer for layer in batch_norm_layers(model) if layer.training]
+    share = batches[processes.rank :: processes.size]
+    reestimate_statistics(model, (dataset.normalize(dataset.train.images[indices]) for indices in share), layers)
+    if processes.size == 1:
+        return
+    for layer in layers:
+        for statistic in (layer.running_mean, layer.running_var):
+            assert statistic is not None  # these layers keep statistics
+            processes.sum(statistic.div_(processes.size))

@@ -19,16 +19,16 @@ from statistics import mean, stdev
 
 from torch import Tensor, nn
 
-from convsim_cli import decorrelate_, minimize_weight_
-from convsim_cli.closed_forms import orthogonalize_weight_
+from convsim_cli.closed_forms import decorrelate_, orthogonalize_weight_
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement.kernel_figures import kernel_cosine, kernel_figures
-from convsim_cli.measurement.layer_probe import LayerProbe
 from convsim_cli.measurement.network import fm_cos_by_layer
-from convsim_cli.networks.names import build_network
+from convsim_cli.measurement.synthetic import LayerProbe
+from convsim_cli.minimize import minimize_weight_
+from convsim_cli.networks.architectures import build_network
 from convsim_cli.objectives import OBJECTIVES
-from convsim_cli.training.preparation import IMAGES
+from convsim_cli.training.prepare import IMAGES
 
 NAME = "4.weight"  # CNN1's second convolution
 TESTED = 256  # images

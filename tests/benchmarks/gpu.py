@@ -13,7 +13,7 @@ of one seed at once, each in a process of its own; called again with the same RU
 
 The tests by themselves, wherever torch and pytest are:
 
-    python -m pytest tests/machine/test_gpu.py -n 0 -p no:benchmark -p no:cacheprovider -W default
+    python -m pytest tests/test_gpu.py -n 0 -p no:benchmark -p no:cacheprovider -W default
 
 Times do not contain starting a process and CUDA; a step is timed over many, after those that record and compile.
 """
@@ -79,7 +79,7 @@ def tests(given: argparse.Namespace) -> Iterator[Part]:
     """The tests that need a GPU. Warnings of drivers and compilers are no failures here."""
 
     def run() -> Iterator[Row]:
-        command = [sys.executable, "-m", "pytest", "tests/machine/test_gpu.py", "-m", "gpu", "-n", "0", "-v"]
+        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-n", "0", "-v"]
         command += ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
         command += [f"--junitxml={(given.output / 'junit.xml').resolve()}"]
         with (given.output / "pytest.txt").open("w+") as kept:
@@ -118,8 +118,7 @@ def init(given: argparse.Namespace) -> Iterator[Part]:
 
 
 def _init(given: argparse.Namespace, name: str, preserve_norm: bool, aim: str) -> Iterator[Row]:
-    from convsim_cli.descent import Minimization
-    from convsim_cli.minimize import minimize_kernels
+    from convsim_cli.minimize import Minimization, minimize_kernels
 
     iterations = 10 if given.smoke else 500
     how = Minimization(iterations, preserve_norm=preserve_norm)
@@ -141,7 +140,7 @@ def penalty(given: argparse.Namespace) -> Iterator[Part]:
 def _penalty(given: argparse.Namespace, network: str, batch: int, precision: str, aim: str) -> Iterator[Row]:
     from timing import interleave
 
-    from convsim_cli.machine.precision import full_precision
+    from convsim_cli.precision import full_precision
 
     runs = {}
     for mode in ("baseline", "reg"):
@@ -182,8 +181,7 @@ def memory(given: argparse.Namespace) -> Iterator[Part]:
 
 
 def _memory_of_init(given: argparse.Namespace, network: str) -> Iterator[Row]:
-    from convsim_cli.descent import Minimization
-    from convsim_cli.minimize import minimize_kernels
+    from convsim_cli.minimize import Minimization, minimize_kernels
 
     how = Minimization(10)
     layers = _layers(given, network, how)
@@ -268,7 +266,7 @@ def _cases(given: argparse.Namespace) -> list[tuple[str, int, str, str]]:
 
 def _layers(given: argparse.Namespace, name: str, how: Any) -> list[Any]:
     from convsim_cli.kernels import module_kernels, weight_of
-    from convsim_cli.networks.names import build_network
+    from convsim_cli.networks.architectures import build_network
 
     model = build_network(name).to(given.device)
     return [(kernel, weight_of(model, kernel).detach()) for kernel in how.select(module_kernels(model)).kernels]
@@ -277,8 +275,8 @@ def _layers(given: argparse.Namespace, name: str, how: Any) -> list[Any]:
 def _trainer(given: argparse.Namespace, network: str, train: int, test: int | None = None, **arguments: Any) -> Any:
     from training import noise
 
-    from convsim_cli.networks.names import build_network
-    from convsim_cli.training.arguments import Arguments
+    from convsim_cli.networks.architectures import build_network
+    from convsim_cli.training.config import Arguments
     from convsim_cli.training.trainer import Trainer, choose_algorithms
 
     choose_algorithms(deterministic=False)
@@ -286,7 +284,7 @@ def _trainer(given: argparse.Namespace, network: str, train: int, test: int | No
 
 
 def _seconds(function: Callable[[], object], device: Any) -> float:
-    from convsim_cli.machine.device import synchronize
+    from convsim_cli.device import synchronize
 
     synchronize(device)
     start = time.perf_counter()
@@ -423,7 +421,7 @@ def run(stage: Stage, given: argparse.Namespace) -> None:
     """Carry out a stage, in a process and a process group of its own: every part in its own `try`."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, _stop)
-    from convsim_cli.machine.device import resolve_device
+    from convsim_cli.device import resolve_device
 
     given.device = resolve_device(given.device)
     record(given.output, stage.name, None, given.device)

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import torch
 from timing import arguments, interleave, report
 
-from convsim_cli.descent import Minimization, Stack, _iteration
+from convsim_cli.device import repeated
 from convsim_cli.kernels import module_kernels, weight_of
-from convsim_cli.machine.cuda_graphs import repeated
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.minimize import _batches, _of_one_shape
-from convsim_cli.networks.names import build_network
+from convsim_cli.minimize import Minimization, Stack, _batches, _iteration, _of_one_shape
+from convsim_cli.networks.architectures import build_network
+from convsim_cli.precision import full_precision
 
 Step = Callable[[], None]
 

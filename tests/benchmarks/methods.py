@@ -16,9 +16,8 @@ import torch
 from timing import arguments, interleave, report
 from torch import Tensor, nn
 
-from convsim_cli.machine.differentiation import _BY_NAME
-from convsim_cli.machine.precision import full_precision
 from convsim_cli.objectives import OBJECTIVES
+from convsim_cli.precision import _BY_NAME, full_precision
 from convsim_cli.similarity import to_filters
 
 LAYERS = (
@@ -38,7 +37,7 @@ LITERAL_WORK = 3e9  # multiplications above which the literal equation is left o
 
 def kernels_of(network: str) -> list[Tensor]:
     """The dense kernels of a network, and depthwise ones as if their channels saw one input."""
-    from convsim_cli.networks.names import build_network
+    from convsim_cli.networks.architectures import build_network
 
     if network in ("cnn1", "resnet18"):
         model = build_network(network)

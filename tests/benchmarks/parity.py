@@ -40,13 +40,12 @@ from torch import Tensor, distributed, nn
 import convsim_cli as library
 from convsim_cli.cli import run as run_command
 from convsim_cli.closed_forms import orthogonalize_weight_
+from convsim_cli.device import resolve_device
 from convsim_cli.inputs.images import Dataset, Split
-from convsim_cli.machine.device import resolve_device
-from convsim_cli.machine.precision import full_precision
-from convsim_cli.networks.names import build_network
+from convsim_cli.networks.architectures import build_network
 from convsim_cli.objectives import OBJECTIVES
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.modes import MODES
+from convsim_cli.precision import full_precision
+from convsim_cli.training.config import MODES, Arguments
 from convsim_cli.training.trainer import Trainer, choose_algorithms
 
 Figures = dict[str, Any]  # by name: a tensor, a number, or None

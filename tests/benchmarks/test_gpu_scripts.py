@@ -22,13 +22,13 @@ import parity
 import pytest
 import records
 import torch
+from tests.machine.test_gpu import no_wait
 from training import noise
 
 import convsim_cli
 from convsim_cli.cli import COMMANDS
 from convsim_cli.objectives import OBJECTIVES
-from convsim_cli.training.modes import MODES
-from tests.machine.test_gpu import no_wait
+from convsim_cli.training.config import MODES
 
 NAMES = [one.name for one in parity.ENTRIES]
 
@@ -188,7 +188,7 @@ def test_the_documented_command_collects_every_gpu_test_and_nothing_else() -> No
     assert done.returncode == 0, done.stdout + done.stderr
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert len(tests) > 50
-    assert all(test.startswith("tests/machine/test_gpu.py::") for test in tests)
+    assert all(test.startswith("tests/test_gpu.py::") for test in tests)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["after a wait", "after a failure"])

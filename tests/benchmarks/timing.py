@@ -16,7 +16,7 @@ from typing import Any
 import records  # noqa: F401  (finds convsim_cli in a checkout that is not installed)
 import torch
 
-from convsim_cli.machine.device import resolve_device, synchronize
+from convsim_cli.device import resolve_device, synchronize
 
 WARM_UP = 3  # rounds that do not count
 FEWEST = 3  # rounds that do, of functions so slow that all rounds would take longer than

@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Images
 
+from convsim_cli.device import keep_freed_memory
 from convsim_cli.inputs.images import Dataset, Split
-from convsim_cli.machine.allocator import keep_freed_memory
-from convsim_cli.networks.names import build_network
-from convsim_cli.training.arguments import Arguments
+from convsim_cli.networks.architectures import build_network
+from convsim_cli.training.config import Arguments
 from convsim_cli.training.trainer import Trainer
 
 WORKERS = 2

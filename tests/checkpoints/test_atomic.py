@@ -20,8 +20,8 @@ from conftest import IRREGULAR
 from forks import call_in_fork
 
 from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.journal import Scratch
 from convsim_cli.checkpoints.pickle_format import write_pickle
-from convsim_cli.checkpoints.scratch import Scratch
 from convsim_cli.errors import InputError, WriteError
 
 

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.checkpoints.state_dict import save_state_dict
+from convsim_cli.checkpoints.formats import open_checkpoint, save_state_dict
 from convsim_cli.errors import CheckpointError, InputError
 
 DTYPES = (

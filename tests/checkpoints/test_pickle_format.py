@@ -26,7 +26,8 @@ from conftest import Convsim
 from safetensors.torch import save_file
 from torch import nn
 
-from convsim_cli import minimize_checkpoint, open_checkpoint
+from convsim_cli.checkpoint_init import minimize_checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError
 
 KERNEL = torch.randn(4, 3, 3, 3)

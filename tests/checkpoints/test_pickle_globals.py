@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from convsim_cli import open_checkpoint
+from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.checkpoints.pickle_globals import COMPUTED, LongPickleError, PickleGlobals, TornPickleError
 from convsim_cli.errors import CheckpointError
 

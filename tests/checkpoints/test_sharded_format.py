@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import Replacements
 from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.checkpoints.scratch import Scratch
+from convsim_cli.checkpoints.journal import Scratch
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 INDEX = "model.safetensors.index.json"

@@ -60,7 +60,7 @@ def test_an_unforeseen_failure_is_one_line_and_exit_1_and_a_traceback_on_demand(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("convsim_cli.networks.measurement.open_model_checkpoint", fail)
+    monkeypatch.setattr("convsim_cli.checkpoint_measure.open_model_checkpoint", fail)
     outcome = convsim("measure", "--arch", "cnn1")
     assert outcome.code == 1
     assert "RuntimeError: first line second line" in outcome.error

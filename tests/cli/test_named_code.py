@@ -13,13 +13,13 @@ import pytest
 from conftest import Convsim, Start
 
 from convsim_cli.errors import InputError
-from convsim_cli.networks.third_party import names_code
-from convsim_cli.training.run_folder import open_to_resume, read_config
+from convsim_cli.networks.architectures import names_code
+from convsim_cli.training.run import open_to_resume, read_config
 
 SMALL = ("--dataset", "digits", "--epochs", 1, "--limit-train", 60, "--limit-test", 30, "-q")
 MODULE = """\
 from pathlib import Path
-from convsim_cli.networks.built_in import cnn
+from convsim_cli.networks.architectures import cnn
 Path("it-ran").touch()
 def payload(num_classes): return cnn(4, num_classes)
 """

@@ -13,23 +13,24 @@ import torch
 from conftest import Convsim
 from safetensors.torch import load_file
 
-from convsim_cli import ConvSimPenalty, minimize_
 from convsim_cli.closed_forms import orthogonalize_weight_
-from convsim_cli.networks.names import build_network
+from convsim_cli.minimize import minimize_
+from convsim_cli.networks.architectures import build_network
 from convsim_cli.objectives import OBJECTIVES, Objective
+from convsim_cli.penalty import ConvSimPenalty
 
 ADDED = """
 import dataclasses, json, sys
-from convsim_cli.reproduction import arms
-from convsim_cli.training import arguments, modes
+from convsim_cli.reproduction import published
+from convsim_cli.training import config
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(arguments.Arguments):
-    warp: int = arguments.setting(3, "Warp factor.", "Recipe", above=0)
+class Arguments(config.Arguments):
+    warp: int = config.setting(3, "Warp factor.", "Recipe", above=0)
 
-arguments.Arguments = Arguments
-modes.MODES["double"] = modes.Mode("double", "orthogonal filters", frozenset({"warp"}), directions="orthogonal")
-arms.ARMS["twice"] = arms.Arm("twice", "controls", {"mode": "double", "warp": 9}, {"cnn1": 12.5})
+config.Arguments = Arguments
+config.MODES["double"] = config.Mode("double", "orthogonal filters", frozenset({"warp"}), directions="orthogonal")
+published.ARMS["twice"] = published.Arm("twice", "controls", {"mode": "double", "warp": 9}, {"cnn1": 12.5})
 
 from convsim_cli.cli import run
 sys.exit(max(run(command) for command in json.loads(sys.argv[1])))

@@ -15,8 +15,8 @@ from references import literal_similarity
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from convsim_cli.checkpoint_init import write_minimized
 from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.checkpoints.minimization import write_minimized
 from convsim_cli.cli import console
 from convsim_cli.kernels import file_kernels
 from convsim_cli.minimize import Minimization

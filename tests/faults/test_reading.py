@@ -19,9 +19,9 @@ from conftest import Convsim
 from forks import call_in_fork
 from safetensors.torch import save
 
-from convsim_cli.checkpoints.checkpoint import Checkpoint
+from convsim_cli.checkpoint_init import looks_trained
+from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.checkpoints.training_evidence import looks_trained
 from convsim_cli.errors import CheckpointError, ConvsimError
 from convsim_cli.kernels import file_kernels
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from convsim_cli.errors import InputError
-from convsim_cli.inputs.datasets import load_dataset
-from convsim_cli.inputs.image_folders import folder_digest
+from convsim_cli.inputs.datasets import folder_digest, load_dataset
 
 
 def test_cifar10_is_whole_and_its_channels_are_normalized(data_dir: Path) -> None:
@@ -288,7 +287,7 @@ def test_hidden_folders_and_files_are_ignored(tmp_path: Path) -> None:
 def test_files_and_classes_are_in_the_order_of_torchvision(tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
-    from convsim_cli.inputs.folder_layout import find_splits
+    from convsim_cli.inputs.datasets import find_splits
 
     make_images(tmp_path / "train", {"dog": 3, "Cat": 11, "elk/2019": 2, "elk/2020": 1})
     make_images(tmp_path / "val", {"dog": 1, "Cat": 1, "elk": 1})

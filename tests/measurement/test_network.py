@@ -9,14 +9,13 @@ import torch
 import torch.nn.utils.prune
 from torch import nn
 
-from convsim_cli import measure, minimize_
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, module_kernels
 from convsim_cli.measurement import feature_maps as feature_maps_module
-from convsim_cli.measurement.feature_maps import FeatureMapSimilarity
+from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, RandomKernels
 from convsim_cli.measurement.figures import FIGURES
-from convsim_cli.measurement.network import feature_maps, fm_cos_by_layer
-from convsim_cli.measurement.random_kernels import RandomKernels
+from convsim_cli.measurement.network import feature_maps, fm_cos_by_layer, measure
+from convsim_cli.minimize import minimize_
 
 
 def nearly(record: dict[str, Any]) -> dict[str, Any]:

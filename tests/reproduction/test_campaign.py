@@ -12,11 +12,9 @@ from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import campaign
 from convsim_cli.reproduction.campaign import Job, Outcome, carry_out, work_left
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.execution import Silence, execute
-from convsim_cli.training.results import epochs_done, read_results
-from convsim_cli.training.reuse import find_run
-from convsim_cli.training.run_folder import create_run, open_run
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.launch import find_run
+from convsim_cli.training.run import Silence, create_run, epochs_done, execute, open_run, read_results
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=2, batch_size=20, iterations=5, limit_train=60, limit_test=30)
 JOBS = [Job("base", SMALL), Job("init", replace(SMALL, mode="init"))]

@@ -9,12 +9,19 @@ import torch
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.reproduction import published as paper
-from convsim_cli.reproduction.arms import ARMS, SETS
 from convsim_cli.reproduction.campaign import Outcome
-from convsim_cli.reproduction.configurations import Choices, summarize
-from convsim_cli.reproduction.experiments import EXPERIMENTS, find_experiment, group, plan, reductions
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.run_folder import Run
+from convsim_cli.reproduction.experiments import (
+    EXPERIMENTS,
+    Choices,
+    find_experiment,
+    group,
+    plan,
+    reductions,
+    summarize,
+)
+from convsim_cli.reproduction.published import ARMS, SETS
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.run import Run
 
 BASE = Arguments()
 

@@ -11,12 +11,9 @@ import pytest
 from conftest import Convsim
 
 from convsim_cli.errors import InputError
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.comparison import compare_runs
-from convsim_cli.training.intervals import mean_interval, student_quantile
-from convsim_cli.training.results import write_results
-from convsim_cli.training.run_folder import create_run
-from convsim_cli.training.seed_groups import group_by_seed, read_runs
+from convsim_cli.training.comparison import compare_runs, group_by_seed, mean_interval, read_runs, student_quantile
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.run import create_run, write_results
 
 BASE = Arguments(dataset="digits", epochs=6)
 TEST = {  # test accuracies per epoch, by seed

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convsim_cli import ConvSimPenalty, decorrelate_, minimize_, orthogonalize_
+from convsim_cli.closed_forms import decorrelate_, orthogonalize_
 from convsim_cli.errors import ConvsimError, DivergedError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
-from convsim_cli.networks.names import build_network
-from convsim_cli.training.arguments import Arguments
-from convsim_cli.training.batches import permutation
-from convsim_cli.training.modes import MODES
-from convsim_cli.training.preparation import count_steps, first_images
-from convsim_cli.training.preparation import prepare_ as prepare_network_
+from convsim_cli.minimize import minimize_
+from convsim_cli.networks.architectures import build_network
+from convsim_cli.penalty import ConvSimPenalty
+from convsim_cli.training.config import MODES, Arguments
+from convsim_cli.training.data import permutation
+from convsim_cli.training.prepare import count_steps, first_images
+from convsim_cli.training.prepare import prepare_ as prepare_network_
 from convsim_cli.training.trainer import Trainer, _compiled, choose_algorithms
 
 CPU = torch.device("cpu")

@@ -1,0 +1,91 @@
+"""What every checkpoint offers, whatever its format: its tensors, one at a time, and how it is written back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from convsim_cli.checkpoints.atomic import check_regular, free_names
+from convsim_cli.errors import InputError, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convsim_cli.kernels import TensorInfo
+
+Changes = Iterable[tuple[str, "Tensor"]]
+
+
+class Checkpoint(ABC):
+    """An open checkpoint.
+
+    tensors: name → dtype and shape; unfit: name → why a tensor cannot be changed by itself; notes: choices that reading
+    the file involved, a line each, for the user.
+    """
+
+    suffixes: tuple[str, ...] = ()  # that its file may be named with, set by `open_checkpoint`; empty for any
+
+    metadata: Mapping[str, str] = MappingProxyType({})  # what a format can hold beside tensors: the `convsim.*` record
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.unfit: Mapping[str, str] = {}
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU, to be read only."""
+
+    @abstractmethod
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        """Write the checkpoint to `target`, atomically, with some tensors changed; return the name of the backup.
+
+        changes: (name, tensor) pairs of the stored shape and dtype, consumed one at a time while the file is written;
+        an exception from there leaves no trace on disk. record: metadata to add to a safetensors file; a pickle has no
+        place for it. backup: keep the former file under the next free of `target.bak`, `target.bak.1`, … Raises
+        InputError for a target whose suffix belongs to another format, WriteError if it cannot be written.
+        """
+
+    def target_for(self, output: Path) -> Path:
+        """Return the file to write for an `output` of the user. Raises InputError where it cannot be written there."""
+        check_regular(output)
+        if not output.parent.is_dir():
+            raise InputError(f"{output}: there is no folder {output.parent}; create it first")
+        self.check_suffix(output)
+        return output
+
+    def check_suffix(self, target: Path) -> None:
+        """Raise InputError for a name that says another format than the one that is written, except in place."""
+        if self.suffixes and not target.name.lower().endswith(self.suffixes) and not self.is_in_place(target):
+            raise InputError(
+                f"{target}: expected a name that ends in {one_of(self.suffixes)}; a checkpoint is written back in the "
+                "format that it has"
+            )
+
+    def is_in_place(self, target: Path) -> bool:
+        """Return whether writing to `target` replaces this checkpoint itself, however its path is spelled."""
+        return target.exists() and self.path.exists() and target.samefile(self.path)
+
+    def replaced_by(self, target: Path) -> list[Path]:
+        """Return the existing files that writing to `target` may replace."""
+        return [target] if target.exists() else []
+
+    def backup_for(self, target: Path) -> Path:
+        """Return the name under which a backup of `target` would be kept now."""
+        return free_names([target.with_name(f"{target.name}.bak")])[0]
+
+
+def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Return the dtype and shape of each tensor."""
+    from convsim_cli.kernels import TensorInfo
+
+    return {
+        name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,244 @@
+"""What a file is that cannot be loaded as a checkpoint, and how to convert it. Only damage is called damage.
+
+How the files of checkpoints are named, and which checkpoint a folder holds when there is only one candidate.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import re
+import shlex
+import zipfile
+import zlib
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from convsim_cli.checkpoints.pickle_globals import (
+    LongPickleError,
+    PickleGlobals,
+    RefusedError,
+    TornPickleError,
+    harmless_names,
+)
+from convsim_cli.errors import CheckpointError
+
+_SIGNATURES = (  # how files of other kinds begin, and what they are
+    (b"version https://git-lfs", "a git-LFS pointer (run git lfs pull)"),
+    (b"\x89HDF", "an HDF5 file (of Keras, for instance)"),
+    (b"\x93NUMPY", "a NumPy array file"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"7z\xbc\xaf", "a 7-Zip archive; unpack it"),
+    (b"\xfd7zXZ", "an xz archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
+)
+_TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how the stream of an older torch.save begins, after its protocol
+_LEGACY_PICKLES = 5  # that it begins with: magic number, protocol, system, content and the keys of its storages
+_LARGEST = 1 << 26  # bytes of the pickles in an archive
+_SHOWN = 3  # globals that a message names
+_WIDEST = 60  # characters of a name in it
+
+_ONLY = (  # an unpickler that imports only what was found in the file, and was known to be harmless
+    "import sys, pickle, torch; known = '{names}'.split(); Only = type('Only', (pickle.Unpickler,), {{'find_class': "
+    "lambda self, *name: pickle.Unpickler.find_class(self, *name) if '.'.join(name) in known else sys.exit(name)}}); "
+)
+_FROM_TORCH = _ONLY + (
+    "only = type('only', (), {{'Unpickler': Only, 'load': staticmethod(lambda *a, **k: Only(*a, **k).load())}}); "
+    "torch.save(torch.load(sys.argv[1], map_location='cpu', pickle_module=only, weights_only=False), sys.argv[2])"
+)
+_FROM_ARRAYS = _ONLY + (
+    "number = lambda v: getattr(getattr(v, 'dtype', v), 'kind', '') in [*'biufc']; "
+    "plain = lambda x: {{str(k): plain(v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x)) if "
+    "isinstance(v, (dict, list, tuple)) or number(v)}} if isinstance(x, (dict, list, tuple)) else torch.as_tensor(x); "
+    "torch.save(plain(Only(open(sys.argv[1], 'rb'), encoding='latin1').load()), sys.argv[2])"
+)
+_FROM_NPZ = (
+    "import sys, numpy, torch; torch.save({k: torch.as_tensor(v) for k, v in "
+    "numpy.load(sys.argv[1], allow_pickle=False).items()}, sys.argv[2])"
+)
+_ASK = (
+    "ask its author for the weights alone (a safetensors file, or model.state_dict() saved by torch.save); convert it "
+    "yourself only if you trust its origin, in the environment it was made in"
+)
+
+_PROGRAMS = (  # what a zip is that runs code when it is loaded, by a name in it
+    (r"/constants\.pkl$", "a TorchScript program"),
+    (r"/archive_format$|serialized_exported_program\.json$", "a torch.export archive"),
+)
+
+
+def describe_unknown(start: bytes) -> str:
+    """Return what a file is that begins so, where no format recognizes it."""
+    for signature, what in _SIGNATURES:
+        if start.startswith(signature):
+            return what
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it, or, if an early torch.save wrote it, ask its author for a safetensors file"
+    if start.lstrip()[:1] == b"<":
+        return "a web page (download the raw file instead)"
+    return "an unknown kind of file"
+
+
+def is_pickle(start: bytes) -> bool:
+    """Return whether a file that begins so is a pickle, also one of the text protocols 0 and 1."""
+    return start.startswith((b"PK", b"\x80", b"(dp", b"(lp", b"}q", b"]q", b"ccollections\n", b"cnumpy"))
+
+
+def why_not_loaded(path: Path, error: Exception) -> str:
+    """Return why torch could not load a pickle or a zip archive, and what to do.
+
+    Nothing that a file holds stands in a command, and a command loads only what is known to be harmless.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+        file.seek(0)
+        if start.startswith(b"PK"):
+            return _why_not_archive(path, error)
+        found = PickleGlobals()
+        of_torch = _TORCH_MAGIC in start
+        trouble = _trouble(lambda: found.read(file, _LEGACY_PICKLES if of_torch else None))
+        return _why_not_pickle(path, error, found, trouble, of_torch)
+
+
+def can_be_mapped(path: Path) -> bool:
+    """Return whether a file can be mapped into memory: some network and FUSE file systems refuse."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _why_not_archive(path: Path, error: Exception) -> str:
+    found = PickleGlobals()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
+            trouble = _trouble(lambda: _read_entries(archive, pickles, found))
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error):
+        return "damaged or cut short (a zip archive that cannot be unpacked); fetch it again"
+    for pattern, what in _PROGRAMS:
+        if any(re.search(pattern, name) for name in names):
+            return f"{what}, which runs code when it is loaded; {_ASK}"
+    if pickles:
+        return _why_not_pickle(path, error, found, trouble, of_torch=True)
+    if any(name.endswith(".npy") for name in names):
+        return f"a NumPy archive of arrays; convert it: {_command(_FROM_NPZ, path)}"
+    if any(re.search(r"(^|/)model\.weights\.h5$", name) for name in names):
+        return "a Keras archive"
+    return f"a zip archive without a checkpoint (it holds {', '.join(map(_shown, names[:3])) or 'nothing'})"
+
+
+def _read_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], found: PickleGlobals) -> None:
+    """Read the pickles of an archive. A name may stand there twice: readers do not agree on which one counts."""
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        raise zipfile.BadZipFile
+    if sum(entry.file_size for entry in entries) > _LARGEST:
+        raise LongPickleError
+    for entry in entries:
+        found.read(io.BytesIO(archive.read(entry)))
+
+
+def _trouble(read: Callable[[], None]) -> type[Exception] | None:
+    """Return the kind of error that keeps the globals of a pickle from being known, if any."""
+    try:
+        read()
+    except (TornPickleError, LongPickleError) as error:
+        return type(error)
+    return None
+
+
+def _why_not_pickle(
+    path: Path, error: Exception, found: PickleGlobals, trouble: type[Exception] | None, of_torch: bool
+) -> str:
+    harmless = harmless_names()
+    unknown = sorted(name for name in found.names if not harmless.intersection((name, _renamed(name))))
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        return (
+            f"loading it would run {', '.join(map(_shown, unknown[:_SHOWN]))}{more}, not known to be harmless; {_ASK}"
+        )
+    if trouble is LongPickleError:
+        return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
+    if isinstance(error, RefusedError):
+        return f"holds {_shown(str(error))}, which is no plain data; {_ASK}"
+    if trouble:
+        return "damaged or cut short (its pickle does not end); fetch it again"
+    names = " ".join(sorted(found.names))
+    if not of_torch and not any(name.startswith("numpy.") for name in found.names):
+        return f"a plain pickle without arrays, which is not how torch.save writes; {_ASK}"
+    if not of_torch:
+        return (
+            "a plain pickle (of numpy arrays), which is not how torch.save writes; if you trust where it came from, "
+            f"convert it: {_command(_FROM_ARRAYS.format(names=names), path)}"
+        )
+    if found.protocol != 2 or "Unsupported operand" in str(error):
+        return (
+            f"pickled in a way that torch.load does not read safely (protocol {found.protocol}); if you trust where it "
+            f"came from, convert it: {_command(_FROM_TORCH.format(names=names), path)}"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return f"pickled in a way that torch.load does not read safely; {_ASK}"
+    return f"damaged or cut short ({_shown(' '.join(str(error).split()), 120)}); fetch it again"
+
+
+def _renamed(name: str) -> str:
+    """Return what a global of Python 2 is called in Python 3."""
+    module, _, attribute = name.rpartition(".")
+    return ".".join(NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute)))
+
+
+def _shown(text: str, widest: int = _WIDEST) -> str:
+    """Return what stands in a file as plain characters, shortened: it must not steer a terminal."""
+    plain = text.encode("unicode_escape").decode("ascii")
+    return plain if len(plain) <= widest else f"{plain[: widest - 1]}…"
+
+
+def _command(script: str, path: Path) -> str:
+    """Return a command that converts a file, to copy into a shell."""
+    return f'python -c "{script}" {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix(".converted.pt")))}'
+
+
+_INDEX = re.compile(
+    r"\.index(\.[\w-]+)?\.json$"
+)  # of shards, by Hugging Face's naming; a variant such as fp16 comes last
+SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".th", ".bin", ".ckpt")  # suffixes
+_BACKUP = re.compile(r"\.bak(\.\d+)?$")
+_DIGEST = re.compile(r"[0-9a-f]{30,128}")  # how a store names a file; some use the first two digits as the folder
+_LISTED = 6  # names in an error, at most
+
+
+def is_index(path: Path) -> bool:
+    """Return whether a file is named like an index of shards."""
+    return _INDEX.search(path.name) is not None
+
+
+def is_backup(name: str) -> bool:
+    """Return whether a file is named like a backup."""
+    return _BACKUP.search(name) is not None
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Return whether a file is named like one of a checkpoint, behind a store's link too, or like its backup."""
+    name = _BACKUP.sub("", name)
+    suffixed = name.lower().endswith((*SAFETENSORS, *PICKLES)) or is_index(Path(name))
+    return "/" not in name and (suffixed or _DIGEST.fullmatch(name) is not None)
+
+
+def checkpoint_in(folder: Path, suffixes: Sequence[str]) -> Path:
+    """Return the only index of shards in a folder, or without an index its only checkpoint file.
+
+    suffixes: of checkpoint files. Raises CheckpointError that names what was found instead.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    found = [path for path in files if is_index(path)] or [p for p in files if p.name.lower().endswith(tuple(suffixes))]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in found[:_LISTED]) + (", …" if len(found) > _LISTED else "")
+    holds = f"a folder with {len(found)} checkpoints ({names})" if found else "a folder without a checkpoint"
+    raise CheckpointError(f"{folder}: {holds}; name a checkpoint file")

@@ -1,0 +1,134 @@
+"""`convsim compare`: runs side by side, a row per group of seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convsim_cli.cli.console import Cell, Console, Least
+from convsim_cli.cli.options import JsonOption, QuietOption, WideOption
+
+EXAMPLES = """\b
+Examples:
+ convsim compare runs                              # every run in the folder
+ convsim compare runs/cnn1-baseline-s* runs/cnn1-init-s* --accuracy 60
+ convsim compare runs --baseline lr=0.1            # a group of seeds
+ convsim compare runs --baseline cnn1-init-s0      # the group of this run
+ convsim compare runs --json | jq '.groups[].difference'"""
+
+_HEADERS = {  # on a terminal, by the keys of JSON, which TSV has as they are
+    "best_test_accuracy": "best_accuracy",
+    "last_test_accuracy": "last_accuracy",
+    "mean_last5_test_accuracy": "mean_last5",
+    "last_train_accuracy": "train_accuracy",
+}
+_COMPARED = {"best_test_accuracy": "best_difference", "mean_last5_test_accuracy": "last5_difference"}
+
+LEAST: Least = ("train_accuracy", "last_accuracy", "last5_difference", "mean_last5")
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare with this group, or the group of this run; with mode baseline unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Show the epochs to this test accuracy, in per cent.", min=0, max=100, show_default=False
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Compare the first N epochs only.", min=1, show_default=False),
+    ] = None,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare runs: those that differ only by seed are one row, with means and standard deviations over the seeds.
+
+    A group is named by the arguments in which it differs. Its difference from the baseline is the mean of the
+    differences seed by seed, with its 95 % interval (Student's t); one seed has no interval. Accuracies are in per
+    cent, on the test images unless they are called train accuracies.
+    """
+    from convsim_cli.training.comparison import compare_runs
+
+    console = Console(quiet, as_json, wide)
+    content = compare_runs(runs, baseline, accuracy, epochs)
+    console.document("compare", content)
+    if as_json:
+        return
+    groups = content["groups"]
+    table = _screen_table if console.is_screen else _full_table
+    console.table(*table(groups, accuracy), LEAST)
+    lengths = {group["epochs"] for group in groups}
+    if len(lengths) == 1:
+        console.note(f"epochs of each run: {lengths.pop()}")
+    if content["baseline"]:
+        console.note(f"differences from {content['baseline']}, paired by seed, with 95 % intervals (Student's t)")
+    elif len(groups) > 1:
+        console.note("no differences: no single group is the baseline; name a group or a run with --baseline")
+
+
+def _screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[list[str], list[list[Cell]]]:
+    """Means with deviations, and of the differences those of the best and of the last five test accuracies."""
+    compared = _COMPARED if any(group["difference"] for group in groups) else {}
+    reach = [f"epochs_to_{accuracy:g}"] if accuracy is not None else []
+    columns = ["group", "n", *_HEADERS.values(), *reach, *compared.values()]
+    rows: list[list[Cell]] = []
+    for group in groups:
+        row: list[Cell] = [group["group"], group["n"], *(_plus_minus(group[key]) for key in _HEADERS)]
+        row += [_reached(group)] if reach else []
+        rows.append(row + [_interval(group["difference"], key) for key in compared])
+    return columns, rows
+
+
+def _full_table(groups: list[dict[str, Any]], _: float | None) -> tuple[list[str], list[list[Cell]]]:
+    """Every figure in a column of its own."""
+    columns = ["group", "n", "epochs", *(f"{key}{end}" for key in _HEADERS for end in ("", "_std"))]
+    columns += ["epochs_to_accuracy", "epochs_to_accuracy_std", "reached", "pairs"]
+    columns += [f"{key}_difference{end}" for key in _HEADERS for end in ("", "_low", "_high")]
+    rows: list[list[Cell]] = []
+    for group in groups:
+        reached = group["epochs_to_accuracy"] or dict.fromkeys(("mean", "std", "reached"))
+        difference = group["difference"] or {
+            "n": None,
+            **dict.fromkeys(_HEADERS, dict.fromkeys(("mean", "low", "high"))),
+        }
+        rows.append(
+            [
+                *(group[key] for key in ("group", "n", "epochs")),
+                *(group[key][part] for key in _HEADERS for part in ("mean", "std")),
+                *(reached[part] for part in ("mean", "std", "reached")),
+                difference["n"],
+                *(difference[key][part] for key in _HEADERS for part in ("mean", "low", "high")),
+            ]
+        )
+    return columns, rows
+
+
+def _plus_minus(spread: dict[str, float | None]) -> str:
+    return f"{spread['mean']:.2f}" + ("" if spread["std"] is None else f" ± {spread['std']:.2f}")
+
+
+def _reached(group: dict[str, Any]) -> str:
+    found = group["epochs_to_accuracy"]
+    return f"{found['reached']} of {group['n']} seeds" if found["mean"] is None else _plus_minus(found)
+
+
+def _interval(difference: dict[str, Any] | None, key: str) -> str:
+    if difference is None or difference[key]["mean"] is None:
+        return ""
+    found = difference[key]
+    ends = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return f"{found['mean']:+.2f}{ends}"

@@ -1,0 +1,72 @@
+"""`convsim plot`: the curves of runs in one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from convsim_cli.cli.console import Console
+from convsim_cli.cli.options import JsonOption, QuietOption
+from convsim_cli.errors import one_of
+from convsim_cli.pictures import PICTURES
+
+if TYPE_CHECKING:
+    from convsim_cli.plots import Curve
+    from convsim_cli.training.comparison import RunResults
+
+EXAMPLES = """\b
+Examples:
+ convsim plot runs/cnn1-baseline-s0 runs/cnn1-init-s0   # writes curves.png
+ convsim plot runs/cnn1-*-s0 -o arms.pdf
+ convsim plot runs -o seeds.png          # seeds of one kind: mean and band"""
+
+
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help=f"The {one_of(PICTURES)} file to write.")
+    ] = Path("curves.png"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw the training loss, accuracies and L_CS of runs over epochs. Runs may still be training.
+
+    Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
+    """
+    from convsim_cli.pictures import check_picture, require_matplotlib, save_figure
+    from convsim_cli.plots import draw_runs
+    from convsim_cli.training.comparison import read_runs
+
+    console = Console(quiet, as_json)
+    check_picture(output)
+    require_matplotlib()
+    found = read_runs(runs)
+    save_figure(draw_runs(_curves(found)), output)
+    console.document("plot", {"output": str(output), "runs": [str(run.folder) for run in found]})
+    console.note(f"wrote {output}")
+
+
+def _curves(runs: Sequence[RunResults]) -> list[Curve]:
+    """A curve per group of seeds, and one for each other run, with the name of its folder."""
+    from convsim_cli.plots import Curve
+    from convsim_cli.training.comparison import group_by_seed
+
+    labels = dict(zip([run.folder for run in runs], _labels([run.folder for run in runs]), strict=True))
+    curves = []
+    for group in group_by_seed(runs):
+        if len(group.runs) > 1 and len(set(group.seeds)) == len(group.runs):
+            curves.append(Curve(f"{group.name} (n = {len(group.runs)})", [run.rows for run in group.runs]))
+        else:
+            curves += [Curve(labels[run.folder], [run.rows]) for run in group.runs]
+    return curves
+
+
+def _labels(runs: list[Path]) -> list[str]:
+    """The names of the folders, or their paths if two names are the same."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(runs) else [str(run) for run in runs]

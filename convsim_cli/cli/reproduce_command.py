@@ -1,0 +1,380 @@
+"""`convsim reproduce`: the paper's experiments, published and measured numbers side by side.
+
+The tables of the paper's experiments: columns and rows, from the rows of their JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from convsim_cli.cli.console import Console, Least, duration
+from convsim_cli.cli.options import (
+    DataDirOption,
+    DeviceOption,
+    JsonOption,
+    LimitTestOption,
+    LimitTrainOption,
+    QuietOption,
+    RunDirOption,
+    SeedOption,
+    WideOption,
+    start,
+)
+from convsim_cli.cli.training_screen import CampaignScreen
+from convsim_cli.reproduction.published import ALL, ARMS, SETS, arms_of, choose_arms
+from convsim_cli.training.config import declarations
+
+if TYPE_CHECKING:
+    from convsim_cli.reproduction.experiments import Choices
+
+
+def _arms() -> str:
+    """The sets of arms, a paragraph of the help each; names are not broken at their hyphens."""
+    width = max(map(len, SETS))
+    lines = (f"  {name:<{width}}  {', '.join(arms_of(name))}" for name in SETS)
+    indent = " " * (width + 4)
+    return "\n".join(fill(line, 78, subsequent_indent=indent, break_on_hyphens=False) for line in lines)
+
+
+EXAMPLES = f"""\b
+Sets of arms:
+{_arms()}
+
+\b
+Examples:
+ convsim reproduce table1                        # half a minute, no data
+ convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
+ convsim reproduce table5 --archs cnn1 --arms baseline,init --epochs 10
+ convsim reproduce figure3 --archs cnn1 --arms baseline,init --epochs 10
+ convsim reproduce table5 --arms published,controls --seeds 5 \\
+   --archs cnn1 --limit-train 10000 --epochs 30
+ convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5
+ convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
+
+T = TypeVar("T")
+
+
+def complete_experiment(begun: str) -> list[str]:
+    """Return the experiments whose names begin so."""
+    from convsim_cli.reproduction.experiments import known_experiments
+
+    return [name for name in known_experiments() if name.startswith(begun)]
+
+
+def complete_arms(begun: str) -> list[str]:
+    """Return what a list of arms that begins so can go on with: arms, their sets, and all of them."""
+    first, comma, last = begun.rpartition(",")
+    return [f"{first}{comma}{name}" for name in (*SETS, ALL, *ARMS) if name.startswith(last)]
+
+
+def reproduce(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="table1, 2, 3, 5 or 6, or figure1 to figure5.", autocompletion=complete_experiment
+        ),
+    ],
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="table1, 2, 3, 6: episodes per row; 1000 unless given.", min=2, show_default=False
+        ),
+    ] = None,
+    archs: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="table5, figure1 to 3: networks; cnn1,cnn2 unless given.", show_default=False),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="table5, figure1 to 3: arms, sets of arms (see below), or all; "
+            f"{', '.join(arm.name for arm in choose_arms(None))} unless given.",
+            show_default=False,
+            autocompletion=complete_arms,
+        ),
+    ] = None,
+    lrs: Annotated[str | None, typer.Option(metavar="A,B", help="figure4: learning rates.", show_default=False)] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option("--batch-sizes", metavar="A,B", help="figure4: batch sizes.", show_default=False)
+    ] = None,
+    iterations: Annotated[
+        str | None, typer.Option(metavar="A,B", help="figure5: iterations of Algorithm 1.", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs per configuration, from --seed.", min=1, show_default="1")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Epochs of a run; the paper's unless given.", min=1, show_default=False),
+    ] = None,
+    limit_train: LimitTrainOption = None,
+    limit_test: LimitTestOption = None,
+    precision: Annotated[
+        Literal["fp32", "tf32", "bf16"] | None,
+        typer.Option(help=declarations()["precision"].help, show_default=declarations()["precision"].default),
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help=declarations()["compile"].help, show_default=False)
+    ] = None,
+    data_dir: DataDirOption = Path("data"),
+    run_dir: RunDirOption = Path("runs"),
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Repeat an experiment of the paper and show published and measured numbers side by side.
+
+    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Finished runs in RUN_DIR with the same
+    arguments are reused, and unfinished ones resumed. Batch-norm statistics are re-estimated before each evaluation, as
+    in convsim train --bn-statistics precise. All numbers are in per cent except correlations, cosines and L_CS.
+    Some columns are not in the paper: in the numerical tables, mean |cos| of the two feature maps, which scaling cannot
+    change, also with the norm of every kernel fixed; in Table 5, arms that say where a gain comes from.
+    """
+    from convsim_cli.reproduction.published import NUMERICAL_TABLES
+
+    console = Console(quiet, as_json, wide)
+    given = {**context.params, "data_dir": data_dir, "run_dir": run_dir}  # paths as text in older typers
+    if any(table.name == name for table in NUMERICAL_TABLES):
+        _numerical(name, given, console)
+    else:
+        _trained(name, given, console)
+
+
+_OF_TRAINING = (
+    *("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test"),
+    *("precision", "compile"),
+)
+
+
+def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:
+    from convsim_cli.errors import InputError
+
+    for key in useless:
+        if given[key] is not None:
+            raise InputError(f"{name} has no `{key}`")
+
+
+def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
+    from convsim_cli.errors import InputError
+    from convsim_cli.reproduction.numerical import EPISODES, numerical_steps, reproduce_table
+    from convsim_cli.training.run import make_folder
+
+    _refuse(name, given, _OF_TRAINING)
+    if given["device"] != "auto" and start(given["device"], console).type != "cpu":
+        raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
+    _check_output(name, given["run_dir"])
+    make_folder(given["run_dir"])
+    with console.progress(name, numerical_steps(name)) as advance:
+        content = reproduce_table(name, given["episodes"] or EPISODES, given["seed"], advance)
+    _save(content, given["run_dir"], console)
+    if not console.as_json:
+        console.table(*numerical_table(content["rows"]), LEAST)
+        notes = [f"{content['title']}; {content['episodes']} episodes per row"]
+        notes += [f"published: {content['claim']}"] if content["claim"] else []
+        console.note("; ".join(notes + ([content["note"]] if content["note"] else [])))
+        console.note(f"saved {given['run_dir'] / f'{name}.json'}")
+
+
+def _trained(name: str, given: dict[str, Any], console: Console) -> None:
+    from convsim_cli.device import keep_freed_memory
+    from convsim_cli.pictures import require_matplotlib, save_figure
+    from convsim_cli.plots import draw_experiment
+    from convsim_cli.reproduction.experiments import find_experiment, run_experiment
+
+    experiment = find_experiment(name)
+    _refuse(name, given, ["episodes"])
+    _check_output(name, given["run_dir"])
+    is_figure = name.startswith("figure")
+    if is_figure:
+        require_matplotlib()
+    place = start(given["device"], console)
+    if place.type == "cpu":
+        keep_freed_memory()
+    choices = _choices(given, str(place))
+    console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
+    with CampaignScreen(console, name) as screen:
+        content = run_experiment(experiment, choices, given["run_dir"], screen)
+    _save(content, given["run_dir"], console)
+    if is_figure:
+        save_figure(draw_experiment(name, content["rows"], content["title"]), given["run_dir"] / f"{name}.png")
+    if not console.as_json:
+        usual: dict[str, Any] = {"epochs": choices.epochs or experiment.epochs, "diverged": 0}
+        console.table(*EXPERIMENT_TABLES[name](content["rows"]), least=LEAST, **usual)
+        seeds = f"{choices.seeds} seeds" if choices.seeds > 1 else "1 seed"
+        claim = f"; published: {content['claim']}" if content["claim"] else ""
+        console.note(f"{content['title']}; {seeds}{claim}")
+    console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if is_figure else ""))
+
+
+def _check_output(name: str, run_dir: Path) -> None:
+    """Raise InputError, before any work is done, where RUN_DIR/NAME.json or .png is not one of this command's."""
+    from convsim_cli.checkpoints.atomic import check_regular
+    from convsim_cli.errors import InputError
+    from convsim_cli.pictures import check_picture
+
+    document = run_dir / f"{name}.json"
+    check_regular(document, "a document of convsim reproduce")
+    if document.exists():
+        try:
+            found = json.loads(document.read_bytes() or "{}")
+            is_ours = found == {} or found["command"] == "reproduce"
+        except (OSError, ValueError, RecursionError, TypeError, KeyError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{document}: exists and is no document of convsim reproduce; choose another `run_dir`")
+    if name.startswith("figure") and run_dir.is_dir():
+        check_picture(run_dir / f"{name}.png")
+
+
+def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
+    from convsim_cli.training.run import write_json
+
+    write_json(run_dir / f"{content['name']}.json", console.document("reproduce", content))
+
+
+def _choices(given: dict[str, Any], device: str) -> Choices:
+    from convsim_cli.reproduction.experiments import Choices
+    from convsim_cli.training.config import Arguments
+
+    base = Arguments(
+        data_dir=str(given["data_dir"]),
+        limit_train=given["limit_train"],
+        limit_test=given["limit_test"],
+        precision=given["precision"] or declarations()["precision"].default,
+        compile=bool(given["compile"]),
+        seed=given["seed"],
+        device=device,
+    )
+    return Choices(
+        base,
+        given["seeds"] or 1,
+        given["epochs"],
+        _list("archs", given, str),
+        _list("arms", given, str),
+        _list("lrs", given, float),
+        _list("batch_sizes", given, int, least=1),
+        _list("iterations", given, int, least=0),
+    )
+
+
+def _list(name: str, given: dict[str, Any], kind: Callable[[str], T], least: int | None = None) -> tuple[T, ...] | None:
+    """The items of a comma-separated option, each once. Raises InputError."""
+    from convsim_cli.errors import InputError
+
+    text = given[name]
+    if text is None:
+        return None
+    try:
+        found = tuple(dict.fromkeys(kind(item.strip()) for item in text.split(",") if item.strip()))
+    except ValueError:
+        found = ()
+    if not found or (least is not None and any(item < least for item in found)):  # type: ignore[operator]
+        what = {str: "names", float: "numbers", int: f"whole numbers of {least} or above"}[kind]  # type: ignore[index]
+        raise InputError(f"`{name}` {text!r}: expected {what} separated by commas")
+    return found
+
+
+Table = tuple[list[str], list[list[Any]]]
+
+LEAST: Least = (  # columns that a narrow terminal does without, in the order in which they go
+    ("increase_published", "increase_measured"),
+    ("decrease_published", "decrease_measured"),
+    "reduction_fixed_norms",
+    ("cos_before", "cos_after", "cos_after_fixed_norms"),
+    *("time", "epochs", "cs", "epochs_to_99", "train_accuracy", "mean_last5"),
+    ("baseline_last", "init_last"),
+)
+
+
+def numerical_table(rows: list[dict[str, Any]]) -> Table:
+    """Return Table 1, 2, 3 or 6, with the figures at fixed norms."""
+    figures = ("correlation", "reduction", "decrease", "increase")
+    columns = ["N", "optimizer", *(f"{figure}_{side}" for figure in figures for side in ("published", "measured"))]
+    columns += ["cos_before", "cos_after", "cos_after_fixed_norms", "reduction_fixed_norms"]
+    table = []
+    for row in rows:
+        cells: list[Any] = [row["N"], row["optimizer"]]
+        cells += [_cell(row[side], figure) for figure in figures for side in ("published", "measured")]
+        cells += [row["measured"]["cos_before"], row["measured"]["cos_after"]]
+        table.append([*cells, row["fixed_norms"]["cos_after"], row["fixed_norms"]["reduction_frequency"]])
+    return columns, table
+
+
+def _cell(found: dict[str, float | None], figure: str) -> str | float | None:
+    if figure == "reduction":
+        return found["reduction_frequency"]
+    return _spread(found[f"{figure}_mean"], found[f"{figure}_std"], 3)
+
+
+def _spread(mean: float | None, std: float | None, digits: int) -> str | None:
+    if mean is None:
+        return None
+    return f"{mean:.{digits}g}" + ("" if std is None else f" ± {std:.2g}")
+
+
+_LAST = ("epochs_to_99", "cs", "time", "epochs", "diverged")
+
+
+def _arms_table(rows: list[dict[str, Any]]) -> Table:
+    columns = ["arch", "arm", "published", "best_test_accuracy", "last_test_accuracy", "mean_last5", "train_accuracy"]
+    return [*columns, *_LAST], [
+        [row["arch"], row["arm"], row["published"]["test_accuracy"], *_measured(row["measured"])] for row in rows
+    ]
+
+
+def _measured(found: dict[str, Any]) -> list[Any]:
+    keys = ("best_test_accuracy", "last_test_accuracy", "mean_last5_test_accuracy", "last_train_accuracy")
+    spreads = [_spread(found[key], found[f"{key}_std"], 4) for key in keys]
+    time = None if found["seconds"] is None else duration(found["seconds"])
+    return [*spreads, found["epochs_to_99"], found["cs"], time, found["epochs"], found["diverged"]]
+
+
+def _curves_table(rows: list[dict[str, Any]]) -> Table:
+    column = next(key for key in ("cs", "train_loss", "train_accuracy") if key in rows[0])
+    return ["arch", "arm", "seed", "epochs", f"first_{column}", f"last_{column}"], [
+        [
+            row["arch"],
+            row["arm"],
+            row["seed"],
+            len(row[column]),
+            *(row[column][i] if row[column] else None for i in (0, -1)),
+        ]
+        for row in rows
+    ]
+
+
+def _grid_table(rows: list[dict[str, Any]]) -> Table:
+    return ["lr", "batch_size", "gain_published", "gain_measured", "baseline", "init", "baseline_last", "init_last"], [
+        [row["lr"], row["batch_size"], row["published"]["gain"], row["measured"]["gain"]]
+        + [
+            _spread(row["measured"][side][key], row["measured"][side][f"{key}_std"], 4)
+            for key in ("best_test_accuracy", "last_test_accuracy")
+            for side in ("baseline", "init")
+        ]
+        for row in rows
+    ]
+
+
+def _iterations_table(rows: list[dict[str, Any]]) -> Table:
+    columns = ["iterations", "best_test_accuracy", "last_test_accuracy", "mean_last5", "train_accuracy"]
+    return [*columns, *_LAST], [[row["iterations"], *_measured(row["measured"])] for row in rows]
+
+
+EXPERIMENT_TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
+    "table5": _arms_table,
+    "figure1": _curves_table,
+    "figure2": _curves_table,
+    "figure3": _curves_table,
+    "figure4": _grid_table,
+    "figure5": _iterations_table,
+}

@@ -1,0 +1,322 @@
+"""Give the filters of a layer other directions, each at its own norm.
+
+Orthogonal filters: U Vᵀ of the singular value decomposition U Σ Vᵀ of K.
+
+K: the filters of a group as rows, each the taps of all its channels, after each filter's mean per channel is
+subtracted, which takes its response to frequency zero (filters of one tap keep it: nothing else would be left).
+Singular values below 1e-6 of the largest count as zero. A filter that is constant in every channel stays as it is.
+
+Uncorrelated feature maps, on a batch of images: K ← D G^(−1/2) diag(s)⁻¹ K, front to back through a network.
+
+K: the filters of a group as rows; s and G: the standard deviations and the correlation matrix of the layer's feature
+maps over all images and positions; D restores each filter's norm. This is the smallest change of the kernels that makes
+the maps uncorrelated on these images. Stride, dilation and padding need no care, for the maps are the layer's own, and
+nor does its bias, which correlation does not see: it stays. Eigenvalues of G below 1e-8 of the largest count as zero. A
+filter whose map does not vary on the images stays as it is.
+
+Closed forms: filters that are orthogonal, or whose feature maps are uncorrelated, without iterations.
+
+In both, every filter keeps its own L2 norm, and groups are treated separately. Both go as far as the rank does: more
+filters than C·N taps cannot all be orthogonal. Everything is computed in float64. A dead filter
+(`kernels.living_filters`) stays bit-identical and takes part in nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import Kernel, Patterns, living_filters, module_kernels, warn_of_unsupported, weight_of
+from convsim_cli.kernels.kernel import VANISHED
+from convsim_cli.layers import before_calls, maps_of, undisturbed, undone_on_failure
+from convsim_cli.measurement.figures import Record
+from convsim_cli.measurement.kernel_figures import check_finite, describe, is_finite, kernel_figures
+
+Advance = Callable[[int], None]  # takes the number of layers done since the last call
+
+# (filters `[groups, S / groups, N, C]` in float64, which of them live `[groups, S / groups]`) → new directions, of any
+# length, as rows `[groups, S / groups, N·C]`; a row of zeros for a filter that has none
+Directions = Callable[[Tensor, Tensor], Tensor]
+
+
+def turned(kernel: Kernel, weight: Tensor, directions: Directions) -> Tensor:
+    """Return a weight of other directions, each filter at its own norm, in the stored shape and dtype, on its device.
+
+    weight: as stored, finite, untouched. Dead filters, and those without a new direction, stay bit-identical. Raises
+    InputError where the stored dtype cannot hold the result.
+    """
+    filters = in_float64(kernel.to_filters(weight.detach()))
+    living = living_filters(filters)
+    rows = directions(filters, living).view_as(filters)
+    lengths = norms(rows)
+    scale = torch.where(lengths > 0, norms(filters) / lengths, 0)
+    changed = living & (lengths > 0)
+    rows = torch.where(changed[..., None, None], rows * scale[..., None, None], filters)
+    found = kernel.to_stored(rows, weight.dtype).to(weight.device)
+    if not is_finite(found):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise InputError(f"{kernel.name}: the new kernels leave the range of {kind}; scale this layer down first")
+    return found
+
+
+def compare_weights(kernel: Kernel, before: Tensor, after: Tensor) -> Record:
+    """Return the record of a layer: which it is, and `cs`, `ncs` and `norm` of its weight before and after."""
+    found = [kernel_figures(kernel, weight) for weight in (before, after)]
+    first, last = ({key: figures[key] for key in ("cs", "ncs", "norm")} for figures in found)
+    return {**describe(kernel), "before": first, "after": last}
+
+
+def norms(filters: Tensor) -> Tensor:
+    """L2 norms of filters `[groups, S / groups, N, C]`: `[groups, S / groups]`."""
+    return torch.linalg.vector_norm(filters, dim=(-2, -1))
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on its device if that has float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+SMALLEST_SINGULAR_VALUE = 1e-6  # as a share of the largest
+_ROUNDING = 1e-8  # rows of U Vᵀ are at most 1 long; one this short lies outside of the directions that count
+
+
+def orthogonalize_(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    advance: Advance | None = None,
+) -> list[Record]:
+    """Make the filters of every convolution of a module orthogonal, in place, and return a record per layer.
+
+    Every filter keeps its norm, and dead ones their bits; the formula is in this module's head. include, exclude: globs
+    over names of tensors; advance: called with the number of layers done since the last call. A record holds `name`,
+    `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns of parametrized layers,
+    which are left out. Raises InputError for a pattern that matches nothing and for a kernel with NaN or Inf; the model
+    is then untouched.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> record = orthogonalize_(model)[0]
+    >>> record["name"], abs(record["after"]["norm"] - record["before"]["norm"]) < 1e-6
+    ('0.weight', True)
+    """
+    selection = module_kernels(model, Patterns(include, exclude))
+    warn_of_unsupported(selection)
+    done = []
+    for kernel in selection.kernels:
+        done.append((kernel, *orthogonalize_kernel(kernel, weight_of(model, kernel).detach())))
+        if advance:
+            advance(1)
+    with torch.no_grad():
+        for kernel, weight, _ in done:
+            weight_of(model, kernel).copy_(weight)
+    return [record for _, _, record in done]
+
+
+def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
+    """Make the filters of a weight `[S, C, *taps]` orthogonal, in place, each at its own norm, and return the weight.
+
+    Use it like torch.nn.init. groups: S filters in that many consecutive groups, each orthogonal by itself. Raises
+    ValueError for another shape, type or number of groups, and InputError for NaN or Inf. The formula is in this
+    module's head.
+
+    >>> rows = nn.functional.normalize(orthogonalize_weight_(torch.randn(8, 4, 3, 3)).flatten(1))
+    >>> torch.allclose(rows @ rows.T, torch.eye(8), atol=1e-5)
+    True
+    """
+    kernel = Kernel("weight", tuple(weight.shape), groups)
+    with torch.no_grad():
+        return weight.copy_(_orthogonal(kernel, weight))
+
+
+def orthogonalize_kernel(kernel: Kernel, weight: Tensor) -> tuple[Tensor, Record]:
+    """Return the orthogonal weight, in the stored shape and dtype, on its device, and the layer's record.
+
+    weight: as stored, untouched. Raises InputError for NaN or Inf.
+    """
+    found = _orthogonal(kernel, weight)
+    return found, compare_weights(kernel, weight, found)
+
+
+def _orthogonal(kernel: Kernel, weight: Tensor) -> Tensor:
+    check_finite(kernel, weight)
+    return turned(kernel, weight, _directions)
+
+
+def _directions(filters: Tensor, living: Tensor) -> Tensor:
+    centered = filters - filters.mean(2, keepdim=True) if filters.shape[2] > 1 else filters
+    varying = living & (norms(centered) > VANISHED * norms(filters))  # what is left of a constant is rounding
+    rows = _polar(torch.where(varying[..., None, None], centered, 0).flatten(2))
+    present = varying & (torch.linalg.vector_norm(rows, dim=-1) > _ROUNDING)
+    return torch.where(present.unsqueeze(-1), rows, 0)
+
+
+def _polar(rows: Tensor) -> Tensor:
+    """Return U Vᵀ, in which singular values that count as zero take no part."""
+    if rows.shape[-2] < rows.shape[-1]:
+        return _polar(rows.mT).mT  # LAPACK decomposes a tall matrix several times as fast as a wide one
+    u, values, vt = torch.linalg.svd(rows, full_matrices=False)
+    kept = values > SMALLEST_SINGULAR_VALUE * values[..., :1]
+    return (u * kept.unsqueeze(-2)) @ vt
+
+
+SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
+_CHUNK = 1 << 22  # values of feature maps that are held in float64 at once
+
+
+def decorrelate_(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    advance: Advance | None = None,
+) -> list[Record]:
+    """Make the feature maps of every convolution uncorrelated on a batch of images, in place, front to back.
+
+    images: `[B, C, …]`, as the model takes them and on its device; B × positions should be many times the number of a
+    layer's filters, or the maps of other images stay correlated. include, exclude, advance and the records, which come
+    in the order of execution: as `orthogonalize_`. The formula is in this module's head.
+
+    The model runs in evaluation mode, but batch normalization by the statistics of this batch, in two passes and one
+    more for each layer that is called several times (its maps are those of all calls, with the layers before it changed
+    already). Only the kernels change: modes, buffers, hooks and the random number generators are left as they were.
+
+    Warns of layers that are left out: parametrized, or never called. Raises InputError for a pattern that matches
+    nothing, an empty batch, and NaN or Inf in a kernel or a feature map. After any exception the kernels are as before.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> images = torch.randn(64, 3, 8, 8)
+    >>> records = decorrelate_(model, images)
+    >>> maps = model(images).transpose(0, 1).flatten(1)
+    >>> torch.allclose(maps.corrcoef(), torch.eye(8), atol=1e-4)
+    True
+    """
+    selection = module_kernels(model, Patterns(include, exclude))
+    warn_of_unsupported(selection)
+    records = decorrelate_kernels_(model, selection.kernels, images, advance)
+    called = {record["name"] for record in records}
+    if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
+        warnings.warn(f"layers that the model does not call are left out: {', '.join(uncalled)}", stacklevel=2)
+    return records
+
+
+def decorrelate_kernels_(
+    model: nn.Module, kernels: Sequence[Kernel], images: Tensor, advance: Advance | None = None
+) -> list[Record]:
+    """Do to the given kernels of a model what `decorrelate_` does. Those that are never called have no record."""
+    if not len(images):
+        raise InputError("`images` is empty; expected a batch of at least one image")
+    weights = [weight_of(model, kernel) for kernel in kernels]
+    for kernel, weight in zip(kernels, weights, strict=True):
+        check_finite(kernel, weight)
+    advance = advance or (lambda _: None)
+    records: list[Record] = []
+    with undisturbed(model, images), undone_on_failure(weights):
+        calls: Counter[Kernel] = Counter()  # in the order of first calls
+        with before_calls(model, kernels, lambda kernel, *_: calls.update([kernel])):
+            model(images)
+        waiting = list(calls)
+        while waiting:
+            found = _Pass(waiting, calls, advance).run(model, images)
+            records += found
+            waiting = waiting[len(found) :]
+    advance(len(kernels) - len(records))
+    return records
+
+
+class _Pass:
+    """A pass through the network that changes the first of the layers that are waiting, each just before it is called.
+
+    A layer that is called several times is the last that a pass can change: its earlier calls ran with its former
+    kernels.
+    """
+
+    def __init__(self, waiting: Sequence[Kernel], calls: Counter[Kernel], advance: Advance) -> None:
+        self._waiting, self._calls, self._advance = list(waiting), calls, advance
+        self._records: list[Record] = []
+        self._moments = _Moments()
+        self._seen = 0  # calls of the first layer that is waiting
+
+    def run(self, model: nn.Module, images: Tensor) -> list[Record]:
+        """Return the records of the layers that were changed: at least one."""
+        with before_calls(model, list(self._waiting), self._look):
+            model(images)
+        if not self._records:
+            kernel = self._waiting[0]
+            raise InputError(
+                f"{kernel.name}: the model calls this layer {self._calls[kernel]} times, but {self._seen} times once "
+                "the layers before it have changed; exclude this layer"
+            )
+        return self._records
+
+    def _look(self, kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not self._waiting or kernel is not self._waiting[0]:
+            return
+        self._moments.update(maps_of(layer, inputs, options), kernel.groups)
+        self._seen += 1
+        if self._seen == self._calls[kernel]:
+            self._change(kernel, layer.weight)
+            self._waiting = self._waiting[1:] if self._seen == 1 else []
+            self._moments, self._seen = _Moments(), 0
+
+    def _change(self, kernel: Kernel, weight: Tensor) -> None:
+        before = weight.detach().clone()
+        weight.copy_(turned(kernel, before, self._moments.directions(kernel)))
+        self._records.append(compare_weights(kernel, before, weight))
+        self._advance(1)
+
+
+class _Moments:
+    """Mean and covariance of a layer's feature maps over images and positions, per group, in float64."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean = self._scatter = torch.zeros((), dtype=torch.float64)
+
+    def update(self, maps: Tensor, groups: int) -> None:
+        """Add maps `[images, S, *space]`."""
+        for chunk in maps.split(max(1, _CHUNK // maps[0].numel())):
+            self._add(in_float64(chunk).unflatten(1, (groups, -1)).flatten(3).permute(1, 2, 0, 3).flatten(2))
+
+    def _add(self, values: Tensor) -> None:
+        """Merge `[groups, S / groups, n]` values into the moments (Chan et al. 1979), without cancellation."""
+        count, mean = values.shape[-1], values.mean(-1, keepdim=True)
+        centered, shift = values - mean, mean - self._mean
+        total = self._count + count
+        between = shift @ shift.mT * (self._count * count / total)
+        self._scatter = self._scatter + centered @ centered.mT + between
+        self._mean = self._mean + shift * (count / total)
+        self._count = total
+
+    def directions(self, kernel: Kernel) -> Directions:
+        """Return G^(−1/2) diag(s)⁻¹ K as a function of K."""
+        covariance = self._scatter / self._count
+        if not is_finite(covariance):
+            raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        spread, size = variance.sqrt(), (variance + self._mean.squeeze(-1).square()).sqrt()
+
+        def whitened(filters: Tensor, living: Tensor) -> Tensor:
+            largest = torch.where(living, size / norms(filters), 0).amax()
+            varying = living & (spread > VANISHED * largest * norms(filters))  # less is rounding of a constant map
+            inverse = torch.where(varying, 1 / spread, 0)
+            root = _inverse_root(inverse.unsqueeze(-1) * covariance * inverse.unsqueeze(-2))
+            rows = (root * inverse.unsqueeze(-2)) @ filters.flatten(2)
+            return torch.where(varying.unsqueeze(-1), rows, 0)
+
+        return whitened
+
+
+def _inverse_root(correlation: Tensor) -> Tensor:
+    """Return G^(−1/2), in which eigenvalues that count as zero take no part."""
+    values, vectors = torch.linalg.eigh(correlation)
+    kept = values > SMALLEST_EIGENVALUE * values[..., -1:]
+    roots = torch.where(kept, values, 1).rsqrt() * kept
+    return (vectors * roots.unsqueeze(-2)) @ vectors.mT

@@ -1,0 +1,147 @@
+"""Devices and the host: the choice of a device, CUDA graphs, the allocator, interruption, and progress."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+
+from convsim_cli.errors import ConvsimError, InputError, did_you_mean
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the first accelerator that is there.
+
+    Raises InputError for an unknown name and for a device that this machine does not have: never a silent fallback.
+    """
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and (kind != "cuda" or not index.isdecimal())):
+        raise InputError(f"--device {name}: {did_you_mean(kind, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= there:
+        raise InputError(
+            f"--device {name}: this machine has {there} {kind} devices; take --device cpu or --device auto"
+        )
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+WARM_UP = 3  # iterations before the recording: whatever is created once must exist by then
+Step = Callable[[], None]
+
+
+def repeated(step: Step, device: torch.device) -> Step:
+    """Return a function that does one iteration per call: `step` itself, or on CUDA the replay of a graph of it.
+
+    step: works on the same memory of `device` every time and never waits for the device. The first iterations run as
+    they are. The recording raises ConvsimError where it fails; CONVSIM_CUDA_GRAPHS=0 in the environment does without.
+    """
+    if device.type != "cuda" or os.environ.get("CONVSIM_CUDA_GRAPHS") == "0":
+        return step
+    return _Graphed(step, device)
+
+
+class _Graphed:
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step, self._device, self._before = step, device, WARM_UP
+        self._replay: Step | None = None
+
+    def __call__(self) -> None:
+        with torch.cuda.device(self._device):  # graphs and new streams belong to the current device
+            if self._before > 0:
+                self._before -= 1
+                return self._step()
+            if self._replay is None:
+                self._replay = self._record()
+            self._replay()
+
+    def _record(self) -> Step:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        try:
+            # torch.cuda.graph leaves its stream current if the capture cannot be ended: the outer context does not.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                self._step()  # recorded, not run
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).partition("\n")[0]
+            raise ConvsimError(
+                f"{self._device}: an iteration could not be recorded as a CUDA graph ({reason}); "
+                "set CONVSIM_CUDA_GRAPHS=0 to run without graphs"
+            ) from error
+        return graph.replay
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_LARGE = 1 << 20  # bytes
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed blocks for the next allocation of this process, to its end, and return whether that could be set.
+
+    Only glibc can be told; the process then holds the most that it has needed at once.
+    """
+    library = _glibc()
+    return library is not None and bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> bool:
+    """Give every block of a megabyte or more back to the system once it is freed, and return whether that could be set.
+
+    Only glibc can be told.
+    """
+    library = _glibc()
+    return library is not None and bool(library.mallopt(_MMAP_THRESHOLD, _LARGE))
+
+
+def _glibc() -> Any:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+@contextmanager
+def held_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended, and pass it on then: usually as KeyboardInterrupt.
+
+    Python handles signals in its main thread only: elsewhere this does nothing, and so where SIGINT is ignored.
+    """
+    former = signal.getsignal(signal.SIGINT)
+    if not callable(former) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+        if held:
+            former(signal.SIGINT, held[0])
+
+
+Advance = Callable[[int], None]  # takes the number of steps completed since the last call
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # takes a description and the total number of steps
+
+
+def unreported(_: str, __: int) -> AbstractContextManager[Advance]:
+    """Report to nobody: the `Progress` where none is given."""
+    return nullcontext(lambda _: None)

@@ -1,1 +1,0 @@
-"""The machine: devices, precision, CUDA graphs, memory, and what torch.compile leaves alone."""

@@ -1,0 +1,138 @@
+"""Synthetic inputs: white noise, uniform noise, and noise with the 1/f spectrum of natural images.
+
+Probe a layer by itself: the feature maps that its kernels alone give on synthetic inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.kernels import Kernel, living_filters
+from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, inputs_at_once
+from convsim_cli.measurement.kernel_figures import LayerMaps
+from convsim_cli.precision import full_precision
+
+ProbeName = Literal["white", "uniform", "natural"]
+PROBES: tuple[str, ...] = get_args(ProbeName)
+SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
+CPU = torch.device("cpu")
+
+_FILTERED_AT_ONCE = 1 << 21  # values; spectra take twice the memory of what is filtered
+
+
+def make_inputs(
+    probe: str, samples: int, channels: int, space: tuple[int, ...], seed: int = 0, device: torch.device = CPU
+) -> Tensor:
+    """Return synthetic inputs `[samples, channels, *space]` in float32 on a device.
+
+    probe: `white` N(0, 1); `uniform` U(0, 1), as in the paper; `natural`: independent channels of random phase whose
+    amplitude falls as 1/f, each of zero mean and unit variance. The noise is drawn on the CPU, so a seed gives the same
+    inputs on every device; the 1/f filter runs on the device. Raises InputError for another name.
+    """
+    if probe not in PROBES:
+        raise InputError(f"unknown input {probe!r}: {did_you_mean(probe, PROBES)}")
+    draw = torch.rand if probe == "uniform" else torch.randn
+    noise = draw((samples, channels, *space), generator=torch.Generator().manual_seed(seed)).to(device)
+    if probe == "natural":
+        amplitude = _amplitude(space).to(device)
+        for part in noise.split(max(1, _FILTERED_AT_ONCE // (channels * prod(space)))):
+            _filter_(part, amplitude)
+    return noise
+
+
+def _amplitude(space: tuple[int, ...]) -> Tensor:
+    """1/f over the half spectrum of real images, scaled so that images of this amplitude have unit variance."""
+    frequency = torch.zeros(())
+    for axis, side in enumerate(space):
+        steps = torch.fft.rfftfreq(side) if axis == len(space) - 1 else torch.fft.fftfreq(side)
+        frequency = frequency.unsqueeze(-1) + steps.square()
+    amplitude = frequency.sqrt().reciprocal()
+    amplitude[(0,) * len(space)] = 0  # zero mean
+    both_halves = torch.full((space[-1] // 2 + 1,), 2.0)
+    both_halves[0] = 1
+    if space[-1] % 2 == 0:
+        both_halves[-1] = 1
+    variance = (amplitude.square() * both_halves).sum() / prod(space) ** 2  # Parseval
+    return amplitude / variance.sqrt() if variance > 0 else amplitude
+
+
+def _filter_(noise: Tensor, amplitude: Tensor) -> None:
+    """Give white noise an amplitude at its own random phases, in place."""
+    axes = tuple(range(2, noise.ndim))
+    spectrum = torch.fft.rfftn(noise, dim=axes)
+    spectrum.mul_(amplitude / spectrum.abs().clamp_min_(1e-12))
+    noise.copy_(torch.fft.irfftn(spectrum, s=noise.shape[2:], dim=axes))
+
+
+_CONVOLUTIONS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
+
+
+class LayerProbe:
+    """Synthetic inputs of a layer's own channels, run through its kernels at stride 1 under full padding.
+
+    name: `white`, `uniform` or `natural`; samples: number of inputs; side: pixels along each axis, 32 for 2-D kernels
+    unless given; seed: of the inputs, and of the random kernels that chance is measured with. Inputs are kept until a
+    layer needs others, so that measuring a layer again, or the next one like it, takes the same ones.
+    """
+
+    def __init__(self, name: str = "white", samples: int = 16, side: int | None = None, seed: int = 0) -> None:
+        self.name, self.samples, self.side, self.seed = name, samples, side, seed
+        self._kept: tuple[object, Tensor] | None = None
+
+    def look(self, kernel: Kernel, weight: Tensor) -> LayerMaps:
+        """Return what is seen of a layer's maps, chance included. weight: as stored, on the device to compute on."""
+        filters, scale = _scaled(kernel, weight)
+        seen = LayerMaps(kernel, weight, scale=scale, seed=self.seed)
+        assert seen.chance is not None
+        for images in self._batches(kernel, weight.device, max(kernel.filters, seen.chance.filters)):
+            seen.similarity.update(_convolve(kernel, images, filters))
+            seen.chance.update(partial(_convolve_stored, kernel, images), filters)
+        return seen
+
+    def fm_cos(self, kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
+        """Return the mean |cos| of a layer's maps alone. living: which filters take part, by their norms for None."""
+        filters, scale = _scaled(kernel, weight)
+        living = living_filters(kernel.to_filters(weight)) if living is None else living
+        similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=living, keep_pairs=False)
+        for images in self._batches(kernel, weight.device, kernel.filters):
+            similarity.update(_convolve(kernel, images, filters))
+        return similarity.fm_cos
+
+    def _batches(self, kernel: Kernel, device: torch.device, filters: int) -> Iterator[Tensor]:
+        """The inputs, so many at a time that the maps of `filters` filters take bounded memory."""
+        axes = len(kernel.taps)
+        space = (self.side or SIDE[axes],) * axes
+        positions = prod(side + k - 1 for side, k in zip(space, kernel.taps, strict=True))
+        inputs = self._inputs(kernel.channels, space, device)
+        yield from inputs.split(inputs_at_once(filters, kernel.groups, positions))
+
+    def _inputs(self, channels: int, space: tuple[int, ...], device: torch.device) -> Tensor:
+        key = (channels, space, device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # before others are made: one layer's inputs at a time
+            self._kept = key, make_inputs(self.name, self.samples, channels, space, self.seed, device)
+        return self._kept[1]
+
+
+def _scaled(kernel: Kernel, weight: Tensor) -> tuple[Tensor, float]:
+    """Return the filters divided by their largest value, and that: other maps could leave the range of float32."""
+    peak = weight.abs().amax().double().item() or 1.0
+    return (kernel.to_convolution(weight) / peak).float(), peak
+
+
+def _convolve(kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
+    padding = tuple(k - 1 for k in kernel.taps)
+    convolution = _CONVOLUTIONS[len(kernel.taps) - 1]
+    with full_precision(images.device), torch.inference_mode():
+        return convolution(images, filters, padding=padding, groups=kernel.groups)
+
+
+def _convolve_stored(kernel: Kernel, images: Tensor, weight: Tensor) -> Tensor:
+    return _convolve(kernel, images, kernel.to_convolution(weight))

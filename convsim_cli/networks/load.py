@@ -1,0 +1,305 @@
+"""A checkpoint alone, a checkpoint with the network that it belongs to, or a new network.
+
+A checkpoint's tensors loaded into a network, whatever prefix or wrapper their names have in the file.
+
+Parameters that a network holds under several names: a change has to reach each of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.checkpoints.base import Checkpoint
+from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, module_kernels
+from convsim_cli.kernels.guess import is_averaged, is_optimizer_state, set_aside
+from convsim_cli.networks.architectures import build_network, warn_of_random_weights
+
+
+@dataclass
+class ModelCheckpoint:
+    """A checkpoint, the kernels selected in it, and with `arch` the network that holds its weights.
+
+    names: the network's name of each tensor → the checkpoint's; aliases: a kernel's name → the checkpoint's other names
+    of the same parameter.
+    """
+
+    checkpoint: Checkpoint
+    selection: Selection
+    model: nn.Module | None = None
+    arch: str | None = None
+    names: dict[str, str] | None = None
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """Return name, shape and reason of what was not selected, as in a JSON document."""
+        return [
+            {"name": skipped.name, "shape": list(skipped.shape), "reason": skipped.reason}
+            for skipped in self.selection.skipped
+        ]
+
+    @property
+    def kernels_changed(self) -> bool:
+        """Whether the file says that its kernels were changed after training, by `convsim init`."""
+        return "convsim.layers" in self.checkpoint.metadata
+
+
+def open_model_checkpoint(
+    path: str | Path | None,
+    arch: str | None = None,
+    patterns: Patterns | None = None,
+    seed: int = 0,
+    classes: int | None = None,
+    key: str | None = None,
+    *,
+    pretrained: bool = False,
+    parametrized: bool = False,
+    for_writing: bool = False,
+) -> ModelCheckpoint:
+    """Open a checkpoint, build a new network by name, or load a checkpoint into a network.
+
+    pretrained: see `find_network`. parametrized: whether to select a network's layers that compute their weight from
+    other parameters. for_writing: see `open_checkpoint`. Raises CheckpointError for a file that cannot be read;
+    InputError for an unknown network, a checkpoint that does not fit it, patterns that match nothing, and arguments
+    that would have no effect.
+    """
+    patterns = patterns or Patterns()
+    if path is None and arch is None:
+        raise InputError("name a `checkpoint`, or a new network by `arch`")
+    if key is not None and path is None:
+        raise InputError("`key` applies only to a `checkpoint`; `arch` alone creates a new network")
+    if classes is not None and arch is None:
+        raise InputError("`num_classes` requires `arch`")
+    if pretrained and (arch is None or path is not None):
+        raise InputError("`pretrained` requires `arch`, and no `checkpoint`, which has weights of its own")
+    if arch is None:
+        assert path is not None
+        checkpoint: Checkpoint = open_checkpoint(path, key, for_writing=for_writing)
+        aside = set_aside(checkpoint.tensors)
+        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit, aside)
+        checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.doubts]
+        return ModelCheckpoint(checkpoint, selection)
+    if patterns.groups or patterns.transposed:
+        raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
+    model = build_network(arch, classes, seed, pretrained)
+    if path is None and not pretrained:
+        warn_of_random_weights(arch)
+    names = None
+    if path is None:
+        checkpoint = StateDict(Path(arch), model.state_dict())
+    else:
+        checkpoint = open_checkpoint(path, key, for_writing=for_writing)
+        names = load_weights(model, checkpoint, arch)
+    selection = module_kernels(model, patterns, names, parametrized=parametrized)
+    return ModelCheckpoint(checkpoint, selection, model, arch, names, find_aliases(model, selection.kernels, names))
+
+
+_USUAL = ("", "model.")  # prefixes
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+_COUNTER = "num_batches_tracked"  # of batch normalization: optional in files
+
+
+def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
+    """Return the network's name → the checkpoint's for every tensor of a network.
+
+    A common prefix in the file is found, and names of wrappers such as `module.` are ignored wherever they stand. A
+    parameter that the file holds under another of its names is found there. arch: what to call the network. Tensors
+    that the network does not have, and prefixes that would have fitted as well, are added to the checkpoint's `notes`.
+    Raises InputError that lists what is missing, what has another shape (found and expected), and the first tensor of
+    integers where floating-point numbers are expected.
+    """
+    state = model.state_dict(keep_vars=True)
+    ours, theirs = _without_wrappers(state, checkpoint.tensors)
+    prefix, *others = _common_prefixes(ours, theirs)
+    names = _places(state, ours, prefix, theirs)
+    unexpected = _unexpected(theirs, prefix, {*names.values(), *(theirs.get(prefix + name) for name in ours)}, others)
+    _check_fit(state, names, unexpected, checkpoint)
+    _refuse_codes(state, names, checkpoint)
+    if others:
+        fit = ", ".join(other or "no prefix" for other in others)
+        took = f"took the tensors under {prefix}" if prefix else "took the tensors without a prefix"
+        checkpoint.notes.append(f"{checkpoint.path}: {took}; those under {fit} would fit as well")
+    if unexpected:
+        checkpoint.notes.append(
+            f"{checkpoint.path}: `arch`{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
+            f"({_some(unexpected)}); they are left as they are"
+        )
+    return names
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
+    """Copy a checkpoint's tensors into a network and return `match_names`.
+
+    Raises its errors, and InputError where copies of one parameter differ.
+    """
+    names = match_names(model, checkpoint, arch)
+    check_copies(model, checkpoint, names)
+    model.load_state_dict({ours: checkpoint.load(theirs) for ours, theirs in names.items()}, strict=False)
+    return names
+
+
+def _without_wrappers(ours: Iterable[str], theirs: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the names of a network and of a file without those of wrappers, each → the full name.
+
+    Full names stay where two of them would become one.
+    """
+    names = [list(ours), list(theirs)]
+    plain = [{_WRAPPERS.sub("", name): name for name in some} for some in names]
+    if [len(some) for some in plain] != [len(some) for some in names]:
+        plain = [{name: name for name in some} for some in names]
+    return plain[0], plain[1]
+
+
+def _common_prefixes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Return the prefix under which a file holds most of a network's names, then those that fit equally well.
+
+    Of several, no prefix and `model.` come first, and averaged copies last. What belongs to an optimizer is none.
+    """
+    found: Counter[str] = Counter()
+    for name in theirs:
+        starts = [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
+        if not name.endswith(_COUNTER):
+            found.update(name[:start] for start in starts if name[start:] in ours)
+    found = Counter({prefix: count for prefix, count in found.items() if not is_optimizer_state(prefix.rstrip("."))})
+    most = max(found.values(), default=0)
+    best = [prefix for prefix, count in found.items() if count == most]
+    return sorted(best, key=lambda prefix: (prefix not in _USUAL, is_averaged(prefix))) or [""]
+
+
+def _places(
+    state: Mapping[str, Tensor], ours: Mapping[str, str], prefix: str, theirs: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the network's name → the file's; a tensor of several names may be under any of them."""
+    found = {full: theirs[prefix + name] for name, full in ours.items() if prefix + name in theirs}
+    for group in names_of_one_tensor(state):
+        known = [found[name] for name in group if name in found]
+        found |= {name: known[0] for name in group if known and name not in found}
+    return {name: found[name] for name in state if name in found}
+
+
+def _check_fit(
+    state: Mapping[str, Tensor], names: Mapping[str, str], unexpected: list[str], checkpoint: Checkpoint
+) -> None:
+    """Raise InputError that lists what is missing and what has another shape."""
+    missing = [name for name in state if name not in names and not name.endswith(_COUNTER)]
+    wrong = [
+        f"{ours} is {list(checkpoint.tensors[theirs].shape)}, expected {list(state[ours].shape)}"
+        for ours, theirs in names.items()
+        if checkpoint.tensors[theirs].shape != tuple(state[ours].shape)
+    ]
+    if missing or wrong:
+        said = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
+        said += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
+        said += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
+        raise InputError(f"{checkpoint.path}: does not fit `arch`: {'; '.join(said)}")
+
+
+def _unexpected(
+    theirs: Mapping[str, str], prefix: str, expected: Container[str | None], others: Iterable[str]
+) -> list[str]:
+    """Return the tensors of a file that a network does not have, under its prefix and apart from other copies of it."""
+    copies = tuple(other for other in others if other)
+    return [
+        full
+        for name, full in theirs.items()
+        if name.startswith(prefix)
+        and full not in expected
+        and not name.endswith(_COUNTER)
+        and not (copies and name.startswith(copies))
+    ]
+
+
+def _refuse_codes(state: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raise InputError where a file holds the codes of a quantized weight, which are no weights."""
+    types = {
+        theirs: checkpoint.tensors[theirs].dtype for ours, theirs in names.items() if state[ours].is_floating_point()
+    }
+    codes = [name for name, kind in types.items() if kind not in FLOATING]
+    if codes:
+        more = f", and {len(codes) - 1} others like it" if codes[1:] else ""
+        raise InputError(f"{checkpoint.path}: {codes[0]} is {types[codes[0]]}: dequantize it first{more}")
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
+
+
+def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names in a state dict, those of one tensor together: equal in memory, offset, shape and stride."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in state.items():
+        place = _memory(tensor)
+        groups.setdefault((place, tensor.shape, tensor.stride()) if place else name, []).append(name)
+    return list(groups.values())
+
+
+def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Raise InputError where a checkpoint holds copies of one parameter that differ.
+
+    names: the network's name of each tensor → the checkpoint's.
+    """
+    for group in names_of_one_tensor(model.state_dict(keep_vars=True)):
+        first, *copies = dict.fromkeys(names[name] for name in group if name in names) or [""]
+        for copy in copies:
+            if not _same_bits(checkpoint.load(first), checkpoint.load(copy)):
+                raise InputError(
+                    f"{checkpoint.path}: {first} and {copy} are one parameter of the network, but differ; save the "
+                    "network again, with its weights tied"
+                )
+
+
+def find_aliases(
+    model: nn.Module, kernels: Iterable[Kernel], names: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Return each kernel's name → the checkpoint's other names of the same parameter, where there are any.
+
+    names: as in `check_copies`; the network's own for None. Raises InputError for a kernel that the checkpoint also
+    holds as part of another tensor.
+    """
+    state = model.state_dict(keep_vars=True)
+    names = names or {name: name for name in state}
+    aliases: dict[str, list[str]] = {}
+    groups = names_of_one_tensor(state)
+    for kernel in kernels:
+        group = next((group for group in groups if kernel.name in [names.get(name) for name in group]), None)
+        if group is None:  # a parametrized layer has its weight under no name
+            continue
+        other = next((name for name in state if name not in group and _overlap(state[name], state[group[0]])), None)
+        if other is not None and other in names:
+            raise InputError(f"{kernel.name}: shares memory with {names[other]}, a tensor of another shape; exclude it")
+        found = [name for name in dict.fromkeys(names[name] for name in group if name in names) if name != kernel.name]
+        if found:
+            aliases[kernel.name] = found
+    return aliases
+
+
+def _memory(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Return the storage of a tensor, its first element there, and the one after its last; None for no values."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    start = int(tensor.storage_offset())
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().data_ptr(), start, start + length
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    places = _memory(one), _memory(other)
+    if places[0] is None or places[1] is None:
+        return False
+    (storage, start, end), (other_storage, other_start, other_end) = places[0], places[1]
+    return storage == other_storage and start < other_end and other_start < end
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))

@@ -1,0 +1,400 @@
+"""What an objective is, and how its gradient is kept tangent to each filter's sphere.
+
+What the paper compares Eq. 10 with: the sum of the authors' public code, and inner products of kernels.
+
+Every value comes with a tensor that its gradient shares with it.
+
+Kernel orthogonality as others define it: OCNN, SRIP and OrthoReg, each with its value and its gradient.
+
+The filters of a group are the rows of K; groups add up. Every value comes with a tensor that its gradient shares with
+it, so that a training step computes it once.
+
+- OCNN (Wang et al. 2020): the convolution as a whole is orthogonal, ‖Σ_c K_i[c] ⋆ K_j[c] − δ_ij δ_0‖² over all lags
+  and ordered pairs (stride 1, target norm 1). By Fourier transform this is the mean over frequencies ω of
+  ‖A Aᴴ − I‖², where A(ω) is S×C: the spectrum of each channel of each filter at ω. The smaller of A Aᴴ and Aᴴ A serves,
+  since ‖A Aᴴ − I_S‖² = ‖Aᴴ A − I_C‖² + S − C. ∂/∂K = 4 · the inverse transform of (A Aᴴ − I) A.
+- SRIP (Bansal et al. 2018): the spectral norm of M = K Kᵀ − I (of Kᵀ K − I where S > C·N), by the paper's power method:
+  twice u = M v, v = M u; then ‖v‖ / ‖u‖. M itself is never formed. v starts from the same fixed numbers everywhere.
+- OrthoReg (Rodríguez et al. 2017): Σ_{i≠j} log(1 + exp(10 (cos(K_i, K_j) − 1))), which separates filters that are alike
+  and leaves opposite ones alone.
+
+A filter of zeros has a zero gradient: OCNN counts its norm's distance from 1, which is constant to first order, and in
+the other two it takes no part.
+
+Every objective that convsim can minimize, by name.
+
+To add one, add one entry: Algorithm 1, the penalty, training and the command line all read this table.
+
+Every objective that convsim can minimize, by name: its value and its gradient.
+
+An objective is a function of the filters of one layer, in the layout of `similarity.to_filters`, and sums over groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from random import Random
+
+import torch
+from torch import Tensor
+
+from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.precision import Differentiable, Taps, constant
+from convsim_cli.similarity import (
+    convolve,
+    inner_product,
+    power_spectra,
+    similarity,
+    similarity_gradient,
+    spectra,
+    tangent_gradient,
+)
+
+Value = Callable[[Tensor, Taps], Tensor]
+Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
+Tangent = Callable[[Tensor, Taps, Tensor | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A function of a layer's filters to minimize.
+
+    name: what users type; meaning: one line for help texts, with its source.
+    value(filters, taps): filters `[groups, S / groups, N, C]` → a scalar, differentiable; it enters `full_precision`
+    by itself.
+    gradient(filters, taps, out): ∂value/∂filters without a graph, written to `out` (contiguous, shaped like filters)
+    unless it is None; call it inside `full_precision`, which a loop enters once.
+    norm_only_pointwise: whether the value of 1×1 kernels depends on the filters' norms alone, so that there is nothing
+    to minimize while norms are preserved.
+    tangent(filters, taps, norms, out): what `tangent_gradient` does, where the objective has a shorter way.
+    vanishes_with_filters: whether the gradient of a filter that vanishes does too. Where it does not, set dead filters
+    to zero first: a filter of zeros takes no part in any objective's pairs, and its gradient is zero.
+    """
+
+    name: str
+    meaning: str
+    value: Value
+    gradient: Gradient
+    norm_only_pointwise: bool
+    tangent: Tangent | None = None
+    vanishes_with_filters: bool = True
+
+    def tangent_gradient(self, filters: Tensor, taps: Taps, norms: Tensor | None, out: Tensor | None) -> Tensor:
+        """Return the gradient, written to `out` if given, projected onto the tangent space of each filter's sphere.
+
+        norms: the L2 norms `[groups, S / groups, 1, 1]` to scale the filters to first, in place; None leaves them.
+        """
+        if self.tangent:
+            return self.tangent(filters, taps, norms, out)
+        if norms is None:
+            norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+        else:
+            rescale_(filters, norms)
+        gradient = self.gradient(filters, taps, out)
+        project_(gradient, filters, norms)
+        return gradient
+
+
+def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
+    """Project a gradient, in place, onto the tangent space of each filter's sphere: g −= ⟨g, K_i⟩ K_i / ‖K_i‖².
+
+    gradient, filters: `[groups, S / groups, N, C]`; norms: the filters' L2 norms `[groups, S / groups, 1, 1]`.
+    """
+    inner = gradient.flatten(2).unsqueeze(-2) @ filters.flatten(2).unsqueeze(-1)  # as products: no copy is made
+    squares = norms.square()
+    along = inner / torch.where(squares > 0, squares, 1)  # the square of a vanished norm is 0
+    gradient.addcmul_(along, filters, value=-1)
+
+
+def rescale_(filters: Tensor, norms: Tensor) -> None:
+    """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero."""
+    present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    filters.mul_(torch.where(present > 0, norms / present, 1))
+
+
+def neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩ with A_i[c] = K_i[c] ⋆ K_i[c]; and A."""
+    power = power_spectra(spectra(filters, taps), taps)
+    return inner_product(power[:, :-1], power[:, 1:]), power
+
+
+def neighbours_gradient(filters: Tensor, power: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return the gradient: as for Eq. 10, with A_{i−1}[c] + A_{i+1}[c], of each channel by itself, in place of R_i."""
+    return convolve(spectra(filters, taps), _beside(power), taps, out)
+
+
+def neighbours_gradient_alone(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
+    """Return the gradient without a value: one spectrum serves both of its uses."""
+    spectrum = spectra(filters, taps)
+    return convolve(spectrum, _beside(power_spectra(spectrum, taps)), taps, out)
+
+
+def _beside(power: Tensor) -> Tensor:
+    none = torch.zeros_like(power[:, :1])
+    return torch.cat([none, power[:, :-1]], dim=1) + torch.cat([power[:, 1:], none], dim=1)
+
+
+def kernel(filters: Tensor, _: Taps) -> tuple[Tensor, Tensor]:
+    """Return Σ_{i<j} ⟨K_i, K_j⟩²; and ⟨K_i, K_j⟩."""
+    products = _inner_products(filters)
+    return products.square().sum() / 2, products
+
+
+def kernel_gradient(filters: Tensor, products: Tensor, _: Taps, out: Tensor | None = None) -> Tensor:
+    """Return the gradient: 2 Σ_{j≠i} ⟨K_i, K_j⟩ K_j."""
+    flat = None if out is None else out.flatten(2)
+    return torch.bmm(2 * products, filters.flatten(2), out=flat).view(filters.shape)
+
+
+def _inner_products(filters: Tensor) -> Tensor:
+    """⟨K_i, K_j⟩ for i ≠ j and 0 for i = j: `[groups, S / groups, S / groups]`."""
+    flat = filters.flatten(2)
+    products = flat @ flat.mT
+    return products.masked_fill(torch.eye(products.shape[-1], dtype=torch.bool, device=products.device), 0)
+
+
+POWER_ITERATIONS = 2  # of SRIP, each with two products by M
+STEEPNESS = 10.0  # λ of OrthoReg
+
+
+def ocnn(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return OCNN's value, and A Aᴴ − I or Aᴴ A − I, the smaller, at each frequency, real and imaginary parts last."""
+    blocks = _spectra(filters, taps)
+    count, channels = blocks.shape[-2:]
+    excess = blocks @ blocks.mH if count <= channels else blocks.mH @ blocks
+    excess = excess - _identity(excess, excess.shape[-1])
+    excess = torch.view_as_real(excess) if excess.is_complex() else excess.unsqueeze(-1)
+    value = _mean_over_frequencies(excess.square().sum((-3, -2, -1)), taps)
+    return value + filters.shape[0] * max(0, count - channels), excess
+
+
+def ocnn_gradient(filters: Tensor, excess: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return OCNN's gradient. excess: what `ocnn` returned."""
+    blocks = _spectra(filters, taps)
+    count, channels = blocks.shape[-2:]
+    excess = torch.view_as_complex(excess) if blocks.is_complex() else excess.squeeze(-1)
+    return torch.mul(_at_taps(excess @ blocks if count <= channels else blocks @ excess, taps), 4, out=out)
+
+
+def srip(filters: Tensor, _taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return SRIP's value, summed over groups, and the product by M of each step of the power method, as columns."""
+    rows = _shorter_side(filters)
+    vector, products = _start(rows, filters), []
+    for _ in range(2 * POWER_ITERATIONS):
+        products.append(_times_excess(rows, vector))
+        vector = products[-1] / _lengths(products[-1])
+    return torch.linalg.vector_norm(products[-1], dim=-2).sum(), torch.cat(products, -1)
+
+
+def srip_gradient(filters: Tensor, products: Tensor, _taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return SRIP's gradient, back through every step of the power method. products: what `srip` returned."""
+    rows = _shorter_side(filters)
+    lengths = _lengths(products)
+    units = products / lengths
+    vectors = torch.cat([_start(rows, filters), units[..., :-1]], -1)
+    adjoints = [units[..., -1:]]  # of the products, last one first
+    for step in reversed(range(products.shape[-1] - 1)):
+        adjoint = _times_excess(rows, adjoints[-1])
+        if len(adjoints) == 1:  # the value is ‖M v‖ / ‖v‖, and v is of length 1
+            adjoint = adjoint - lengths[..., -1:] * vectors[..., -1:]
+        adjoints.append(adjoint / lengths[..., step : step + 1])
+    backward = torch.cat(adjoints[::-1], -1)  # ∂value/∂M = backward · vectorsᵀ
+    both, swapped = torch.cat([vectors, backward], -1), torch.cat([backward, vectors], -1)
+    gradient = swapped @ (both.mT @ rows)  # (∂M + ∂Mᵀ) K
+    if rows.shape[-2] != filters.shape[1]:
+        gradient = gradient.mT
+    gradient = gradient.reshape(filters.shape)
+    return gradient if out is None else out.copy_(gradient)
+
+
+def orthoreg(filters: Tensor, _taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return OrthoReg's value, and the exponents 10 (cos − 1), −∞ where there is no pair."""
+    directions, _ = _directions(filters)
+    alive = _present(filters)
+    pairs = alive & alive.mT & ~torch.eye(filters.shape[1], dtype=torch.bool, device=filters.device)
+    exponents = (STEEPNESS * (directions @ directions.mT - 1)).masked_fill(~pairs, -torch.inf)
+    return torch.nn.functional.softplus(exponents).sum(), exponents
+
+
+def orthoreg_gradient(filters: Tensor, exponents: Tensor, _taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return OrthoReg's gradient, 0 for filters of zeros. exponents: what `orthoreg` returned."""
+    directions, inverse = _directions(filters)
+    pull = (2 * STEEPNESS * exponents.sigmoid()) @ directions
+    along = (pull * directions).sum(-1, keepdim=True)
+    gradient = (pull - along * directions) * inverse
+    return gradient.view(filters.shape) if out is None else out.copy_(gradient.view(filters.shape))
+
+
+def _spectra(filters: Tensor, taps: Taps) -> Tensor:
+    """A(ω): `[groups, frequencies, S / groups, C]`; of a single tap, which is its own spectrum, real."""
+    if filters.shape[2] == 1:
+        return filters.transpose(1, 2)
+    groups, count, _, channels = filters.shape
+    axes = tuple(range(2, 2 + len(taps)))
+    spectrum = torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lags(taps), dim=axes)
+    return spectrum.flatten(2, -2).transpose(1, 2)
+
+
+def _at_taps(spectra: Tensor, taps: Taps) -> Tensor:
+    """Undo `_spectra`, of lags those that are taps: filters `[groups, S / groups, N, C]`."""
+    if not spectra.is_complex():
+        return spectra.transpose(1, 2)
+    lags = _lags(taps)
+    spectrum = spectra.transpose(1, 2).contiguous()  # the FFT of a view rounds in another way in a stack of layers
+    spectrum = spectrum.unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
+    full = torch.fft.irfftn(spectrum, s=lags, dim=tuple(range(2, 2 + len(taps))))
+    return full[(..., *(slice(k) for k in taps), slice(None))].flatten(2, -2)
+
+
+def _mean_over_frequencies(powers: Tensor, taps: Taps) -> Tensor:
+    """Sum over groups of the mean over frequencies of `[groups, frequencies]`.
+
+    All of them but frequency 0 of the last axis stand for two.
+    """
+    lags = _lags(taps)
+    powers = powers.unflatten(-1, (-1, lags[-1] // 2 + 1))
+    return (2 * powers.sum() - powers[..., 0].sum()) / prod(lags)
+
+
+def _lags(taps: Taps) -> Taps:
+    return tuple(2 * k - 1 for k in taps)
+
+
+def _shorter_side(filters: Tensor) -> Tensor:
+    """K `[groups, S / groups, C·N]`, or Kᵀ where there are more filters than values in one."""
+    rows = filters.flatten(2)
+    return rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
+
+
+def _times_excess(rows: Tensor, vector: Tensor) -> Tensor:
+    """M v, as two columns that are alike: a single one is multiplied in another way as soon as layers are stacked."""
+    twice = vector.expand(-1, -1, 2)
+    return (rows @ (rows.mT @ twice) - twice)[..., :1]
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """The length of each column, 1 for zero: in two steps, since the squares of 1e20 leave float32."""
+    largest = vectors.detach().abs().amax(-2, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)
+    return torch.where(largest == 0, 1, scale * torch.linalg.vector_norm(vectors / scale, dim=-2, keepdim=True))
+
+
+def _directions(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters as rows of length 1, and 1 / ‖K_i‖ `[groups, S / groups, 1]`; both 0 for filters of zeros."""
+    rows = filters.flatten(2)
+    wide = None if filters.device.type == "mps" else torch.float64  # the squares of 1e±20 leave float32
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide).to(rows.dtype)
+    present = _present(filters)
+    inverse = torch.where(present, 1 / torch.where(present, norms, 1), 0)
+    return rows * inverse, inverse
+
+
+def _start(rows: Tensor, filters: Tensor) -> Tensor:
+    """What the power method starts from, `[groups, rows, 1]`: fixed numbers, which filters of zeros do not take up."""
+    start = _numbers(rows, rows.shape[-2])
+    if rows.shape[-2] != filters.shape[1]:
+        return start.expand(len(rows), -1, -1)
+    present = _present(filters)
+    return start[(present.cumsum(1) - 1).clamp_min(0).squeeze(-1)] * present
+
+
+def _present(filters: Tensor) -> Tensor:
+    """Which filters are not all zeros: `[groups, S / groups, 1]`."""
+    return (filters != 0).flatten(2).any(-1, keepdim=True)
+
+
+@constant
+def _numbers(like: Tensor, count: int) -> Tensor:
+    """The same normally distributed numbers for every layer, device and process: `[count, 1]`."""
+    normal = Random(0).gauss
+    return torch.tensor([[normal(0, 1)] for _ in range(count)], dtype=like.dtype, device=like.device)
+
+
+@constant
+def _identity(like: Tensor, size: int) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+Shared = Callable[[Tensor, Taps], tuple[Tensor, Tensor]]  # a value, and what its gradient shares with it
+SharedGradient = Callable[..., Tensor]  # (filters, what is shared, taps, out=None)
+
+
+def find_objective(name: str) -> Objective:
+    """Return the objective of that name. Raises InputError with the closest name for an unknown one."""
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def _objective(
+    name: str,
+    meaning: str,
+    value: Shared,
+    gradient: SharedGradient,
+    alone: Gradient | None = None,
+    vanishes_with_filters: bool = True,
+) -> Objective:
+    """alone: the gradient without a value, where that has a shorter way."""
+    differentiable = Differentiable(name, value, gradient)
+
+    def without_graph(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
+        return gradient(filters, value(filters, taps)[1], taps, out)
+
+    return Objective(
+        name,
+        meaning,
+        differentiable,
+        alone or without_graph,
+        norm_only_pointwise=False,
+        vanishes_with_filters=vanishes_with_filters,
+    )
+
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            "cs",
+            "Eq. 10 of the paper: all pairs of filters, all pairs of their channels",
+            similarity,
+            similarity_gradient,
+            norm_only_pointwise=True,
+            tangent=tangent_gradient,
+        ),
+        _objective(
+            "neighbours",
+            "the authors' public code: each filter and the next, channel by channel",
+            neighbours,
+            neighbours_gradient,
+            neighbours_gradient_alone,
+        ),
+        _objective(
+            "kernel",
+            "kernel orthogonality (section 3.1 of the paper): squared inner products of all pairs of filters",
+            kernel,
+            kernel_gradient,
+        ),
+        _objective(
+            "ocnn",
+            "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags, and filters of norm 1",
+            ocnn,
+            ocnn_gradient,
+        ),
+        _objective(
+            "srip",
+            "spectral norm of K Kᵀ − I by two power iterations (Bansal et al. 2018)",
+            srip,
+            srip_gradient,
+            vanishes_with_filters=False,
+        ),
+        _objective(
+            "orthoreg",
+            "cosines of all pairs of filters, alike ones most (Rodríguez et al. 2017)",
+            orthoreg,
+            orthoreg_gradient,
+            vanishes_with_filters=False,
+        ),
+    )
+}

@@ -1,0 +1,164 @@
+"""A run's network, and the checks that it can be trained on the run's data, before a folder is created.
+
+What the modes do to a network's kernels before training: other directions, other norms, or both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.closed_forms import decorrelate_, orthogonalize_
+from convsim_cli.device import Advance
+from convsim_cli.errors import InputError
+from convsim_cli.inputs.images import Dataset
+from convsim_cli.kernels import Selection, module_kernels, weight_of
+from convsim_cli.layers import undone_on_failure
+from convsim_cli.minimize import Minimization, minimize_kernels, rescale_to
+from convsim_cli.networks.architectures import build_network, warn_of_random_weights
+from convsim_cli.networks.load import load_weights
+from convsim_cli.penalty import ConvSimPenalty
+from convsim_cli.training.config import MODES, Arguments, Directions
+from convsim_cli.training.data import used_images
+
+
+def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
+    """Return the network of a run before training: fresh, pretrained, or with the tensors of its `weights` file.
+
+    Raises InputError and DownloadError.
+    """
+    model = build_network(arguments.arch, classes, arguments.seed, arguments.pretrained)
+    if arguments.weights:
+        checkpoint = open_checkpoint(Path(arguments.weights))
+        load_weights(model, checkpoint, arguments.arch)
+        for line in checkpoint.notes:
+            warnings.warn(line, stacklevel=2)
+    return model
+
+
+def check_network(arguments: Arguments, dataset: Dataset) -> None:
+    """Raise InputError for a network, or weights, that a run on this data set cannot use."""
+    model = build_with_weights(arguments, dataset.classes)
+    if not (arguments.pretrained or arguments.weights):
+        warn_of_random_weights(arguments.arch)
+    try:
+        ConvSimPenalty(model)
+    except InputError as error:
+        raise InputError(f"`arch` {arguments.arch}: {error}") from error
+    data = used_images(arguments, dataset)
+    _check_logits(model, data, arguments)
+    _check_small_batches(model, data, arguments)
+
+
+def _check_logits(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
+    images = dataset.normalize(dataset.test.images[:1])
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:  # a network may raise anything
+        raise InputError(
+            f"`arch` {arguments.arch}: does not run on images {list(images.shape)} of {arguments.dataset} "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < dataset.classes:
+        output = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"`arch` {arguments.arch}: returns {output} for one image, expected [1, {dataset.classes}] logits, "
+            f"one for each class of {arguments.dataset}"
+        )
+
+
+def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
+    """Batch normalization may refuse a batch of one image: the last one in training, or one in evaluation."""
+    last = len(dataset.train) % arguments.batch_size or arguments.batch_size
+    in_training = last // arguments.processes <= 1
+    evaluated = {"test": dataset.test, "validation": dataset.validation}
+    alone = [name for name, split in evaluated.items() if split and len(split) // arguments.processes <= 1]
+    in_evaluation = alone if arguments.bn_statistics == "batch" else []
+    if not in_training and not in_evaluation:
+        return
+    try:
+        with torch.no_grad():
+            model.train()(dataset.normalize(dataset.train.images[:1]))
+    except ValueError as error:
+        cause = f"`batch_size` {arguments.batch_size}: the last batch of {len(dataset.train)} training images"
+        if not in_training:
+            cause = f"`bn_statistics` batch: the {alone[0]} set of {len(evaluated[alone[0]] or [])} images"
+        raise InputError(
+            f"{cause} leaves one image for a process, of which {arguments.arch} cannot normalize a batch ({error})"
+        ) from error
+
+
+IMAGES = 1024  # the first training images, on which `decorrelate` makes feature maps uncorrelated
+
+Images = Callable[[], Tensor]  # the first training images, normalized: `[B, 3, height, width]`
+
+
+def first_images(data: Dataset, device: torch.device) -> Tensor:
+    """Return the first training images `[B, 3, height, width]`, normalized, without augmentation."""
+    return data.normalize(data.train.images[:IMAGES].to(device))
+
+
+def count_steps(model: nn.Module, settings: Arguments) -> int:
+    """Return the number of steps that `prepare_` reports: those of its minimizations, and one per closed-form layer."""
+    directions, selection = MODES[settings.mode].directions, module_kernels(model)
+    plans = [how for how in (_turning(directions, settings), _scaling(directions, settings)) if how]
+    layers = len(selection.kernels) if directions in ("orthogonal", "decorrelate") else 0
+    return layers + sum(how.steps(how.select(selection).kernels) for how in plans)
+
+
+@torch.no_grad()
+def prepare_(model: nn.Module, settings: Arguments, images: Images, advance: Advance) -> None:
+    """Give the kernels the directions, the norms, or both, that a run's mode and arguments ask for, in place.
+
+    Feature maps are decorrelated last, which keeps the norms: without batch normalization, the scale of one layer
+    matters to the maps of the next. Raises InputError and DivergedError; the network is then untouched.
+    """
+    directions, selection = MODES[settings.mode].directions, module_kernels(model)
+    weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
+    with undone_on_failure(list(weights.values())):
+        scaling = _scaling(directions, settings)  # of the fresh kernels
+        shrunk = _minimized(selection, weights, scaling, advance) if scaling else {}
+        if turning := _turning(directions, settings):
+            for name, turned in _minimized(selection, weights, turning, advance).items():
+                weights[name].copy_(turned)
+        if directions == "orthogonal":
+            orthogonalize_(model, advance=advance)
+        for kernel in selection.kernels:
+            weight = weights[kernel.name]
+            if kernel.name in shrunk:
+                weight.copy_(rescale_to(kernel, weight, shrunk[kernel.name]))
+            if settings.factor is not None:
+                weight.mul_(settings.factor)
+        if directions == "decorrelate":
+            decorrelate_(model, images(), advance=advance)
+
+
+def _turning(directions: Directions | None, settings: Arguments) -> Minimization | None:
+    """The minimization that the filters' directions come from, if one does."""
+    return _minimization(settings, settings.preserve_norm) if directions == "init" else None
+
+
+def _scaling(directions: Directions | None, settings: Arguments) -> Minimization | None:
+    """The minimization that the filters' norms come from, if another one does."""
+    wanted = settings.rescale or (directions == "own" and settings.factor is None)
+    return _minimization(settings, preserve_norm=False) if wanted else None
+
+
+def _minimization(settings: Arguments, preserve_norm: bool) -> Minimization:
+    objective = settings.objective
+    return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
+
+
+def _minimized(
+    selection: Selection, weights: dict[str, Tensor], how: Minimization, advance: Advance
+) -> dict[str, Tensor]:
+    """The minimized weights by name; the model's are not written to."""
+    kernels = how.select(selection).kernels
+    found = minimize_kernels([(kernel, weights[kernel.name]) for kernel in kernels], how, advance)
+    return {kernel.name: weight for kernel, (weight, _) in zip(kernels, found, strict=True)}

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import Convsim, Start
+
+from convsim_cli.training.config import MODES
+
+SMALL = (
+    "--arch",
+    "cnn:4",
+    "--dataset",
+    "digits",
+    "--limit-train",
+    60,
+    "--limit-test",
+    30,
+    "--batch-size",
+    20,
+    "--iterations",
+    5,
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_trains_and_its_epochs_are_plain_lines(mode: str, tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim("train", "--mode", mode, *SMALL, "--epochs", 2, "--run-dir", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert [row["run"] for row in outcome.rows] == [str(tmp_path / f"cnn4-{mode}-s0")]
+    lines = [line for line in outcome.err.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 2
+    assert "epoch 2/2" in lines[1]
+
+
+def test_json_gives_the_summaries_and_seeds_give_runs_of_their_own(tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim(
+        "train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "x", "--seeds", 2, "--json", "-q"
+    )
+    document = outcome.document
+    assert (document["schema"], document["command"]) == (1, "train")
+    assert [run["run"] for run in document["runs"]] == [str(tmp_path / "x-s0"), str(tmp_path / "x-s1")]
+    accuracies = [run["best_test_accuracy"] for run in document["runs"]]
+    assert document["mean"]["best_test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert outcome.err == ""
+
+
+def test_interrupted_seeds_can_be_resumed_one_by_one(tmp_path: Path, convsim: Convsim, start: Start) -> None:
+    how = (*SMALL, "--run-dir", tmp_path, "--mode", "init", "-q")
+    process = start("train", *how, "--epochs", 100_000, "--seeds", 3)
+    while not (tmp_path / "cnn4-init-s0" / "results.csv").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert f"--resume {tmp_path / 'cnn4-init-s0'}; then the other seeds with: --name cnn4-init --seed 1" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cnn4-init-s0"]
+    assert convsim("train", *how, "--epochs", 1, "--name", "cnn4-init", "--seed", 1, "--seeds", 2).code == 0
+    again = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--json").document
+    assert [run["run"] for run in again["runs"]] == [str(tmp_path / f"cnn4-init-2-s{seed}") for seed in (0, 1)]
+    taken = convsim("train", *how, "--epochs", 1, "--seeds", 2, "--name", "cnn4-init")
+    assert "cnn4-init-s0 already exists; resume it with: convsim train --resume" in taken.error
+
+
+def test_a_run_dir_that_cannot_be_created_is_named(tmp_path: Path, convsim: Convsim) -> None:
+    (tmp_path / "file").write_text("")
+    for command in (("train", *SMALL), ("reproduce", "table2", "--episodes", 4)):
+        outcome = convsim(*command, "--run-dir", tmp_path / "file")
+        assert outcome.code == 2
+        assert "--run-dir" in outcome.error
+        assert "cannot be created" in outcome.error
+
+
+def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, convsim: Convsim) -> None:
+    convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "x")
+    outcome = convsim("train", "--resume", tmp_path / "x", "--lr", 0.5)
+    assert outcome.code == 2
+    assert "--lr 0.5: the run" in outcome.error
+    assert "with --resume only --epochs and --data-dir may differ" in outcome.error
+    assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2, "--batch-size", 20).code == 0
+    assert len((tmp_path / "x" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, convsim: Convsim) -> None:
+    weights = tmp_path / "w.safetensors"
+    convsim("init", "--arch", "cnn:4", "-o", weights, "--iterations", 1)
+    assert convsim("train", *SMALL, "--weights", weights, "--epochs", 1, "--run-dir", tmp_path, "--name", "x").code == 0
+    weights.unlink()
+    assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2).code == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "warned"),
+    [(("--mode", "init"), True), (("--mode", "init", "--preserve-norm"), False), (("--mode", "orthogonal"), False)],
+)
+def test_holding_similarity_where_there_is_none_to_hold_is_warned_about(
+    how: tuple[str, ...], warned: bool, tmp_path: Path, convsim: Convsim
+) -> None:
+    outcome = convsim("train", *SMALL, *how, "--hold-similarity", "--epochs", 1, "--run-dir", tmp_path, "-q")
+    assert outcome.code == 0
+    assert ("--hold-similarity has nothing to hold: --mode init leaves ncs near 1" in outcome.err) == warned
+
+
+def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:
+    how = ("train", *SMALL, "--mode", "reg", "--objective", "kernel", "--run-dir", tmp_path, "--json", "-q")
+    (first,) = convsim(*how, "--beta", "auto", "--epochs", 1, "--name", "x").document["runs"]
+    assert first["beta"] > 0
+    assert json.loads((tmp_path / "x" / "args.json").read_text())["beta"] == "auto"
+    (longer,) = convsim("train", "--resume", tmp_path / "x", "--epochs", 2, "--beta", "auto", "--json", "-q").document[
+        "runs"
+    ]
+    assert (longer["beta"], longer["epochs"]) == (first["beta"], 2)
+    assert convsim(*how, "--beta", 0.5, "--epochs", 1).document["runs"][0]["beta"] == 0.5
+    assert convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--json").document["runs"][0]["beta"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode", "regularize"], "regularize"),
+        (["--arch", "cnn9"], "did you mean"),
+        (["--dataset", "cifra10"], "did you mean 'cifar10'"),
+        (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
+        (["--rescale"], "--rescale goes with"),
+        (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
+        (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number of 0 or above"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--dataset", "digits", "--arch", "cnn:1"], "no convolution kernels"),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--resume", "nowhere"], "not a run's folder"),
+        (["--dataset", "digits", "--name", "a/b"], "plain folder name"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(
+    arguments: list[str], said: str, convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = convsim("train", *arguments)
+    assert outcome.code == 2
+    assert said in outcome.error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_run_says_how_to_resume_it_and_can_be_resumed(
+    tmp_path: Path, convsim: Convsim, start: Start
+) -> None:
+    process = start("train", *SMALL, "--epochs", 100_000, "--run-dir", tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    run = tmp_path / "cnn4-baseline-s0"
+    assert f"resume with: convsim train --resume {run}" in said
+    done = len((run / "results.csv").read_text().splitlines()) - 1
+    assert convsim("train", "--resume", run, "--epochs", done + 1).code == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] == done + 1
+
+
+def test_real_cifar10_is_learned_within_a_few_steps(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim(
+        *("train", "--mode", "init", "--arch", "cnn:16", "--data-dir", data_dir, "--epochs", 2, "--batch-size", 50),
+        *(
+            "--limit-train",
+            2000,
+            "--limit-test",
+            500,
+            "--lr",
+            0.1,
+            "--iterations",
+            100,
+            "--run-dir",
+            tmp_path,
+            "--json",
+        ),
+    )
+    assert outcome.code == 0
+    assert outcome.document["runs"][0]["best_test_accuracy"] > 20  # chance is 10
+    best = tmp_path / "cnn16-init-s0" / "best.safetensors"
+    measured = convsim(
+        "measure", best, "--arch", "cnn:16", "--input", "cifar10", "--data-dir", data_dir, "--json"
+    ).document
+    assert measured["total"]["accuracy"] > 20
+
+
+def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim: Convsim) -> None:
+    convsim("train", *SMALL, "--mode", "reg", "--beta", 0.5, "--epochs", 1, "--run-dir", tmp_path, "--name", "first")
+    config = tmp_path / "first" / "args.json"
+    again = convsim("train", "--config", config, "--lr", 0.5, "--run-dir", tmp_path, "--name", "second")
+    assert again.code == 0, again.err
+    first, second = (json.loads((tmp_path / name / "args.json").read_text()) for name in ("first", "second"))
+    assert second == first | {"lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable args.json"),
+        ("[]", "expected the arguments of a run, by name"),
+        ('{"epoch": 3}', "unknown arguments epoch: did you mean 'epochs'?"),
+        ('{"epochs": "3"}', "epochs = '3', expected int"),
+        ('{"epochs": true}', "epochs = True, expected int"),
+        ('{"pairs": "most"}', "pairs = 'most', expected all, neighbours"),
+        ('{"precision": "fp8"}', "--precision fp8: expected fp32, tf32 or bf16"),
+        ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
+        ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
+        ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),
+        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg, init+reg, rescale, orthogonal or decorrelate"),
+    ],
+)
+def test_an_unusable_config_is_one_error_line(content: str, message: str, tmp_path: Path, convsim: Convsim) -> None:
+    (tmp_path / "c.json").write_text(content)
+    outcome = convsim("train", "--config", tmp_path / "c.json", "--dataset", "digits", "--run-dir", tmp_path / "runs")
+    assert outcome.code == 2
+    assert message in outcome.error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_networks_of_torchvision_train_on_a_folder_of_images(tmp_path: Path, convsim: Convsim) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            Image.effect_noise((70, 50), 64).convert("RGB").save(tmp_path / "images" / name / f"{index}.png")
+    how = ("--dataset", f"folder:{tmp_path / 'images'}", "--epochs", 1, "--batch-size", 4, "--run-dir", tmp_path)
+    outcome = convsim("train", "--arch", "torchvision:squeezenet1_1", *how, "--image-size", 64, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["runs"][0]["epochs"] == 1
+    mistake = convsim("train", "--arch", "torchvision:lraspp_mobilenet_v3_large", *how, "--image-size", 64)
+    assert "returns a OrderedDict for one image, expected [1, 2] logits" in mistake.error
+    size = convsim("train", "--dataset", "digits", "--image-size", 64)
+    assert "--image-size goes with --dataset folder:PATH" in size.error

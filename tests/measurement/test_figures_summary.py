@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from convsim_cli.errors import InputError
+from convsim_cli.measurement.figures import sort_layers, what_stands_out
+
+
+def record(name: str, cos: float | None, rank: float | None, removable: int | None = 0) -> dict[str, Any]:
+    chance = {"fm_cos_random": 0.1 if cos else None, "fm_rank_random": 20.0 if rank else None}
+    return {"name": name, "fm_cos": cos, "fm_rank": rank, "removable": removable, **chance}
+
+
+def test_the_layers_most_alike_the_lowest_rank_and_the_removable_filters_are_named() -> None:
+    layers = [record("a", 0.2, 18.0), record("b", 0.4, 6.0, 3), record("c", 0.12, 19.0), record("d", None, None, None)]
+    assert what_stands_out(layers) == (
+        "maps most alike against chance: b (4.0 times), a (2.0 times); lowest rank: b (6.0, chance 20.0); "
+        "3 filters removable"
+    )
+
+
+def test_at_most_three_layers_are_named_and_nothing_that_does_not_stand_out() -> None:
+    many = [record(name, 0.3, 19.0) for name in "abcde"]
+    assert "a (3.0 times), b (3.0 times), c (3.0 times); 0 filters" in what_stands_out(many)
+    assert (
+        what_stands_out([record("a", 0.11, 19.0, 1)]) == "no layer's maps stand out against chance; 1 filter removable"
+    )
+    assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps stand out")
+
+
+def test_layers_are_sorted_by_a_figure_the_largest_or_the_smallest_first_and_null_last() -> None:
+    layers = [record("a", 0.2, 18.0), record("b", None, None), record("c", 0.4, 6.0)]
+    sort_layers(layers, "fm_cos")
+    assert [layer["name"] for layer in layers] == ["c", "a", "b"]
+    sort_layers(layers, "-fm_cos")
+    assert [layer["name"] for layer in layers] == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize("by", ["fm_rnk", "-fm_rnk"])
+def test_an_unknown_figure_to_sort_by_is_refused_with_a_suggestion(by: str) -> None:
+    with pytest.raises(InputError, match=f"`sort` {by}: did you mean 'fm_rank'"):
+        sort_layers([], by)

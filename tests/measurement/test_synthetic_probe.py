@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from references import literal_map_figures
+from torch import nn
+
+from convsim_cli.kernels import Kernel
+from convsim_cli.measurement import feature_maps
+from convsim_cli.measurement import synthetic as layer_probe
+from convsim_cli.measurement.synthetic import LayerProbe, make_inputs
+
+
+@pytest.mark.parametrize(("groups", "taps"), [(1, (3, 3)), (2, (5, 2)), (1, (4,)), (1, (2, 3, 2))])
+def test_a_layer_by_itself_is_probed_under_full_padding_on_inputs_of_its_own_channels(
+    groups: int, taps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layer = layers[len(taps) - 1](4, 6, taps, groups=groups, padding=tuple(k - 1 for k in taps), bias=False)  # type: ignore[arg-type]
+    kernel = Kernel("k", tuple(layer.weight.shape), groups)
+    inputs = make_inputs("white", 16, 4, (8,) * len(taps), seed=3)
+    with torch.no_grad():
+        expected = literal_map_figures(layer(inputs), groups)
+    monkeypatch.setattr(feature_maps, "_MAP_ELEMENTS", 6 * 400)  # several chunks
+    found = LayerProbe("white", side=8, seed=3).look(kernel, layer.weight.detach()).similarity
+    assert (found.fm_cos, found.fm_inner2) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e38), (torch.float32, 1e-38), (torch.float64, 1e-60)])
+def test_a_layer_of_any_scale_is_probed(dtype: torch.dtype, scale: float) -> None:
+    kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3, dtype=dtype)
+    exact, found = (LayerProbe().look(kernel, w).similarity for w in (weight, weight * scale))
+    assert found.fm_cos == pytest.approx(exact.fm_cos, rel=1e-5)
+    assert found.alive.all()
+    assert found.fm_inner2 == pytest.approx(exact.fm_inner2 * scale**4, rel=1e-4)
+
+
+def test_a_single_pixel_of_natural_input_gives_no_angle() -> None:
+    assert LayerProbe("natural", side=1).fm_cos(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3)) is None
+
+
+def test_the_figure_by_itself_is_that_of_the_whole_look_over_the_same_living_filters() -> None:
+    kernel, weight = Kernel("k", (6, 2, 3, 3)), torch.randn(6, 2, 3, 3)
+    weight[1] *= 1e-9
+    probe = LayerProbe("natural", samples=3)
+    assert probe.fm_cos(kernel, weight) == probe.look(kernel, weight).similarity.fm_cos
+    alive = weight.clone()
+    alive[1] = torch.randn(2, 3, 3)
+    living = torch.tensor([[True, False, True, True, True, True]])
+    assert probe.fm_cos(kernel, alive, living) == pytest.approx(probe.fm_cos(kernel, weight), rel=1e-5)
+
+
+def test_inputs_are_made_once_for_layers_that_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(layer_probe, "make_inputs", lambda *how: made.append(how[2]) or make_inputs(*how))
+    probe = LayerProbe("natural", samples=1, side=4)
+    for channels in (2, 2, 3):
+        kernel = Kernel("k", (4, channels, 3, 3))
+        probe.fm_cos(kernel, torch.randn(kernel.shape))
+        probe.look(kernel, torch.randn(kernel.shape))
+    assert made == [2, 3]

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Convsim
+from safetensors.torch import save_file
+from torch import nn
+
+from convsim_cli.checkpoint_measure import measure_checkpoint
+from convsim_cli.errors import InputError
+from convsim_cli.measurement import feature_maps
+from convsim_cli.measurement import feature_maps as random_kernels
+
+SHARED_KEYS = ("schema", "command", "version")  # of all commands' documents
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({"a.weight": torch.randn(8, 3, 3, 3), "b.weight": torch.randn(4, 8, 5, 3)}, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def test_a_checkpoint_is_measured_as_by_the_command_line(file: Path, convsim: Convsim) -> None:
+    report = measure_checkpoint(str(file), input="natural", samples=3, exclude=["b*"], seed=2, top=1)
+    how = ("--input", "natural", "--samples", 3, "--exclude", "b*", "--seed", 2, "--top", 1)
+    document = convsim("measure", file, *how, "--json").document
+    found = {key: value for key, value in document.items() if key not in SHARED_KEYS}
+    assert report | {"skipped": found["skipped"]} == found
+    assert [entry["name"] for entry in report["skipped"]] == ["b.weight"]
+
+
+def test_a_fresh_network_is_measured_by_name() -> None:
+    report = measure_checkpoint(arch="cnn:4", num_classes=3, samples=2)
+    assert report["bn_statistics"] == "inputs"
+    assert [layer["calls"] for layer in report["layers"]] == [1] * 4
+    assert report.notes == [
+        "batch-norm statistics are re-estimated on the inputs: the stored ones do not belong to these kernels"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"threshold": 0}, "`threshold` is 0; expected a cosine above 0, up to 1"),
+        ({"threshold": 1.5}, "`threshold` is 1.5"),
+        ({"samples": 0}, "`samples` is 0; expected at least 1"),
+        ({"input": "digits"}, "`input` digits: needs `arch`"),
+        ({"include": "a*"}, "`include` is the string 'a\\*'"),
+        ({"arch": "cnn:4", "bn_statistics": "batch"}, "does not fit|`bn_statistics` 'batch'"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], said: str, file: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        measure_checkpoint(file, **options)  # type: ignore[arg-type]
+
+
+def test_what_a_reader_had_to_choose_is_a_warning(tmp_path: Path) -> None:
+    states = {name: {"c.weight": torch.randn(4, 3, 3, 3)} for name in ("model", "ema")}
+    torch.save(states, tmp_path / "both.pt")
+    with pytest.warns(UserWarning, match="ema"):
+        report = measure_checkpoint(tmp_path / "both.pt", samples=1)
+    assert report.warnings
+
+
+def test_parametrized_layers_of_a_network_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "from torch import nn\n"
+        "from torch.nn.utils.parametrizations import weight_norm\n"
+        "def net():\n"
+        "    return nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    report = measure_checkpoint(arch="theirs:net", samples=2, side=16)
+    assert [layer["name"] for layer in report["layers"]] == ["0.weight", "2.weight"]
+    assert all(layer["fm_cos"] is not None for layer in report["layers"])
+
+
+def test_layers_with_too_many_filters_for_a_mean_cosine_each_are_said(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (feature_maps, random_kernels):
+        monkeypatch.setattr(module, "MOST_PAIRS", 40)
+    report = measure_checkpoint(file, samples=1, top=2)
+    large, small = report["layers"]
+    assert large["fm_cos"] is not None
+    assert large["fm_cos_random"] is not None
+    assert [large[key] for key in ("fm_rank", "fm_rank_random", "redundant", "opposite", "removable", "clusters")] == [
+        None
+    ] * 6
+    assert large["top"] == []
+    assert small["fm_rank"] is not None
+    assert report.notes == [
+        "too many filters to keep every pair's mean cosine, so fm_rank, redundant, opposite, removable and clusters "
+        "are null: a.weight"
+    ]
+
+
+def test_a_layer_whose_filters_vanish_is_measured(tmp_path: Path) -> None:
+    weight = torch.randn(6, 3, 3, 3)
+    weight[:2] *= 1e-25
+    save_file({"w": weight}, tmp_path / "m.safetensors")
+    (layer,) = measure_checkpoint(tmp_path / "m.safetensors", samples=2)["layers"]
+    save_file({"w": weight[2:]}, tmp_path / "living.safetensors")
+    (living,) = measure_checkpoint(tmp_path / "living.safetensors", samples=2)["layers"]
+    assert layer["dead"] == 2
+    for key in ("ncs", "kernel_cos", "fm_cos", "fm_rank"):
+        assert layer[key] == pytest.approx(living[key], rel=1e-5)
+    assert layer["norm"] == pytest.approx(weight.norm().item())
+
+
+def test_a_network_with_nan_is_named_before_it_runs(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    (tmp_path / "x").mkdir()
+    save_file({"w": torch.full((4, 3, 3, 3), torch.nan)}, tmp_path / "nan.safetensors")
+    with pytest.raises(InputError, match=r"nan.safetensors: w \[4, 3, 3, 3\]: 108 of 108 values are NaN or Inf"):
+        measure_checkpoint(tmp_path / "nan.safetensors")
+    del model

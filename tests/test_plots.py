@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import stdev
+
+import pytest
+from matplotlib.axes import Axes
+
+from convsim_cli.errors import InputError
+from convsim_cli.pictures import require_matplotlib, save_figure
+from convsim_cli.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs
+
+HISTORY = [
+    {"epoch": e, "cs": 900 / e, "train_loss": 2 / e, "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e}
+    for e in range(1, 6)
+]
+MEASURED = {"best_test_accuracy": 60.0, "best_test_accuracy_std": None, "last_test_accuracy": 58.0}
+FIGURES = MEASURED | {"last_test_accuracy_std": None}
+
+
+def test_curves_differ_without_their_color() -> None:
+    figure = draw_runs([Curve(f"run {n}", [HISTORY]) for n in range(16)])
+    for axes in figure.axes:
+        lines = axes.get_lines()
+        assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 16  # type: ignore[attr-defined]
+        assert len({str(line._dash_pattern) for line in lines[:8]}) == 8  # type: ignore[attr-defined]
+
+
+def test_axes_bear_their_units_and_falling_quantities_a_log_scale() -> None:
+    figure = draw_runs([Curve("a", [HISTORY])])
+    said = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
+    assert said == {
+        "training loss (cross entropy, nats)": "log",
+        "test accuracy (%)": "linear",
+        "train accuracy (%)": "linear",
+        "$L_{CS}$ (Eq. 10, dimensionless)": "log",
+    }
+    assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
+
+
+def test_seeds_of_an_arm_are_one_curve_with_a_band() -> None:
+    rows = [
+        {"arch": arch, "arm": arm, "seed": seed, "epoch": [1, 2], "cs": [900.0 + seed, 800.0]}
+        for arch in ("cnn1", "cnn2")
+        for arm in ("baseline", "init")
+        for seed in (0, 2)
+    ]
+    figure = draw_arms(rows, "cs", "title")
+    assert [axes.get_title() for axes in figure.axes] == ["CNN1", "CNN2"]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.get_lines()] == ["baseline", "init"]
+        assert list(axes.get_lines()[0].get_ydata()) == [901, 800]
+        assert len(axes.collections) == 2
+
+
+def test_the_band_is_one_standard_deviation_to_either_side_of_the_mean() -> None:
+    seeds = [[{**row, "test_accuracy": row["test_accuracy"] + shift} for row in HISTORY] for shift in (0, 3, 9)]
+    axes = draw_runs([Curve("seeds", seeds)]).axes[1]
+    spread = stdev([0, 3, 9])
+    box = axes.collections[0].get_paths()[0].get_extents()
+    assert list(axes.get_lines()[0].get_ydata()) == [row["test_accuracy"] + 4 for row in HISTORY]
+    assert (box.ymin, box.ymax) == (pytest.approx(8 + 4 - spread), pytest.approx(40 + 4 + spread))
+
+
+def test_a_band_on_a_log_scale_stays_above_zero() -> None:
+    seeds = [[{**row, "cs": scale * row["cs"]} for row in HISTORY] for scale in (1.0, 1.0, 100.0)]
+    axes = draw_runs([Curve("seeds", seeds)]).axes[3]
+    assert axes.collections[0].get_paths()[0].get_extents().ymin == pytest.approx(900 / 5)
+
+
+def ticks(axes: Axes, which: str) -> list[str]:
+    """The labels on an axis within its limits, from both of its scales."""
+    axis = getattr(axes, f"{which}axis")
+    low, high = sorted(axis.get_view_interval())
+    return [
+        label
+        for minor in (False, True)
+        for place, label in zip(
+            axis.get_ticklocs(minor=minor), [text.get_text() for text in axis.get_ticklabels(minor=minor)], strict=True
+        )
+        if low <= place <= high and label
+    ]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_the_epochs_on_an_axis_are_whole(epochs: int) -> None:
+    figure = draw_runs([Curve("a", [HISTORY[:epochs]])])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        found = ticks(axes, "x")
+        assert found
+        assert set(found) <= {str(epoch) for epoch in range(1, epochs + 1)}
+
+
+@pytest.mark.parametrize("factor", [1.0001, 1.05, 1.5, 3, 9.9, 50, 1e5])
+def test_a_log_scale_has_several_labels_however_little_it_spans(factor: float) -> None:
+    rows = [{**row, "train_loss": factor ** (row["epoch"] / 5), "cs": 1.0} for row in HISTORY]
+    figure = draw_runs([Curve("a", [rows])])
+    figure.draw_without_rendering()
+    found = ticks(figure.axes[0], "y")
+    assert 2 <= len(found) <= 12
+    assert len(set(found)) == len(found)
+
+
+def test_a_diverged_seed_counts_up_to_its_last_epoch() -> None:
+    figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])])
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes] == [5] * 4  # type: ignore[arg-type]
+
+
+def test_any_name_is_drawn_as_it_is_and_stands_in_the_legend(tmp_path: Path) -> None:
+    names = ["a$b_$c", "a$x^^$", "_hidden"]
+    figure = draw_runs([Curve(name, [HISTORY]) for name in names])
+    save_figure(figure, tmp_path / "x.png")
+    said = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    assert said == names
+
+
+def test_a_run_that_diverged_leaves_a_gap_and_no_error() -> None:
+    gone = dict.fromkeys(FIGURES)
+    rows = [{"lr": 0.1, "batch_size": 64, "measured": {"baseline": FIGURES, "init": gone}}]
+    assert len(draw_grid(rows, "title").axes[0].patches) == 2
+    draw_iterations([{"iterations": 0, "measured": FIGURES}, {"iterations": 9, "measured": gone}], "title")
+
+
+def test_a_long_title_stays_within_the_figure(tmp_path: Path) -> None:
+    figure = draw_iterations([{"iterations": 0, "measured": FIGURES}], "a long title " * 30)
+    save_figure(figure, tmp_path / "x.png")
+    figure.draw_without_rendering()
+    (title,) = (text for text in figure.texts if "a long title" in text.get_text())
+    box = title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize("label", ["momentum=0.9, " * 12, "x" * 150])
+def test_a_long_label_stays_within_the_figure(label: str) -> None:
+    figure = draw_runs([Curve(label, [HISTORY]), Curve("short", [HISTORY])])
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
+    assert box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
+def test_without_matplotlib_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        require_matplotlib()

@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import io
+import json
+import resource
+import shlex
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import call_in_fork
+from safetensors.torch import load_file, save_file
+
+from convsim_cli.cli import run as run_command
+from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.networks.architectures import build_network
+from convsim_cli.training.config import MODES, Arguments
+from convsim_cli.training.launch import find_or_create_run, is_finished
+from convsim_cli.training.run import COLUMNS, Run, Silence, create_run, execute, open_run, read_results
+from convsim_cli.training.trainer import Trainer
+
+SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
+
+
+class Kill(Silence):
+    """Stops a run inside an epoch, as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def results(run: Run) -> list[dict[str, Any]]:
+    return [{**row, "seconds": None} for row in read_results(run.folder)]
+
+
+def test_a_run_writes_every_file_of_the_design(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    summary = execute(run)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"args.json", "results.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json"}
+    assert json.loads((run.folder / "args.json").read_text()) == asdict(SMALL)
+    assert (run.folder / "results.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    rows = read_results(run.folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert summary == json.loads((run.folder / "summary.json").read_text())
+    assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in rows)
+    assert summary["last_test_accuracy"] == rows[-1]["test_accuracy"]
+    assert set(summary["fm_cos"]["start"]) == set(summary["fm_cos"]["end"]) == {f"{i}.weight" for i in (0, 4, 8, 12)}
+
+
+def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, lr=0.3), tmp_path, "one")
+    summary = execute(run)
+    for name, accuracy in (("best", summary["best_test_accuracy"]), ("last", summary["last_test_accuracy"])):
+        model = build_network("cnn:4")
+        model.load_state_dict(load_file(run.folder / f"{name}.safetensors"))
+        from convsim_cli.inputs.datasets import load_dataset
+
+        data = load_dataset("digits", Path()).limited(60, 30)
+        trainer = Trainer(model, data, SMALL, torch.device("cpu"))
+        from convsim_cli.networks.accuracy import evaluate
+
+        assert evaluate(trainer.model, data, data.test, torch.device("cpu"))[1] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("moment", ["inside an epoch", "between epochs", "after the end"])
+def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: str, moment: str) -> None:
+    arguments = replace(SMALL, mode=mode, momentum=0.9)
+    whole = create_run(arguments, tmp_path, "whole")
+    execute(whole)
+    if moment == "after the end":
+        part = create_run(replace(arguments, epochs=1), tmp_path, "part")
+        execute(part)
+    else:
+        part = create_run(arguments, tmp_path, "part")
+        preparation = (
+            40 if mode in ("init", "init+reg", "rescale") else 4 if mode in ("orthogonal", "decorrelate") else 0
+        )
+        with pytest.raises(KeyboardInterrupt):
+            execute(part, Kill(preparation + (4 if moment == "inside an epoch" else 3)))
+    torch.manual_seed(123)  # whatever else the process did
+    execute(open_run(part.folder, epochs=3))
+    assert results(part) == results(whole)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert json.loads((part.folder / "args.json").read_text()) == asdict(arguments)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "cosine": {"schedule": "cosine", "warmup": 1},
+    "warmup": {"warmup": 2},
+    "augment": {"augment": "flip-crop"},
+    "smoothing": {"label_smoothing": 0.1},
+    "validation": {"validation": 15, "lr": 0.3},
+}
+RECIPES["all"] = {name: value for recipe in RECIPES.values() for name, value in recipe.items()}
+RECIPES["all"] |= {"optimizer": "sgd", "mode": "reg"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resuming_is_exact_with_every_part_of_a_recipe(tmp_path: Path, recipe: str) -> None:
+    arguments = replace(SMALL, bn_statistics="batch", **RECIPES[recipe])
+    whole, part = (create_run(arguments, tmp_path, name) for name in ("whole", "part"))
+    execute(whole)
+    for step in (4, 1, 3):  # in the second epoch, in its repetition, and between two epochs
+        with pytest.raises(KeyboardInterrupt):
+            execute(open_run(part.folder), Kill(step))
+        torch.manual_seed(123)
+    execute(open_run(part.folder))
+    assert results(part) == results(whole)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, mode="init"), tmp_path, "one")
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, Kill(15))
+    assert len(execute(open_run(run.folder, epochs=4))["fm_cos"]["start"]) == 4
+    assert open_run(run.folder).arguments.epochs == 4
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    first = create_run(SMALL, tmp_path, "first")
+    execute(first)
+    weights = str(first.folder / "last.safetensors")
+    second = create_run(replace(SMALL, weights=weights, lr=1e-12, epochs=1), tmp_path, "second")
+    execute(second)
+    before, after = load_file(weights), load_file(second.folder / "last.safetensors")
+    torch.testing.assert_close(before["0.weight"], after["0.weight"])
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, epochs=1), tmp_path, "one")
+    execute(run)
+    good = (run.folder / "last.safetensors").read_bytes()
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 1e30
+    torch.save(state, run.folder / "state.pt")
+    with pytest.raises(DivergedError, match="epoch 2"):
+        execute(open_run(run.folder, epochs=2))
+    assert (run.folder / "last.safetensors").read_bytes() == good
+
+
+def test_a_damaged_or_foreign_state_is_refused_and_the_folder_is_unchanged(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    other = create_run(replace(SMALL, seed=5), tmp_path, "other")
+    execute(other)
+    whole = (run.folder / "state.pt").read_bytes()
+    (run.folder / "state.pt").write_bytes(whole[:1000])
+    with pytest.raises(InputError, match=r"state\.pt: damaged"):
+        execute(open_run(run.folder))
+    (run.folder / "state.pt").write_bytes((other.folder / "state.pt").read_bytes())
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    with pytest.raises(InputError, match=r"seed = 5, args.json says 0"):
+        execute(open_run(run.folder, epochs=9))
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_a_run_must_be_resumed_with_its_number_of_processes(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, processes=2), tmp_path, "two")
+    with pytest.raises(
+        InputError, match="was started with 2 processes, but this launch has 1; use torchrun --nproc-per-node 2"
+    ):
+        execute(run)
+
+
+def test_a_state_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    del state["arguments"]["processes"]  # which had no such argument
+    torch.save(state, run.folder / "state.pt")
+    assert execute(open_run(run.folder, epochs=4))["epochs"] == 4
+
+
+def test_only_a_finished_run_has_a_summary(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    with pytest.raises(KeyboardInterrupt):
+        execute(open_run(run.folder, epochs=5), Kill(4))
+    assert not (run.folder / "summary.json").exists()
+    assert not is_finished(open_run(run.folder), 5)
+    assert execute(open_run(run.folder))["epochs"] == 5
+
+
+@pytest.mark.parametrize("harm", ["a row cut short", "other columns", "nothing", "no number"])
+def test_a_damaged_results_file_is_one_error_line(harm: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    head = ",".join(COLUMNS)
+    torn = {
+        "a row cut short": f"{head}\n1,2.0,3",
+        "other columns": "epoch,train_loss\n1,2.0\n",
+        "nothing": "",
+        "no number": f"{head}\n1,x,3,4,5,6,7\n",
+    }
+    (run.folder / "results.csv").write_text(torn[harm])
+    with pytest.raises(InputError, match="no readable results"):
+        read_results(run.folder)
+
+
+def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    with pytest.raises(InputError, match="has done 3 epochs, more than `epochs` 2"):
+        execute(open_run(run.folder, epochs=2))
+    (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {"color": 1}))
+    with pytest.raises(InputError, match="unknown arguments color"):
+        open_run(run.folder)
+    with pytest.raises(InputError, match="not a run's folder"):
+        open_run(tmp_path)
+
+
+def test_folders_are_never_shared(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: create_run(SMALL, tmp_path, None), range(40)))
+    assert len({run.folder for run in runs}) == 40
+    create_run(SMALL, tmp_path, "mine")
+    with pytest.raises(
+        InputError,
+        match=r"mine already exists; resume it with: convsim train --resume .*mine, or choose another `name`",
+    ):
+        create_run(SMALL, tmp_path, "mine")
+    with pytest.raises(InputError, match="plain folder name"):
+        create_run(SMALL, tmp_path, "../mine")
+
+
+def test_concurrent_requests_for_one_run_get_one_folder(tmp_path: Path) -> None:
+    for seed in range(5):
+        wanted = replace(SMALL, seed=seed)
+        with ThreadPoolExecutor(8) as pool:
+            runs = list(pool.map(find_or_create_run, 8 * [wanted], 8 * [tmp_path], 8 * ["run"]))
+        assert len({run.folder for run in runs}) == 1
+        assert all(run.arguments == wanted for run in runs)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+
+    class Intruder(Silence):
+        def phase(self, name: str, steps: int) -> None:
+            with pytest.raises(InputError, match="another process"):
+                execute(run)
+
+    execute(run, Intruder())
+
+
+def train_until_the_disk_is_full(folder: Path, arguments: list[str]) -> tuple[int, str]:
+    """Train once, then again where a file may have half the size of a state; return how that ends and what it says."""
+    assert run_command([*arguments, "--name", "one"]) == 0
+    size = (folder / "one" / "state.pt").stat().st_size
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    with redirect_stderr(io.StringIO()) as said:
+        return run_command([*arguments, "--name", "two"]), said.getvalue()
+
+
+def test_a_disk_that_is_full_when_the_state_is_saved_is_one_line(tmp_path: Path) -> None:
+    how = ["train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", "40", "--limit-test", "20"]
+    how += ["--epochs", "1", "--run-dir", str(tmp_path), "-q"]
+    how += ["--momentum", "0.9"]  # its state is larger than any other file
+    code, said = call_in_fork(train_until_the_disk_is_full, tmp_path, how)
+    assert code == 1
+    (line,) = (line for line in said.splitlines() if "error" in line)
+    assert line.startswith(f"convsim: error: {tmp_path / 'two'}")
+    assert "cannot be written (File too large" in line
+
+
+def small(*more: object) -> list[str]:
+    how = (
+        "--arch",
+        "cnn:4",
+        "--dataset",
+        "digits",
+        "--epochs",
+        1,
+        "--limit-train",
+        60,
+        "--limit-test",
+        30,
+        "-q",
+        *more,
+    )
+    return ["train", *map(str, how)]
+
+
+def test_a_run_that_fails_before_its_first_save_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails = small("--mode", "init", "--iterations", 20, "--init-lr", 1e30)
+    assert run_command(fails) == 1
+    assert not (tmp_path / "runs").exists()
+    assert run_command(small("--name", "good")) == 0
+    assert run_command([*fails, "--name", "bad"]) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
+    monkeypatch.setattr("convsim_cli.training.run.write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    assert run_command(small("--name", "full")) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
+
+
+def test_a_run_that_is_interrupted_before_its_first_save_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("convsim_cli.training.run.Trainer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command(small("--name", "a")) == 130
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["args.json"]
+    assert run_command(["train", "--resume", "runs/a", "-q"]) == 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("lost", "left"),
+    [
+        ([], r"results\.csv with 3 epochs, last\.safetensors, best\.safetensors, summary\.json"),
+        (["last.safetensors", "best.safetensors", "summary.json"], r"results\.csv with 3 epochs;"),
+        (["results.csv", "best.safetensors", "summary.json"], r"overwrite last\.safetensors;"),
+        (["results.csv", "last.safetensors", "summary.json"], r"overwrite best\.safetensors;"),
+        (["results.csv", "last.safetensors", "best.safetensors"], r"overwrite summary\.json;"),
+    ],
+)
+def test_a_run_that_has_lost_its_state_is_not_overwritten(lost: list[str], left: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    execute(run)
+    for name in ("state.pt", *lost):
+        (run.folder / name).unlink()
+    before = files(run.folder)
+    for change in ({}, {"epochs": 5}, {"dataset": "folder:nowhere"}):  # refused before data is read
+        with pytest.raises(InputError, match=rf"state\.pt: missing, so the run cannot be resumed, .*{left}"):
+            execute(open_run(run.folder, **change))
+    assert files(run.folder) == before
+
+
+def test_what_to_do_about_a_lost_state_can_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(small("--run-dir", "my runs", "--name", "a")) == 0
+    Path("my runs/a/state.pt").unlink()
+    capsys.readouterr()
+    assert run_command(["train", "--resume", "my runs/a", "--epochs", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "move my runs/a away, or start another run: convsim train" in error
+    program, *command = shlex.split(error.rpartition("start another run: ")[2])
+    assert (program, command[-2:]) == ("convsim", ["--name", "NEW"])
+    assert run_command([*command, "-q"]) == 0
+    assert read_results(Path("runs/NEW"))
+
+
+@pytest.mark.parametrize("harm", ["no record", "damaged"])
+def test_weights_of_an_unknown_epoch_are_not_overwritten(harm: str, tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    weights = run.folder / "last.safetensors"
+    save_file({"a": torch.ones(2)}, weights) if harm == "no record" else weights.write_bytes(b"torn")
+    before = files(run.folder)
+    with pytest.raises(InputError, match=r"starting over would overwrite last\.safetensors"):
+        execute(run)
+    assert files(run.folder) == before
+
+
+def test_a_run_killed_in_its_first_save_starts_over(tmp_path: Path) -> None:
+    whole, part = (create_run(replace(SMALL, epochs=1), tmp_path, name) for name in ("whole", "part"))
+    execute(whole)
+    with pytest.raises(KeyboardInterrupt):
+        execute(part, Kill(0))
+    assert {"last.safetensors", "results.csv", "state.pt"} <= files(part.folder).keys()
+    (part.folder / "state.pt").unlink()  # which is written last
+    execute(open_run(part.folder))
+    assert results(part) == results(whole)
+
+
+def test_a_new_run_never_takes_the_folder_of_another(tmp_path: Path) -> None:
+    how = ["--run-dir", str(tmp_path)]
+    assert run_command(small(*how, "--name", "a-s0")) == 0
+    before = files(tmp_path / "a-s0")
+    assert run_command(small(*how, "--name", "a-s0")) == 2
+    assert run_command(small(*how, "--name", "a", "--seeds", 2)) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "a-s0")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "broken"):
+        assert run_command(small(*how, "--name", name)) == 2
+    assert files(tmp_path / "a-s0") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a-s0", "link", "broken"}
