@@ -1,10 +1,6 @@
-"""The checkpoint formats, registered in one table, and how a file of any of them is opened or newly written.
+"""The checkpoint formats, in one table: how a file is opened, newly written, and kept from being overwritten.
 
 Formats are told apart by the content of a file. Importing this module imports no torch: help texts are made from it.
-
-A state dict in memory as a checkpoint, and how it is written to a new file.
-
-Files that must not be replaced unasked: read-only, no checkpoint, or in a store that names files by content.
 """
 
 from __future__ import annotations
@@ -15,8 +11,9 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from convsim_cli.checkpoints.atomic import check_regular, finish_saves, refuse_interrupted, replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
@@ -27,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _START = 512  # bytes that tell what a file is
+_DIGEST = r"(?<![0-9a-f])(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})(?![0-9a-f])"
+_LINKED = re.compile(_DIGEST)
+_NAMED = re.compile(rf"(?:[A-Za-z0-9]+[-:_](?:s\d+--)?)?(?!.{{32}}$){_DIGEST}")  # 32 digits alone may be a random name
 
 
 @dataclass(frozen=True)
@@ -34,67 +34,44 @@ class Format:
     """A checkpoint format: a new one is an entry in `FORMATS`, and a module that reads and writes it.
 
     name: what a file of it is called, with its article; suffixes: of its file names; recognizes: takes a path and the
-    file's first bytes; open: takes the path and a key, which only formats with `keys` have; write: takes a new
-    file, a state dict and metadata, None for a format that can only be written back.
+    file's first bytes; open: takes the path, and the key if the format has `keys`; write: takes a new file, a state
+    dict and metadata, None for a format that can only be written back.
     """
 
     name: str
     suffixes: tuple[str, ...]
     recognizes: Callable[[Path, bytes], bool]
-    open: Callable[[Path, str | None], Checkpoint]
+    open: Callable[..., Checkpoint]
     write: Callable[[BinaryIO, Mapping[str, Tensor], Mapping[str, str]], None] | None
     keys: bool = False
 
 
-def _open_index(path: Path, _: str | None) -> Checkpoint:
-    from convsim_cli.checkpoints.sharded_format import ShardedCheckpoint
-
-    return ShardedCheckpoint(path)
-
-
-def _open_safetensors(path: Path, _: str | None) -> Checkpoint:
-    from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint
-
-    return SafetensorsCheckpoint(path)
-
-
-def _write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:
-    from convsim_cli.checkpoints.safetensors_format import write_safetensors
-
-    write_safetensors(file, state, record)
-
-
-def _open_pickle(path: Path, key: str | None) -> Checkpoint:
-    from convsim_cli.checkpoints.pickle_format import PickledCheckpoint
-
-    if path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
-        )
-    return PickledCheckpoint(path, key)
-
-
-def _write_pickle(file: BinaryIO, state: Mapping[str, Tensor], _: Mapping[str, str]) -> None:
-    from convsim_cli.checkpoints.pickle_format import write_pickle
-
-    write_pickle(file, dict(state))
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    """Return what calls a function of a format's module, imported on the first call: it imports torch."""
+    return lambda *arguments: getattr(import_module(f"convsim_cli.checkpoints.{module}"), name)(*arguments)
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("an index of shards", (".index.json",), lambda path, _: is_index(path), _open_index, None),
+    Format(
+        "an index of shards",
+        (".index.json",),
+        lambda path, _: is_index(path),
+        _lazy("sharded_format", "ShardedCheckpoint"),
+        None,
+    ),
     Format(
         "a safetensors file",
         SAFETENSORS,
         lambda _, start: len(start) > 8 and start[8:9] == b"{",
-        _open_safetensors,
-        _write_safetensors,
+        _lazy("safetensors_format", "SafetensorsCheckpoint"),
+        _lazy("safetensors_format", "write_safetensors"),
     ),
     Format(
         "a pickle",
         PICKLES,
         lambda _, start: is_pickle(start),
-        _open_pickle,
-        _write_pickle,
+        _lazy("pickle_format", "PickledCheckpoint"),
+        _lazy("pickle_format", "write_state_dict"),
         keys=True,
     ),
 )
@@ -119,7 +96,7 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
         raise CheckpointError(f"{path}: {describe_unknown(start)}, not a checkpoint ({one_of(new_suffixes())})")
     if key is not None and not format_.keys:
         raise InputError(f"`key` applies only to pickled checkpoints; {path} is {format_.name}")
-    checkpoint = format_.open(path, key)
+    checkpoint = format_.open(path, key) if format_.keys else format_.open(path)
     checkpoint.suffixes = format_.suffixes
     return checkpoint
 
@@ -193,11 +170,6 @@ def save_state_dict(state: Mapping[str, Tensor], target: Path, record: Mapping[s
     record: metadata of a safetensors file. Raises InputError for an unknown suffix, WriteError.
     """
     StateDict(target, state).write(target, (), record)
-
-
-_DIGEST = r"(?<![0-9a-f])(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})(?![0-9a-f])"
-_LINKED = re.compile(_DIGEST)
-_NAMED = re.compile(rf"(?:[A-Za-z0-9]+[-:_](?:s\d+--)?)?(?!.{{32}}$){_DIGEST}")  # 32 digits alone may be a random name
 
 
 def check_replaceable(files: Iterable[Path], named: Path) -> None:

@@ -1,9 +1,16 @@
-"""The journal that commits a save of several files, and its completion after a crash.
+"""Hidden, locked folders in which new files are made, and the journal that commits a save of several files.
 
-A save first writes all of its files to a scratch folder (`scratch`). Renaming that folder to `.convsim-journal` commits
-the save; every file then moves to its place in the parent folder, and the emptied journal is removed. If the process
-dies in between, the journal stays. Commands that write to the folder complete its moves first; commands that read it
-end with an error, because reading never writes. While the process still runs, it locks the journal, and others wait.
+A scratch folder lies in the folder that it writes to, and goes through up to three names:
+
+- `.convsim-<16 hexadecimal digits>.tmp` while new files are written to it;
+- `.convsim-backup.tmp` while its process chooses the names of backups: one process at a time per folder;
+- `.convsim-journal` once every file of a save of several is complete. This rename commits the save: every file then
+  moves to its place in the parent folder, and the emptied journal is removed.
+
+A locked folder belongs to a running process, and others wait for it. If the process dies before the commit, the next
+save removes what it left; it opens nothing but folders of this user, and touches no other names that begin or end like
+these. If it dies after the commit, the journal stays. Commands that write to the folder complete its moves first;
+commands that read it end with an error, because reading never writes.
 
 A journal replaces files, so it is trusted only if convsim made it in this very folder:
 
@@ -15,19 +22,7 @@ A journal replaces files, so it is trusted only if convsim made it in this very 
 - A file that is still to be moved has no other name, and its place holds a regular file or nothing. A backup's place
   holds nothing.
 
-All of this is checked before the first move. A journal that fails any check is left alone, with a warning. What is left
-once every file has moved (the manifest, and hidden links to former files) is removed by the next save.
-
-Hidden, locked folders in which new files are made.
-
-A scratch folder goes through up to three names:
-
-- `.convsim-<16 hexadecimal digits>.tmp` while new files are written to it;
-- `.convsim-backup.tmp` while its process chooses the names of backups: one process at a time per folder;
-- `.convsim-journal` once every file of a save of several is complete. The rename commits the save (`journal`).
-
-A locked folder belongs to a running process. The next save removes what a dead process of the same user left under the
-first two names. It opens nothing but folders, and touches no other names that begin or end like these.
+All of this is checked before the first move. A journal that fails any check is left alone, with a warning.
 """
 
 from __future__ import annotations
@@ -60,6 +55,9 @@ PATIENCE = 2.0  # seconds of waiting for another process before it is said
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync(2) of a folder, on some file systems
 _HIDDEN = re.compile(r"\.convsim-(?:manifest|turn|[0-9a-f]{16})")  # files of a scratch folder that go nowhere
 _CHUNK = 1 << 20
+_TURN = ".convsim-backup.tmp"
+_NAME = re.compile(r"\.convsim-(?:[0-9a-f]{16}|backup)\.tmp")
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # link(2), on some file systems
 
 Fingerprint = list[int | str]  # inode, size and digest of a file
 
@@ -270,11 +268,6 @@ def _fingerprint(folder: int, name: str) -> Fingerprint:
             digest.update(chunk)
         status = os.fstat(file.fileno())
     return [status.st_ino, status.st_size, digest.hexdigest()]
-
-
-_TURN = ".convsim-backup.tmp"
-_NAME = re.compile(r"\.convsim-(?:[0-9a-f]{16}|backup)\.tmp")
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # link(2), on some file systems
 
 
 class Scratch:

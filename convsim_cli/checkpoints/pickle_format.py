@@ -32,6 +32,10 @@ class PickledCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, key: str | None = None) -> None:
+        if path.suffix == ".safetensors":
+            raise CheckpointError(
+                f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
+            )
         self._zipped = _is_zip(path)
         self._root = _unpickle(path, self._zipped)
         found = find_state_dicts(self._root)
@@ -72,6 +76,11 @@ class PickledCheckpoint(Checkpoint):
             write_pickle(file, self._root, self._zipped, pickle_module())
         except RefusedError as error:
             raise CheckpointError(f"{self.path}: holds {error}, which is no plain data; nothing was written") from error
+
+
+def write_state_dict(file: BinaryIO, state: Mapping[str, Tensor], _record: Mapping[str, str]) -> None:
+    """Write a state dict as `torch.save` does. A pickle has no place for a record."""
+    write_pickle(file, dict(state))
 
 
 def write_pickle(file: BinaryIO, content: Any, zipped: bool = True, module: ModuleType = pickle) -> None:

@@ -17,7 +17,7 @@ from convsim_cli.checkpoints import formats
 from convsim_cli.checkpoints.formats import Format
 
 
-def open_lines(path, key):
+def open_lines(path):
     from convsim_cli.checkpoints.formats import StateDict
 
     lines = path.read_text().splitlines()[1:]
