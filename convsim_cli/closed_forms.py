@@ -1,24 +1,19 @@
-"""Give the filters of a layer other directions, each at its own norm.
-
-Orthogonal filters: U Vᵀ of the singular value decomposition U Σ Vᵀ of K.
-
-K: the filters of a group as rows, each the taps of all its channels, after each filter's mean per channel is
-subtracted, which takes its response to frequency zero (filters of one tap keep it: nothing else would be left).
-Singular values below 1e-6 of the largest count as zero. A filter that is constant in every channel stays as it is.
-
-Uncorrelated feature maps, on a batch of images: K ← D G^(−1/2) diag(s)⁻¹ K, front to back through a network.
-
-K: the filters of a group as rows; s and G: the standard deviations and the correlation matrix of the layer's feature
-maps over all images and positions; D restores each filter's norm. This is the smallest change of the kernels that makes
-the maps uncorrelated on these images. Stride, dilation and padding need no care, for the maps are the layer's own, and
-nor does its bias, which correlation does not see: it stays. Eigenvalues of G below 1e-8 of the largest count as zero. A
-filter whose map does not vary on the images stays as it is.
-
-Closed forms: filters that are orthogonal, or whose feature maps are uncorrelated, without iterations.
+"""Closed forms: filters that are orthogonal, or whose feature maps are uncorrelated, without iterations.
 
 In both, every filter keeps its own L2 norm, and groups are treated separately. Both go as far as the rank does: more
 filters than C·N taps cannot all be orthogonal. Everything is computed in float64. A dead filter
-(`kernels.living_filters`) stays bit-identical and takes part in nothing.
+(`kernels.living_filters`) stays bit-identical and takes part in nothing. K: the filters of a group as rows.
+
+Orthogonal filters: U Vᵀ of the singular value decomposition U Σ Vᵀ of K, after each filter's mean per channel is
+subtracted, which takes its response to frequency zero (filters of one tap keep it: nothing else would be left).
+Singular values below 1e-6 of the largest count as zero. A filter that is constant in every channel stays as it is.
+
+Uncorrelated feature maps on a batch of images, front to back through a network: K ← D G^(−1/2) diag(s)⁻¹ K with s and
+G, the standard deviations and the correlation matrix of the layer's feature maps over all images and positions, and D,
+which restores each filter's norm. This is the smallest change of the kernels that makes the maps uncorrelated on these
+images. Stride, dilation and padding need no care, for the maps are the layer's own, and nor does its bias, which
+correlation does not see. Eigenvalues of G below 1e-8 of the largest count as zero. A filter whose map does not vary on
+the images stays as it is.
 """
 
 from __future__ import annotations
@@ -26,64 +21,31 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convsim_cli.batch_norm import batch_statistics
+from convsim_cli.device import Advance
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, Patterns, living_filters, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.kernels.kernel import VANISHED
-from convsim_cli.layers import before_calls, maps_of, undisturbed, undone_on_failure
+from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.kernel_figures import check_finite, describe, is_finite, kernel_figures
+from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite
+from convsim_cli.precision import full_precision
 
-Advance = Callable[[int], None]  # takes the number of layers done since the last call
+SMALLEST_SINGULAR_VALUE = 1e-6  # as a share of the largest
+SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
+_ROUNDING = 1e-8  # rows of U Vᵀ are at most 1 long; one this short lies outside of the directions that count
+_CHUNK = 1 << 22  # values of feature maps that are held in float64 at once
 
 # (filters `[groups, S / groups, N, C]` in float64, which of them live `[groups, S / groups]`) → new directions, of any
 # length, as rows `[groups, S / groups, N·C]`; a row of zeros for a filter that has none
 Directions = Callable[[Tensor, Tensor], Tensor]
-
-
-def turned(kernel: Kernel, weight: Tensor, directions: Directions) -> Tensor:
-    """Return a weight of other directions, each filter at its own norm, in the stored shape and dtype, on its device.
-
-    weight: as stored, finite, untouched. Dead filters, and those without a new direction, stay bit-identical. Raises
-    InputError where the stored dtype cannot hold the result.
-    """
-    filters = in_float64(kernel.to_filters(weight.detach()))
-    living = living_filters(filters)
-    rows = directions(filters, living).view_as(filters)
-    lengths = norms(rows)
-    scale = torch.where(lengths > 0, norms(filters) / lengths, 0)
-    changed = living & (lengths > 0)
-    rows = torch.where(changed[..., None, None], rows * scale[..., None, None], filters)
-    found = kernel.to_stored(rows, weight.dtype).to(weight.device)
-    if not is_finite(found):
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise InputError(f"{kernel.name}: the new kernels leave the range of {kind}; scale this layer down first")
-    return found
-
-
-def compare_weights(kernel: Kernel, before: Tensor, after: Tensor) -> Record:
-    """Return the record of a layer: which it is, and `cs`, `ncs` and `norm` of its weight before and after."""
-    found = [kernel_figures(kernel, weight) for weight in (before, after)]
-    first, last = ({key: figures[key] for key in ("cs", "ncs", "norm")} for figures in found)
-    return {**describe(kernel), "before": first, "after": last}
-
-
-def norms(filters: Tensor) -> Tensor:
-    """L2 norms of filters `[groups, S / groups, N, C]`: `[groups, S / groups]`."""
-    return torch.linalg.vector_norm(filters, dim=(-2, -1))
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, on its device if that has float64."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
-SMALLEST_SINGULAR_VALUE = 1e-6  # as a share of the largest
-_ROUNDING = 1e-8  # rows of U Vᵀ are at most 1 long; one this short lies outside of the directions that count
 
 
 def orthogonalize_(
@@ -108,15 +70,16 @@ def orthogonalize_(
     """
     selection = module_kernels(model, Patterns(include, exclude))
     warn_of_unsupported(selection)
-    done = []
-    for kernel in selection.kernels:
-        done.append((kernel, *orthogonalize_kernel(kernel, weight_of(model, kernel).detach())))
+    weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
+    found, records = [], []
+    for kernel, weight in zip(selection.kernels, weights, strict=True):
+        found.append(orthogonalize_kernel(kernel, weight))
+        records.append(compare_weights(kernel, weight, found[-1]))
         if advance:
             advance(1)
-    with torch.no_grad():
-        for kernel, weight, _ in done:
-            weight_of(model, kernel).copy_(weight)
-    return [record for _, _, record in done]
+    for weight, orthogonal in zip(weights, found, strict=True):
+        weight.copy_(orthogonal)
+    return records
 
 
 def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
@@ -132,26 +95,21 @@ def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     """
     kernel = Kernel("weight", tuple(weight.shape), groups)
     with torch.no_grad():
-        return weight.copy_(_orthogonal(kernel, weight))
+        return weight.copy_(orthogonalize_kernel(kernel, weight))
 
 
-def orthogonalize_kernel(kernel: Kernel, weight: Tensor) -> tuple[Tensor, Record]:
-    """Return the orthogonal weight, in the stored shape and dtype, on its device, and the layer's record.
+def orthogonalize_kernel(kernel: Kernel, weight: Tensor) -> Tensor:
+    """Return the orthogonal weight, in the stored shape and dtype, on its device.
 
     weight: as stored, untouched. Raises InputError for NaN or Inf.
     """
-    found = _orthogonal(kernel, weight)
-    return found, compare_weights(kernel, weight, found)
-
-
-def _orthogonal(kernel: Kernel, weight: Tensor) -> Tensor:
     check_finite(kernel, weight)
-    return turned(kernel, weight, _directions)
+    return _with_directions(kernel, weight, _orthogonal_directions)
 
 
-def _directions(filters: Tensor, living: Tensor) -> Tensor:
+def _orthogonal_directions(filters: Tensor, living: Tensor) -> Tensor:
     centered = filters - filters.mean(2, keepdim=True) if filters.shape[2] > 1 else filters
-    varying = living & (norms(centered) > VANISHED * norms(filters))  # what is left of a constant is rounding
+    varying = living & (_norms(centered) > VANISHED * _norms(filters))  # what is left of a constant is rounding
     rows = _polar(torch.where(varying[..., None, None], centered, 0).flatten(2))
     present = varying & (torch.linalg.vector_norm(rows, dim=-1) > _ROUNDING)
     return torch.where(present.unsqueeze(-1), rows, 0)
@@ -164,10 +122,6 @@ def _polar(rows: Tensor) -> Tensor:
     u, values, vt = torch.linalg.svd(rows, full_matrices=False)
     kept = values > SMALLEST_SINGULAR_VALUE * values[..., :1]
     return (u * kept.unsqueeze(-2)) @ vt
-
-
-SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
-_CHUNK = 1 << 22  # values of feature maps that are held in float64 at once
 
 
 def decorrelate_(
@@ -218,10 +172,14 @@ def decorrelate_kernels_(
         check_finite(kernel, weight)
     advance = advance or (lambda _: None)
     records: list[Record] = []
-    with undisturbed(model, images), undone_on_failure(weights):
+    with (
+        side_effect_free(model),
+        full_precision(images.device),
+        batch_statistics(model),
+        undone_on_failure(weights),
+    ):
         calls: Counter[Kernel] = Counter()  # in the order of first calls
-        with before_calls(model, kernels, lambda kernel, *_: calls.update([kernel])):
-            model(images)
+        _run(model, images, kernels, lambda kernel, *_: calls.update([kernel]))
         waiting = list(calls)
         while waiting:
             found = _Pass(waiting, calls, advance).run(model, images)
@@ -229,6 +187,14 @@ def decorrelate_kernels_(
             waiting = waiting[len(found) :]
     advance(len(kernels) - len(records))
     return records
+
+
+def _run(model: nn.Module, images: Tensor, kernels: Sequence[Kernel], look: Callable[..., None]) -> None:
+    """Run a model, and call look(kernel, layer, inputs, options) before each call of a layer of these kernels."""
+    with ExitStack() as hooks:
+        for kernel, layer in layers_of(model, kernels):
+            hooks.enter_context(layer.register_forward_pre_hook(partial(look, kernel), with_kwargs=True))
+        model(images)
 
 
 class _Pass:
@@ -246,8 +212,7 @@ class _Pass:
 
     def run(self, model: nn.Module, images: Tensor) -> list[Record]:
         """Return the records of the layers that were changed: at least one."""
-        with before_calls(model, list(self._waiting), self._look):
-            model(images)
+        _run(model, images, self._waiting, self._look)
         if not self._records:
             kernel = self._waiting[0]
             raise InputError(
@@ -259,7 +224,7 @@ class _Pass:
     def _look(self, kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not self._waiting or kernel is not self._waiting[0]:
             return
-        self._moments.update(maps_of(layer, inputs, options), kernel.groups)
+        self._moments.update(_maps(layer, inputs, options), kernel.groups)
         self._seen += 1
         if self._seen == self._calls[kernel]:
             self._change(kernel, layer.weight)
@@ -268,9 +233,21 @@ class _Pass:
 
     def _change(self, kernel: Kernel, weight: Tensor) -> None:
         before = weight.detach().clone()
-        weight.copy_(turned(kernel, before, self._moments.directions(kernel)))
+        weight.copy_(_with_directions(kernel, before, self._moments.directions(kernel)))
         self._records.append(compare_weights(kernel, before, weight))
         self._advance(1)
+
+
+def _maps(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """A convolution's maps `[images, S, *space]` without its bias, in float32 at least."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    inputs, options = tuple(map(cast, inputs)), {name: cast(value) for name, value in options.items()}
+    with full_precision(layer.weight.device):  # the network may switch autocast on by itself
+        return convolve_with(layer, layer.weight.detach().to(dtype), inputs, options)
 
 
 class _Moments:
@@ -283,7 +260,7 @@ class _Moments:
     def update(self, maps: Tensor, groups: int) -> None:
         """Add maps `[images, S, *space]`."""
         for chunk in maps.split(max(1, _CHUNK // maps[0].numel())):
-            self._add(in_float64(chunk).unflatten(1, (groups, -1)).flatten(3).permute(1, 2, 0, 3).flatten(2))
+            self._add(_in_float64(chunk).unflatten(1, (groups, -1)).flatten(3).permute(1, 2, 0, 3).flatten(2))
 
     def _add(self, values: Tensor) -> None:
         """Merge `[groups, S / groups, n]` values into the moments (Chan et al. 1979), without cancellation."""
@@ -304,8 +281,8 @@ class _Moments:
         spread, size = variance.sqrt(), (variance + self._mean.squeeze(-1).square()).sqrt()
 
         def whitened(filters: Tensor, living: Tensor) -> Tensor:
-            largest = torch.where(living, size / norms(filters), 0).amax()
-            varying = living & (spread > VANISHED * largest * norms(filters))  # less is rounding of a constant map
+            largest = torch.where(living, size / _norms(filters), 0).amax()
+            varying = living & (spread > VANISHED * largest * _norms(filters))  # less is rounding of a constant map
             inverse = torch.where(varying, 1 / spread, 0)
             root = _inverse_root(inverse.unsqueeze(-1) * covariance * inverse.unsqueeze(-2))
             rows = (root * inverse.unsqueeze(-2)) @ filters.flatten(2)
@@ -320,3 +297,38 @@ def _inverse_root(correlation: Tensor) -> Tensor:
     kept = values > SMALLEST_EIGENVALUE * values[..., -1:]
     roots = torch.where(kept, values, 1).rsqrt() * kept
     return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+
+
+def _with_directions(kernel: Kernel, weight: Tensor, directions: Directions) -> Tensor:
+    """Give a weight other directions, each filter at its own norm; in the stored shape and dtype, on its device.
+
+    weight: as stored, finite, untouched. Dead filters, and those without a new direction, stay bit-identical. Raises
+    InputError where the stored dtype cannot hold the result.
+    """
+    filters = _in_float64(kernel.to_filters(weight.detach()))
+    living = living_filters(filters)
+    rows = directions(filters, living).view_as(filters)
+    lengths = _norms(rows)
+    scale = torch.where(lengths > 0, _norms(filters) / lengths, 0)
+    changed = living & (lengths > 0)
+    rows = torch.where(changed[..., None, None], rows * scale[..., None, None], filters)
+    found = kernel.to_stored(rows, weight.dtype).to(weight.device)
+    check_range(kernel, found)
+    return found
+
+
+def check_range(kernel: Kernel, weight: Tensor) -> None:
+    """Raise InputError where a new weight does not fit the type in which it is stored."""
+    if not is_finite(weight):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise InputError(f"{kernel.name}: the new kernels leave the range of {kind}; scale this layer down first")
+
+
+def _norms(filters: Tensor) -> Tensor:
+    """L2 norms of filters `[groups, S / groups, N, C]`: `[groups, S / groups]`."""
+    return torch.linalg.vector_norm(filters, dim=(-2, -1))
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on its device if that has float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -16,6 +16,14 @@ import torch
 
 from convsim_cli.errors import ConvsimError, InputError, did_you_mean
 
+Advance = Callable[[int], None]  # takes the number of steps completed since the last call
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # takes a description and the total number of steps
+Step = Callable[[], None]
+
+WARM_UP = 3  # iterations before the recording of a graph: whatever is created once must exist by then
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_LARGE = 1 << 20  # bytes
+
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the first accelerator that is there.
@@ -43,10 +51,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-WARM_UP = 3  # iterations before the recording: whatever is created once must exist by then
-Step = Callable[[], None]
 
 
 def repeated(step: Step, device: torch.device) -> Step:
@@ -92,10 +96,6 @@ class _Graphed:
         return graph.replay
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
-_LARGE = 1 << 20  # bytes
-
-
 def keep_freed_memory() -> bool:
     """Keep freed blocks for the next allocation of this process, to its end, and return whether that could be set.
 
@@ -138,10 +138,6 @@ def held_interrupt() -> Iterator[None]:
             former(signal.SIGINT, held[0])
 
 
-Advance = Callable[[int], None]  # takes the number of steps completed since the last call
-Progress = Callable[[str, int], AbstractContextManager[Advance]]  # takes a description and the total number of steps
-
-
 def unreported(_: str, __: int) -> AbstractContextManager[Advance]:
-    """Report to nobody: the `Progress` where none is given."""
+    """Do nothing: the `Progress` where none is given."""
     return nullcontext(lambda _: None)

@@ -1,108 +1,51 @@
-"""Run a layer once more with another weight, whatever its class does around the convolution.
-
-Run a network to look at its convolutions as they are called, and leave it as it was.
-"""
+"""Run a network, or one of its layers, to look at its convolutions, and leave it as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from convsim_cli.batch_norm import batch_statistics, evaluation_mode
-from convsim_cli.kernels import Kernel, is_convolution, weight_of
-from convsim_cli.precision import as_written, full_precision
-
-_TENSORS = ("weight", "bias")
+from convsim_cli.kernels import Kernel, evaluation_mode, is_convolution
+from convsim_cli.kernels.modules import own_weight
 
 
-def convolve_with(layer: nn.Module, weight: Tensor, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    """Return what a convolution gives for another weight and no bias, under its own padding, stride and so on.
+@contextmanager
+def side_effect_free(model: nn.Module) -> Iterator[None]:
+    """Let a model run in evaluation mode, without gradients and not compiled, so that hooks added later are called.
 
-    weight: of the shape of the layer's. inputs, options: what its `forward` is called with. Hooks are not called.
+    On leaving, its modes, its buffers and the states of the random number generators are as they were. Precision and
+    autocast are those of the caller.
     """
-    with _lent(layer, weight):
-        maps: Tensor = layer.forward(*inputs, **options)
-    return maps
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    # loading torch.compile takes seconds: where it has not been loaded, nothing is compiled
+    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.random.fork_rng(list(devices)), torch.no_grad(), uncompiled, evaluation_mode(model), _own_buffers(model):
+        yield
 
 
 @contextmanager
-def _lent(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Give a layer a plain weight and no bias; on leaving it has its own parameters and parametrizations back."""
-    kind, state = type(layer), vars(layer)
-    parameters, attributes = dict(layer._parameters), {name: state[name] for name in _TENSORS if name in state}
+def _own_buffers(model: nn.Module) -> Iterator[None]:
+    """Give the model copies of its buffers, and drop what is written to them. A scripted one's values are put back."""
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    values = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)]
+    own = {module: dict(module._buffers) for module in model.modules() if module not in scripted}
+    copies = {buffer: buffer.clone() for buffers in own.values() for buffer in buffers.values() if buffer is not None}
     try:
-        if parametrize.is_parametrized(layer):
-            layer.__class__ = kind.__mro__[1]  # its properties compute the weight, whatever the instance holds
-        for name in _TENSORS:
-            layer._parameters.pop(name, None)
-        state.update(weight=weight, bias=None)
+        for module, buffers in own.items():
+            module._buffers.update({name: copies[was] for name, was in buffers.items() if was is not None})
         yield
     finally:
-        layer.__class__ = kind
-        for name in _TENSORS:
-            state.pop(name, None)
-        state.update(attributes)
-        layer._parameters.clear()
-        layer._parameters.update(parameters)
-
-
-Look = Callable[[Kernel, Any, tuple[Any, ...], dict[str, Any]], None]  # kernel, layer, its arguments by position, name
-
-
-@contextmanager
-def before_calls(model: nn.Module, kernels: Sequence[Kernel], look: Look) -> Iterator[None]:
-    """Call `look` before each call of a layer that holds one of the kernels."""
-    owners = {id(weight_of(model, kernel)): kernel for kernel in kernels}
-    handles = []
-    try:
-        for layer in model.modules():
-            kernel = owners.get(id(layer.weight)) if is_convolution(layer) else None
-            if kernel and _same_filters(layer, kernel):
-                handles.append(layer.register_forward_pre_hook(partial(look, kernel), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def maps_of(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    """Return a convolution's maps `[images, S, *space]` without its bias, in float32 at least."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    inputs, options = tuple(_cast(x, dtype) for x in inputs), {key: _cast(x, dtype) for key, x in options.items()}
-    own = dict(layer._parameters)
-    layer._parameters.update(weight=layer.weight.detach().to(dtype), bias=None)
-    try:
-        with full_precision(layer.weight.device):  # the network may switch autocast on by itself
-            maps: Tensor = layer.forward(*inputs, **options)
-    finally:
-        layer._parameters.update(own)
-    return maps if maps.ndim == layer.weight.ndim else maps.unsqueeze(0)  # an image without an axis for the batch
-
-
-@contextmanager
-def undisturbed(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Let a model run in evaluation mode, batch normalization by the batch's statistics, without gradients or TF32.
-
-    On leaving, its modes, its buffers and the states of the random number generators are as they were.
-    """
-    used = (tensor.device for tensor in (images, *model.parameters()))
-    devices = {device.index for device in used if device.type == "cuda"}
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(sorted(devices)),
-        full_precision(images.device),
-        as_written(),
-        _scratch_buffers(model),
-        evaluation_mode(model),
-        batch_statistics(model),
-    ):
-        yield
+        for module, buffers in own.items():
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.copy_(value)
 
 
 @contextmanager
@@ -117,25 +60,49 @@ def undone_on_failure(weights: Sequence[Tensor]) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _scratch_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the model copies of its buffers, and drop what it writes to them."""
-    own = {module: dict(module._buffers) for module in model.modules()}
-    copies = {buffer: buffer.clone() for buffers in own.values() for buffer in buffers.values() if buffer is not None}
+def layers_of(
+    model: nn.Module, kernels: Iterable[Kernel], names: Mapping[str, str] | None = None
+) -> Iterator[tuple[Kernel, Any]]:
+    """Give each kernel with every layer that convolves with it: layers can share one weight.
+
+    names: the model's name of a tensor → the kernel's, where they differ. A layer that shares a weight but not its
+    filters, as a decoder does that transposes its encoder's convolution, is none of the kernel's.
+    """
+    names = names or {}
+    known = {kernel.name: kernel for kernel in kernels}
+    owners: dict[int, Kernel] = {}
+    for path, layer in model.named_modules():
+        if not is_convolution(layer):
+            continue
+        name, own = f"{path}.weight".lstrip("."), own_weight(layer)
+        kernel = known.get(names.get(name, name)) or owners.get(id(own))
+        if kernel is not None and (layer.transposed, layer.groups) == (kernel.transposed, kernel.groups):
+            if own is not None:
+                owners[id(own)] = kernel
+            yield kernel, layer
+
+
+def convolve_with(layer: nn.Module, weight: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
+    """Return the maps `[images, S, *space]` that a convolution gives for another weight and no bias.
+
+    weight: of the shape of the layer's. inputs, options: what its `forward` is called with. Padding, stride and so on
+    are the layer's, whatever its class does around the convolution. Hooks are not called, and on leaving the layer has
+    its own parameters and parametrizations back.
+    """
+    kind, state, parameters = type(layer), vars(layer), dict(layer._parameters)
+    attributes = {name: value for name, value in state.items() if name in ("weight", "bias")}
     try:
-        for module, buffers in own.items():
-            module._buffers.update({name: copies[was] for name, was in buffers.items() if was is not None})
-        yield
+        if parametrize.is_parametrized(layer):
+            layer.__class__ = kind.__mro__[1]  # its properties compute the weight, whatever the instance holds
+        for name in ("weight", "bias"):
+            layer._parameters.pop(name, None)
+        state.update(weight=weight, bias=None)
+        maps: Tensor = layer.forward(*inputs, **options)
     finally:
-        for module, buffers in own.items():
-            module._buffers.clear()
-            module._buffers.update(buffers)
-
-
-def _same_filters(layer: Any, kernel: Kernel) -> bool:
-    """Whether a layer's filters are those of the kernel: an encoder and its decoder may share a weight."""
-    return bool(layer.transposed == kernel.transposed and layer.groups == kernel.groups)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) else value
+        layer.__class__ = kind
+        for name in ("weight", "bias"):
+            state.pop(name, None)
+        state.update(attributes)
+        layer._parameters.clear()
+        layer._parameters.update(parameters)
+    return maps if maps.ndim == weight.ndim else maps.unsqueeze(0)  # a single image without an axis for the batch

@@ -1,18 +1,14 @@
-"""The loop of Algorithm 1, on filters: settings, layers stacked to be minimized together, and the iterations.
-
-Filters stay in the layout that the products like. The loop waits for the device only to read the losses every 50
-iterations; on CUDA an iteration of all stacks is one graph that is replayed.
-
-Algorithm 1: minimize an objective of the kernels alone, before training.
-
-Layers are independent under Adam and SGD. Small ones are minimized together: layers of equal shape are stacked along
-the axis of groups, which changes no bit of the result on the CPU, and on CUDA all share one graph. A large layer is
-minimized by itself, so that no other optimizer state is held beside its own.
+"""Algorithm 1: minimize an objective of the kernels alone, before training.
 
 Raw, as in the paper, the objective is homogeneous of degree 4 and mostly shrinks the filters. `preserve_norm` holds
 every filter at its own L2 norm: the gradient is projected onto the tangent space before the optimizer sees it, and the
 filter rescaled after the step; rescaling alone does not work under Adam, whose steps do not depend on the gradient's
 length. Dead filters (`living_filters`) keep every bit.
+
+Layers are independent under Adam and SGD. Small ones are minimized together: layers of equal shape are stacked along
+the axis of groups, which changes no bit of the result on the CPU, and on CUDA an iteration of all stacks is one graph
+that is replayed. A large layer is minimized by itself, so that no other optimizer state is held beside its own. The
+loop waits for the device only to read the losses every 50 iterations.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,37 +35,40 @@ from convsim_cli.kernels import (
     weight_of,
 )
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.kernel_figures import describe, is_finite, kernel_figures
+from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite
 from convsim_cli.objectives import find_objective, rescale_
-from convsim_cli.precision import Taps, full_precision
+from convsim_cli.precision import full_precision
 from convsim_cli.similarity import to_filters
 
 LOOK_EVERY = 50  # iterations between two readings of the losses
+LARGE = 16 << 20  # bytes of float32: a layer above this is minimized by itself
+TOGETHER = {"cuda": 256 << 20}  # bytes of small layers minimized together, by device; LARGE elsewhere
 OPTIMIZERS = ("adam", "sgd")
+
+Layer = tuple[Kernel, Tensor]  # and its weight as stored
 
 
 @dataclass(frozen=True)
 class Minimization:
     """How to minimize: the paper's settings (section 4.2) unless given.
 
-    iterations: a whole number ≥ 0. lr: step size, > 0. preserve_norm: hold every filter at its own L2 norm. tol: stop a
-    layer when 50 iterations lower its loss by less than this share, ≥ 0; 0 never stops. objective: a name in
-    `objectives.OBJECTIVES`. Raises InputError for other values.
+    iterations: a whole number ≥ 0. lr: step size, > 0. preserve_norm: hold every filter at its own L2 norm. objective:
+    a name in `objectives.OBJECTIVES`. Raises InputError for other values.
     """
 
     iterations: int = 500
     lr: float = 1e-3
     optimizer: Literal["adam", "sgd"] = "adam"
     preserve_norm: bool = False
-    tol: float = 0.0
     objective: str = "cs"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.iterations, int) and self.iterations >= 0
-        _require(whole, "iterations", self.iterations, "a whole number ≥ 0")
-        _require(0 < self.lr < math.inf, "lr", self.lr, "a finite number > 0")
-        _require(0 <= self.tol < math.inf, "tol", self.tol, "a finite number ≥ 0")
-        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
+        if not isinstance(self.iterations, int) or self.iterations < 0:
+            raise InputError(f"`iterations` is {self.iterations!r}; expected a whole number ≥ 0")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"`lr` is {self.lr!r}; expected a finite number > 0")
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(f"`optimizer` is {self.optimizer!r}; expected {' or '.join(OPTIMIZERS)}")
         find_objective(self.objective)
 
     @property
@@ -93,133 +92,6 @@ class Minimization:
         return self.iterations * sum(math.prod(kernel.shape) for kernel in kernels)
 
 
-@dataclass(eq=False)
-class Part:
-    """One layer of a stack.
-
-    filters: `[groups, S / groups, N, C]`; living: which of them are alive; loss: as last read.
-    """
-
-    kernel: Kernel
-    filters: Tensor
-    living: Tensor
-    loss: float = math.inf
-
-    def to_stored(self, weight: Tensor) -> Tensor:
-        """Return the filters in the shape and type of the stored weight, from which dead filters are taken."""
-        filters = self.filters
-        if not self.living.all():
-            filters = torch.where(self.living[..., None, None], filters, self.kernel.to_filters(weight))
-        return self.kernel.to_stored(filters, weight.dtype)
-
-
-class Stack:
-    """Layers whose filters have one shape, stacked along the axis of groups to be minimized together.
-
-    filters: `[layers · groups, S / groups, N, C]`, float32 or float64, contiguous; dead filters are zero, and stay so.
-    norms: their L2 norms `[layers · groups, S / groups, 1, 1]`; parts: layer by layer.
-    """
-
-    def __init__(self, kernels: Sequence[Kernel], weights: Sequence[Tensor]) -> None:
-        first = kernels[0].to_filters(weights[0])
-        self.taps: Taps = kernels[0].taps
-        self.filters = first.new_empty(len(kernels) * first.shape[0], *first.shape[1:])
-        self.parts: list[Part] = []
-        for kernel, weight, filters in zip(kernels, weights, self.filters.chunk(len(kernels)), strict=True):
-            filters.copy_(kernel.to_filters(weight))
-            living = living_filters(filters)
-            self.parts.append(Part(kernel, filters.masked_fill_(~living[..., None, None], 0), living))
-        wide = torch.float32 if self.filters.device.type == "mps" else torch.float64  # squares must not underflow
-        norms = torch.linalg.vector_norm(self.filters, dim=(-2, -1), keepdim=True, dtype=wide)
-        self.norms = norms.to(self.filters.dtype)
-
-
-def descend_(stacks: Sequence[Stack], how: Minimization, advance: Advance | None = None) -> None:
-    """Minimize the layers of stacks on one device; their parts hold the results.
-
-    advance: takes the steps (`Minimization.steps`) completed since the last call. Raises DivergedError with the name of
-    a layer whose loss stops being finite.
-    """
-    device, values = stacks[0].filters.device, sum(stack.filters.numel() for stack in stacks)
-    running = [part for stack in stacks for part in stack.parts]
-    done = 0
-    with torch.no_grad(), full_precision(device):
-        iterate = repeated(_iteration(stacks, how), device)
-        while done < how.iterations and running:
-            block = min(LOOK_EVERY, how.iterations - done)
-            for _ in range(block):
-                iterate()
-            done += block
-            if how.preserve_norm:  # an iteration leaves this to the next one
-                for stack in stacks:
-                    rescale_(stack.filters, stack.norms)
-            running = _still_running(running, how, done)
-            if advance:
-                advance(block * values)
-    if advance and done < how.iterations:
-        advance((how.iterations - done) * values)
-    for stack in stacks:
-        stack.filters.grad = None
-
-
-def _iteration(stacks: Sequence[Stack], how: Minimization) -> Callable[[], None]:
-    objective = find_objective(how.objective)
-    gradients = [torch.empty_like(stack.filters) for stack in stacks]
-    for stack, gradient in zip(stacks, gradients, strict=True):
-        stack.filters.grad = gradient
-    optimizer = _optimizer([stack.filters for stack in stacks], how)
-
-    def iterate() -> None:
-        for stack, gradient in zip(stacks, gradients, strict=True):
-            if how.preserve_norm:
-                objective.tangent_gradient(stack.filters, stack.taps, stack.norms, gradient)
-            else:
-                objective.gradient(stack.filters, stack.taps, gradient)
-        optimizer.step()
-
-    return iterate
-
-
-def _still_running(running: list[Part], how: Minimization, done: int) -> list[Part]:
-    """Read the losses, and set aside the layers that `tol` stops: further iterations of a stack do not reach them."""
-    value = find_objective(how.objective).value
-    losses = [value(part.filters, part.kernel.taps) for part in running]
-    going: list[Part] = []
-    stopped: list[Part] = []
-    for part, loss in zip(running, torch.stack([loss.to(losses[0]) for loss in losses]).tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"{part.kernel.name}: the objective is {loss} after {done} iterations at `lr` {how.lr:g}; nothing was "
-                "written, lower `lr`, or scale kernels this large down first"
-            )
-        converged = how.tol > 0 and part.loss - loss < how.tol * part.loss < math.inf
-        (stopped if converged else going).append(part)
-        part.loss = loss
-    if going:
-        for part in stopped:
-            part.filters = part.filters.clone()
-    return going
-
-
-def _optimizer(filters: list[Tensor], how: Minimization) -> torch.optim.Optimizer:
-    kind = filters[0].device.type
-    fused = kind in ("cpu", "cuda", "mps")
-    if how.optimizer == "sgd":
-        return torch.optim.SGD(filters, lr=how.lr, fused=fused)
-    return torch.optim.Adam(filters, lr=how.lr, fused=fused, capturable=kind == "cuda")
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise InputError(f"`{name}` is {value!r}; expected {expected}")
-
-
-LARGE = 16 << 20  # bytes of float32: a layer above this is minimized by itself
-TOGETHER = {"cuda": 256 << 20}  # bytes of small layers minimized together, by device; LARGE elsewhere
-
-Layer = tuple[Kernel, Tensor]
-
-
 def minimize_(
     model: nn.Module,
     iterations: int = 500,
@@ -227,7 +99,6 @@ def minimize_(
     lr: float = 1e-3,
     optimizer: Literal["adam", "sgd"] = "adam",
     preserve_norm: bool = False,
-    tol: float = 0.0,
     objective: str = "cs",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -235,7 +106,7 @@ def minimize_(
 ) -> list[Record]:
     """Minimize an objective of every convolution of a module, in place, and return a record per layer (Algorithm 1).
 
-    iterations ≥ 0, lr > 0, tol ≥ 0, objective: see `Minimization`. include, exclude: globs over names of kernels, such
+    iterations ≥ 0, lr > 0, objective: see `Minimization`. include, exclude: globs over names of kernels, such
     as `layer1.*`. advance: takes the steps completed since the last call; each value of a kernel takes one step per
     iteration. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
     `norm`. Warns of layers that are left out because convsim cannot act on them: parametrized, lazy, of unknown types.
@@ -247,11 +118,11 @@ def minimize_(
     >>> record["after"]["cs"] < record["before"]["cs"]
     True
     """
-    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
-    selection = how.select(module_kernels(model, Patterns(include, exclude)))
+    settings = Minimization(iterations, lr, optimizer, preserve_norm, objective)
+    selection = settings.select(module_kernels(model, Patterns(include, exclude)))
     warn_of_unsupported(selection)
     weights = [weight_of(model, kernel) for kernel in selection.kernels]
-    done = list(minimize_kernels(zip(selection.kernels, weights, strict=True), how, advance))
+    done = list(minimize_kernels(zip(selection.kernels, weights, strict=True), settings, advance))
     with torch.no_grad():
         for weight, (minimized, _) in zip(weights, done, strict=True):
             weight.copy_(minimized)
@@ -266,7 +137,6 @@ def minimize_weight_(
     lr: float = 1e-3,
     optimizer: Literal["adam", "sgd"] = "adam",
     preserve_norm: bool = False,
-    tol: float = 0.0,
     objective: str = "cs",
 ) -> Tensor:
     """Minimize an objective of one convolution's weight, in place, and return the weight, as `torch.nn.init` does.
@@ -278,29 +148,22 @@ def minimize_weight_(
 
     >>> weight = minimize_weight_(torch.nn.init.kaiming_normal_(torch.empty(8, 3, 3, 3)), iterations=100)
     """
-    how = Minimization(iterations, lr, optimizer, preserve_norm, tol, objective)
+    settings = Minimization(iterations, lr, optimizer, preserve_norm, objective)
     refuse_sharded("the weight", weight)
     to_filters(weight, groups)  # raises for what is no weight
     selection = Selection()
     selection.add(Kernel("weight", tuple(weight.shape), groups))
-    selection = how.select(selection)
+    selection = settings.select(selection)
     if selection.skipped:
         warnings.warn(f"the weight is left as it is: {selection.skipped[0].reason}", stacklevel=2)
         return weight
-    minimized, _ = minimize_kernel(selection.kernels[0], weight, how)
+    ((minimized, _),) = minimize_kernels([(selection.kernels[0], weight)], settings)
     with torch.no_grad():
         return weight.copy_(minimized)
 
 
-def minimize_kernel(
-    kernel: Kernel, weight: Tensor, how: Minimization, advance: Advance | None = None
-) -> tuple[Tensor, Record]:
-    """Return the minimized weight of one layer and its record, as `minimize_kernels` does."""
-    return next(minimize_kernels([(kernel, weight)], how, advance))
-
-
 def minimize_kernels(
-    layers: Iterable[Layer], how: Minimization, advance: Advance | None = None
+    layers: Iterable[Layer], settings: Minimization, advance: Advance | None = None
 ) -> Iterator[tuple[Tensor, Record]]:
     """Yield each layer's minimized weight, in the stored shape and dtype, on its device, and its record; in order.
 
@@ -309,17 +172,15 @@ def minimize_kernels(
     the steps (`Minimization.steps`) completed since the last call. Raises InputError for NaN or Inf, DivergedError.
     """
     for batch in _batches(layers):
-        yield from _minimize_together(batch, how, advance)
-
-
-def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
-    """Return `weight` with each filter scaled to the L2 norm that it has in `norms_of`, both as stored.
-
-    The control for what shrinking alone does: directions of one, norms of the other. Dead filters keep every bit.
-    """
-    stack, target = Stack([kernel], [weight.detach()]), kernel.to_filters(norms_of.detach())
-    rescale_(stack.filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
-    return stack.parts[0].to_stored(weight)
+        for kernel, weight in batch:
+            check_finite(kernel, weight)
+        minimized = _minimized(batch, settings, advance)
+        for kernel, weight in batch:
+            found = minimized.pop(kernel.name)
+            if not is_finite(found):
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise DivergedError(f"{kernel.name}: the kernels left the range of {kind}; lower `lr`")
+            yield found, compare_weights(kernel, weight, found)
 
 
 def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
@@ -338,31 +199,15 @@ def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
         yield batch
 
 
-def _minimize_together(
-    batch: list[Layer], how: Minimization, advance: Advance | None
-) -> Iterator[tuple[Tensor, Record]]:
-    before = [_figures(kernel, weight) for kernel, weight in batch]
-    minimized = _minimized(batch, how, advance)
-    for (kernel, weight), figures in zip(batch, before, strict=True):
-        found = minimized.pop(kernel.name)
-        if not is_finite(found):
-            raise DivergedError(
-                f"{kernel.name}: the kernels left the range of {str(weight.dtype).removeprefix('torch.')}; lower `lr`"
-            )
-        living = living_filters(kernel.to_filters(weight))  # the same filters count before and after
-        yield found, {**describe(kernel), "before": figures, "after": _figures(kernel, found, living)}
-
-
-def _minimized(batch: list[Layer], how: Minimization, advance: Advance | None) -> dict[str, Tensor]:
+def _minimized(batch: list[Layer], settings: Minimization, advance: Advance | None) -> dict[str, Tensor]:
     """The minimized weights, as stored, by name. On the CPU one stack after the other: its caches are small."""
     groups = _of_one_shape(batch)
-    found = {}
+    found: dict[str, Tensor] = {}
     for together in [[group] for group in groups] if batch[0][1].device.type == "cpu" else [groups]:
         stacks = [Stack(*zip(*group, strict=True)) for group in together]
-        descend_(stacks, how, advance)
-        for stack, group in zip(stacks, together, strict=True):
-            for part, (kernel, weight) in zip(stack.parts, group, strict=True):
-                found[kernel.name] = part.to_stored(weight)
+        descend_(stacks, settings, advance)
+        for stack in stacks:
+            found |= stack.to_stored()
     return found
 
 
@@ -385,8 +230,107 @@ def _rounds_alike_stacked(kernel: Kernel) -> bool:
     return kernel.filters % 16 == 0 and not kernel.pointwise
 
 
-def _figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> dict[str, Any]:
-    if weight.is_meta:
-        raise InputError(f"{kernel.name} is on the meta device and has no values; move the model to a device first")
-    figures = kernel_figures(kernel, weight, living)
-    return {key: figures[key] for key in ("cs", "ncs", "norm")}
+class Stack:
+    """Layers whose filters have one shape, stacked along the axis of groups to be minimized together.
+
+    filters: `[layers · groups, S / groups, N, C]`, float32 or float64, contiguous; dead filters are zero, and stay so.
+    norms: their L2 norms `[layers · groups, S / groups, 1, 1]`.
+    """
+
+    def __init__(self, kernels: Sequence[Kernel], weights: Sequence[Tensor]) -> None:
+        first = kernels[0].to_filters(weights[0])
+        self.kernels, self.taps = kernels, kernels[0].taps
+        self.filters = first.new_empty(len(kernels) * first.shape[0], *first.shape[1:])
+        self._weights, self._living = weights, []
+        for kernel, weight, filters in zip(kernels, weights, self.layers(), strict=True):
+            filters.copy_(kernel.to_filters(weight))
+            self._living.append(living_filters(filters)[..., None, None])
+            filters.masked_fill_(~self._living[-1], 0)
+        wide = torch.float32 if self.filters.device.type == "mps" else torch.float64  # squares must not underflow
+        norms = torch.linalg.vector_norm(self.filters, dim=(-2, -1), keepdim=True, dtype=wide)
+        self.norms = norms.to(self.filters.dtype)
+
+    def layers(self) -> Sequence[Tensor]:
+        """Return views of the filters, layer by layer."""
+        return self.filters.chunk(len(self.kernels))
+
+    def to_stored(self) -> dict[str, Tensor]:
+        """Return each layer's filters by name, in the stored shape and type; dead ones are those of the weight."""
+        found = {}
+        for kernel, weight, filters, living in zip(
+            self.kernels, self._weights, self.layers(), self._living, strict=True
+        ):
+            whole = filters if living.all() else torch.where(living, filters, kernel.to_filters(weight))
+            found[kernel.name] = kernel.to_stored(whole, weight.dtype)
+        return found
+
+
+def rescale_to(kernel: Kernel, weight: Tensor, norms_of: Tensor) -> Tensor:
+    """Return `weight` with each filter scaled to the L2 norm that it has in `norms_of`, both as stored.
+
+    The control for what shrinking alone does: directions of one, norms of the other. Dead filters keep every bit.
+    """
+    stack, target = Stack([kernel], [weight.detach()]), kernel.to_filters(norms_of.detach())
+    rescale_(stack.filters, torch.linalg.vector_norm(target, dim=(-2, -1), keepdim=True))
+    return stack.to_stored()[kernel.name]
+
+
+def descend_(stacks: Sequence[Stack], settings: Minimization, advance: Advance | None = None) -> None:
+    """Minimize the layers of stacks on one device, in place.
+
+    advance: takes the steps (`Minimization.steps`) completed since the last call. Raises DivergedError with the name of
+    a layer whose loss stops being finite.
+    """
+    device, values = stacks[0].filters.device, sum(stack.filters.numel() for stack in stacks)
+    with torch.no_grad(), full_precision(device):
+        iterate = repeated(_iteration(stacks, settings), device)
+        for done in range(0, settings.iterations, LOOK_EVERY):
+            block = min(LOOK_EVERY, settings.iterations - done)
+            for _ in range(block):
+                iterate()
+            if settings.preserve_norm:  # an iteration leaves this to the next one
+                for stack in stacks:
+                    rescale_(stack.filters, stack.norms)
+            _check_losses(stacks, settings, done + block)
+            if advance:
+                advance(block * values)
+    for stack in stacks:
+        stack.filters.grad = None
+
+
+def _iteration(stacks: Sequence[Stack], settings: Minimization) -> Callable[[], None]:
+    objective = find_objective(settings.objective)
+    gradients = [torch.empty_like(stack.filters) for stack in stacks]
+    for stack, gradient in zip(stacks, gradients, strict=True):
+        stack.filters.grad = gradient
+    optimizer = _optimizer([stack.filters for stack in stacks], settings)
+
+    def iterate() -> None:
+        for stack, gradient in zip(stacks, gradients, strict=True):
+            if settings.preserve_norm:
+                objective.tangent_gradient(stack.filters, stack.taps, stack.norms, gradient)
+            else:
+                objective.gradient(stack.filters, stack.taps, gradient)
+        optimizer.step()
+
+    return iterate
+
+
+def _optimizer(filters: list[Tensor], settings: Minimization) -> torch.optim.Optimizer:
+    kind = filters[0].device.type
+    fused = kind in ("cpu", "cuda", "mps")
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(filters, lr=settings.lr, fused=fused)
+    return torch.optim.Adam(filters, lr=settings.lr, fused=fused, capturable=kind == "cuda")
+
+
+def _check_losses(stacks: Sequence[Stack], settings: Minimization, done: int) -> None:
+    value = find_objective(settings.objective).value
+    losses = [value(filters, stack.taps) for stack in stacks for filters in stack.layers()]
+    kernels = [kernel for stack in stacks for kernel in stack.kernels]
+    for kernel, loss in zip(kernels, torch.stack([loss.to(losses[0]) for loss in losses]).tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"{kernel.name}: the objective is {loss} after {done} iterations at `lr` {settings.lr:g}; nothing was "
+                "written, lower `lr`, or scale kernels this large down first"
+            )

@@ -1,13 +1,11 @@
-"""What an objective is, and how its gradient is kept tangent to each filter's sphere.
+"""Every objective that convsim can minimize, by name: its value and its gradient.
 
-What the paper compares Eq. 10 with: the sum of the authors' public code, and inner products of kernels.
+An objective is a function of the filters of one layer, in the layout of `similarity.to_filters`, and sums over groups.
+To add one, add one entry to `OBJECTIVES`: Algorithm 1, the penalty, training and the command line all read this table.
+Every value here comes with a tensor that its gradient shares with it, so that a training step computes it once.
 
-Every value comes with a tensor that its gradient shares with it.
-
-Kernel orthogonality as others define it: OCNN, SRIP and OrthoReg, each with its value and its gradient.
-
-The filters of a group are the rows of K; groups add up. Every value comes with a tensor that its gradient shares with
-it, so that a training step computes it once.
+Beside Eq. 10 (`similarity`) stand what the paper compares it with, the sum of the authors' public code and inner
+products of kernels, and kernel orthogonality as others define it. The filters of a group are the rows of K:
 
 - OCNN (Wang et al. 2020): the convolution as a whole is orthogonal, ‖Σ_c K_i[c] ⋆ K_j[c] − δ_ij δ_0‖² over all lags
   and ordered pairs (stride 1, target norm 1). By Fourier transform this is the mean over frequencies ω of
@@ -20,14 +18,6 @@ it, so that a training step computes it once.
 
 A filter of zeros has a zero gradient: OCNN counts its norm's distance from 1, which is constant to first order, and in
 the other two it takes no part.
-
-Every objective that convsim can minimize, by name.
-
-To add one, add one entry: Algorithm 1, the penalty, training and the command line all read this table.
-
-Every objective that convsim can minimize, by name: its value and its gradient.
-
-An objective is a function of the filters of one layer, in the layout of `similarity.to_filters`, and sums over groups.
 """
 
 from __future__ import annotations
@@ -46,15 +36,20 @@ from convsim_cli.similarity import (
     convolve,
     inner_product,
     power_spectra,
-    similarity,
     similarity_gradient,
+    similarity_of_filters,
     spectra,
     tangent_gradient,
 )
 
+POWER_ITERATIONS = 2  # of SRIP, each with two products by M
+STEEPNESS = 10.0  # λ of OrthoReg
+
 Value = Callable[[Tensor, Taps], Tensor]
 Gradient = Callable[[Tensor, Taps, Tensor | None], Tensor]
 Tangent = Callable[[Tensor, Taps, Tensor | None, Tensor | None], Tensor]
+Shared = Callable[[Tensor, Taps], tuple[Tensor, Tensor]]  # a value, and what its gradient shares with it
+SharedGradient = Callable[..., Tensor]  # (filters, what is shared, taps, out=None)
 
 
 @dataclass(frozen=True)
@@ -97,6 +92,13 @@ class Objective:
         return gradient
 
 
+def find_objective(name: str) -> Objective:
+    """Return the objective of that name. Raises InputError with the closest name for an unknown one."""
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
 def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
     """Project a gradient, in place, onto the tangent space of each filter's sphere: g −= ⟨g, K_i⟩ K_i / ‖K_i‖².
 
@@ -136,27 +138,18 @@ def _beside(power: Tensor) -> Tensor:
     return torch.cat([none, power[:, :-1]], dim=1) + torch.cat([power[:, 1:], none], dim=1)
 
 
-def kernel(filters: Tensor, _: Taps) -> tuple[Tensor, Tensor]:
-    """Return Σ_{i<j} ⟨K_i, K_j⟩²; and ⟨K_i, K_j⟩."""
-    products = _inner_products(filters)
+def kernel_orthogonality(filters: Tensor, _: Taps) -> tuple[Tensor, Tensor]:
+    """Return Σ_{i<j} ⟨K_i, K_j⟩²; and `[groups, S / groups, S / groups]` ⟨K_i, K_j⟩, 0 for i = j."""
+    flat = filters.flatten(2)
+    products = flat @ flat.mT
+    products = products.masked_fill(torch.eye(products.shape[-1], dtype=torch.bool, device=products.device), 0)
     return products.square().sum() / 2, products
 
 
-def kernel_gradient(filters: Tensor, products: Tensor, _: Taps, out: Tensor | None = None) -> Tensor:
+def kernel_orthogonality_gradient(filters: Tensor, products: Tensor, _: Taps, out: Tensor | None = None) -> Tensor:
     """Return the gradient: 2 Σ_{j≠i} ⟨K_i, K_j⟩ K_j."""
     flat = None if out is None else out.flatten(2)
     return torch.bmm(2 * products, filters.flatten(2), out=flat).view(filters.shape)
-
-
-def _inner_products(filters: Tensor) -> Tensor:
-    """⟨K_i, K_j⟩ for i ≠ j and 0 for i = j: `[groups, S / groups, S / groups]`."""
-    flat = filters.flatten(2)
-    products = flat @ flat.mT
-    return products.masked_fill(torch.eye(products.shape[-1], dtype=torch.bool, device=products.device), 0)
-
-
-POWER_ITERATIONS = 2  # of SRIP, each with two products by M
-STEEPNESS = 10.0  # λ of OrthoReg
 
 
 def ocnn(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
@@ -317,17 +310,6 @@ def _identity(like: Tensor, size: int) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
-Shared = Callable[[Tensor, Taps], tuple[Tensor, Tensor]]  # a value, and what its gradient shares with it
-SharedGradient = Callable[..., Tensor]  # (filters, what is shared, taps, out=None)
-
-
-def find_objective(name: str) -> Objective:
-    """Return the objective of that name. Raises InputError with the closest name for an unknown one."""
-    if name not in OBJECTIVES:
-        raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
-    return OBJECTIVES[name]
-
-
 def _objective(
     name: str,
     meaning: str,
@@ -358,7 +340,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(
             "cs",
             "Eq. 10 of the paper: all pairs of filters, all pairs of their channels",
-            similarity,
+            similarity_of_filters,
             similarity_gradient,
             norm_only_pointwise=True,
             tangent=tangent_gradient,
@@ -373,8 +355,8 @@ OBJECTIVES: dict[str, Objective] = {
         _objective(
             "kernel",
             "kernel orthogonality (section 3.1 of the paper): squared inner products of all pairs of filters",
-            kernel,
-            kernel_gradient,
+            kernel_orthogonality,
+            kernel_orthogonality_gradient,
         ),
         _objective(
             "ocnn",

@@ -1,8 +1,7 @@
-"""Algorithm 2: an objective as a regularization term, for any training loop.
+"""What keeps kernels dissimilar while a network trains: a penalty (Algorithm 2), or a hold on the optimizer's steps.
 
-Keep optimizer steps from raising the normalized similarity of kernels again.
-
-After a step K ← K + Δ, each layer's Δ loses the part that raises `ncs` to first order:
+The penalty is an objective as a regularization term, for any training loop. The hold keeps steps from raising the
+normalized similarity again. After a step K ← K + Δ, each layer's Δ loses the part that raises `ncs` to first order:
 
     Δ ← Δ − max(0, ⟨Δ, g⟩) / ‖g‖² · g,        g = ∂ncs/∂K at the former K
 
@@ -36,8 +35,6 @@ from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import normalized_gradient
 
-Layers = list[tuple[Kernel, Tensor]]
-
 
 class ConvSimPenalty:
     """An objective, summed over a model's convolutions: `loss = task_loss + beta * penalty()`.
@@ -69,13 +66,8 @@ class ConvSimPenalty:
         self._objective = find_objective(objective)
         selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
         warn_of_unsupported(selection)
-        if not selection.kernels:
-            raise InputError(
-                "the model has no convolution kernels that form pairs"
-                + "".join(f"; {skipped.name}: {skipped.reason}" for skipped in selection.skipped[:3])
-            )
-        self._model = model
-        self._kernels = selection.kernels
+        selection.require_kernels("the model has")
+        self._model, self._kernels = model, selection.kernels
 
     def __call__(self) -> Tensor:
         """Return the penalty, a scalar ≥ 0, differentiable with respect to the model's parameters."""
@@ -140,7 +132,7 @@ class ConvSimPenalty:
                     behind += pull_back(weight, beta * gradient)
         return own, behind
 
-    def _layers(self) -> Layers:
+    def _layers(self) -> list[tuple[Kernel, Tensor]]:
         return [current_kernel(self._model, kernel) for kernel in self._kernels]
 
     def _sum(self, objective: Objective) -> Tensor:
@@ -176,7 +168,11 @@ def _check_beta(beta: float | Tensor) -> None:
 
 def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None:
     """Add gradients, times a factor, to those of their parameters: with a number, in few launches for all."""
-    sums = [_gradient_of(parameter) for parameter in gradients]
+    sums: list[Tensor] = []
+    for parameter in gradients:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        sums.append(parameter.grad)
     if isinstance(factor, Tensor):
         for total, gradient in zip(sums, gradients.values(), strict=True):
             total.addcmul_(gradient, factor)
@@ -188,12 +184,6 @@ def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
     """The L2 norm of all values together, as a scalar on the device of `like`."""
     norms = [torch.linalg.vector_norm(gradient.float()).to(like.device) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=like.device)
-
-
-def _gradient_of(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 class SimilarityHold:

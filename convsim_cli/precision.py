@@ -1,26 +1,20 @@
-"""Full float32 for the products whose exactness convsim promises, whatever the process has switched on.
+"""Full float32, and functions with explicit gradients, whatever the process and torch have active around a call.
 
-torch ≥ 2.9 has two sets of switches. The new ones are a precision per backend and operator; "none" inherits that of
-the backend, and then the generic one. The old ones are `set_float32_matmul_precision` and `cudnn.allow_tf32`; their
-setters write to both sets, and their getters raise where the two disagree. Inside `full_precision` both sets say full
-float32, so that code which reads or writes either of them works there.
+torch ≥ 2.9 has two sets of switches that lower the precision of float32 products. The new ones are a precision per
+backend and operator; "none" inherits that of the backend, and then the generic one. The old ones are
+`set_float32_matmul_precision` and `cudnn.allow_tf32`; their setters write to both sets, and their getters raise where
+the two disagree. Inside `full_precision` both sets say full float32, so that code which reads or writes either of them
+works there.
 
-Run what torch.compile has compiled as it was written: compiled code does not call hooks that were added later.
-
-What torch may have active around a call (transforms, fake tensors, compilation), and constants that survive it.
-
-Scalar functions of a layer's filters that bring their own gradient, whatever torch has active around the call.
-
-Eagerly, an autograd.Function shares between the value and the gradient what both need. Under a transform of
-`torch.func` it is a Function of the form that transforms require, at a few tens of µs more per call. torch.compile
-sees an operator. None of them lets autocast or TF32 in.
+`Differentiable` is a scalar function of a layer's filters with its gradient. Eagerly, an autograd.Function shares
+between the two what both need. Under a transform of `torch.func` it is a Function of the form that transforms require,
+at a few tens of µs more per call. torch.compile sees an operator. None of them lets autocast or TF32 in.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, cast
@@ -29,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+P = ParamSpec("P")
+Taps = tuple[int, ...]
 Restore = tuple[Callable[[Any], object], Any]  # a setter, and what it is to set
 Key = tuple[str, str]  # backend and operator of a new switch
 
@@ -37,6 +33,9 @@ _FULL = ("none", "ieee")
 _LOOKED_AT: tuple[Key, ...] = (("mkldnn", "matmul"), ("mkldnn", "conv"), ("cuda", "matmul"))
 _ON_CPU: tuple[Key, ...] = (("generic", "all"), ("mkldnn", "all"), ("cuda", "all"), *_LOOKED_AT)  # parents first
 _ELSEWHERE: tuple[Key, ...] = (*_ON_CPU, ("cuda", "conv"), ("cuda", "rnn"))
+
+_KEPT = 64  # constants of one kind, the latest
+_SAFE = 1e30  # a float32 value below it means that no product on the way to it, or to its gradient, has overflowed
 
 
 @contextmanager
@@ -122,19 +121,6 @@ def _allow_tf32_in_cudnn(allow: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allow
 
 
-def as_written() -> AbstractContextManager[Any]:
-    """Return a context in which compiled modules run eagerly, so that their hooks are called.
-
-    A no-op where torch.compile has not been loaded: loading it takes seconds.
-    """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-P = ParamSpec("P")
-
-_KEPT = 64  # constants of one kind, the latest
-
-
 def transformed() -> bool:
     """Return whether a transform of `torch.func` is active: grad, vmap, jvp and those made of them."""
     return torch._C._are_functorch_transforms_active()  # what autograd.Function.apply itself asks
@@ -165,11 +151,6 @@ def constant(make: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concate
         return made
 
     return get
-
-
-Taps = tuple[int, ...]
-
-_SAFE = 1e30  # a float32 value below it means that no product on the way to it, or to its gradient, has overflowed
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ padding do not enter. Where Eq. 10 is exact for feature maps: stride 1, full pad
 
 Lags are kept in FFT order: entry d of an axis is lag d for d < k and lag d − (2k − 1) above.
 
-Autocorrelations and convolutions of filters by FFT, which is cheaper than products where kernels are large.
-
 Filters are `[groups, S / groups, N, C]`; their spectrum is complex, `[groups, S / groups, *frequencies, C]`, of which
 the last axis of frequencies is halved. An axis of k taps has at least 2k − 1 frequencies, so that no lag meets another.
 """
@@ -46,7 +44,7 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     >>> convolutional_similarity(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])).item()  # ‖(1, 2) ⋆ (3, 0)‖² = 3² + 6²
     45.0
     """
-    return similarity(*to_filters(weight, groups))
+    return similarity_of_filters(*to_filters(weight, groups))
 
 
 def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
@@ -62,7 +60,7 @@ def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     directions = filters / torch.where(live, largest, 1)
     norms = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
     count = live.sum(dim=1).flatten()
-    return similarity(directions / torch.where(live, norms, 1), taps) / (count * (count - 1) / 2).sum()
+    return similarity_of_filters(directions / torch.where(live, norms, 1), taps) / (count * (count - 1) / 2).sum()
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
@@ -94,7 +92,7 @@ def to_weight(filters: Tensor, taps: Taps) -> Tensor:
     return filters.reshape(-1, *taps, filters.shape[-1]).movedim(-1, 1)
 
 
-def similarity(filters: Tensor, taps: Taps) -> Tensor:
+def similarity_of_filters(filters: Tensor, taps: Taps) -> Tensor:
     """Return L_CS of filters in the layout of `to_filters`, differentiable to any order, in full precision."""
     return _SIMILARITY(filters, taps)
 

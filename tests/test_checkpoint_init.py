@@ -67,7 +67,7 @@ def test_a_choice_made_in_reading_the_file_is_warned_about(tmp_path: Path) -> No
 
 def test_what_cannot_be_saved_is_refused_before_any_work(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = path.read_bytes()
-    monkeypatch.setattr("convsim_cli.checkpoint_init.write_minimized", None)
+    monkeypatch.setattr("convsim_cli.checkpoint_init._write", None)
     with pytest.raises(InputError, match=r"x\.h5: expected a name that ends in \.safetensors"):
         minimize_checkpoint(path, path.with_name("x.h5"))
     with pytest.raises(InputError, match=r"x\.h5: unknown suffix \.h5; name it \.safetensors, "):

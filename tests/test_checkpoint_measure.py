@@ -11,7 +11,6 @@ from torch import nn
 from convsim_cli.checkpoint_measure import measure_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.measurement import feature_maps
-from convsim_cli.measurement import feature_maps as random_kernels
 
 SHARED_KEYS = ("schema", "command", "version")  # of all commands' documents
 
@@ -80,8 +79,7 @@ def test_parametrized_layers_of_a_network_are_measured(tmp_path: Path, monkeypat
 def test_layers_with_too_many_filters_for_a_mean_cosine_each_are_said(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (feature_maps, random_kernels):
-        monkeypatch.setattr(module, "MOST_PAIRS", 40)
+    monkeypatch.setattr(feature_maps, "MOST_PAIRS", 40)
     report = measure_checkpoint(file, samples=1, top=2)
     large, small = report["layers"]
     assert large["fm_cos"] is not None

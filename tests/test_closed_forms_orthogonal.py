@@ -66,9 +66,8 @@ def test_more_filters_than_directions_are_spread_evenly_over_the_directions() ->
 def test_half_types_are_computed_in_float64_and_cast_back(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 4, 3, 3).to(dtype)
     kernel = Kernel("k", tuple(weight.shape))
-    found, record = orthogonalize_kernel(kernel, weight)
+    found = orthogonalize_kernel(kernel, weight)
     assert torch.equal(found, literal(weight).float().to(dtype))
-    assert record["after"]["norm"] == pytest.approx(found.double().norm().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

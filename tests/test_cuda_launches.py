@@ -12,7 +12,7 @@ from torch import nn
 from convsim_cli import minimize as descent
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import Kernel, module_kernels, weight_of
-from convsim_cli.measurement.kernel_figures import LayerMaps
+from convsim_cli.measurement.feature_maps import LayerMaps
 from convsim_cli.measurement.synthetic import LayerProbe
 from convsim_cli.minimize import Minimization, Stack, _iteration, _of_one_shape, descend_
 from convsim_cli.objectives import OBJECTIVES

@@ -25,7 +25,15 @@ from convsim_cli.device import WARM_UP, repeated
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement.network import measure
-from convsim_cli.minimize import Minimization, Stack, _iteration, descend_, minimize_, minimize_kernel, minimize_weight_
+from convsim_cli.minimize import (
+    Minimization,
+    Stack,
+    _iteration,
+    descend_,
+    minimize_,
+    minimize_kernels,
+    minimize_weight_,
+)
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.penalty import ConvSimPenalty
@@ -125,7 +133,8 @@ def test_graphs_come_to_the_same_as_iterations_without(
     for switch in ("1", "0"):
         monkeypatch.setenv("CONVSIM_CUDA_GRAPHS", switch)
         how = Minimization(120, preserve_norm=preserve_norm)
-        results.append(minimize_kernel(Kernel("a", shape), kernels(*shape).to(CUDA), how)[0])
+        ((found, _),) = minimize_kernels([(Kernel("a", shape), kernels(*shape).to(CUDA))], how)
+        results.append(found)
     torch.testing.assert_close(*results)
 
 

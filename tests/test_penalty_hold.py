@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.kernels import module_kernels, weight_of
-from convsim_cli.measurement.kernel_figures import kernel_figures
+from convsim_cli.measurement.kernel_figures import measure_weight
 from convsim_cli.minimize import minimize_
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.penalty import SimilarityHold
@@ -121,7 +121,7 @@ def test_a_layer_that_cannot_be_held_is_named() -> None:
 
 def mean_ncs(model: nn.Module) -> float:
     kernels = module_kernels(model).kernels
-    figures = [kernel_figures(kernel, weight_of(model, kernel))["ncs"] for kernel in kernels]
+    figures = [measure_weight(kernel, weight_of(model, kernel))["ncs"] for kernel in kernels]
     return sum(figures) / len(figures)
 
 

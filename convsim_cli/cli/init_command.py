@@ -99,9 +99,6 @@ def init(
     data_dir: DataDirOption = Path("data"),
     mean: MeanOption = None,
     std: StdOption = None,
-    tol: Annotated[
-        float, typer.Option(help="Stop a layer when 50 iterations lower its loss by less than this share.", min=0)
-    ] = 0.0,
     include: IncludeOption = [],  # noqa: B006
     exclude: ExcludeOption = [],  # noqa: B006
     groups: GroupsOption = [],  # noqa: B006
@@ -159,7 +156,6 @@ def init(
         data_dir=data_dir,
         mean=parse_channels("mean", mean),
         std=parse_channels("std", std),
-        tol=tol,
         backup=not no_backup,
         force=force,
         dry_run=dry_run,

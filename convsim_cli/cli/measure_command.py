@@ -143,10 +143,6 @@ def measure(
             metavar="FILE", help=f"Draw every layer's mean cosines in this {one_of(PICTURES)} file.", show_default=False
         ),
     ] = None,
-    plot_order: Annotated[
-        Literal["similarity", "index"],
-        typer.Option("--plot-order", help="Draw similar filters next to each other, or filters by index."),
-    ] = "similarity",
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -167,7 +163,7 @@ def measure(
     paths, arch = _what(checkpoints or [], arch, "pretrained" if pretrained else "fresh", console)
     patterns = make_patterns(include, exclude, groups, transposed)
     normal = parse_channels("mean", mean), parse_channels("std", std)
-    heat = None if plot is None else plot_order
+    heat = plot is not None
     probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat, input_channels)
     _check(_pages(plot, len(paths)) if plot else [], sort, as_csv and as_json)
     reports = measure_checkpoints(

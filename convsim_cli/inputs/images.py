@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import isfinite
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
 
@@ -92,6 +92,13 @@ def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tup
     with torch.inference_mode(False):
         mean_, std_ = torch.tensor(mean), torch.tensor(std)
         return (1 / (255 * std_)).to(device), (-mean_ / std_).to(device)
+
+
+def resize(images: Tensor, side: int | None) -> Tensor:
+    """Return images `[B, C, height, width]` of side × side pixels, untouched where that is None or what they have."""
+    if side is None or tuple(images.shape[-2:]) == (side, side):
+        return images
+    return nn.functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
 
 def parse_channels(name: str, text: str | None) -> Channels | None:

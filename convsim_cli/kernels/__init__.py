@@ -8,6 +8,7 @@ from convsim_cli.kernels.guess import TensorInfo, file_kernels
 from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped, living_filters
 from convsim_cli.kernels.modules import (
     current_kernel,
+    evaluation_mode,
     is_convolution,
     module_kernels,
     refuse_sharded,
@@ -23,6 +24,7 @@ __all__ = [
     "Skipped",
     "TensorInfo",
     "current_kernel",
+    "evaluation_mode",
     "file_kernels",
     "is_convolution",
     "living_filters",

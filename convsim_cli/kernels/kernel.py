@@ -1,6 +1,6 @@
-"""The kernels of one layer: how they are stored, how their filters pair, and which filters are alive.
+"""A layer's kernels: how they are stored, how their filters pair, which are alive; and which layers are worked on.
 
-What is selected of a model or a file, what is left out and why, and the user's patterns that decide it.
+A selection holds the kernels of a model or a file, what is left out and why; the user's patterns decide it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from glob import escape
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,10 @@ class Skipped:
     reason: str
     unsupported: bool = False
 
+    def record(self) -> dict[str, Any]:
+        """Return name, shape and reason, as in a JSON document."""
+        return {"name": self.name, "shape": list(self.shape), "reason": self.reason}
+
 
 @dataclass(frozen=True)
 class Patterns:
@@ -166,23 +171,26 @@ class Selection:
     skipped: list[Skipped] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
+    def require_kernels(self, subject: str) -> None:
+        """Raise InputError, with what is left out, where nothing is selected. subject: "the model has", or "FILE:"."""
+        if not self.kernels:
+            left_out = ", ".join(f"{skipped.name} ({skipped.reason})" for skipped in self.skipped[:3])
+            raise InputError(
+                f"{subject} no convolution kernels that form pairs" + (f"; left out: {left_out}" if left_out else "")
+            )
+
     def add(self, kernel: Kernel, reason: str | None = None, unsupported: bool = False) -> None:
         """Select the kernel, or list it as skipped where there is a reason or it has no pairs."""
-        without_pairs = _without_pairs(kernel)
+        without_pairs = None if kernel.pairs else "a single filter, no pairs"
+        if not kernel.pairs and kernel.groups > 1:
+            assumed = " (assumed from its shape)" if kernel.assumed else ""
+            without_pairs = f"depthwise: one filter per group, no pairs{assumed}"
         if reason:
             self.skipped.append(Skipped(kernel.name, kernel.shape, reason, unsupported and without_pairs is None))
         elif without_pairs:
             self.skipped.append(Skipped(kernel.name, kernel.shape, without_pairs))
         else:
             self.kernels.append(kernel)
-
-
-def _without_pairs(kernel: Kernel) -> str | None:
-    if kernel.pairs:
-        return None
-    if kernel.groups > 1:
-        return "depthwise: one filter per group, no pairs" + (" (assumed from its shape)" if kernel.assumed else "")
-    return "a single filter, no pairs"
 
 
 def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:

@@ -190,7 +190,7 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
     own = own_weight(layer)
     if own is not None:
         return own
-    with nullcontext() if torch.is_grad_enabled() else _evaluation(layer):
+    with nullcontext() if torch.is_grad_enabled() else evaluation_mode(layer):
         if parametrize.is_parametrized(layer, "weight"):
             computed: Tensor = layer.parametrizations["weight"]()  # type: ignore[index, operator]
             return computed
@@ -198,6 +198,18 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
         for hook in hooks:
             hook(layer, ())
     return layer.weight if hooks else None  # type: ignore[return-value]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and every module back in its own mode on leaving."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -208,18 +220,6 @@ def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
     """
     leaves = list(_leaves(weight))
     return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
-
-
-@contextmanager
-def _evaluation(layer: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in layer.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _hooks(layer: nn.Module) -> list[Callable[[nn.Module, Any], object]]:

@@ -1,9 +1,7 @@
-"""How similar feature maps are, accumulated over inputs.
+"""How similar a layer's feature maps are, accumulated over inputs, and how similar those of random kernels are: chance.
 
-Chance: how similar the maps of random kernels are, on the inputs that a layer sees.
-
-√(2 / (π·positions)) is the chance value of |cos| for white inputs only: neighboring positions of other inputs say much
-the same, so that few of them count.
+√(2 / (π·positions)) is the chance value of |cos| for white inputs only: neighboring positions of other inputs are
+alike, so that few of them count. Chance is therefore measured, with random kernels on the inputs that the layer sees.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from convsim_cli.kernels import Kernel
+from convsim_cli.kernels import Kernel, living_filters
 from convsim_cli.measurement.pairs import effective_rank
 from convsim_cli.precision import full_precision
 
@@ -23,6 +21,26 @@ MOST_PAIRS = 1 << 24  # ordered pairs of filters in a layer up to which a mean c
 _ROWS = 256  # filters whose cosines with all later ones are computed at once: half of all pairs, in bounded memory
 _GRAM_ELEMENTS = 1 << 22  # cosines at once
 _MAP_ELEMENTS = 1 << 23  # values of feature maps at once
+FEWEST_PER_GROUP = 64  # random filters
+FEWEST = 128  # random filters of a layer: with 3 channels, fm_cos on natural inputs is then known to 3 % (4 % with 64)
+_MOST = 1024  # random filters per group of a layer whose pairs are too many to keep
+_STREAM = 0x9E3779B9  # keeps the kernels from being the values that the same seed gives for inputs
+
+
+class LayerMaps:
+    """A layer's feature maps: their similarity, that of random kernels' maps, and how many calls there were."""
+
+    def __init__(
+        self, kernel: Kernel, weight: Tensor, *, scale: float = 1.0, seed: int = 0, whole: bool = True
+    ) -> None:
+        """weight: as stored; it says which filters are dead. scale: what the maps are divided by beforehand.
+
+        seed: of the random kernels. whole: measure chance and keep pairs, not `fm_cos` and `fm_inner2` alone.
+        """
+        self.living = living_filters(kernel.to_filters(weight))
+        self.similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=self.living, keep_pairs=whole)
+        self.chance = RandomKernels(kernel, seed) if whole else None
+        self.calls = 0
 
 
 def inputs_at_once(filters: int, groups: int, positions: int) -> int:
@@ -36,6 +54,7 @@ class FeatureMapSimilarity:
 
     Pairs are i < j within a group. Dead filters, and maps that are zero on an input, have no direction and take part in
     no cosine. A layer that is called several times counts every call; calls with a single position add no cosines.
+    alive: which filters are not dead and have a map that is not zero on every input; None without inputs.
     """
 
     def __init__(
@@ -56,7 +75,7 @@ class FeatureMapSimilarity:
         self._sums: Tensor | None = None  # signed, above the diagonal: [groups, S / groups, S / groups]
         self._counts: Tensor | float = 0.0  # how many cosines each of these sums has, but for those of `_recent`
         self._recent: list[Tensor] = []  # which maps were not zero
-        self._alive: Tensor | None = None
+        self.alive: Tensor | None = None
 
     def update(self, maps: Tensor) -> None:
         """Add maps `[inputs, S, *space]`, the convolution's output without its bias. Waits for no device."""
@@ -77,22 +96,17 @@ class FeatureMapSimilarity:
         """Mean over inputs and pairs of ⟨F_i, F_j⟩²; None without a pair, or beyond the range of float64."""
         return finite(float(self._products) / self._inputs * self._scale**2 * self._scale**2) if self._inputs else None
 
-    @property
-    def alive(self) -> Tensor | None:
-        """Which filters are not dead and have a map that is not zero on every input; None without inputs."""
-        return self._alive
-
     def mean_cosines(self) -> Tensor | None:
         """Return the mean over inputs of cos(F_i, F_j), signed: `[groups, S / groups, S / groups]`.
 
         The diagonal is 1, and 0 for filters that are not `alive`; two maps that were never both non-zero have 0. None
         at a single position, without inputs, or where pairs are not kept.
         """
-        if self._sums is None or self._alive is None:
+        if self._sums is None or self.alive is None:
             return None
         upper = self._sums / self._pair_counts().clamp_min(1)
         mean = upper + upper.mT
-        mean.diagonal(dim1=-2, dim2=-1).copy_(self._alive)
+        mean.diagonal(dim1=-2, dim2=-1).copy_(self.alive)
         return mean
 
     def _add(self, maps: Tensor) -> None:
@@ -101,7 +115,7 @@ class FeatureMapSimilarity:
         if self._living is not None:
             live = live & self._living
         alive = live.any(0)
-        self._alive = alive if self._alive is None else self._alive | alive
+        self.alive = alive if self.alive is None else self.alive | alive
         self._inputs += inputs * groups * count * (count - 1) // 2
         if positions > 1:
             self._count(live)
@@ -165,24 +179,18 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-FEWEST_PER_GROUP = 64  # random filters
-FEWEST = 128  # random filters of a layer: with 3 channels, fm_cos on natural inputs is then known to 3 % (4 % with 64)
-_MOST = 1024  # random filters per group of a layer whose pairs are too many to keep
-_STREAM = 0x9E3779B9  # keeps the kernels from being the values that the same seed gives for inputs
-
-
 class RandomKernels:
     """The similarity of the maps of random Gaussian kernels of a layer's shape.
 
     A layer with few filters is drawn several times, until it has had `FEWEST` and each group `FEWEST_PER_GROUP`.
     """
 
-    def __init__(self, kernel: Kernel, seed: int = 0, keep_pairs: bool = True) -> None:
+    def __init__(self, kernel: Kernel, seed: int = 0) -> None:
         each = kernel.filters // kernel.groups
         self._kernel, self._seed = kernel, seed
         self._draws = max(ceil(FEWEST_PER_GROUP / each), ceil(FEWEST / kernel.filters))
         self._each = each if kernel.groups * each**2 <= MOST_PAIRS else min(each, _MOST)
-        self._similarity = FeatureMapSimilarity(kernel.groups, keep_pairs=keep_pairs and self._each == each)
+        self._similarity = FeatureMapSimilarity(kernel.groups, keep_pairs=self._each == each)
 
     @property
     def filters(self) -> int:

@@ -1,18 +1,15 @@
-"""The figures that convsim measures per layer, each defined once.
+"""The figures that convsim measures per layer, each declared once, and what is told from them.
 
-A figure is one entry of `FIGURES`: the record of a layer, JSON, tables, CSV, `measure --help` and the README's table
-follow from it. This module imports no torch, so that help texts can read it.
+A figure is one entry of `FIGURES` and one line of `kernel_figures.measure_layer`: the record of a layer, JSON, tables,
+CSV, `measure --help` and the README's table follow. This module imports no torch, so that help texts can read it.
 
-Compare what was measured of several checkpoints: which layers belong together, and what changed.
-
-A report is a dictionary with a `source` and its `layers`, the records of `measurement.layer`.
-
-What stands out among the layers of a checkpoint, and their order by a figure.
+A report is a dictionary with the `source` of a checkpoint and its `layers`, the records of `measure_layer`. Reports of
+several checkpoints are compared layer by layer; of one, a line tells what stands out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -20,22 +17,23 @@ from typing import Any
 from convsim_cli.errors import InputError, did_you_mean
 
 Record = dict[str, Any]  # what is known of one layer: which it is, and its figures
+Report = dict[str, Any]
+_NAMED = 3  # layers, at most
+_ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_cos and up to which its fm_rank stand out
 
 
 @dataclass(frozen=True)
 class Figure:
     """A number that is measured of every layer.
 
-    key: its name in JSON and in tables; meaning: one line for help texts and the README; value: takes it from a
-    `layer.Layer`, None where no number can be given; unit: empty where it is dimensionless; moves_with_scale: whether
-    scaling a layer's weights changes it; shown: whether tables have a column for it (JSON has every figure); compared:
-    whether several checkpoints also get its change, under `KEY_change`; keep: on a terminal that is too narrow for all
-    columns, those with a lower number go first.
+    key: its name in JSON and in tables; meaning: one line for help texts and the README; unit: empty where it is
+    dimensionless; moves_with_scale: whether scaling a layer's weights changes it; shown: whether tables have a column
+    for it (JSON has every figure); compared: whether several checkpoints also get its change, under `KEY_change`; keep:
+    on a terminal that is too narrow for all columns, those with a lower number go first.
     """
 
     key: str
     meaning: str
-    value: Callable[[Any], Any]
     unit: str = ""
     moves_with_scale: bool = False
     shown: bool = True
@@ -44,82 +42,46 @@ class Figure:
 
 
 FIGURES: tuple[Figure, ...] = (
-    Figure(
-        "cs", "L_CS, Eq. 10 of the paper", lambda layer: layer.kernels["cs"], "weight⁴", moves_with_scale=True, keep=5
-    ),
+    Figure("cs", "L_CS, Eq. 10 of the paper", "weight⁴", moves_with_scale=True, keep=5),
     Figure(
         "ncs",
         "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 filters share the spectrum, above 1 they crowd the same frequencies",
-        lambda layer: layer.kernels["ncs"],
         compared=True,
         keep=3,
     ),
-    Figure("kernel_cos", "mean abs cosine between filters", lambda layer: layer.kernel_cos, keep=1),
-    Figure("fm_cos", "mean abs cosine between feature maps", lambda layer: layer.maps.fm_cos, compared=True, keep=9),
-    Figure("fm_cos_random", "fm_cos of random kernels on the same inputs", lambda layer: layer.fm_cos_random, keep=8),
+    Figure("kernel_cos", "mean abs cosine between filters", keep=1),
+    Figure("fm_cos", "mean abs cosine between feature maps", compared=True, keep=9),
+    Figure("fm_cos_random", "fm_cos of random kernels on the same inputs", keep=8),
     Figure(
         "fm_rank",
         "effective rank of the feature maps: how many of them say something of their own",
-        lambda layer: layer.fm_rank,
         "filters",
         compared=True,
         keep=7,
     ),
-    Figure(
-        "fm_rank_random",
-        "fm_rank of random kernels on the same inputs",
-        lambda layer: layer.fm_rank_random,
-        "filters",
-        keep=6,
-    ),
-    Figure(
-        "fm_inner2",
-        "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²",
-        lambda layer: layer.maps.fm_inner2,
-        "map⁴",
-        moves_with_scale=True,
-    ),
-    Figure("norm", "‖W‖ of the layer", lambda layer: layer.kernels["norm"], "weight", moves_with_scale=True, keep=4),
+    Figure("fm_rank_random", "fm_rank of random kernels on the same inputs", "filters", keep=6),
+    Figure("fm_inner2", "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²", "map⁴", moves_with_scale=True),
+    Figure("norm", "‖W‖ of the layer", "weight", moves_with_scale=True, keep=4),
     Figure(
         "dead",
         "filters whose norm is below 1e-6 of the layer's largest, or whose map is zero on every input",
-        lambda layer: layer.dead,
         "filters",
         keep=2,
     ),
-    Figure(
-        "redundant",
-        "filters with a partner whose mean cosine exceeds the threshold",
-        lambda layer: layer.redundant,
-        "filters",
-        keep=2,
-    ),
+    Figure("redundant", "filters with a partner whose mean cosine exceeds the threshold", "filters", keep=2),
     Figure(
         "opposite",
         "filters with a partner whose mean cosine is below minus the threshold: complementary after a rectifier",
-        lambda layer: layer.opposite,
         "filters",
     ),
-    Figure(
-        "removable",
-        "filters that could go while each cluster of duplicates keeps one",
-        lambda layer: layer.removable,
-        "filters",
-        keep=6,
-    ),
+    Figure("removable", "filters that could go while each cluster of duplicates keeps one", "filters", keep=6),
     Figure(
         "clusters",
         "the clusters of duplicates, in which every two filters exceed the threshold: lists of filter indices",
-        lambda layer: layer.clusters,
         "filters",
         shown=False,
     ),
 )
-
-
-def make_record(layer: Any) -> Record:
-    """Return every figure of a layer, by key. Raises InputError for a kernel with NaN or Inf."""
-    return {figure.key: figure.value(layer) for figure in FIGURES}
 
 
 def compared_keys() -> list[str]:
@@ -138,9 +100,6 @@ def shown_keys() -> list[str]:
     return [figure.key for figure in FIGURES if figure.shown]
 
 
-Report = dict[str, Any]
-
-
 def add_changes(reports: Sequence[Report]) -> list[str]:
     """Add `KEY_change` to every layer, for each figure that is compared, and return warnings.
 
@@ -153,8 +112,10 @@ def add_changes(reports: Sequence[Report]) -> list[str]:
         if not partners:
             warnings.append(f"{report['source']}: has no layer in common with {reports[0]['source']}")
         for layer in report["layers"]:
-            first = None if report is reports[0] else partners.get(layer["name"])
-            layer |= {f"{key}_change": _change(first, layer, key) for key in compared_keys()}
+            first = {} if report is reports[0] else partners.get(layer["name"], {})
+            for key in compared_keys():
+                unknown = None in (first.get(key), layer[key])
+                layer[f"{key}_change"] = None if unknown else float(layer[key] - first[key])
     return warnings
 
 
@@ -191,16 +152,6 @@ def _common(names: Iterable[str]) -> int:
     return low.rfind(".", 0, shared) + 1
 
 
-def _change(first: Record | None, layer: Record, key: str) -> float | None:
-    if first is None or None in (first[key], layer[key]):
-        return None
-    return float(layer[key] - first[key])
-
-
-_NAMED = 3  # layers, at most
-_ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_cos and up to which its fm_rank stand out
-
-
 def what_stands_out(layers: Sequence[Record]) -> str:
     """Return one line: the layers whose maps are most alike against chance, the lowest rank, and removable filters."""
     alike = sorted(_against_chance(layers, "fm_cos"), key=lambda found: -found[0])
@@ -221,9 +172,8 @@ def sort_layers(layers: list[Record], by: str) -> None:
     Raises InputError for an unknown figure.
     """
     key = by.removeprefix("-")
-    known = [figure.key for figure in FIGURES if figure.shown]
-    if key not in known:
-        raise InputError(f"`sort` {by}: {did_you_mean(key, known)}")
+    if key not in shown_keys():
+        raise InputError(f"`sort` {by}: {did_you_mean(key, shown_keys())}")
     sign = 1 if by.startswith("-") else -1
     layers.sort(key=lambda layer: (layer[key] is None, sign * (layer[key] or 0)))
 

@@ -1,27 +1,59 @@
-"""What a layer's kernels alone say, in float64: what scaling moves, and what it does not.
-
-A layer that was measured: its kernels, and what was seen of its feature maps.
-"""
+"""The figures of a layer: those of its kernels alone, in float64, and with them those of its feature maps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, RandomKernels, finite
+from convsim_cli.measurement.feature_maps import LayerMaps, finite
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, opposite, redundant
 from convsim_cli.precision import full_precision
-from convsim_cli.similarity import similarity
+from convsim_cli.similarity import similarity_of_filters
 
 _ROWS = 256  # filters whose cosines with all later ones are computed at once
+
+
+def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: float = THRESHOLD) -> Record:
+    """Return the record of a layer: which it is, and every figure of `FIGURES`, None where no number can be given.
+
+    weight: as stored. threshold: mean cosine above which two filters are duplicates. Raises InputError for NaN or Inf.
+    """
+    alive = maps.living if maps.similarity.alive is None else maps.similarity.alive
+    mean = maps.similarity.mean_cosines()
+    duplicates = None if mean is None else clusters(mean, threshold)
+    alone = measure_weight(kernel, weight, maps.living)
+    return {
+        **describe(kernel),
+        "cs": alone["cs"],
+        "ncs": alone["ncs"],
+        "kernel_cos": kernel_cosine(kernel, weight, maps.living),
+        "fm_cos": maps.similarity.fm_cos,
+        "fm_cos_random": maps.chance and maps.chance.fm_cos,
+        "fm_rank": None if mean is None else effective_rank(mean),
+        "fm_rank_random": maps.chance and maps.chance.fm_rank(),
+        "fm_inner2": maps.similarity.fm_inner2,
+        "norm": alone["norm"],
+        "dead": int((~alive).sum()),
+        "redundant": None if mean is None else redundant(mean, threshold),
+        "opposite": None if mean is None else opposite(mean, threshold),
+        "removable": None if duplicates is None else sum(len(cluster) - 1 for cluster in duplicates),
+        "clusters": duplicates,
+    }
+
+
+def compare_weights(kernel: Kernel, before: Tensor, after: Tensor) -> Record:
+    """Return the record of a changed layer: which it is, and `measure_weight` before and after.
+
+    before, after: the weight as stored. The filters that live before count in both.
+    """
+    living = living_filters(kernel.to_filters(before))
+    figures = [measure_weight(kernel, weight, living) for weight in (before, after)]
+    return {**describe(kernel), "before": figures[0], "after": figures[1]}
 
 
 def describe(kernel: Kernel) -> Record:
@@ -29,7 +61,7 @@ def describe(kernel: Kernel) -> Record:
     return {"name": kernel.name, "shape": list(kernel.shape), "groups": kernel.groups, "assumed": kernel.assumed}
 
 
-def kernel_figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> Record:
+def measure_weight(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> Record:
     """Return `cs` and `norm` of all filters, and `ncs` of the living ones.
 
     weight: as stored. living: which filters count in `ncs`, `[groups, S / groups]`; by their norms for None. `ncs` is
@@ -41,15 +73,15 @@ def kernel_figures(kernel: Kernel, weight: Tensor, living: Tensor | None = None)
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
     pairs = _pairs(living)
     with full_precision(filters.device):
-        value = similarity(filters, kernel.taps).item()
+        value = similarity_of_filters(filters, kernel.taps).item()
         ncs = 1.0 if pairs else None
         if pairs and not kernel.pointwise:
-            ncs = similarity(_directions_(filters, norms, living), kernel.taps).item() / pairs
+            ncs = similarity_of_filters(_directions_(filters, norms, living), kernel.taps).item() / pairs
     return {"cs": finite(value), "ncs": ncs, "norm": finite(torch.linalg.vector_norm(norms).item())}
 
 
 def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
-    """Return the mean |cos| over pairs of living filters, None without a pair. Arguments as in `kernel_figures`."""
+    """Return the mean |cos| over pairs of living filters, None without a pair. Arguments as in `measure_weight`."""
     filters = _wide_filters(kernel, weight)
     living = (living_filters(filters) if living is None else living).to(filters.device)
     pairs = _pairs(living)
@@ -64,7 +96,9 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
 
 
 def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> None:
-    """Raise InputError, naming the tensor and the file it is in, where a kernel holds NaN or Inf."""
+    """Raise InputError, naming the tensor and the file it is in, where a kernel holds NaN or Inf, or no values."""
+    if weight.is_meta:
+        raise InputError(f"{kernel.name} is on the meta device and has no values; move the model to a device first")
     if not is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         file = f"{where}: " if where else ""
@@ -94,81 +128,3 @@ def _directions_(filters: Tensor, norms: Tensor, living: Tensor) -> Tensor:
 def _pairs(living: Tensor) -> int:
     counts = living.sum(-1)
     return int((counts * (counts - 1)).sum()) // 2
-
-
-class LayerMaps:
-    """What is seen of a layer's feature maps: their similarity, that of random kernels' maps, and how many calls."""
-
-    def __init__(
-        self, kernel: Kernel, weight: Tensor, *, scale: float = 1.0, seed: int = 0, whole: bool = True
-    ) -> None:
-        """weight: as stored; it says which filters are dead. scale: what the maps are divided by beforehand.
-
-        seed: of the random kernels. whole: measure chance and keep pairs, not `fm_cos` and `fm_inner2` alone.
-        """
-        self.living = living_filters(kernel.to_filters(weight))
-        self.similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=self.living, keep_pairs=whole)
-        self.chance: RandomKernels | None = RandomKernels(kernel, seed) if whole else None
-        self.calls = 0
-
-
-@dataclass
-class Layer:
-    """What the figures of a layer are computed from, each when it is first asked for.
-
-    weight: as stored; seen: its feature maps; threshold: mean cosine above which two filters are duplicates.
-    """
-
-    kernel: Kernel
-    weight: Tensor
-    seen: LayerMaps
-    threshold: float = THRESHOLD
-
-    @property
-    def maps(self) -> FeatureMapSimilarity:
-        return self.seen.similarity
-
-    @cached_property
-    def kernels(self) -> dict[str, Any]:
-        return kernel_figures(self.kernel, self.weight, self.seen.living)
-
-    @property
-    def kernel_cos(self) -> float | None:
-        return kernel_cosine(self.kernel, self.weight, self.seen.living)
-
-    @property
-    def dead(self) -> int:
-        alive = self.maps.alive
-        return int((~(self.seen.living if alive is None else alive)).sum())
-
-    @property
-    def fm_cos_random(self) -> float | None:
-        return None if self.seen.chance is None else self.seen.chance.fm_cos
-
-    @property
-    def fm_rank_random(self) -> float | None:
-        return None if self.seen.chance is None else self.seen.chance.fm_rank()
-
-    @cached_property
-    def mean_cosines(self) -> Tensor | None:
-        return self.maps.mean_cosines()
-
-    @property
-    def fm_rank(self) -> float | None:
-        return None if self.mean_cosines is None else effective_rank(self.mean_cosines)
-
-    @property
-    def redundant(self) -> int | None:
-        return None if self.mean_cosines is None else redundant(self.mean_cosines, self.threshold)
-
-    @property
-    def opposite(self) -> int | None:
-        return None if self.mean_cosines is None else opposite(self.mean_cosines, self.threshold)
-
-    @cached_property
-    def clusters(self) -> list[list[int]] | None:
-        return None if self.mean_cosines is None else clusters(self.mean_cosines, self.threshold)
-
-    @property
-    def removable(self) -> int | None:
-        return None if self.clusters is None else sum(len(cluster) - 1 for cluster in self.clusters)

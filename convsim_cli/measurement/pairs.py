@@ -1,11 +1,8 @@
 """What the mean signed cosine of each pair of feature maps says: duplicates, opposites, clusters, rank and order.
 
-All functions take `FeatureMapSimilarity.mean_cosines`, `[groups, S / groups, S / groups]`, and number filters from 0
-over the whole layer.
-
-Agglomerative clustering of filters: by complete linkage into duplicates, by average linkage into an order.
-
-Two clusters that are each other's nearest are merged, as chains of nearest neighbors find them (the NN-chain
+The figures take `FeatureMapSimilarity.mean_cosines`, `[groups, S / groups, S / groups]`, and number filters from 0 over
+the whole layer. Filters are clustered agglomeratively: by complete linkage into duplicates, by average linkage into an
+order. Two clusters that are each other's nearest are merged, as chains of nearest neighbors find them (the NN-chain
 algorithm): for both linkages this gives the tree of merging the closest two first, in quadratic time.
 """
 
@@ -20,6 +17,8 @@ from torch import Tensor
 
 MOST_CELLS = 128  # along each axis of a heat map; of more filters, a cell shows the strongest of several pairs
 THRESHOLD = 0.95  # signed mean cosine above which one of two filters could go
+
+Linkage = Literal["complete", "average"]
 
 
 def redundant(mean: Tensor, threshold: float = THRESHOLD) -> int:
@@ -109,22 +108,21 @@ class HeatMap:
     pooled: bool
 
 
-def make_heat_map(mean: Tensor, order: str = "similarity") -> HeatMap:
+def make_heat_map(mean: Tensor) -> HeatMap:
     """Return the heat map of mean cosines `[groups, S / groups, S / groups]`, groups as blocks along its diagonal.
 
-    order: of the filters within their group, by `similarity` (average linkage) or by `index`. Dead filters form no
-    pairs.
+    Filters stand in `similarity_order` within their group. Dead filters form no pairs.
     """
     mean = mean.cpu()
     groups, each, _ = mean.shape
-    order_ = similarity_order(mean) if order == "similarity" else torch.arange(each).expand(groups, -1)
+    order = similarity_order(mean)
     side = min(each, max(1, MOST_CELLS // groups))
     cells = torch.full((groups * side, groups * side), torch.nan)
     for group in range(groups):
         block = slice(group * side, (group + 1) * side)
-        cells[block, block] = _pooled(_without_dead(mean[group])[order_[group]][:, order_[group]], side)
+        cells[block, block] = _pooled(_without_dead(mean[group])[order[group]][:, order[group]], side)
     starts = torch.arange(side) * each // side
-    labels = (torch.arange(groups)[:, None] * each + order_[:, starts]).flatten().tolist()
+    labels = (torch.arange(groups)[:, None] * each + order[:, starts]).flatten().tolist()
     return HeatMap(cells, labels, side < each)
 
 
@@ -147,9 +145,6 @@ def _pooled(mean: Tensor, side: int) -> Tensor:
 def _pool(values: Tensor, side: int) -> Tensor:
     pooled: Any = torch.nn.functional.adaptive_max_pool2d(values[None], side)
     return pooled[0]
-
-
-Linkage = Literal["complete", "average"]
 
 
 @dataclass(frozen=True)

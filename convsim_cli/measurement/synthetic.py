@@ -1,7 +1,4 @@
-"""Synthetic inputs: white noise, uniform noise, and noise with the 1/f spectrum of natural images.
-
-Probe a layer by itself: the feature maps that its kernels alone give on synthetic inputs.
-"""
+"""Synthetic inputs (white noise, uniform noise, 1/f noise as in natural images), and a layer's maps on them alone."""
 
 from __future__ import annotations
 
@@ -15,15 +12,14 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, inputs_at_once
-from convsim_cli.measurement.kernel_figures import LayerMaps
+from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, LayerMaps, inputs_at_once
 from convsim_cli.precision import full_precision
 
 ProbeName = Literal["white", "uniform", "natural"]
 PROBES: tuple[str, ...] = get_args(ProbeName)
 SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
 CPU = torch.device("cpu")
-
+_CONVOLUTIONS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 _FILTERED_AT_ONCE = 1 << 21  # values; spectra take twice the memory of what is filtered
 
 
@@ -41,9 +37,11 @@ def make_inputs(
     draw = torch.rand if probe == "uniform" else torch.randn
     noise = draw((samples, channels, *space), generator=torch.Generator().manual_seed(seed)).to(device)
     if probe == "natural":
-        amplitude = _amplitude(space).to(device)
+        amplitude, axes = _amplitude(space).to(device), tuple(range(2, noise.ndim))
         for part in noise.split(max(1, _FILTERED_AT_ONCE // (channels * prod(space)))):
-            _filter_(part, amplitude)
+            spectrum = torch.fft.rfftn(part, dim=axes)
+            spectrum.mul_(amplitude / spectrum.abs().clamp_min_(1e-12))  # at its own random phases
+            part.copy_(torch.fft.irfftn(spectrum, s=space, dim=axes))
     return noise
 
 
@@ -63,17 +61,6 @@ def _amplitude(space: tuple[int, ...]) -> Tensor:
     return amplitude / variance.sqrt() if variance > 0 else amplitude
 
 
-def _filter_(noise: Tensor, amplitude: Tensor) -> None:
-    """Give white noise an amplitude at its own random phases, in place."""
-    axes = tuple(range(2, noise.ndim))
-    spectrum = torch.fft.rfftn(noise, dim=axes)
-    spectrum.mul_(amplitude / spectrum.abs().clamp_min_(1e-12))
-    noise.copy_(torch.fft.irfftn(spectrum, s=noise.shape[2:], dim=axes))
-
-
-_CONVOLUTIONS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
-
-
 class LayerProbe:
     """Synthetic inputs of a layer's own channels, run through its kernels at stride 1 under full padding.
 
@@ -87,14 +74,14 @@ class LayerProbe:
         self._kept: tuple[object, Tensor] | None = None
 
     def look(self, kernel: Kernel, weight: Tensor) -> LayerMaps:
-        """Return what is seen of a layer's maps, chance included. weight: as stored, on the device to compute on."""
+        """Return a layer's maps, chance included. weight: as stored, on the device to compute on."""
         filters, scale = _scaled(kernel, weight)
-        seen = LayerMaps(kernel, weight, scale=scale, seed=self.seed)
-        assert seen.chance is not None
-        for images in self._batches(kernel, weight.device, max(kernel.filters, seen.chance.filters)):
-            seen.similarity.update(_convolve(kernel, images, filters))
-            seen.chance.update(partial(_convolve_stored, kernel, images), filters)
-        return seen
+        maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed)
+        assert maps.chance is not None
+        for images in self._batches(kernel, weight.device, max(kernel.filters, maps.chance.filters)):
+            maps.similarity.update(_convolve(kernel, images, filters))
+            maps.chance.update(partial(_convolve_stored, kernel, images), filters)
+        return maps
 
     def fm_cos(self, kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
         """Return the mean |cos| of a layer's maps alone. living: which filters take part, by their norms for None."""
@@ -110,15 +97,11 @@ class LayerProbe:
         axes = len(kernel.taps)
         space = (self.side or SIDE[axes],) * axes
         positions = prod(side + k - 1 for side, k in zip(space, kernel.taps, strict=True))
-        inputs = self._inputs(kernel.channels, space, device)
-        yield from inputs.split(inputs_at_once(filters, kernel.groups, positions))
-
-    def _inputs(self, channels: int, space: tuple[int, ...], device: torch.device) -> Tensor:
-        key = (channels, space, device)
+        key = (kernel.channels, space, device)
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # before others are made: one layer's inputs at a time
-            self._kept = key, make_inputs(self.name, self.samples, channels, space, self.seed, device)
-        return self._kept[1]
+            self._kept = key, make_inputs(self.name, self.samples, kernel.channels, space, self.seed, device)
+        yield from self._kept[1].split(inputs_at_once(filters, kernel.groups, positions))
 
 
 def _scaled(kernel: Kernel, weight: Tensor) -> tuple[Tensor, float]:

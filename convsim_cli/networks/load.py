@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +38,6 @@ class ModelCheckpoint:
     arch: str | None = None
     names: dict[str, str] | None = None
     aliases: dict[str, list[str]] = field(default_factory=dict)
-
-    def skipped(self) -> list[dict[str, Any]]:
-        """Return name, shape and reason of what was not selected, as in a JSON document."""
-        return [
-            {"name": skipped.name, "shape": list(skipped.shape), "reason": skipped.reason}
-            for skipped in self.selection.skipped
-        ]
 
     @property
     def kernels_changed(self) -> bool:

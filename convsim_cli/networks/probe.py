@@ -1,13 +1,13 @@
 """What a checkpoint is measured with: synthetic inputs, a data set or a folder of images.
 
-What a network takes: found by a dry run, since a network may define its layers in any order.
+What inputs a network takes is found by a dry run, since a network may define its layers in any order.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,17 +15,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.batch_norm import evaluation_mode
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.inputs import datasets
 from convsim_cli.inputs.datasets import load_dataset, load_images
-from convsim_cli.inputs.images import Channels, Dataset
+from convsim_cli.inputs.images import Channels, Dataset, resize
 from convsim_cli.kernels import is_convolution
+from convsim_cli.layers import side_effect_free
 from convsim_cli.measurement.pairs import THRESHOLD
 from convsim_cli.measurement.synthetic import PROBES, SIDE, make_inputs
-from convsim_cli.networks.accuracy import resize
 from convsim_cli.networks.architectures import usual_side
-from convsim_cli.precision import as_written
+
+USUAL = (3, 1)  # channels of images
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Probe:
     pixels along each axis, the usual number for None; data_dir: where data sets are; seed: of synthetic inputs and
     random kernels; mean, std: to normalize images by, the data set's own for None; threshold: mean cosine, in (0, 1],
     above which two filters are duplicates; bn_statistics: see `choose_statistics`; top: how many of the strongest
-    filter pairs to list per layer; heat: the order of filters in heat maps, None for no heat maps; channels: of a
-    network's synthetic inputs, found by a dry run for None. Raises InputError for a value out of range.
+    filter pairs to list per layer; heat: whether to make heat maps; channels: of a network's synthetic inputs, found by
+    a dry run for None. Raises InputError for a value out of range.
     """
 
     input: str = "white"
@@ -50,7 +50,7 @@ class Probe:
     threshold: float = THRESHOLD
     bn_statistics: str = "auto"
     top: int = 0
-    heat: str | None = None
+    heat: bool = False
     channels: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,27 +77,24 @@ class Probe:
             hint = "needs `arch`: a checkpoint alone is probed layer by layer" if self._is_known() else None
             raise InputError(f"`input` {self.input}: {hint or did_you_mean(self.input, (*PROBES, *datasets.NAMES))}")
 
-    def dataset(self, arch: str) -> Dataset | None:
-        """Return the labeled images to take, or None for synthetic ones and a folder of images. Raises InputError."""
+    def load(self, model: nn.Module, arch: str, training: bool = False) -> tuple[Tensor, Dataset | None]:
+        """Return the inputs `[samples, C, …]` of a network, and the data set that they are from where they have labels.
+
+        training: take the first training images of a data set, in place of its test images. Raises InputError.
+        """
         if self.input in PROBES:
-            return None
+            channels, axes = find_input(model, lambda axes: self._side(arch, axes), self.channels)
+            space = (self._side(arch, axes),) * axes
+            return make_inputs(self.input, self.samples, channels, space, self.seed), None
         if not self._is_known():
             hint = did_you_mean(self.input, (*PROBES, *datasets.NAMES))
             raise InputError(f"`input` {self.input!r}: {hint}, or a folder")
+        side = self._side(arch, 2)
         if not self.is_labeled:
-            return None
-        return load_dataset(
-            self.input, self.data_dir, self.side or usual_side(arch), self.mean, self.std, test_only=True
-        )
-
-    def images(self, model: nn.Module, arch: str, data: Dataset | None) -> Tensor:
-        """Return the inputs `[samples, C, …]` of a network. data: the data set of `dataset`."""
-        if data is not None:
-            return resize(data.normalize(data.test.images[: self.samples]), self.side)
-        if self.input not in PROBES:
-            return load_images(Path(self.input), self.samples, self._side(arch, 2), self.mean, self.std)
-        channels, axes = find_input(model, lambda axes: self._side(arch, axes), self.channels)
-        return make_inputs(self.input, self.samples, channels, (self._side(arch, axes),) * axes, self.seed)
+            return load_images(Path(self.input), self.samples, side, self.mean, self.std), None
+        data = load_dataset(self.input, self.data_dir, side, self.mean, self.std, test_only=not training)
+        split = data.train if training else data.test
+        return resize(data.normalize(split.images[: self.samples]), self.side), data
 
     def _side(self, arch: str, axes: int) -> int:
         return self.side or (usual_side(arch) if axes == 2 else SIDE[axes])
@@ -111,9 +108,6 @@ class Probe:
         return self.is_labeled or Path(self.input).is_dir()
 
 
-USUAL = (3, 1)  # channels of images
-
-
 def find_input(model: nn.Module, side: Callable[[int], int], channels: int | None = None) -> tuple[int, int]:
     """Return the number of channels that a network takes, and of the axes that follow them (2 for images).
 
@@ -125,10 +119,19 @@ def find_input(model: nn.Module, side: Callable[[int], int], channels: int | Non
     axes = [axes for axes, _ in Counter(len(layer.kernel_size) for layer in layers).most_common()]
     usual = [(number, count) for count in axes for number in (USUAL if channels is None else (channels,))]
     own = [(layer.in_channels, len(layer.kernel_size)) for layer in layers if channels is None]
-    with _untouched(model), _stopped(layers):
-        for number, count in dict.fromkeys(usual + own):
-            if _accepts(model, number, (side(count),) * count):
-                return number, count
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        with side_effect_free(model), ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(_stop))
+            for number, count in dict.fromkeys(usual + own):
+                if _accepts(model, number, (side(count),) * count):
+                    return number, count
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
     return own[0] if own else usual[0]
 
 
@@ -148,36 +151,5 @@ def _accepts(model: nn.Module, channels: int, sides: tuple[int, ...]) -> bool:
     return False
 
 
-@contextmanager
-def _stopped(layers: list[nn.Module]) -> Iterator[None]:
-    """Let the first of these layers that has run stop the network."""
-
-    def stop(*_: object) -> NoReturn:
-        raise _Accepted
-
-    hooks = [layer.register_forward_hook(stop) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Run a network in evaluation mode without gradients, and undo what that changes: attributes, buffers, modes."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
-    attributes += [(module._buffers, dict(module._buffers)) for module in modules]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), as_written(), evaluation_mode(model):
-            yield
-    finally:
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+def _stop(*_: object) -> NoReturn:
+    raise _Accepted

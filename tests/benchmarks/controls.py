@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from convsim_cli.closed_forms import decorrelate_, orthogonalize_weight_
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.kernels import Kernel
-from convsim_cli.measurement.kernel_figures import kernel_cosine, kernel_figures
+from convsim_cli.measurement.kernel_figures import kernel_cosine, measure_weight
 from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.measurement.synthetic import LayerProbe
 from convsim_cli.minimize import minimize_weight_
@@ -80,7 +80,7 @@ def measure(model: nn.Module, images: Tensor) -> list[float | None]:
     return [
         *probed,
         fm_cos_by_layer(model, images)[NAME],
-        kernel_figures(kernel, weight)["ncs"],
+        measure_weight(kernel, weight)["ncs"],
         kernel_cosine(kernel, weight),
     ]
 

@@ -15,7 +15,7 @@ from torch import nn
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.measurement.network import measure
 from convsim_cli.measurement.synthetic import make_inputs
-from convsim_cli.networks.accuracy import evaluate
+from convsim_cli.networks.accuracy import evaluation_totals
 from convsim_cli.networks.architectures import build_network
 
 LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_rank")
@@ -392,13 +392,9 @@ def test_a_heat_map_of_many_filters_keeps_its_similar_pairs(
     weight = torch.randn(512, 1, 3, 3)
     weight[300] = -weight[7]
     save_file({"a.weight": weight}, tmp_path / "m.safetensors")
-    by_index = ("--plot-order", "index")
-    assert (
-        convsim("measure", tmp_path / "m.safetensors", "--samples", 1, "--plot", tmp_path / "x.png", *by_index).code
-        == 0
-    )
+    assert convsim("measure", tmp_path / "m.safetensors", "--samples", 1, "--plot", tmp_path / "x.png").code == 0
     assert drawn["a.weight"].cells.shape == (128, 128)
-    assert drawn["a.weight"].cells[1, 75] < -0.999
+    assert (drawn["a.weight"].cells < -0.999).any()
     assert "a cell shows the strongest of several pairs" in drawn["title"]
 
 
@@ -431,7 +427,7 @@ def test_what_a_network_keeps_from_being_evaluated_can_be_trained_with() -> None
             return self.layer(images.mean((2, 3))) * self.kept
 
     model, data = Keeping(), load_dataset("digits", Path()).limited(1, 4)
-    evaluate(model, data, data.test, torch.device("cpu"))
+    evaluation_totals(model, data, data.test, torch.device("cpu"))
     model(data.normalize(data.test.images)).sum().backward()
     assert model.layer.weight.grad is not None
 

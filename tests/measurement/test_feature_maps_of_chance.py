@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement import feature_maps
-from convsim_cli.measurement import feature_maps as random_kernels
 from convsim_cli.measurement.feature_maps import RandomKernels
-from convsim_cli.measurement.figures import make_record
-from convsim_cli.measurement.kernel_figures import Layer
+from convsim_cli.measurement.kernel_figures import measure_layer
 from convsim_cli.measurement.synthetic import LayerProbe, make_inputs
 
 
@@ -29,8 +27,8 @@ def test_each_group_has_at_least_64_random_filters_and_each_layer_128(groups: in
 def test_chance_is_measured_with_kernels_of_the_layers_shape_on_the_very_inputs(
     groups: int, filters: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(random_kernels, "FEWEST", 8)
-    monkeypatch.setattr(random_kernels, "FEWEST_PER_GROUP", 4)
+    monkeypatch.setattr(feature_maps, "FEWEST", 8)
+    monkeypatch.setattr(feature_maps, "FEWEST_PER_GROUP", 4)
     kernel = Kernel("k", (filters, 2, 3, 3), groups)
     images = make_inputs("natural", 2, 2 * groups, (8, 8))
     given: list[Tensor] = []
@@ -65,7 +63,7 @@ def test_a_fresh_layer_is_as_similar_as_chance(shape: tuple[int, ...], inputs: s
     kernel, probe, ratios = Kernel("k", shape), LayerProbe(inputs, samples=8), []
     for _ in range(3 if shape[1] == 3 else 1):  # few channels: the figure of one layer varies by a tenth by itself
         weight = nn.Conv2d(shape[1], shape[0], 3).weight.detach()
-        record = make_record(Layer(kernel, weight, probe.look(kernel, weight)))
+        record = measure_layer(kernel, weight, probe.look(kernel, weight))
         ratios.append((record["fm_cos"] / record["fm_cos_random"], record["fm_rank"] / record["fm_rank_random"]))
     for ratio in map(mean, zip(*ratios, strict=True)):
         assert 0.9 < ratio < 1.1
@@ -80,9 +78,8 @@ def test_the_formula_for_white_maps_is_not_the_chance_of_natural_inputs() -> Non
 
 
 def test_a_layer_with_too_many_pairs_has_chance_but_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (feature_maps, random_kernels):
-        monkeypatch.setattr(module, "MOST_PAIRS", 150 * 150)
-    monkeypatch.setattr(random_kernels, "_MOST", 100)
+    monkeypatch.setattr(feature_maps, "MOST_PAIRS", 150 * 150)
+    monkeypatch.setattr(feature_maps, "_MOST", 100)
     kernel = Kernel("k", (160, 3, 3, 3))
     chance = RandomKernels(kernel)
     chance.update(lambda weight: nn.functional.conv2d(make_inputs("white", 2, 3, (8, 8)), weight), torch.zeros(()))

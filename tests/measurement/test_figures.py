@@ -15,12 +15,14 @@ from convsim_cli.measurement.figures import FIGURES
 README = (Path(__file__).parents[2] / "README.md").read_text()
 ADD_ONE = """
 import json, sys
+from convsim_cli import checkpoint_measure
 from convsim_cli.measurement import figures
 
-largest = figures.Figure(
-    "largest", "the largest weight", lambda layer: layer.weight.abs().max().item(), "weight", True, compared=True
-)
-figures.FIGURES += (largest,)
+measured = checkpoint_measure.measure_layer
+checkpoint_measure.measure_layer = lambda kernel, weight, *rest: {
+    **measured(kernel, weight, *rest), "largest": weight.abs().max().item()
+}
+figures.FIGURES += (figures.Figure("largest", "the largest weight", "weight", True, compared=True),)
 from convsim_cli.cli import run
 
 for arguments in json.loads(sys.argv[1]):

@@ -10,13 +10,16 @@ from torch import nn
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement import kernel_figures as module
-from convsim_cli.measurement.kernel_figures import kernel_cosine, kernel_figures
+from convsim_cli.measurement.feature_maps import LayerMaps
+from convsim_cli.measurement.figures import FIGURES
+from convsim_cli.measurement.kernel_figures import kernel_cosine, measure_layer, measure_weight
+from convsim_cli.measurement.synthetic import LayerProbe
 
 
 def test_kernel_figures_match_their_definitions() -> None:
     weight = torch.randn(6, 3, 3, 2)
     kernel = Kernel("k", (6, 3, 3, 2), 2)
-    found = kernel_figures(kernel, weight)
+    found = measure_weight(kernel, weight)
     exact = weight.double()
     cosines = [
         nn.functional.cosine_similarity(group[i].flatten(), group[j].flatten(), dim=0).abs()
@@ -32,7 +35,7 @@ def test_kernel_figures_match_their_definitions() -> None:
 @pytest.mark.parametrize("scale", [1e-38, 1e38])
 def test_kernel_figures_hold_at_the_ends_of_float32(scale: float) -> None:
     weight = torch.randn(4, 2, 3, 3) * scale / 4
-    found = kernel_figures(Kernel("k", (4, 2, 3, 3)), weight)
+    found = measure_weight(Kernel("k", (4, 2, 3, 3)), weight)
     assert found["cs"] == pytest.approx(literal_similarity(weight.double()).item(), rel=1e-10)
     assert found["ncs"] == pytest.approx(literal_normalized_similarity(weight.double()).item(), rel=1e-6)
 
@@ -41,7 +44,7 @@ def test_null_stands_where_no_number_can_be_given_and_nan_never() -> None:
     weight = torch.zeros(3, 2, 3, 3)
     weight[0] = 1
     kernel = Kernel("k", (3, 2, 3, 3))
-    assert kernel_figures(kernel, weight) == {"cs": 0.0, "ncs": None, "norm": pytest.approx(18**0.5)}
+    assert measure_weight(kernel, weight) == {"cs": 0.0, "ncs": None, "norm": pytest.approx(18**0.5)}
     assert kernel_cosine(kernel, weight) is None
 
 
@@ -49,7 +52,7 @@ def test_null_stands_where_no_number_can_be_given_and_nan_never() -> None:
 def test_kernel_figures_leave_a_float64_weight_alone(layout: torch.memory_format) -> None:
     weight = torch.randn(6, 3, 3, 3, dtype=torch.float64).to(memory_format=layout)
     before = weight.clone()
-    kernel_figures(Kernel("k", (6, 3, 3, 3)), weight)
+    measure_weight(Kernel("k", (6, 3, 3, 3)), weight)
     assert torch.equal(weight, before)
 
 
@@ -60,7 +63,7 @@ def test_vanished_filters_count_in_cs_and_norm_and_in_no_normalized_figure(dtype
     weight[2] *= vanished
     whole, rest = Kernel("k", (5, 3, 3, 3)), Kernel("k", (4, 3, 3, 3))
     living = weight[[0, 1, 3, 4]]
-    found, expected = kernel_figures(whole, weight), kernel_figures(rest, living)
+    found, expected = measure_weight(whole, weight), measure_weight(rest, living)
     assert found["ncs"] == pytest.approx(expected["ncs"], rel=1e-12)
     assert kernel_cosine(whole, weight) == pytest.approx(kernel_cosine(rest, living), rel=1e-12)
     assert found["cs"] == pytest.approx(literal_similarity(weight.double()).item(), rel=1e-10)
@@ -71,7 +74,7 @@ def test_the_filters_that_count_can_be_those_of_another_moment() -> None:
     kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.randn(4, 2, 3, 3)
     living = torch.tensor([[True, True, False, True]])
     rest = weight[[0, 1, 3]]
-    assert kernel_figures(kernel, weight, living)["ncs"] == pytest.approx(
+    assert measure_weight(kernel, weight, living)["ncs"] == pytest.approx(
         literal_normalized_similarity(rest.double()).item(), rel=1e-12
     )
     assert kernel_cosine(kernel, weight, living) == pytest.approx(kernel_cosine(Kernel("k", (3, 2, 3, 3)), rest))
@@ -90,4 +93,11 @@ def test_a_kernel_with_nan_is_named_with_the_way_out() -> None:
     with pytest.raises(
         InputError, match=r"k \[4, 2, 3, 3\]: 1 of 72 values is NaN or Inf; fix the checkpoint or `exclude`"
     ):
-        kernel_figures(Kernel("k", (4, 2, 3, 3)), weight)
+        measure_weight(Kernel("k", (4, 2, 3, 3)), weight)
+
+
+def test_a_record_has_every_figure_in_the_order_of_the_table() -> None:
+    kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.randn(4, 2, 3, 3)
+    for maps in (LayerMaps(kernel, weight), LayerProbe(samples=1).look(kernel, weight)):
+        record = measure_layer(kernel, weight, maps)
+        assert list(record) == ["name", "shape", "groups", "assumed", *(figure.key for figure in FIGURES)]

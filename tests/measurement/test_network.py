@@ -11,10 +11,10 @@ from torch import nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, module_kernels
-from convsim_cli.measurement import feature_maps as feature_maps_module
+from convsim_cli.measurement import feature_maps
 from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, RandomKernels
 from convsim_cli.measurement.figures import FIGURES
-from convsim_cli.measurement.network import feature_maps, fm_cos_by_layer, measure
+from convsim_cli.measurement.network import fm_cos_by_layer, measure, record_feature_maps
 from convsim_cli.minimize import minimize_
 
 
@@ -100,6 +100,39 @@ def test_a_shared_weight_sees_the_maps_of_both_its_layers() -> None:
     assert measure(model, images)[0]["fm_cos"] == pytest.approx(both.fm_cos, rel=1e-4)
 
 
+def test_a_decoder_that_transposes_a_shared_weight_adds_no_maps() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3)
+            self.decoder.weight = self.encoder.weight
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            decoded: torch.Tensor = self.decoder(self.encoder(images))
+            return decoded
+
+    model, images = Tied(), torch.randn(2, 3, 8, 8)
+    (found,), (expected,) = measure(model, images), measure(model.encoder, images)
+    assert found["fm_cos"] == expected["fm_cos"]
+
+
+def test_measuring_draws_no_random_numbers_and_keeps_no_buffer() -> None:
+    class Counting(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 4, 3))
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += torch.rand(1)
+            return super().forward(images)  # type: ignore[no-any-return]
+
+    model, images = Counting(), torch.randn(2, 3, 8, 8)
+    random = torch.get_rng_state()
+    measure(model, images)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not model.calls.any()
+
+
 def test_layers_called_by_keyword_or_with_an_output_size_are_measured() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:
@@ -115,9 +148,9 @@ def test_layers_called_by_keyword_or_with_an_output_size_are_measured() -> None:
 
 def test_autocast_outside_does_not_reach_the_measurement() -> None:
     model, images = network(), torch.randn(2, 3, 16, 16)
-    plain = feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"]
+    plain = record_feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"]
     with torch.autocast("cpu", torch.bfloat16):
-        found = feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"]
+        found = record_feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"]
     assert found.similarity.fm_cos == plain.similarity.fm_cos
     assert found.chance is not None
     assert plain.chance is not None
@@ -261,7 +294,7 @@ def test_chance_is_what_the_layers_own_forward_gives_for_random_kernels() -> Non
 def test_images_are_convolved_again_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = network(), torch.randn(5, 3, 16, 16)
     whole = measure(model, images)
-    monkeypatch.setattr(feature_maps_module, "_MAP_ELEMENTS", 128 * 64 * 2)
+    monkeypatch.setattr(feature_maps, "_MAP_ELEMENTS", 128 * 64 * 2)
     for record, expected in zip(measure(model, images), whole, strict=True):
         assert record == nearly(expected)
 

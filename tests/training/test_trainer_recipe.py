@@ -199,10 +199,11 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path: Path) -> None:
     model = build_network("cnn:4")
     model.load_state_dict(load_file(run.folder / "best.safetensors"))
     held = load_dataset("digits", Path()).limited(60, 30).hold_out(15)
-    from convsim_cli.networks.accuracy import evaluate
+    from convsim_cli.networks.accuracy import evaluation_totals
 
     assert held.validation is not None
-    assert evaluate(model, held, held.validation, CPU)[1] == pytest.approx(best["validation_accuracy"])
+    correct = evaluation_totals(model, held, held.validation, CPU)[1].item()
+    assert 100 * correct / 15 == pytest.approx(best["validation_accuracy"])
 
 
 def test_a_run_without_an_epoch_has_the_header_of_its_results(tmp_path: Path) -> None:
