@@ -1,33 +1,35 @@
-"""Figures: curves over epochs, and the paper's Figures 1 to 5.
+"""Figures: training curves, the paper's Figures 1 to 5, and heat maps of feature-map similarity.
 
-They can be read in gray and by color-blind readers: the colors are Okabe and Ito's, and each curve also has its own
-dash pattern, each bar its own hatching.
+Curves and bars can be read in gray and by color-blind readers: the colors are Okabe and Ito's, each curve also has its
+own dash pattern, and each bar its own hatching. A figure is saved in the format that the file's suffix names.
 
-Heat maps of feature-map similarity, filter by filter.
+matplotlib is the extra `plot`. Importing this module imports neither it nor torch: help texts name the `PICTURES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import ceil
+from math import ceil, nan
+from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
 
-from convsim_cli.measurement.pairs import HeatMap
-from convsim_cli.reproduction.experiments import CURVES
-from convsim_cli.training.run import Row
+from convsim_cli.checkpoints.atomic import check_regular, replace_file
+from convsim_cli.errors import InputError, one_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from convsim_cli.measurement.pairs import HeatMap
+    from convsim_cli.training.run import Row
+
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A00")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
-HATCHES = ("", "///")
-UNITS = {
+UNITS = {  # by column of results.csv
     "cs": "$L_{CS}$ (Eq. 10, dimensionless)",
     "train_loss": "training loss (cross entropy, nats)",
     "test_loss": "test loss (cross entropy, nats)",
@@ -35,6 +37,31 @@ UNITS = {
     "test_accuracy": "test accuracy (%)",
 }
 LOGARITHMIC = {"cs", "train_loss"}
+
+HEAT_PANELS = ((1, 6.0), (4, 4.2), (9, 3.0), (16, 2.4))  # inches of a panel, up to so many layers
+SMALL_PANEL = 1.9  # inches, beyond
+TICK_LABEL = 0.062  # inches that a filter's index takes in the smallest font
+
+DPI = 200
+
+
+@dataclass(frozen=True)
+class PictureFormat:
+    """A picture format, under matplotlib's name.
+
+    recognizes: takes a file's first 4,096 bytes. metadata: omits the date, so that equal figures give equal files.
+    """
+
+    name: str
+    recognizes: Callable[[bytes], bool]
+    metadata: dict[str, None]
+
+
+PICTURES = {  # by suffix
+    ".png": PictureFormat("png", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n"), {}),
+    ".pdf": PictureFormat("pdf", lambda start: start.startswith(b"%PDF-"), {"CreationDate": None}),
+    ".svg": PictureFormat("svg", lambda start: start.lstrip()[:1] == b"<" and b"<svg" in start, {"Date": None}),
+}
 
 
 @dataclass(frozen=True)
@@ -48,15 +75,6 @@ class Curve:
     histories: Sequence[Sequence[Row]]
 
 
-def draw_experiment(name: str, rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Draw one of the paper's figures from the rows of its JSON."""
-    if name == "figure4":
-        return draw_grid(rows, title)
-    if name == "figure5":
-        return draw_iterations(rows, title)
-    return draw_arms(rows, CURVES[name], title)
-
-
 def draw_runs(curves: Sequence[Curve]) -> Figure:
     """Draw the loss, accuracies and L_CS of runs in one figure."""
     figure, axes = _panels(2, 2)
@@ -66,16 +84,28 @@ def draw_runs(curves: Sequence[Curve]) -> Figure:
     return figure
 
 
-def draw_arms(rows: Sequence[dict[str, Any]], column: str, title: str) -> Figure:
+def draw_experiment(name: str, rows: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Draw one of the paper's figures, `figure1` to `figure5`, from the rows of its JSON."""
+    return {"figure4": draw_grid, "figure5": draw_iterations}.get(name, draw_arms)(rows, title)
+
+
+def draw_arms(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """Draw Figure 1, 2 or 3: a panel per network, a curve per arm.
 
-    rows: those of the figure's JSON, each with `arch`, `arm`, `epoch` and the column.
+    rows: those of the figure's JSON, each with `arch`, `arm`, `epoch` and the one column of `UNITS` that is drawn.
     """
+    column = next(column for column in UNITS if column in rows[0])
     by_arch = [(arch, list(found)) for arch, found in groupby(rows, key=lambda row: row["arch"])]
     figure, axes = _panels(1, len(by_arch))
     for panel, (arch, found) in zip(axes, by_arch, strict=True):
-        by_arm = groupby(found, key=lambda row: row["arm"])
-        _draw_curves(panel, [Curve(arm, [_history(row, column) for row in of_arm]) for arm, of_arm in by_arm], column)
+        curves = []
+        for arm, seeds in groupby(found, key=lambda row: row["arm"]):
+            histories = [
+                [{"epoch": epoch, column: value} for epoch, value in zip(row["epoch"], row[column], strict=True)]
+                for row in seeds
+            ]
+            curves.append(Curve(arm, histories))
+        _draw_curves(panel, curves, column)
         panel.set_title(plain_text(arch.upper() if arch.startswith("cnn") else arch), fontsize=9)
     _finish(figure, axes[0], title)
     return figure
@@ -84,21 +114,12 @@ def draw_arms(rows: Sequence[dict[str, Any]], column: str, title: str) -> Figure
 def draw_grid(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """Draw Figure 4: test accuracy with and without Algorithm 1, in bars, for each learning rate and batch size."""
     figure, (axes,) = _panels(1, 1, width=max(4.5, 1.5 + 0.8 * len(rows)))
-    for index, side in enumerate(("baseline", "init")):
-        measured = [row["measured"][side] for row in rows]
-        heights = [_number(figures["best_test_accuracy"]) for figures in measured]
-        spreads = [figures["best_test_accuracy_std"] or 0.0 for figures in measured]
-        bars = axes.bar(
-            [position + 0.4 * index - 0.2 for position in range(len(rows))],
-            heights,
-            0.38,
-            yerr=spreads if any(spreads) else None,
-            color=("#BBBBBB", COLORS[2])[index],
-            edgecolor="black",
-            linewidth=0.6,
-            hatch=HATCHES[index],
-            label=("baseline", "Algorithm 1 before training")[index],
-        )
+    sides = (("baseline", "baseline", "#BBBBBB", ""), ("init", "Algorithm 1 before training", COLORS[2], "///"))
+    for index, (side, label, color, hatch) in enumerate(sides):
+        heights, spreads = _over_seeds([row["measured"][side] for row in rows], "best_test_accuracy")
+        places = [position + 0.4 * index - 0.2 for position in range(len(rows))]
+        style: dict[str, Any] = {"color": color, "edgecolor": "black", "linewidth": 0.6, "hatch": hatch}
+        bars = axes.bar(places, heights, 0.38, yerr=spreads, label=label, **style)
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=7)
     axes.set_xticks(range(len(rows)), [f"lr {row['lr']:g}\nbatch {row['batch_size']}" for row in rows], fontsize=7)
     axes.set_xlabel("learning rate and batch size (images)")
@@ -114,23 +135,94 @@ def draw_iterations(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     figure, (axes,) = _panels(1, 1)
     counts = [row["iterations"] for row in rows]
     for index, (key, label) in enumerate((("best_test_accuracy", "best"), ("last_test_accuracy", "last epoch"))):
-        values = [_number(row["measured"][key]) for row in rows]
-        spreads = [row["measured"][f"{key}_std"] or 0.0 for row in rows]
-        axes.errorbar(
-            counts,
-            values,
-            yerr=spreads if any(spreads) else None,
-            marker=("o", "s")[index],
-            markersize=4,
-            capsize=2,
-            color=(COLORS[2], COLORS[3])[index],
-            linestyle=DASHES[index],
-            label=label,
-        )
+        values, spreads = _over_seeds([row["measured"] for row in rows], key)
+        style = {"color": COLORS[2 + index], "linestyle": DASHES[index], "marker": "os"[index], "markersize": 4}
+        axes.errorbar(counts, values, yerr=spreads, label=label, capsize=2, **style)
     axes.set_xlabel("iterations I of Algorithm 1 (0 is the baseline)")
     axes.set_ylabel("test accuracy (%)")
     _finish(figure, axes, title)
     return figure
+
+
+def draw_heat(heat: Mapping[str, HeatMap], captions: Mapping[str, str], title: str) -> Figure:
+    """Draw heat maps side by side, from −1 (opposite) over 0 to 1 (the same), with the indices of the filters.
+
+    captions: a line below each layer's name. Readable for 50 layers and more.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    panel = next((inches for most, inches in HEAT_PANELS if len(heat) <= most), SMALL_PANEL)
+    columns = min(8, max(1, ceil(len(heat) ** 0.5)))
+    rows = max(1, ceil(len(heat) / columns))
+    lines = wrap(title, int(12 * panel * columns))
+    size = ((panel + 0.25) * columns + 0.8, (panel + 0.45) * rows + 0.3 + 0.17 * len(lines))
+    figure = Figure(figsize=size, layout="constrained")
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    colors = colormaps["RdBu_r"].with_extremes(bad="0.88")
+    image = None
+    for axis, (name, drawn) in zip(axes, heat.items(), strict=False):
+        image = axis.imshow(drawn.cells.numpy(), vmin=-1, vmax=1, cmap=colors, interpolation="nearest")
+        names = map(plain_text, wrap(name, int(14 * panel)))
+        axis.set_title("\n".join([*names, captions[name]]), fontsize=6, pad=3)
+        places = range(0, len(drawn.labels), ceil(len(drawn.labels) * TICK_LABEL / panel))
+        shown = [str(drawn.labels[place]) for place in places]
+        axis.set_xticks(places, shown, fontsize=3.5, rotation=90)
+        axis.set_yticks(places, shown, fontsize=3.5)
+        axis.tick_params(length=1.5, pad=1, width=0.3)
+    for axis in axes[len(heat) :]:
+        axis.set_visible(False)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=14, label="mean cosine, signed")
+        bar.ax.tick_params(labelsize=6)
+        bar.ax.yaxis.label.set_fontsize(7)
+    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=8)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that its suffix names. Raises as `check_picture`, and WriteError."""
+    from matplotlib import rc_context
+
+    check_picture(path)
+    picture = PICTURES[path.suffix.lower()]
+    with rc_context({"svg.hashsalt": "convsim"}):  # the ids in an SVG are random otherwise
+        replace_file(path, lambda file: figure.savefig(file, format=picture.name, dpi=DPI, metadata=picture.metadata))
+
+
+def check_picture(path: Path) -> None:
+    """Raise InputError, before any work is done, if no picture can be saved there.
+
+    A picture replaces only a picture of its own format, or an empty file, and creates no folder.
+    """
+    known = one_of(PICTURES)
+    if path.suffix.lower() not in PICTURES:
+        raise InputError(f"{path}: expected a name that ends in {known}")
+    check_regular(path, f"a {known}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; create it first")
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError as error:
+        raise InputError(f"{path}: exists and cannot be read ({error.strerror}); name a new file") from error
+    if start and not PICTURES[path.suffix.lower()].recognizes(start):
+        raise InputError(f"{path}: exists and is no {path.suffix[1:].upper()} picture; name a new file")
+
+
+def require_matplotlib() -> None:
+    """Raise InputError, saying what to install, if matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError("figures need matplotlib, which is not installed: pip install matplotlib") from error
+
+
+def plain_text(text: str) -> str:
+    """Return a text that matplotlib draws as it is: without formulas, and with a name that a legend shows."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
@@ -162,9 +254,8 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
         means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
         axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
         if len(curve.histories) > 1:
-            low, high = (
-                zip(*(_band(seeds, column in LOGARITHMIC) for seeds in values), strict=True) if values else ((), ())
-            )
+            bands = [_band(seeds, column in LOGARITHMIC) for seeds in values]
+            low, high = [low for low, _ in bands], [high for _, high in bands]
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC:
         _use_log_scale(axes)
@@ -195,6 +286,12 @@ def _use_log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def _over_seeds(measured: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float] | None]:
+    """A figure's means over the seeds, and their standard deviations where there are any."""
+    spreads = [figures[f"{key}_std"] or 0.0 for figures in measured]
+    return [nan if figures[key] is None else figures[key] for figures in measured], spreads if any(spreads) else None
+
+
 def _finish(figure: Figure, axes: Axes, title: str) -> None:
     """Add the title and one legend for all panels, and make the figure higher for them."""
     handles, labels = axes.get_legend_handles_labels()
@@ -206,63 +303,3 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
     lines = wrap(title, int(15 * width))
     figure.suptitle("\n".join(map(plain_text, lines)), fontsize=9)
     figure.set_figheight(height + 0.17 * (legend_lines + len(lines)))
-
-
-def _history(row: dict[str, Any], column: str) -> list[Row]:
-    return [{"epoch": epoch, column: value} for epoch, value in zip(row["epoch"], row[column], strict=True)]
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-_LABEL = 0.062  # inches that a label of the smallest font takes
-_PANELS = ((1, 6.0), (4, 4.2), (9, 3.0), (16, 2.4))  # inches of a panel, up to so many layers
-_SMALL_PANEL = 1.9
-
-
-def draw_heat(heat: Mapping[str, HeatMap], captions: Mapping[str, str], title: str) -> Figure:
-    """Draw heat maps side by side, from −1 (opposite) over 0 to 1 (the same), with the indices of the filters.
-
-    captions: a line below each layer's name. Readable for 50 layers and more.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    panel = next((inches for most, inches in _PANELS if len(heat) <= most), _SMALL_PANEL)
-    columns = min(8, max(1, ceil(len(heat) ** 0.5)))
-    rows = max(1, ceil(len(heat) / columns))
-    lines = wrap(title, int(12 * panel * columns))
-    size = ((panel + 0.25) * columns + 0.8, (panel + 0.45) * rows + 0.3 + 0.17 * len(lines))
-    figure = Figure(figsize=size, layout="constrained")
-    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    colors = colormaps["RdBu_r"].with_extremes(bad="0.88")
-    image = None
-    for axis, (name, drawn) in zip(axes, heat.items(), strict=False):
-        image = axis.imshow(drawn.cells.numpy(), vmin=-1, vmax=1, cmap=colors, interpolation="nearest")
-        names = map(plain_text, wrap(name, int(14 * panel)))
-        axis.set_title("\n".join([*names, captions[name]]), fontsize=6, pad=3)
-        _label_filters(axis, drawn.labels, panel)
-    for axis in axes[len(heat) :]:
-        axis.set_visible(False)
-    if image is not None:
-        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=14, label="mean cosine, signed")
-        bar.ax.tick_params(labelsize=6)
-        bar.ax.yaxis.label.set_fontsize(7)
-    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=8)
-    return figure
-
-
-def plain_text(text: str) -> str:
-    """Return a text that matplotlib draws as it is: without formulas, and with a name that a legend shows."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
-
-
-def _label_filters(axis: Axes, labels: list[int], panel: float) -> None:
-    """Write the filters' indices at both axes, as many of them as there is room for."""
-    step = ceil(len(labels) * _LABEL / panel)
-    places = range(0, len(labels), step)
-    shown = [str(labels[place]) for place in places]
-    axis.set_xticks(places, shown, fontsize=3.5, rotation=90)
-    axis.set_yticks(places, shown, fontsize=3.5)
-    axis.tick_params(length=1.5, pad=1, width=0.3)

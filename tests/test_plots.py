@@ -8,8 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from convsim_cli.errors import InputError
-from convsim_cli.pictures import require_matplotlib, save_figure
-from convsim_cli.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs
+from convsim_cli.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs, require_matplotlib, save_figure
 
 HISTORY = [
     {"epoch": e, "cs": 900 / e, "train_loss": 2 / e, "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e}
@@ -46,7 +45,7 @@ def test_seeds_of_an_arm_are_one_curve_with_a_band() -> None:
         for arm in ("baseline", "init")
         for seed in (0, 2)
     ]
-    figure = draw_arms(rows, "cs", "title")
+    figure = draw_arms(rows, "title")
     assert [axes.get_title() for axes in figure.axes] == ["CNN1", "CNN2"]
     for axes in figure.axes:
         assert [line.get_label() for line in axes.get_lines()] == ["baseline", "init"]

@@ -36,7 +36,7 @@ from convsim_cli.cli.options import (
 )
 from convsim_cli.errors import one_of
 from convsim_cli.measurement.figures import FIGURES, compared_keys, least_important_keys, shown_keys
-from convsim_cli.pictures import PICTURES
+from convsim_cli.plots import PICTURES
 
 if TYPE_CHECKING:
     from convsim_cli.checkpoint_measure import Report
@@ -204,7 +204,7 @@ def _check(pages: Sequence[Path], sort: str | None, two_formats: bool) -> None:
     """Raise InputError, before any work is done, for what could not be shown in the end."""
     from convsim_cli.errors import InputError
     from convsim_cli.measurement.figures import sort_layers
-    from convsim_cli.pictures import check_picture, require_matplotlib
+    from convsim_cli.plots import check_picture, require_matplotlib
 
     if two_formats:
         raise InputError("`as_csv` and `as_json` exclude each other: standard output holds one table or one document")
@@ -238,8 +238,7 @@ def _pages(path: Path, count: int) -> list[Path]:
 
 
 def _plot(reports: Sequence[Report], pages: Sequence[Path], console: Console) -> None:
-    from convsim_cli.pictures import save_figure
-    from convsim_cli.plots import draw_heat
+    from convsim_cli.plots import draw_heat, save_figure
 
     for report, page in zip(reports, pages, strict=True):
         captions = {

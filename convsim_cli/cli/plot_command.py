@@ -11,7 +11,7 @@ import typer
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.options import JsonOption, QuietOption
 from convsim_cli.errors import one_of
-from convsim_cli.pictures import PICTURES
+from convsim_cli.plots import PICTURES
 
 if TYPE_CHECKING:
     from convsim_cli.plots import Curve
@@ -38,8 +38,7 @@ def plot(
 
     Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
     """
-    from convsim_cli.pictures import check_picture, require_matplotlib, save_figure
-    from convsim_cli.plots import draw_runs
+    from convsim_cli.plots import check_picture, draw_runs, require_matplotlib, save_figure
     from convsim_cli.training.comparison import read_runs
 
     console = Console(quiet, as_json)

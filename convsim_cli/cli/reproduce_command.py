@@ -187,8 +187,7 @@ def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
 
 def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.device import keep_freed_memory
-    from convsim_cli.pictures import require_matplotlib, save_figure
-    from convsim_cli.plots import draw_experiment
+    from convsim_cli.plots import draw_experiment, require_matplotlib, save_figure
     from convsim_cli.reproduction.experiments import find_experiment, run_experiment
 
     experiment = find_experiment(name)
@@ -220,7 +219,7 @@ def _check_output(name: str, run_dir: Path) -> None:
     """Raise InputError, before any work is done, where RUN_DIR/NAME.json or .png is not one of this command's."""
     from convsim_cli.checkpoints.atomic import check_regular
     from convsim_cli.errors import InputError
-    from convsim_cli.pictures import check_picture
+    from convsim_cli.plots import check_picture
 
     document = run_dir / f"{name}.json"
     check_regular(document, "a document of convsim reproduce")

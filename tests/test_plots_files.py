@@ -10,7 +10,7 @@ from conftest import IRREGULAR, Convsim
 from matplotlib.figure import Figure
 
 from convsim_cli.errors import InputError
-from convsim_cli.pictures import PICTURES, save_figure
+from convsim_cli.plots import PICTURES, save_figure
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF-", ".svg": b"<?xml"}
 SMALL = ("--arch", "cnn:4", "--dataset", "digits", "--epochs", 1, "--limit-train", 60, "--limit-test", 30, "-q")
