@@ -23,7 +23,7 @@ from convsim_cli.cli.options import GroupedCommand, explain_usage, with_options
 from convsim_cli.cli.plot_command import plot
 from convsim_cli.cli.reproduce_command import reproduce
 from convsim_cli.cli.train_command import train
-from convsim_cli.errors import ConvsimWarning
+from convsim_cli.errors import ConvsimError, ConvsimWarning, FollowedError
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -96,30 +96,22 @@ def run(arguments: list[str]) -> int:
 
     An error or a warning is one line on stderr; CONVSIM_DEBUG=1 lets the traceback of an error through.
     """
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvsimWarning)
-        warnings.showwarning = lambda message, *_: _show_warning(str(message), arguments)
-        return _run(arguments)
-
-
-def _show_warning(message: str, arguments: list[str]) -> None:
-    say(f"convsim: warning: {with_options(' '.join(message.split()), find_command(arguments))}")
-
-
-def _run(arguments: list[str]) -> int:
-    try:
-        code = app(arguments or ["--help"], standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except Exception as error:
-        if os.environ.get("CONVSIM_DEBUG") == "1":
-            raise
-        message, code = _explain(error, arguments)
-        if message:
-            say(f"convsim: error: {with_options(message, find_command(arguments))}")
-    if code == 130:
-        say("convsim: interrupted")
-    return code
+        warnings.showwarning = lambda message, *_: _show("warning", " ".join(str(message).split()), arguments)
+        try:
+            return app(arguments or ["--help"], standalone_mode=False) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            say("convsim: interrupted")
+            return 130
+        except Exception as error:
+            if os.environ.get("CONVSIM_DEBUG") == "1":
+                raise
+            code, message = _explain(error, arguments)
+            if not isinstance(error, FollowedError):  # which rank 0 reports
+                _show("error", message, arguments)
+            return code
 
 
 def find_command(arguments: list[str]) -> Any:
@@ -127,14 +119,14 @@ def find_command(arguments: list[str]) -> Any:
     return get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
 
 
-def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
-    """The line that says what was wrong, empty where another process says it, and the exit code."""
-    from convsim_cli.errors import ConvsimError, FollowedError
+def _show(kind: str, message: str, arguments: list[str]) -> None:
+    say(f"convsim: {kind}: {with_options(message, find_command(arguments))}")
 
-    if isinstance(error, FollowedError):
-        return "", error.exit_code
+
+def _explain(error: Exception, arguments: list[str]) -> tuple[int, str]:
+    """The exit code, and the line that says what was wrong."""
     if isinstance(error, ConvsimError):
-        return str(error), error.exit_code
+        return error.exit_code, str(error)
     if hasattr(error, "format_message"):  # a usage error of the parser
-        return explain_usage(error, arguments) or "see convsim --help", 2
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)", 1
+        return 2, explain_usage(error, arguments) or "see convsim --help"
+    return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)"

@@ -69,8 +69,8 @@ def compare(
     if as_json:
         return
     groups = content["groups"]
-    table = _screen_table if console.is_screen else _full_table
-    console.table(*table(groups, accuracy), LEAST)
+    table = _screen_table(groups, accuracy) if console.is_screen else _full_table(groups)
+    console.table(*table, LEAST)
     lengths = {group["epochs"] for group in groups}
     if len(lengths) == 1:
         console.note(f"epochs of each run: {lengths.pop()}")
@@ -88,12 +88,15 @@ def _screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple
     rows: list[list[Cell]] = []
     for group in groups:
         row: list[Cell] = [group["group"], group["n"], *(_plus_minus(group[key]) for key in _HEADERS)]
-        row += [_reached(group)] if reach else []
+        if reach:
+            found = group["epochs_to_accuracy"]
+            some = f"{found['reached']} of {group['n']} seeds"
+            row.append(some if found["mean"] is None else _plus_minus(found))
         rows.append(row + [_interval(group["difference"], key) for key in compared])
     return columns, rows
 
 
-def _full_table(groups: list[dict[str, Any]], _: float | None) -> tuple[list[str], list[list[Cell]]]:
+def _full_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
     """Every figure in a column of its own."""
     columns = ["group", "n", "epochs", *(f"{key}{end}" for key in _HEADERS for end in ("", "_std"))]
     columns += ["epochs_to_accuracy", "epochs_to_accuracy_std", "reached", "pairs"]
@@ -101,29 +104,17 @@ def _full_table(groups: list[dict[str, Any]], _: float | None) -> tuple[list[str
     rows: list[list[Cell]] = []
     for group in groups:
         reached = group["epochs_to_accuracy"] or dict.fromkeys(("mean", "std", "reached"))
-        difference = group["difference"] or {
-            "n": None,
-            **dict.fromkeys(_HEADERS, dict.fromkeys(("mean", "low", "high"))),
-        }
-        rows.append(
-            [
-                *(group[key] for key in ("group", "n", "epochs")),
-                *(group[key][part] for key in _HEADERS for part in ("mean", "std")),
-                *(reached[part] for part in ("mean", "std", "reached")),
-                difference["n"],
-                *(difference[key][part] for key in _HEADERS for part in ("mean", "low", "high")),
-            ]
-        )
+        nothing: dict[str, Any] = {"n": None, **dict.fromkeys(_HEADERS, dict.fromkeys(("mean", "low", "high")))}
+        difference = group["difference"] or nothing
+        row = [group[key] for key in ("group", "n", "epochs")]
+        row += [group[key][part] for key in _HEADERS for part in ("mean", "std")]
+        row += [*(reached[part] for part in ("mean", "std", "reached")), difference["n"]]
+        rows.append(row + [difference[key][part] for key in _HEADERS for part in ("mean", "low", "high")])
     return columns, rows
 
 
 def _plus_minus(spread: dict[str, float | None]) -> str:
     return f"{spread['mean']:.2f}" + ("" if spread["std"] is None else f" ± {spread['std']:.2f}")
-
-
-def _reached(group: dict[str, Any]) -> str:
-    found = group["epochs_to_accuracy"]
-    return f"{found['reached']} of {group['n']} seeds" if found["mean"] is None else _plus_minus(found)
 
 
 def _interval(difference: dict[str, Any] | None, key: str) -> str:

@@ -1,6 +1,7 @@
 """What the screen gets: data on stdout, all else on stderr; rich on a terminal, plain lines and TSV elsewhere.
 
-Tables on a terminal: side by side where they fit, without their least important columns, or stacked.
+A terminal's table is shown whole where it fits, else without its least important columns, else stacked: a line per
+figure. Names and numbers are never cut.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from typing import Any, TextIO
 from convsim_cli import __version__
 
 Cell = str | int | float | bool | None
+Least = Sequence[str | tuple[str, ...]]  # columns in the order in which they are left out; a tuple goes together
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+GAP = 3  # characters between two columns
+EDGES = 2  # characters left and right of a table
+_SECOND_LINE = re.compile(
+    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
+)  # of a header
 
 
 class Console:
@@ -37,9 +44,14 @@ class Console:
 
     def note(self, message: str) -> None:
         """Say something in passing, on stderr; a terminal's lines end between words."""
-        if not self.quiet:
-            for line in _screen_lines(message) if is_terminal(sys.stderr) else [message]:
+        if self.quiet:
+            return
+        if is_terminal(sys.stderr):
+            width = screen_width(sys.stderr)
+            for line in wrap(printable(message), width, break_long_words=False, break_on_hyphens=False):
                 say(line)
+        else:
+            say(message)
 
     def note_fitting(self, *messages: str) -> None:
         """Say in passing the first of these that fits a terminal, the last where none does; elsewhere the first."""
@@ -64,7 +76,7 @@ class Console:
         least: the columns that a terminal does without where they do not fit, in the order in which they go. usual:
         columns that it is spared where every row has this value.
         """
-        if not is_terminal(sys.stdout):
+        if not self.is_screen:
             return self.delimited(columns, rows, "\t")
         kept = [
             index
@@ -72,6 +84,39 @@ class Console:
             if column not in usual or any(row[index] != usual[column] for row in rows)
         ]
         self._on_screen([columns[index] for index in kept], [[row[index] for index in kept] for row in rows], least)
+
+    def _on_screen(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least) -> None:
+        from rich import box
+        from rich.cells import cell_len
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+        from rich.text import Text
+
+        cells = [[printable(show(cell, digits=4)) for cell in row] for row in rows]
+        headers = [_SECOND_LINE.sub(r"\n\1", column) for column in columns]
+        widths = [
+            max(map(cell_len, [*header.split("\n"), *(row[index] for row in cells)]))
+            for index, header in enumerate(headers)
+        ]
+        groups = [(names,) if isinstance(names, str) else names for names in least]
+        by_index = [[columns.index(name) for name in names if name in columns] for names in groups]
+        screen = 10_000 if self.wide else screen_width(sys.stdout)  # the terminal wraps what is wider
+        kept = fitting_columns(widths, by_index, screen)
+        if kept is None:
+            self.note(f"a line per figure, as the table is wider than {screen} characters; --wide shows it as it is")
+            with _while_read():
+                print("\n".join(_stacked(columns, cells)))
+            return
+        if left_out := [column for index, column in enumerate(columns) if index not in kept]:
+            self.note(f"not shown in {screen} characters: {', '.join(left_out)} (--wide shows all)")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index in kept:
+            right = any(isinstance(row[index], int | float) for row in rows)
+            table.add_column(Text(headers[index]), justify="right" if right else "left", no_wrap=True)
+        for row in cells:
+            table.add_row(*(Text(row[index]) for index in kept))
+        with _while_read():  # a dumb terminal is given its width only with a height
+            RichConsole(width=screen, height=100).print(table)
 
     def delimited(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], delimiter: str) -> None:
         """Print a header line and rows, their numbers in six digits."""
@@ -93,66 +138,75 @@ class Console:
     @contextmanager
     def progress(self, description: str, total: float) -> Iterator[Progress]:
         """Show how far a loop of `total` steps has come, with the time left; give what advances it."""
-        if self.quiet or not total:
-            yield Progress()
-        elif self.live:
-            with _bar() as bar:
-                yield _Bar(bar, printable(description), total)
+        if self.live and total:
+            with _make_bar() as bar:
+                yield Progress(description, total, bar)
         else:
-            yield _PlainProgress(printable(description), total)
-
-    def _on_screen(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least) -> None:
-        from rich.console import Console as RichConsole
-
-        cells = [[printable(show(cell, digits=4)) for cell in row] for row in rows]
-        numeric = [any(isinstance(row[index], int | float) for row in rows) for index in range(len(columns))]
-        width = 10_000 if self.wide else screen_width(sys.stdout)  # the terminal wraps what is wider
-        kept = choose_columns(columns, cells, least, width)
-        if kept is None:
-            self.note(f"a line per figure, as the table is wider than {width} characters; --wide shows it as it is")
-            with _while_read():
-                print("\n".join(stacked(columns, cells)))
-            return
-        if left_out := [column for index, column in enumerate(columns) if index not in kept]:
-            self.note(f"not shown in {width} characters: {', '.join(left_out)} (--wide shows all)")
-        shown = [columns[index] for index in kept], [[row[index] for index in kept] for row in cells]
-        with _while_read():  # a dumb terminal is given its width only with a height
-            RichConsole(width=width, height=100).print(make_table(*shown, [numeric[index] for index in kept]))
+            yield Progress(description, 0 if self.quiet else total)
 
 
 class Progress:
-    """How far something has come: called with the steps that were done. This one says nothing."""
+    """How far something has come: called with the steps that were done. Without a total, nothing is shown.
 
-    def __call__(self, steps: float) -> None: ...
+    bar: rich's, on a terminal; elsewhere there is a line every ten seconds.
+    """
 
-    def describe(self, description: str) -> None:
-        """Say what is being done."""
-
-
-class _Bar(Progress):
-    def __init__(self, bar: Any, description: str, total: float) -> None:
-        self._bar, self._task = bar, bar.add_task(description, total=total)
-
-    def __call__(self, steps: float) -> None:
-        self._bar.advance(self._task, steps)
-
-    def describe(self, description: str) -> None:
-        self._bar.update(self._task, description=printable(description))
-
-
-class _PlainProgress(Progress):
-    """One line per ten seconds."""
-
-    def __init__(self, description: str, total: float) -> None:
-        self._description, self._total, self._done = description, total, 0.0
+    def __init__(self, description: str = "", total: float = 0.0, bar: Any = None) -> None:
+        self._description, self._total, self._done = printable(description), total, 0.0
+        self._bar, self._task = bar, None if bar is None else bar.add_task(self._description, total=total)
         self._start = self._said = time.monotonic()
 
     def __call__(self, steps: float) -> None:
         self._done += steps
         now = time.monotonic()
-        if now - self._said >= PLAIN_EVERY:
+        if self._bar is not None:
+            self._bar.advance(self._task, steps)
+        elif self._total and now - self._said >= PLAIN_EVERY:
             self._said = now
             say(f"{self._description}: {remaining(self._done, self._total, now - self._start)}")
+
+    def describe(self, description: str) -> None:
+        """Say at the bar what is being done."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=printable(description))
+
+
+def _make_bar() -> Any:
+    from rich import progress
+    from rich.console import Console as RichConsole
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=RichConsole(stderr=True), transient=True)
+
+
+def fitting_columns(widths: Sequence[int], least: Sequence[Sequence[int]], screen: int) -> list[int] | None:
+    """Return the columns to show on a screen, by index; None where they do not fit even without all of `least`.
+
+    widths: characters of each column; least: groups of columns in the order in which they are left out.
+    """
+    kept = list(range(len(widths)))
+    for group in [(), *least]:
+        kept = [index for index in kept if index not in group]
+        if sum(widths[index] for index in kept) + GAP * (len(kept) - 1) + EDGES <= screen:
+            return kept
+    return None
+
+
+def _stacked(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose rows do not fit beside each other: a line per cell, an empty one per row."""
+    width = max(map(len, columns))
+    lines = []
+    for row in cells:
+        lines += [f"{column:<{width}}  {cell}".rstrip() for column, cell in zip(columns, row, strict=True) if cell]
+        lines.append("")
+    return lines[:-1]
 
 
 def say(message: str) -> None:
@@ -223,10 +277,6 @@ def remaining(done: float, total: float, seconds: float) -> str:
     return f"{100 * done / total:.0f} %{left}"
 
 
-def _screen_lines(message: str) -> list[str]:
-    return wrap(printable(message), screen_width(sys.stderr), break_long_words=False, break_on_hyphens=False)
-
-
 def printable(text: str) -> str:
     """Return text with control characters spelled out: a file's names do not steer the terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
@@ -235,69 +285,6 @@ def printable(text: str) -> str:
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a stream is a terminal; one that was closed is none."""
     return stream is not None and stream.isatty()
-
-
-def _bar() -> Any:
-    from rich.console import Console as RichConsole
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=RichConsole(stderr=True), transient=True)
-
-
-Least = Sequence[str | tuple[str, ...]]  # columns in the order in which they are left out; a tuple goes together
-
-GAP = 3  # characters between two columns
-EDGES = 2  # characters left and right of a table
-_SECOND_LINE = re.compile(
-    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
-)  # of a header
-
-
-def header_lines(column: str) -> list[str]:
-    """Return a column's header, in two lines where its name has a common ending."""
-    return _SECOND_LINE.sub(r"\n\1", column).split("\n")
-
-
-def fitting_columns(widths: Sequence[int], least: Sequence[Sequence[int]], screen: int) -> list[int] | None:
-    """Return the columns to show on a screen, by index; None where they do not fit even without all of `least`.
-
-    widths: characters of each column; least: groups of columns in the order in which they are left out.
-    """
-    kept = list(range(len(widths)))
-    for group in [(), *least]:
-        kept = [index for index in kept if index not in group]
-        if sum(widths[index] for index in kept) + GAP * (len(kept) - 1) + EDGES <= screen:
-            return kept
-    return None
-
-
-def choose_columns(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], least: Least, screen: int
-) -> list[int] | None:
-    """Return the columns of a table of texts to show on a screen (`fitting_columns`)."""
-    from rich.cells import cell_len
-
-    widths = [
-        max(map(cell_len, [*header_lines(column), *(row[index] for row in cells)]))
-        for index, column in enumerate(columns)
-    ]
-    groups = [(names,) if isinstance(names, str) else names for names in least]
-    return fitting_columns(widths, [[columns.index(n) for n in names if n in columns] for names in groups], screen)
 
 
 def screen_width(stream: TextIO) -> int:
@@ -309,27 +296,3 @@ def screen_width(stream: TextIO) -> int:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:
         return 80
-
-
-def make_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> Any:
-    """Return a rich table; its cells are never cut."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, right in zip(columns, numeric, strict=True):
-        table.add_column(Text("\n".join(header_lines(column))), justify="right" if right else "left", no_wrap=True)
-    for row in cells:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def stacked(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table whose rows do not fit beside each other: a line per cell, an empty one per row."""
-    width = max(map(len, columns))
-    lines = []
-    for row in cells:
-        lines += [f"{column:<{width}}  {cell}".rstrip() for column, cell in zip(columns, row, strict=True) if cell]
-        lines.append("")
-    return lines[:-1]

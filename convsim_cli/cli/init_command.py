@@ -114,9 +114,7 @@ def init(
         bool,
         typer.Option("--no-backup", help="Do not keep the former file as CHECKPOINT.bak (a shard as SHARD.bak)."),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace also a file that is read-only, or in a store that others link to.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also overwrite read-only and shared files.")] = False,
     recover: Annotated[
         bool, typer.Option("--recover", help="Complete an interrupted save of CHECKPOINT, and do nothing else.")
     ] = False,

@@ -27,16 +27,24 @@ from convsim_cli.cli.options import (
     StdOption,
     TransposedOption,
     WideOption,
-    make_patterns,
     name_options,
+    parse_groups,
     show_layers,
     show_skipped,
     start,
     with_options,
 )
-from convsim_cli.errors import one_of
-from convsim_cli.measurement.figures import FIGURES, compared_keys, least_important_keys, shown_keys
-from convsim_cli.plots import PICTURES
+from convsim_cli.errors import InputError, one_of
+from convsim_cli.measurement.figures import (
+    FIGURES,
+    compared_keys,
+    least_important_keys,
+    shown_keys,
+    side_by_side,
+    sort_layers,
+    what_stands_out,
+)
+from convsim_cli.plots import PICTURES, check_picture, draw_heat, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from convsim_cli.checkpoint_measure import Report
@@ -157,15 +165,17 @@ def measure(
     """
     from convsim_cli.checkpoint_measure import measure_checkpoints
     from convsim_cli.inputs.images import parse_channels
+    from convsim_cli.kernels import Patterns
     from convsim_cli.networks.probe import Probe
 
     console = Console(quiet, as_json, wide)
-    paths, arch = _what(checkpoints or [], arch, "pretrained" if pretrained else "fresh", console)
-    patterns = make_patterns(include, exclude, groups, transposed)
+    paths, arch = _choose_networks(checkpoints or [], arch, "pretrained" if pretrained else "fresh", console)
+    corrections = Patterns(include, exclude, list(parse_groups(groups).items()), transposed)
     normal = parse_channels("mean", mean), parse_channels("std", std)
     heat = plot is not None
     probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat, input_channels)
-    _check(_pages(plot, len(paths)) if plot else [], sort, as_csv and as_json)
+    pages = [] if plot is None else _pages(plot, len(paths))
+    _check_output(pages, sort, as_csv and as_json)
     reports = measure_checkpoints(
         paths,
         probe,
@@ -174,20 +184,29 @@ def measure(
         pretrained=pretrained,
         num_classes=num_classes,
         key=key,
-        patterns=patterns,
+        patterns=corrections,
         progress=console.progress,
     )
-    _say(reports, console, context.command)
-    if sort is not None:
-        _sort(reports, sort)
-    if plot is not None:
-        _plot(reports, _pages(plot, len(reports)), console)
+    for report in reports:
+        report["skipped"] = name_options(report["skipped"], context.command)
+        for line in report.warnings:
+            console.warn(with_options(line, context.command))
+        for line in report.notes:
+            console.note(f"{report['source']}: {with_options(line, context.command)}")
+        if sort is not None:
+            sort_layers(report["layers"], sort)
+    for report, page in zip(reports, pages, strict=False):
+        _draw(report, page)
+        console.note(f"wrote {page}")
     console.document("measure", dict(reports[0]) if len(reports) == 1 else {"checkpoints": reports})
     if not as_json:
         _show(reports, console, as_csv, top)
 
 
-def _what(paths: list[Path], arch: str | None, new: str, console: Console) -> tuple[list[Path | None], str | None]:
+def _choose_networks(
+    paths: list[Path], arch: str | None, new: str, console: Console
+) -> tuple[list[Path | None], str | None]:
+    """The files to measure, None for a network without one, and its name."""
     if paths:
         return list(paths), arch
     if arch:
@@ -200,12 +219,14 @@ def _what(paths: list[Path], arch: str | None, new: str, console: Console) -> tu
     return [None], "cnn1"
 
 
-def _check(pages: Sequence[Path], sort: str | None, two_formats: bool) -> None:
-    """Raise InputError, before any work is done, for what could not be shown in the end."""
-    from convsim_cli.errors import InputError
-    from convsim_cli.measurement.figures import sort_layers
-    from convsim_cli.plots import check_picture, require_matplotlib
+def _pages(path: Path, count: int) -> list[Path]:
+    """A page per checkpoint: FILE.png, or FILE-1.png and so on for several."""
+    numbered = [path.parent / f"{path.stem}-{number}{path.suffix}" for number in range(1, count + 1)]
+    return [path] if count == 1 else numbered
 
+
+def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) -> None:
+    """Raise InputError, before any work is done, for what could not be shown in the end."""
     if two_formats:
         raise InputError("`as_csv` and `as_json` exclude each other: standard output holds one table or one document")
     if sort is not None:
@@ -215,45 +236,17 @@ def _check(pages: Sequence[Path], sort: str | None, two_formats: bool) -> None:
         require_matplotlib()
 
 
-def _say(reports: Sequence[Report], console: Console, command: Any) -> None:
-    for report in reports:
-        report["skipped"] = name_options(report["skipped"], command)
-        for line in report.warnings:
-            console.warn(with_options(line, command))
-        for line in report.notes:
-            console.note(f"{report['source']}: {with_options(line, command)}")
-
-
-def _sort(reports: Sequence[Report], by: str) -> None:
-    from convsim_cli.measurement.figures import sort_layers
-
-    for report in reports:
-        sort_layers(report["layers"], by)
-
-
-def _pages(path: Path, count: int) -> list[Path]:
-    """A page per checkpoint: FILE.png, or FILE-1.png and so on for several."""
-    numbered = [path.parent / f"{path.stem}-{number}{path.suffix}" for number in range(1, count + 1)]
-    return [path] if count == 1 else numbered
-
-
-def _plot(reports: Sequence[Report], pages: Sequence[Path], console: Console) -> None:
-    from convsim_cli.plots import draw_heat, save_figure
-
-    for report, page in zip(reports, pages, strict=True):
-        captions = {
-            layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report["layers"] if layer["name"] in report.heat
-        }
-        title = f"{report['source']}: mean cosine of feature maps, filter by filter ({report['input']} inputs)"
-        if any(heat.pooled for heat in report.heat.values()):
-            title += "; in large layers a cell shows the strongest of several pairs"
-        save_figure(draw_heat(report.heat, captions, title), page)
-        console.note(f"wrote {page}")
+def _draw(report: Report, page: Path) -> None:
+    captions = {
+        layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report["layers"] if layer["name"] in report.heat
+    }
+    title = f"{report['source']}: mean cosine of feature maps, filter by filter ({report['input']} inputs)"
+    if any(heat.pooled for heat in report.heat.values()):
+        title += "; in large layers a cell shows the strongest of several pairs"
+    save_figure(draw_heat(report.heat, captions, title), page)
 
 
 def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -> None:
-    from convsim_cli.measurement.figures import what_stands_out
-
     if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
     if top:
@@ -266,8 +259,6 @@ def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -
 
 
 def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
-    from convsim_cli.measurement.figures import side_by_side
-
     several = len(reports) > 1
     figures = [*shown_keys(), *(f"{key}_change" for key in compared_keys() if several)]
     columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *figures]

@@ -1,41 +1,34 @@
-"""The options that several commands share, and what they show in the same way.
+"""The options that several commands share, what they show in the same way, and errors in terms of options.
 
-The options of `convsim train` that are arguments of a run, made from their declarations.
-
-typer reads a command's options from the signature of its function: a parameter per option, with the type and the
-`typer.Option` in its annotation. `with_training_options` adds a parameter per declared argument to that signature.
-
-Plain `--help` with the options under named headings.
-
-The parser's words for a value that cannot be used, in one plain line, whichever parser typer brings.
+typer makes a command's options from the signature of its function: an option per parameter, from the type and the
+`typer.Option` in its annotation. `with_training_options` adds an option for each declared argument of a run to that
+signature. The library's messages name arguments, and the parser's are typer's own: `with_options` and `explain_usage`
+name the option, the value and what was expected.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter, Signature, signature
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console, Least
-from convsim_cli.errors import ConvsimWarning, one_of
+from convsim_cli.errors import InputError, one_of
 from convsim_cli.training.config import GROUPS, Declaration, declarations, modes_that_take
 
 if TYPE_CHECKING:
     import torch
 
-    from convsim_cli.checkpoints.base import Checkpoint
-    from convsim_cli.kernels import Patterns
-
 SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
+METAVARS = {int: "N", float: "X"}
 
 
 def complete_arch(begun: str) -> list[str]:
@@ -49,10 +42,10 @@ def complete_arch(begun: str) -> list[str]:
 
 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.", min=0, max=2**32 - 1)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Random seed.", min=0, max=2**32 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but warnings and errors.")]
-WideOption = Annotated[bool, typer.Option("--wide", help="Show every column of a table, however narrow the terminal.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only warnings and errors.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="Show all columns.")]
 
 DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")]
 RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")]
@@ -75,13 +68,15 @@ IncludeOption = Annotated[
     typer.Option(
         "--include",
         metavar="GLOB",
-        help="Only tensors with such names; 5-D ones, and 3-D ones beside 4-D ones, are taken only this way.",
+        help="Only tensors matching GLOB; required for 5-D tensors, and for 3-D beside 4-D.",
     ),
 ]
-ExcludeOption = Annotated[list[str], typer.Option("--exclude", metavar="GLOB", help="Not the tensors with such names.")]
-GroupsOption = Annotated[list[str], typer.Option("--groups", metavar="GLOB=N", help="Such layers have N groups.")]
+ExcludeOption = Annotated[list[str], typer.Option("--exclude", metavar="GLOB", help="Skip tensors matching GLOB.")]
+GroupsOption = Annotated[
+    list[str], typer.Option("--groups", metavar="GLOB=N", help="Number of groups of matching layers.")
+]
 TransposedOption = Annotated[
-    list[str], typer.Option("--transposed", metavar="GLOB", help="Such layers are transposed convolutions.")
+    list[str], typer.Option("--transposed", metavar="GLOB", help="Matching layers are transposed convolutions.")
 ]
 
 CheckpointArgument = Annotated[
@@ -128,8 +123,6 @@ def start(device: str, console: Console) -> torch.device:
 
 def parse_groups(groups: list[str]) -> dict[str, int]:
     """Return glob → number of groups. Raises InputError for a --groups without a number."""
-    from convsim_cli.errors import InputError
-
     parsed = {}
     for item in groups:
         glob, separator, number = item.rpartition("=")
@@ -139,19 +132,6 @@ def parse_groups(groups: list[str]) -> dict[str, int]:
     return parsed
 
 
-def make_patterns(include: list[str], exclude: list[str], groups: list[str], transposed: list[str]) -> Patterns:
-    """Return the user's corrections. Raises InputError for a --groups without a number."""
-    from convsim_cli.kernels import Patterns
-
-    return Patterns(include, exclude, list(parse_groups(groups).items()), transposed)
-
-
-def note_choice(checkpoint: Checkpoint, _: Console) -> None:
-    """Warn, even when quiet, of choices made in reading the file and of tensors that the network has no place for."""
-    for line in checkpoint.notes:
-        warnings.warn(line, ConvsimWarning, stacklevel=2)
-
-
 def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console: Console) -> None:
     """Print the table of layers, and a note where groups are guesses. least: see `Console.table`."""
     assumed = [row[columns.index("assumed")] for row in rows]
@@ -159,26 +139,6 @@ def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console
     if any(assumed):
         which = "groups are" if all(assumed) else "groups marked assumed are"
         console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")
-
-
-def with_options(message: str, command: Any) -> str:
-    """Return a message of the library with a command's options in place of `arguments` in backticks.
-
-    command: the parser's, None where no command was recognized: names then lose their backticks alone.
-    """
-    spelled = {} if command is None else {p.name.strip("_"): _spelling(p) for p in command.params}
-    return re.sub(r"`([a-z_]+)`", lambda found: spelled.get(found[1], found[1]), message)
-
-
-def _spelling(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        return str(parameter.metavar.strip("[].…"))
-    return max(parameter.opts, key=len)
-
-
-def name_options(skipped: list[dict[str, Any]], command: Any) -> list[dict[str, Any]]:
-    """Return the `skipped` list of a JSON document with options in its reasons (`with_options`)."""
-    return [{**entry, "reason": with_options(entry["reason"], command)} for entry in skipped]
 
 
 def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: Console) -> None:
@@ -193,23 +153,17 @@ def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: 
         return
     console.note(f"{taken} of {taken + len(skipped)} convolution-shaped tensors {what}")
     most_first = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    lines = [_skipped_line(reason, names) for reason, names in most_first]
+    lines = []
+    for reason, names in most_first:
+        by_user = reason.startswith(("not matched by", "matched by"))  # what the user left out is counted, not listed
+        more = f" and {len(names) - SKIPPED_NAMES} more" if len(names) > SKIPPED_NAMES else ""
+        listed = "" if by_user else f": {', '.join(names[:SKIPPED_NAMES])}{more}"
+        lines.append(f"skipped {len(names)} ({reason}){listed}")
     if len(lines) > SKIPPED_LINES:
         rest = [names for _, names in most_first[SKIPPED_LINES - 1 :]]
         lines[SKIPPED_LINES - 1 :] = [f"skipped {sum(map(len, rest))} for {len(rest)} other reasons (--json lists all)"]
     for line in lines:
         console.note(line)
-
-
-def _skipped_line(reason: str, names: list[str]) -> str:
-    """What was left out for a reason; what the user left out is counted, not listed."""
-    if reason.startswith(("not matched by", "matched by")):
-        return f"skipped {len(names)} ({reason})"
-    more = f" and {len(names) - SKIPPED_NAMES} more" if len(names) > SKIPPED_NAMES else ""
-    return f"skipped {len(names)} ({reason}): {', '.join(names[:SKIPPED_NAMES])}{more}"
-
-
-_METAVARS = {int: "N", float: "X"}
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -227,30 +181,28 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(declaration: Declaration) -> Parameter:
+    kind: Any = declaration.types[0]
+    is_number_or_word = bool(declaration.choices) and float in declaration.types
+    least = declaration.least if kind in (int, float) else None
+    if declaration.above is not None:  # typer checks and shows inclusive bounds only: an exclusive one is in the help
+        least = declaration.above + 1 if kind is int else None
     option = typer.Option(
         f"--{declaration.name.replace('_', '-')}",
         help=_help(declaration),
-        metavar=declaration.metavar or _METAVARS.get(declaration.types[0]),
-        min=_least(declaration),
+        metavar=declaration.metavar or METAVARS.get(kind),
+        min=least,
         max=None if declaration.most == inf else declaration.most,
-        parser=_number_or_word if _is_number_or_word(declaration) else None,
+        parser=_number_or_word if is_number_or_word else None,
         show_default=declaration.default is not None,
         rich_help_panel=declaration.group,
         autocompletion=complete_arch if declaration.name == "arch" else None,
     )
-    annotation = Annotated[_type(declaration), option]  # type: ignore[valid-type]
+    if declaration.choices and not is_number_or_word:
+        kind = Literal[tuple(declaration.choices)]
+    elif declaration.default is None:
+        kind = kind | None
+    annotation = Annotated[kind, option]
     return Parameter(declaration.name, Parameter.KEYWORD_ONLY, default=declaration.default, annotation=annotation)
-
-
-def _type(declaration: Declaration) -> Any:
-    if declaration.choices and not _is_number_or_word(declaration):
-        return Literal[tuple(declaration.choices)]
-    kind: Any = declaration.types[0]
-    return kind | None if declaration.default is None else kind
-
-
-def _is_number_or_word(declaration: Declaration) -> bool:
-    return bool(declaration.choices) and float in declaration.types
 
 
 def _number_or_word(text: str) -> float | str:
@@ -261,18 +213,9 @@ def _number_or_word(text: str) -> float | str:
         return text
 
 
-def _least(declaration: Declaration) -> float | None:
-    """The inclusive lower bound, which typer checks and shows. It has no exclusive one: that stands in the help."""
-    kind = declaration.types[0]
-    if declaration.above is None:
-        return declaration.least if kind in (int, float) else None
-    return declaration.above + 1 if kind is int else None
-
-
 def _help(declaration: Declaration) -> str:
-    takers = modes_that_take(declaration.name)
     text = declaration.help
-    if takers:
+    if takers := modes_that_take(declaration.name):
         text = f"{', '.join(takers)}: {text[0].lower()}{text[1:]}"
     if isinstance(declaration.choices, Mapping):  # a table, whose entries explain themselves
         text += f" {'; '.join(f'{name}: {entry.help}' for name, entry in declaration.choices.items())}."
@@ -300,49 +243,58 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-_EXPECTED = (  # what the parser says → what it expected
-    (re.compile(r"valid integer"), "a whole number"),
-    (re.compile(r"valid (?:number|float)"), "a number"),
-    (re.compile(r"greater than or equal to (\S+)"), r"\1 or more"),
-    (re.compile(r"less than or equal to (\S+)"), r"at most \1"),
-)
-_RANGE = re.compile(
-    r"not in the range (?:(?P<least>[^<>=x]+)<=)?x(?:<=(?P<most>[^<>=]+?))?(?:>=(?P<above>[^<>=]+?))?\.?$"
-)
-_CHOICES = re.compile(r"is not one of (.+?)\.?$")
+def with_options(message: str, command: Any) -> str:
+    """Return a message of the library with a command's options in place of `arguments` in backticks.
+
+    command: the parser's, None where no command was recognized: names then lose their backticks alone.
+    """
+    spelled = {}
+    for parameter in [] if command is None else command.params:
+        is_argument = parameter.param_type_name == "argument"
+        spelled[parameter.name.strip("_")] = (
+            str(parameter.metavar.strip("[].…")) if is_argument else max(parameter.opts, key=len)
+        )
+    return re.sub(r"`([a-z_]+)`", lambda found: spelled.get(found[1], found[1]), message)
+
+
+def name_options(skipped: list[dict[str, Any]], command: Any) -> list[dict[str, Any]]:
+    """Return the `skipped` list of a JSON document with options in its reasons (`with_options`)."""
+    return [{**entry, "reason": with_options(entry["reason"], command)} for entry in skipped]
 
 
 def explain_usage(error: Any, arguments: Sequence[str]) -> str:
     """Return a usage error of the parser as a line: the option, the value found, and what was expected."""
     message = " ".join(error.format_message().split())
-    options = getattr(getattr(error, "param", None), "opts", [])
-    given = _value_of(options, arguments)
-    expected = _expected(message, given) if given is not None else None
-    return f"{max(options, key=len)} {given}: expected {expected}" if expected else message
-
-
-def _value_of(options: Sequence[str], arguments: Sequence[str]) -> str | None:
-    """The last value that was given for an option."""
-    found = None
+    parameter = getattr(error, "param", None)
+    if parameter is None:
+        return message
+    value = None  # the last one that was given
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, separator, value = word.partition("=")
-        if name in options:
-            found = value if separator else following
-    return found
+        name, separator, joined = word.partition("=")
+        if name in parameter.opts:
+            value = joined if separator else following
+    declared = signature(error.ctx.command.callback, eval_str=True).parameters.get(parameter.name)
+    expected = _expected(declared.annotation, value) if declared is not None and value is not None else None
+    return f"{max(parameter.opts, key=len)} {value}: expected {expected}" if expected else message
 
 
-def _expected(message: str, given: str) -> str | None:
-    choices = _CHOICES.search(message)
-    if choices:
-        known = re.findall(r"'([^']*)'", choices[1])
-        close = get_close_matches(given, known, n=1)
+def _expected(annotation: Any, value: str) -> str | None:
+    """What an option's annotation says against a value, None for nothing."""
+    kinds = (annotation.__origin__, *get_args(annotation.__origin__))  # T | None counts as T
+    option = annotation.__metadata__[0]
+    known = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if known:
+        close = get_close_matches(value, known, n=1)
         return one_of(known) + (f"; did you mean {close[0]!r}?" if close else "")
-    limits = _RANGE.search(message)
-    if limits:
-        least, most = limits["least"] or limits["above"], limits["most"]
-        return f"at most {most}" if most and (not least or float(given) > float(most)) else f"{least} or more"
-    for pattern, text in _EXPECTED:
-        found = pattern.search(message)
-        if found:
-            return found.expand(text)
+    for kind, name in ((int, "a whole number"), (float, "a number")):
+        if kind not in kinds:
+            continue
+        try:
+            number = kind(value)
+        except ValueError:
+            return name
+        if option.min is not None and not number >= option.min:
+            return f"{option.min} or more"
+        if option.max is not None and not number <= option.max:
+            return f"at most {option.max}"
     return None

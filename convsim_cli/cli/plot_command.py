@@ -11,10 +11,9 @@ import typer
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.options import JsonOption, QuietOption
 from convsim_cli.errors import one_of
-from convsim_cli.plots import PICTURES
+from convsim_cli.plots import PICTURES, Curve, check_picture, draw_runs, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
-    from convsim_cli.plots import Curve
     from convsim_cli.training.comparison import RunResults
 
 EXAMPLES = """\b
@@ -38,7 +37,6 @@ def plot(
 
     Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
     """
-    from convsim_cli.plots import check_picture, draw_runs, require_matplotlib, save_figure
     from convsim_cli.training.comparison import read_runs
 
     console = Console(quiet, as_json)
@@ -52,7 +50,6 @@ def plot(
 
 def _curves(runs: Sequence[RunResults]) -> list[Curve]:
     """A curve per group of seeds, and one for each other run, with the name of its folder."""
-    from convsim_cli.plots import Curve
     from convsim_cli.training.comparison import group_by_seed
 
     labels = dict(zip([run.folder for run in runs], _labels([run.folder for run in runs]), strict=True))

@@ -1,7 +1,4 @@
-"""`convsim reproduce`: the paper's experiments, published and measured numbers side by side.
-
-The tables of the paper's experiments: columns and rows, from the rows of their JSON.
-"""
+"""`convsim reproduce`: the paper's experiments, published and measured numbers side by side."""
 
 from __future__ import annotations
 
@@ -9,10 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from convsim_cli.checkpoints.atomic import check_regular
 from convsim_cli.cli.console import Console, Least, duration
 from convsim_cli.cli.options import (
     DataDirOption,
@@ -27,7 +25,9 @@ from convsim_cli.cli.options import (
     start,
 )
 from convsim_cli.cli.training_screen import CampaignScreen
-from convsim_cli.reproduction.published import ALL, ARMS, SETS, arms_of, choose_arms
+from convsim_cli.errors import InputError
+from convsim_cli.plots import check_picture, draw_experiment, require_matplotlib, save_figure
+from convsim_cli.reproduction.published import ALL, ARMS, NUMERICAL_TABLES, SETS, arms_of, choose_arms
 from convsim_cli.training.config import declarations
 
 if TYPE_CHECKING:
@@ -57,7 +57,17 @@ Examples:
  convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5
  convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
 
-T = TypeVar("T")
+_OF_TRAINING = (
+    *("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test"),
+    *("precision", "compile"),
+)
+_LISTS: dict[str, tuple[Callable[[str], Any], int | None, str]] = {  # each item's type and least value, what to expect
+    "archs": (str, None, "names"),
+    "arms": (str, None, "names"),
+    "lrs": (float, None, "numbers"),
+    "batch_sizes": (int, 1, "whole numbers of 1 or above"),
+    "iterations": (int, 0, "whole numbers of 0 or above"),
+}
 
 
 def complete_experiment(begun: str) -> list[str]:
@@ -140,55 +150,39 @@ def reproduce(
     Some columns are not in the paper: in the numerical tables, mean |cos| of the two feature maps, which scaling cannot
     change, also with the norm of every kernel fixed; in Table 5, arms that say where a gain comes from.
     """
-    from convsim_cli.reproduction.published import NUMERICAL_TABLES
-
     console = Console(quiet, as_json, wide)
     given = {**context.params, "data_dir": data_dir, "run_dir": run_dir}  # paths as text in older typers
     if any(table.name == name for table in NUMERICAL_TABLES):
-        _numerical(name, given, console)
+        _run_numerical(name, given, console)
     else:
-        _trained(name, given, console)
+        _run_trained(name, given, console)
 
 
-_OF_TRAINING = (
-    *("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test"),
-    *("precision", "compile"),
-)
-
-
-def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:
-    from convsim_cli.errors import InputError
-
-    for key in useless:
-        if given[key] is not None:
-            raise InputError(f"{name} has no `{key}`")
-
-
-def _numerical(name: str, given: dict[str, Any], console: Console) -> None:
-    from convsim_cli.errors import InputError
+def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.reproduction.numerical import EPISODES, numerical_steps, reproduce_table
-    from convsim_cli.training.run import make_folder
+    from convsim_cli.training.run import make_folder, write_json
 
     _refuse(name, given, _OF_TRAINING)
     if given["device"] != "auto" and start(given["device"], console).type != "cpu":
         raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
+    document = given["run_dir"] / f"{name}.json"
     _check_output(name, given["run_dir"])
     make_folder(given["run_dir"])
     with console.progress(name, numerical_steps(name)) as advance:
         content = reproduce_table(name, given["episodes"] or EPISODES, given["seed"], advance)
-    _save(content, given["run_dir"], console)
+    write_json(document, console.document("reproduce", content))
     if not console.as_json:
         console.table(*numerical_table(content["rows"]), LEAST)
-        notes = [f"{content['title']}; {content['episodes']} episodes per row"]
-        notes += [f"published: {content['claim']}"] if content["claim"] else []
-        console.note("; ".join(notes + ([content["note"]] if content["note"] else [])))
-        console.note(f"saved {given['run_dir'] / f'{name}.json'}")
+        claim = f"; published: {content['claim']}" if content["claim"] else ""
+        note = f"; {content['note']}" if content["note"] else ""
+        console.note(f"{content['title']}; {content['episodes']} episodes per row{claim}{note}")
+        console.note(f"saved {document}")
 
 
-def _trained(name: str, given: dict[str, Any], console: Console) -> None:
+def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.device import keep_freed_memory
-    from convsim_cli.plots import draw_experiment, require_matplotlib, save_figure
     from convsim_cli.reproduction.experiments import find_experiment, run_experiment
+    from convsim_cli.training.run import write_json
 
     experiment = find_experiment(name)
     _refuse(name, given, ["episodes"])
@@ -203,7 +197,7 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
     with CampaignScreen(console, name) as screen:
         content = run_experiment(experiment, choices, given["run_dir"], screen)
-    _save(content, given["run_dir"], console)
+    write_json(given["run_dir"] / f"{name}.json", console.document("reproduce", content))
     if is_figure:
         save_figure(draw_experiment(name, content["rows"], content["title"]), given["run_dir"] / f"{name}.png")
     if not console.as_json:
@@ -215,12 +209,14 @@ def _trained(name: str, given: dict[str, Any], console: Console) -> None:
     console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if is_figure else ""))
 
 
+def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:
+    for key in useless:
+        if given[key] is not None:
+            raise InputError(f"{name} has no `{key}`")
+
+
 def _check_output(name: str, run_dir: Path) -> None:
     """Raise InputError, before any work is done, where RUN_DIR/NAME.json or .png is not one of this command's."""
-    from convsim_cli.checkpoints.atomic import check_regular
-    from convsim_cli.errors import InputError
-    from convsim_cli.plots import check_picture
-
     document = run_dir / f"{name}.json"
     check_regular(document, "a document of convsim reproduce")
     if document.exists():
@@ -233,12 +229,6 @@ def _check_output(name: str, run_dir: Path) -> None:
             raise InputError(f"{document}: exists and is no document of convsim reproduce; choose another `run_dir`")
     if name.startswith("figure") and run_dir.is_dir():
         check_picture(run_dir / f"{name}.png")
-
-
-def _save(content: dict[str, Any], run_dir: Path, console: Console) -> None:
-    from convsim_cli.training.run import write_json
-
-    write_json(run_dir / f"{content['name']}.json", console.document("reproduce", content))
 
 
 def _choices(given: dict[str, Any], device: str) -> Choices:
@@ -254,32 +244,21 @@ def _choices(given: dict[str, Any], device: str) -> Choices:
         seed=given["seed"],
         device=device,
     )
-    return Choices(
-        base,
-        given["seeds"] or 1,
-        given["epochs"],
-        _list("archs", given, str),
-        _list("arms", given, str),
-        _list("lrs", given, float),
-        _list("batch_sizes", given, int, least=1),
-        _list("iterations", given, int, least=0),
-    )
+    lists = {option: _list(option, given[option]) for option in _LISTS}
+    return Choices(base, given["seeds"] or 1, given["epochs"], **lists)
 
 
-def _list(name: str, given: dict[str, Any], kind: Callable[[str], T], least: int | None = None) -> tuple[T, ...] | None:
+def _list(option: str, text: str | None) -> tuple[Any, ...] | None:
     """The items of a comma-separated option, each once. Raises InputError."""
-    from convsim_cli.errors import InputError
-
-    text = given[name]
     if text is None:
         return None
+    kind, least, expected = _LISTS[option]
     try:
         found = tuple(dict.fromkeys(kind(item.strip()) for item in text.split(",") if item.strip()))
     except ValueError:
         found = ()
-    if not found or (least is not None and any(item < least for item in found)):  # type: ignore[operator]
-        what = {str: "names", float: "numbers", int: f"whole numbers of {least} or above"}[kind]  # type: ignore[index]
-        raise InputError(f"`{name}` {text!r}: expected {what} separated by commas")
+    if not found or (least is not None and min(found) < least):
+        raise InputError(f"`{option}` {text!r}: expected {expected} separated by commas")
     return found
 
 
@@ -303,16 +282,14 @@ def numerical_table(rows: list[dict[str, Any]]) -> Table:
     table = []
     for row in rows:
         cells: list[Any] = [row["N"], row["optimizer"]]
-        cells += [_cell(row[side], figure) for figure in figures for side in ("published", "measured")]
+        for figure in figures:
+            for found in (row["published"], row["measured"]):
+                is_frequency = figure == "reduction"  # a count has no spread
+                mean, std = (found.get(f"{figure}_{part}") for part in ("mean", "std"))
+                cells.append(found["reduction_frequency"] if is_frequency else _spread(mean, std, 3))
         cells += [row["measured"]["cos_before"], row["measured"]["cos_after"]]
         table.append([*cells, row["fixed_norms"]["cos_after"], row["fixed_norms"]["reduction_frequency"]])
     return columns, table
-
-
-def _cell(found: dict[str, float | None], figure: str) -> str | float | None:
-    if figure == "reduction":
-        return found["reduction_frequency"]
-    return _spread(found[f"{figure}_mean"], found[f"{figure}_std"], 3)
 
 
 def _spread(mean: float | None, std: float | None, digits: int) -> str | None:
@@ -340,16 +317,11 @@ def _measured(found: dict[str, Any]) -> list[Any]:
 
 def _curves_table(rows: list[dict[str, Any]]) -> Table:
     column = next(key for key in ("cs", "train_loss", "train_accuracy") if key in rows[0])
-    return ["arch", "arm", "seed", "epochs", f"first_{column}", f"last_{column}"], [
-        [
-            row["arch"],
-            row["arm"],
-            row["seed"],
-            len(row[column]),
-            *(row[column][i] if row[column] else None for i in (0, -1)),
-        ]
-        for row in rows
-    ]
+    table = []
+    for row in rows:
+        first, last = (row[column][0], row[column][-1]) if row[column] else (None, None)
+        table.append([row["arch"], row["arm"], row["seed"], len(row[column]), first, last])
+    return ["arch", "arm", "seed", "epochs", f"first_{column}", f"last_{column}"], table
 
 
 def _grid_table(rows: list[dict[str, Any]]) -> Table:

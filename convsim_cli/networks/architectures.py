@@ -1,9 +1,4 @@
-"""Networks by name.
-
-The paper's networks (Table 4) and ResNet-18 for 32×32 images.
-
-Networks of other libraries by name: torchvision's, timm's, and your own, by the callable that makes them.
-"""
+"""Networks by name: the paper's (Table 4), ResNet-18 for 32×32 images, torchvision's, timm's, and your own."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +18,11 @@ from torch import nn
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, did_you_mean
 
-ARCHS = ("cnn1", "cnn2", "cnn:WIDTH", "resnet18", "torchvision:NAME", "timm:NAME", "package.module:callable")
+Build = Callable[[int | None], nn.Module]  # builds a network with so many classes; None: its own number
+
 CLASSES = 10  # of the built-in networks, unless given
-_BUILT_IN_SIDE, _OTHER_SIDE = 32, 224  # pixels along each axis of the images that networks are usually given
+LIBRARIES = ("torchvision", "timm")
+BUILT_IN_SIDE, OTHER_SIDE = 32, 224  # pixels along each axis of the images that networks are usually given
 
 
 def build_network(name: str, classes: int | None = None, seed: int = 0, pretrained: bool = False) -> nn.Module:
@@ -36,54 +33,70 @@ def build_network(name: str, classes: int | None = None, seed: int = 0, pretrain
     (`find_network`). classes: its own number for None, 10 for the built-in ones. pretrained: see `find_network`. Raises
     InputError for another name, DownloadError.
     """
-    make = find_network(name, pretrained) or _find(name)
+    build = find_network(name, pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(classes).float()  # networks in half or double precision are measured and trained in float32
+        return build(classes).float()  # networks in half or double precision are measured and trained in float32
+
+
+def find_network(name: str, pretrained: bool = False) -> Build:
+    """Return what builds a network of that name.
+
+    name: a built-in network (`build_network`), `torchvision:NAME`, `timm:NAME` or `package.module:callable`, imported
+    from the current folder too; the number of classes goes to its `num_classes`, where it takes that. pretrained: with
+    the weights that the library publishes, which it downloads once; for another number of classes the layers that
+    depend on it are fresh. Raises InputError, with the closest known name, if there is no such network, it has no such
+    weights, or the library is missing. What builds it raises InputError if the user's own code fails, and DownloadError
+    if weights cannot be fetched.
+    """
+    library, _, rest = name.partition(":")
+    if pretrained and library not in LIBRARIES:
+        raise InputError(f"`pretrained` goes with `arch` torchvision:NAME or timm:NAME, got {name}")
+    if name in BUILT_IN:
+        return lambda classes: BUILT_IN[name](classes or CLASSES)
+    if library == "cnn" and rest.isdecimal() and int(rest) > 0:
+        return lambda classes: cnn(int(rest), classes or CLASSES)
+    if library == "torchvision" and rest:
+        return _find_in_torchvision(rest, pretrained)
+    if library == "timm" and rest:
+        return _find_in_timm(rest, pretrained)
+    if library != "cnn" and rest:
+        return _find_callable(library, rest)
+
+    if Path(name).suffix in new_suffixes() or Path(name).is_file():
+        raise InputError(f"`arch` {name}: is a file, not a network; give it as a checkpoint: convsim measure {name}")
+    from torchvision import models
+
+    in_torchvision = name in models.list_models()
+    hint = f"did you mean 'torchvision:{name}'?" if in_torchvision else did_you_mean(name, ARCHS)
+    raise InputError(f"unknown network {name!r}: {hint}")
+
+
+def names_code(name: str) -> bool:
+    """Return whether a network's name says what code to run: a callable, or a model on a hub.
+
+    Only a person may choose that. convsim's own networks, and those that torchvision and timm ship, are safe to build
+    by a name that stands in a file.
+    """
+    library, separator, rest = name.partition(":")
+    return bool(separator) and library != "cnn" and (library not in LIBRARIES or ":" in rest)
 
 
 def warn_of_random_weights(name: str) -> None:
-    """Warn where a name says which pretrained weights are meant, but they were not asked for."""
-    if names_pretrained_weights(name):
-        warnings.warn(
-            f"{name} names pretrained weights, but without `pretrained` its weights are random",
-            ConvsimWarning,
-            stacklevel=3,
-        )
-
-
-def is_built_in(name: str) -> bool:
-    """Return whether a network is one of convsim's own, for 32×32 images."""
-    return name.startswith("cnn:") or ":" not in name
+    """Warn if a name of timm's has a tag of pretrained weights (`timm:resnet18.a1_in1k`) that were not asked for."""
+    if name.startswith("timm:") and "." in name:
+        said = f"{name} names pretrained weights, but without `pretrained` its weights are random"
+        warnings.warn(said, ConvsimWarning, stacklevel=3)
 
 
 def usual_side(name: str) -> int:
     """Return how many pixels along each axis the images have that a network is usually given."""
-    return _BUILT_IN_SIDE if is_built_in(name) else _OTHER_SIDE
+    return BUILT_IN_SIDE if name.startswith("cnn:") or ":" not in name else OTHER_SIDE
 
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _find(name: str) -> Callable[[int | None], nn.Module]:
-    kind, _, width = name.partition(":")
-    if kind == "cnn" and width.isdecimal() and int(width) > 0:
-        return lambda classes: cnn(int(width), classes or CLASSES)
-    known: dict[str, Callable[[int | None], nn.Module]] = {
-        "cnn1": lambda classes: cnn(64, classes or CLASSES),
-        "cnn2": lambda classes: cnn(128, classes or CLASSES),
-        "resnet18": lambda classes: resnet18(classes or CLASSES),
-    }
-    if name in known:
-        return known[name]
-    if Path(name).suffix in new_suffixes() or Path(name).is_file():
-        raise InputError(f"`arch` {name}: is a file, not a network; give it as a checkpoint: convsim measure {name}")
-    of_library = suggest_network(name)
-    raise InputError(
-        f"unknown network {name!r}: {f'did you mean {of_library!r}?' if of_library else did_you_mean(name, ARCHS)}"
-    )
 
 
 def cnn(width: int, classes: int) -> nn.Sequential:
@@ -111,131 +124,82 @@ def resnet18(classes: int) -> nn.Module:
     return model
 
 
-LIBRARIES = ("torchvision", "timm")
-Build = Callable[[int | None], nn.Module]
+BUILT_IN: dict[str, Callable[[int], nn.Module]] = {  # by name, given the number of classes
+    "cnn1": lambda classes: cnn(64, classes),
+    "cnn2": lambda classes: cnn(128, classes),
+    "resnet18": resnet18,
+}
+ARCHS = (*BUILT_IN, "cnn:WIDTH", "torchvision:NAME", "timm:NAME", "package.module:callable")
+
 _AUXILIARY = ("googlenet", "inception_v3")  # give a tuple of logits in training, unless told not to
 
 
-def find_network(name: str, pretrained: bool = False) -> Build | None:
-    """Return what builds a network with so many classes (None: its own number), or None for a name of another kind.
-
-    name: `torchvision:NAME`, `timm:NAME` or `package.module:callable`, imported from the current folder too; the number
-    of classes goes to its `num_classes`, where it takes that. pretrained: with the weights that the library publishes,
-    which it downloads once; for another number of classes the layers that depend on it are fresh. Raises InputError,
-    with the closest known name, where there is none such, it has no such weights, or the library is missing; what
-    builds it raises InputError where the user's own code fails, and DownloadError where weights cannot be fetched.
-    """
-    library, separator, rest = name.partition(":")
-    if pretrained and library not in LIBRARIES:
-        raise InputError(f"`pretrained` goes with `arch` torchvision:NAME or timm:NAME, got {name}")
-    if not separator or not rest or library == "cnn":
-        return None
-    if library == "torchvision":
-        return _torchvision(rest, pretrained)
-    if library == "timm":
-        return _timm(rest, pretrained)
-    return _callable(library, rest)
-
-
-def suggest_network(name: str) -> str | None:
-    """Return the torchvision name of a network that was named without its library, None where there is none."""
+def _find_in_torchvision(name: str, pretrained: bool) -> Build:
     from torchvision import models
 
-    return f"torchvision:{name}" if name in models.list_models() else None
-
-
-def names_pretrained_weights(name: str) -> bool:
-    """Return whether a name is one of timm's with a tag of weights, such as `timm:resnet18.a1_in1k`."""
-    return name.startswith("timm:") and "." in name
-
-
-def names_code(name: str) -> bool:
-    """Return whether a network's name says what code to run: a callable, or a model on a hub.
-
-    Only a person may choose that. convsim's own networks, and those that torchvision and timm ship, are safe to build
-    by a name that stands in a file.
-    """
-    library, separator, rest = name.partition(":")
-    return bool(separator) and library != "cnn" and (library not in LIBRARIES or ":" in rest)
-
-
-def _torchvision(name: str, pretrained: bool) -> Build:
-    from torchvision import models
-
-    full = f"torchvision:{name}"
     try:
         builder = models.get_model_builder(name)
     except ValueError as error:
         hint = did_you_mean(name, models.list_models(), "torchvision:")
-        raise InputError(f"unknown network {full}: {hint}") from error
+        raise InputError(f"unknown network torchvision:{name}: {hint}") from error
+    weights = models.get_model_weights(builder) if pretrained else None
+    if weights is not None and not list(weights):
+        raise InputError(f"torchvision has no pretrained weights of {name}; leave out `pretrained`")
     parameters = inspect.signature(builder).parameters
     options: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in parameters}
     if name.removeprefix("quantized_") in _AUXILIARY:
         options["aux_logits"] = False
 
     def build(classes: int | None) -> nn.Module:
-        model: nn.Module = _quietly(builder, options | ({} if classes is None else {"num_classes": classes}))
-        return model
+        chosen = options if classes is None else options | {"num_classes": classes}
+        if weights is None:
+            return _build_quietly(builder, chosen)
+        kept = f"it keeps {weights['DEFAULT'].url} in {torch.hub.get_dir()}/checkpoints"
+        with _download("torchvision", name, kept):
+            trained: nn.Module = _build_quietly(builder, options | {"weights": "DEFAULT"})
+        if classes is None:
+            return trained
+        fresh: nn.Module = _build_quietly(builder, chosen)
+        shapes = {key: tensor.shape for key, tensor in fresh.state_dict().items()}  # some depend on the classes
+        fitting = {key: tensor for key, tensor in trained.state_dict().items() if shapes.get(key) == tensor.shape}
+        fresh.load_state_dict(fitting, strict=False)
+        return fresh
 
-    if not pretrained:
-        return build
-    weights = models.get_model_weights(builder)
-    if not list(weights):
-        raise InputError(f"torchvision has no pretrained weights of {name}; leave out `pretrained`")
-
-    def build_pretrained(classes: int | None) -> nn.Module:
-        where = f"{weights['DEFAULT'].url} in {torch.hub.get_dir()}/checkpoints"
-        with _download(full, f"it keeps {where}"):
-            model: nn.Module = _quietly(builder, {**options, "weights": "DEFAULT"})
-        return model if classes is None else _with_classes(model, build(classes))
-
-    return build_pretrained
-
-
-def _with_classes(trained: nn.Module, fresh: nn.Module) -> nn.Module:
-    """Return the fresh network with all trained tensors that fit it: all but those whose shape the classes decide."""
-    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
-    fitting = {name: tensor for name, tensor in trained.state_dict().items() if shapes.get(name) == tensor.shape}
-    fresh.load_state_dict(fitting, strict=False)
-    return fresh
+    return build
 
 
-def _timm(name: str, pretrained: bool) -> Build:
-    full = f"timm:{name}"
+def _find_in_timm(name: str, pretrained: bool) -> Build:
     try:
         import timm
     except ImportError as error:
-        raise InputError(f"`arch` {full} needs timm, which is not installed: pip install timm") from error
+        raise InputError(f"`arch` timm:{name} needs timm, which is not installed: pip install timm") from error
     if not timm.is_model(name):
-        raise InputError(f"unknown network {full}: {did_you_mean(name, timm.list_models(), 'timm:')}")
+        raise InputError(f"unknown network timm:{name}: {did_you_mean(name, timm.list_models(), 'timm:')}")
     if pretrained and not timm.models.is_model_pretrained(name):
         raise InputError(f"timm has no pretrained weights of {name}; leave out `pretrained`")
 
     def build(classes: int | None) -> nn.Module:
         options = {"model_name": name, "pretrained": pretrained}
-        with _download(full, "it keeps them in the Hugging Face cache (HF_HOME)") if pretrained else nullcontext():
-            model: nn.Module = _quietly(
-                timm.create_model, options | ({} if classes is None else {"num_classes": classes})
-            )
-        return model
+        options |= {} if classes is None else {"num_classes": classes}
+        kept = "it keeps them in the Hugging Face cache (HF_HOME)"
+        with _download("timm", name, kept) if pretrained else nullcontext():
+            return _build_quietly(timm.create_model, options)
 
     return build
 
 
 @contextmanager
-def _download(name: str, kept: str) -> Iterator[None]:
+def _download(library: str, name: str, kept: str) -> Iterator[None]:
     """Turn whatever a library raises when it cannot fetch its weights into one line."""
-    library = name.partition(":")[0]
     try:
         yield
     except Exception as error:
         said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DownloadError(
-            f"the pretrained weights of {name} cannot be fetched ({said}); {library} downloads them once: {kept}"
-        ) from error
+        what = f"the pretrained weights of {library}:{name} cannot be fetched ({said})"
+        raise DownloadError(f"{what}; {library} downloads them once: {kept}") from error
 
 
-def _callable(module_name: str, name: str) -> Build:
+def _find_callable(module_name: str, name: str) -> Build:
     where = f"`arch` {module_name}:{name}"
     if module_name.endswith(".py") or "/" in module_name:
         dotted = ".".join(part for part in Path(module_name).with_suffix("").parts if part.isidentifier())
@@ -244,7 +208,9 @@ def _callable(module_name: str, name: str) -> Build:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            _not_found(module_name, name, error)
+            close = get_close_matches(module_name, LIBRARIES, n=1)
+            hint = f"did you mean {close[0]}:{name}?" if close else "it is looked for here too"
+            raise InputError(f"{where}: cannot import {module_name} ({error}); {hint}") from error
     make = getattr(module, name, None)
     if not callable(make):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -253,7 +219,13 @@ def _callable(module_name: str, name: str) -> Build:
 
     def build(classes: int | None) -> nn.Module:
         with _users_code(where, f"calling {name}"):
-            model = _quietly(make, {"num_classes": classes} if classes is not None and _takes_classes(make) else {})
+            options = {}
+            if classes is not None:
+                parameters = inspect.signature(make).parameters.values()
+                takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+                if takes_any or any(parameter.name == "num_classes" for parameter in parameters):
+                    options["num_classes"] = classes
+            model = _build_quietly(make, options)
         if not isinstance(model, nn.Module):
             raise InputError(f"{where}: gives a {type(model).__name__}; expected a torch.nn.Module")
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
@@ -261,24 +233,6 @@ def _callable(module_name: str, name: str) -> Build:
         return model
 
     return build
-
-
-def _not_found(module_name: str, name: str, error: ModuleNotFoundError) -> NoReturn:
-    close = get_close_matches(module_name, LIBRARIES, n=1)
-    hint = f"did you mean {close[0]}:{name}?" if close else "it is looked for here too"
-    raise InputError(f"`arch` {module_name}:{name}: cannot import {module_name} ({error}); {hint}") from error
-
-
-def _takes_classes(make: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(make).parameters.values()
-    return any(p.name == "num_classes" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _quietly(make: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """Build without the notes that libraries give on how they initialize."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make(**options)
 
 
 @contextmanager
@@ -300,3 +254,10 @@ def _users_code(where: str, doing: str) -> Iterator[None]:
     finally:
         if here in sys.path:
             sys.path.remove(here)
+
+
+def _build_quietly(make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Build without the notes that libraries give on how they initialize."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(**options)

@@ -17,6 +17,7 @@ from convsim_cli.measurement.network import measure
 from convsim_cli.measurement.synthetic import make_inputs
 from convsim_cli.networks.accuracy import evaluation_totals
 from convsim_cli.networks.architectures import build_network
+from convsim_cli.plots import draw_heat
 
 LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_rank")
 LAYER += ("fm_rank_random", "fm_inner2", "norm", "dead", "redundant", "opposite", "removable", "clusters")
@@ -380,13 +381,10 @@ def test_csv_with_the_most_similar_pairs_is_one_table_of_them(tmp_path: Path, co
 def test_a_heat_map_of_many_filters_keeps_its_similar_pairs(
     tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convsim_cli import plots as heat_maps
-
     drawn = {}
-    draw = heat_maps.draw_heat
+    draw = draw_heat
     monkeypatch.setattr(
-        heat_maps,
-        "draw_heat",
+        "convsim_cli.cli.measure_command.draw_heat",
         lambda heat, cosines, title: drawn.update(heat, title=title) or draw(heat, cosines, title),
     )
     weight = torch.randn(512, 1, 3, 3)

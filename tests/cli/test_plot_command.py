@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Convsim
 
-from convsim_cli import plots
-from convsim_cli.plots import Curve
+from convsim_cli.plots import Curve, draw_runs
 
 SMALL = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", 60, "--limit-test", 30, "--batch-size", 20)
 
@@ -25,8 +24,8 @@ def test_seeds_are_one_curve_and_other_runs_keep_their_names(
     tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Curve] = []
-    draw = plots.draw_runs
-    monkeypatch.setattr(plots, "draw_runs", lambda curves: draw([*curves, *(drawn.extend(curves) or [])]))
+    drawing = "convsim_cli.cli.plot_command.draw_runs"
+    monkeypatch.setattr(drawing, lambda curves: draw_runs([*curves, *(drawn.extend(curves) or [])]))
     convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path / "runs", "--seeds", 3, "-q")
     convsim("train", *SMALL, "--epochs", 2, "--run-dir", tmp_path / "runs", "--lr", 0.1, "--name", "fast", "-q")
     outcome = convsim("plot", tmp_path / "runs", "-o", tmp_path / "x.png", "--json")
