@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from convsim_cli.checkpoints.atomic import check_regular
-from convsim_cli.cli.console import Console, Least, duration
+from convsim_cli.cli.console import Console, Least, Progress, duration, remaining
 from convsim_cli.cli.options import (
     DataDirOption,
     DeviceOption,
@@ -24,14 +26,17 @@ from convsim_cli.cli.options import (
     WideOption,
     start,
 )
-from convsim_cli.cli.training_screen import CampaignScreen
+from convsim_cli.cli.train_command import epoch_line
 from convsim_cli.errors import InputError
 from convsim_cli.plots import check_picture, draw_experiment, require_matplotlib, save_figure
 from convsim_cli.reproduction.published import ALL, ARMS, NUMERICAL_TABLES, SETS, arms_of, choose_arms
 from convsim_cli.training.config import declarations
 
 if TYPE_CHECKING:
+    from convsim_cli.inputs.images import Dataset
+    from convsim_cli.reproduction.campaign import Outcome
     from convsim_cli.reproduction.experiments import Choices
+    from convsim_cli.training.run import Run
 
 
 def _arms() -> str:
@@ -181,6 +186,7 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
 
 def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.device import keep_freed_memory
+    from convsim_cli.reproduction.campaign import CampaignReport
     from convsim_cli.reproduction.experiments import find_experiment, run_experiment
     from convsim_cli.training.run import write_json
 
@@ -195,8 +201,10 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
         keep_freed_memory()
     choices = _choices(given, str(place))
     console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
-    with CampaignScreen(console, name) as screen:
-        content = run_experiment(experiment, choices, given["run_dir"], screen)
+    with ExitStack() as bar:
+        screen = CampaignScreen(console, name, bar)
+        report = CampaignReport(screen.begin, screen.progress, screen.epoch, screen.plan, screen.end, screen.wait)
+        content = run_experiment(experiment, choices, given["run_dir"], report)
     write_json(given["run_dir"] / f"{name}.json", console.document("reproduce", content))
     if is_figure:
         save_figure(draw_experiment(name, content["rows"], content["title"]), given["run_dir"] / f"{name}.png")
@@ -207,6 +215,70 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
         claim = f"; published: {content['claim']}" if content["claim"] else ""
         console.note(f"{content['title']}; {seeds}{claim}")
     console.note(f"saved {given['run_dir'] / name}.json" + (" and .png" if is_figure else ""))
+
+
+class CampaignScreen:
+    """Many runs on the screen: one bar for all and a line per run on a terminal, a line per epoch elsewhere.
+
+    bar: holds the bar until the runs have ended.
+    """
+
+    def __init__(self, console: Console, name: str, bar: ExitStack) -> None:
+        self._console, self._name, self._bar, self._progress = console, name, bar, Progress()
+        self._runs = self._ended = self._of_run = self._done = self._total = 0  # runs, and epochs
+        self._start, self._epochs, self._said = time.monotonic(), 0, ""
+
+    def plan(self, runs: int, finished: int, epochs: int) -> None:
+        """Say how many runs there are, and how many of them are reused."""
+        reused = f", {finished} of them finished before" if finished else ""
+        self._console.note(f"{self._name}: {runs} run{'s' if runs > 1 else ''}{reused}")
+        if epochs and not finished:
+            self._console.note("you can stop at any moment; the same command resumes")
+        self._runs, self._ended, self._total = runs, finished, epochs
+        if self._console.live:
+            self._progress = self._bar.enter_context(self._console.progress(self._name, epochs))
+
+    def begin(self, run: Run, _: Dataset) -> None:
+        """Note the current run; all have the same images."""
+        self._said, self._epochs = f"{run.name} ({self._ended + 1} of {self._runs})", run.arguments.epochs
+
+    @contextmanager
+    def progress(self, phase: str, _: int) -> Iterator[Callable[[int], None]]:
+        """Show the phase of the current run. The bar counts epochs."""
+        self._progress.describe(f"{self._said} {phase}")
+        yield lambda steps: None
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Advance the bar, or show the figures of an epoch where there is none."""
+        self._advance(1)
+        if not self._console.live:
+            whole = remaining(self._done, self._total, time.monotonic() - self._start)
+            line = f"{epoch_line(row, self._epochs)}  {row['seconds']:.1f} s"
+            self._console.note(f"{self._said} {line}; {self._name} {whole}")
+
+    def end(self, outcome: Outcome, epochs: int) -> None:
+        """Show how a run ended. The epochs that it needed are done, also those that were not trained here."""
+        self._advance(max(0, epochs - self._of_run))
+        self._ended, self._of_run = self._ended + 1, 0
+        if outcome.diverged:
+            self._console.warn(f"{outcome.run.folder}: {outcome.diverged}")
+        elif self._console.live:
+            best = max(row["test_accuracy"] for row in outcome.rows)
+            took = duration(sum(row["seconds"] for row in outcome.rows))
+            last = outcome.rows[-1]["test_accuracy"]
+            self._console.note(f"{outcome.run.folder}: test accuracy {best:.2f} % at best, {last:.2f} % last, {took}")
+
+    def wait(self, name: str) -> None:
+        """Say that only runs of other processes are left."""
+        said = f"waiting for {name}, which another process is training"
+        if said != self._said:
+            self._said = said
+            self._console.note(said)
+            self._progress.describe(said)
+
+    def _advance(self, epochs: int) -> None:
+        self._of_run, self._done = self._of_run + epochs, self._done + epochs
+        self._progress(epochs)
 
 
 def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:

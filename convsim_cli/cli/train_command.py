@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from shlex import quote
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convsim_cli.cli.console import Console, duration
+from convsim_cli.cli.console import Console, Progress, duration
 from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, start, with_training_options
-from convsim_cli.cli.training_screen import RunScreen
 
 if TYPE_CHECKING:
+    from convsim_cli.inputs.images import Dataset
     from convsim_cli.training.config import Arguments
-    from convsim_cli.training.launch import Finished, Seeds
     from convsim_cli.training.run import Run
 
 EXAMPLES = """\b
@@ -34,6 +30,7 @@ Examples:
  # two processes share each batch
  torchrun --nproc-per-node 2 -m convsim_cli train --mode init"""
 
+CLASSES_NAMED = 10  # in the line about a run's images
 _RUN: dict[str, Any] = {"show_default": False, "rich_help_panel": "Run"}  # the heading in the help
 
 
@@ -56,7 +53,7 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take what is not given here from a run's args.json.", **_RUN)
+        Path | None, typer.Option(metavar="FILE", help="Read defaults from a run's args.json.", **_RUN)
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Run")
@@ -72,16 +69,28 @@ def train(
     moment and resume it with --resume: the result is the same.
     """
     from convsim_cli.training.distributed import is_rank_zero
-    from convsim_cli.training.launch import resume_run, start_runs
+    from convsim_cli.training.launch import open_to_resume, resume_run, start_runs
+    from convsim_cli.training.run import Report, train_command
 
     console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero(), wide)
-    watch = partial(_watch, console)
+    screen = RunScreen(console)
+    report = Report(screen.begin, screen.progress, screen.epoch)
     typed = _typed(context)
-    if resume is not None:
-        finished = resume_run(_resumed(resume, typed, console), watch)
-    else:
-        chosen = _arguments({**arguments, "device": device}, config, typed, console)
-        finished = start_runs(chosen, run_dir, name, seeds, watch)
+    try:
+        if resume is not None:
+            given = {name: value for name, value in typed.items() if name not in ("resume", "wide", "as_json", "quiet")}
+            run = open_to_resume(resume, given)
+            _start(run.arguments.device, console)
+            finished = resume_run(run, report)
+        else:
+            chosen = _arguments({**arguments, "device": device}, config, typed, console)
+            finished = start_runs(chosen, run_dir, name, seeds, report)
+    except KeyboardInterrupt:  # here the bar has ended, which would break a long line
+        if is_rank_zero() and screen.runs:
+            run = screen.runs[-1]
+            command = train_command("resume", run.folder, run.arguments.arch)
+            console.warn(f"stopped; resume with: {command}{_other_seeds(run, (seeds or 1) - len(screen.runs))}")
+        raise
     if is_rank_zero():
         _show(finished, console)
 
@@ -92,19 +101,10 @@ def _typed(context: typer.Context) -> dict[str, Any]:
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
-def _resumed(folder: Path, typed: dict[str, Any], console: Console) -> Run:
-    from convsim_cli.training.run import open_to_resume
-
-    given = {name: value for name, value in typed.items() if name not in ("resume", "wide", "as_json", "quiet")}
-    run = open_to_resume(folder, given)
-    _start(run.arguments.device, console)
-    return run
-
-
 def _arguments(given: dict[str, Any], config: Path | None, typed: dict[str, Any], console: Console) -> Arguments:
     """The arguments of a new run: those typed, then those of --config, then the defaults."""
     from convsim_cli.training.config import Arguments, declarations
-    from convsim_cli.training.run import read_config
+    from convsim_cli.training.launch import read_config
 
     if config is not None:
         given |= read_config(config, typed)
@@ -121,59 +121,93 @@ def _start(device: str, console: Console) -> str:
     return str(found)
 
 
-@contextmanager
-def _watch(console: Console, run: Run, rest: Seeds | None) -> Iterator[RunScreen]:
-    """Show a run while it trains. If it is interrupted, say how to resume it and how to start those that follow."""
-    from convsim_cli.training.distributed import is_rank_zero
-    from convsim_cli.training.run import train_command
-
-    how = run.arguments
-    what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
-    console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
-    try:
-        with RunScreen(console, how.epochs) as screen:
-            yield screen
-    except KeyboardInterrupt:  # here the bar has ended, which would break a long line
-        if is_rank_zero():
-            resume = train_command("resume", run.folder, how.arch)
-            console.warn(f"stopped; resume with: {resume}{_others(rest) if rest else ''}")
-        raise
+def _other_seeds(run: Run, left: int) -> str:
+    """How to start the seeds that were to follow an interrupted run, if any are left."""
+    seed = run.arguments.seed
+    stem = quote(run.name.removesuffix(f"-s{seed}"))
+    return f"; then the other seeds with: --name {stem} --seed {seed + 1} --seeds {left}" if left else ""
 
 
-def _others(rest: Seeds) -> str:
-    return f"; then the other seeds with: --name {quote(rest.stem)} --seed {rest.first} --seeds {rest.count}"
+class RunScreen:
+    """A training run on the screen: a bar per phase on a terminal, and a line per epoch with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seconds: list[float] = []  # of the epochs of the current run
+        self.runs: list[Run] = []  # those begun; the last one is the current one
+
+    def begin(self, run: Run, data: Dataset) -> None:
+        """Say which run begins, and what its images are of."""
+        self.runs.append(run)
+        self._seconds, how = [], run.arguments
+        what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
+        self._console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
+        names = list(data.images_of_classes())
+        more = ", … (summary.json lists all)" if len(names) > CLASSES_NAMED else ""
+        self._console.note(
+            f"{len(names)} classes ({', '.join(names[:CLASSES_NAMED])}{more}), {len(data.train)} training and "
+            f"{len(data.test)} test images"
+        )
+
+    def progress(self, phase: str, steps: int) -> AbstractContextManager[Progress]:
+        """Show a phase; without a bar, an epoch is one line at its end."""
+        return self._console.progress(phase, steps if self._console.live or phase == "init" else 0)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Show the figures of an epoch, the least important ones left out where the terminal is narrow."""
+        epochs = self.runs[-1].arguments.epochs
+        self._seconds.append(row["seconds"])
+        left = (epochs - row["epoch"]) * sum(self._seconds) / len(self._seconds)
+        # in one unit: as long in every line of a run, so that all lines take the same form
+        roughly = f"{left:.0f} s" if left < 60 else f"{left / 60:.0f} min" if left < 3600 else f"{left / 3600:.1f} h"
+        validation = f"  validation {row['validation_accuracy']:5.2f} %" if "validation_accuracy" in row else ""
+        train, test = f"{row['train_accuracy']:5.2f} %{validation}", f"{row['test_accuracy']:5.2f} %"
+        begin, end = f"{_number(row, epochs)}  train", f"  {roughly} left"
+        self._console.note_fitting(
+            f"{epoch_line(row, epochs)}  {row['seconds']:.1f} s, {duration(left)} left",
+            f"{begin} loss {row['train_loss']:.3f}, {train}  test loss {row['test_loss']:.3f}, {test}{end}",
+            f"{begin} {train}  test {test}{end}",
+        )
 
 
-def _show(finished: list[Finished], console: Console) -> None:
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """Return the figures of an epoch, a row of results.csv, as a line."""
+    validation = f"validation {row['validation_accuracy']:5.2f} %  " if "validation_accuracy" in row else ""
+    return (
+        f"{_number(row, epochs)}  "
+        f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %  "
+        f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:5.2f} %  "
+        f"{validation}L_CS {row['cs']:.4g}"
+    )
+
+
+def _number(row: dict[str, Any], epochs: int) -> str:
+    return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
+
+
+def _show(finished: list[tuple[Run, dict[str, Any]]], console: Console) -> None:
+    from convsim_cli.training.run import spread
+
     documents = [
         {
-            "run": str(done.run.folder),
-            "mode": done.run.arguments.mode,
-            "arch": done.run.arguments.arch,
-            "seed": done.run.arguments.seed,
-            "bn_statistics": done.run.arguments.bn_statistics,
-            **done.summary,
+            "run": str(run.folder),
+            "mode": run.arguments.mode,
+            "arch": run.arguments.arch,
+            "seed": run.arguments.seed,
+            "bn_statistics": run.arguments.bn_statistics,
+            **summary,
         }
-        for done in finished
+        for run, summary in finished
     ]
-    console.document("train", {"runs": documents, "mean": _spread(documents)})
+    means = {key: spread([one[key] for one in documents]) for key in ("best_test_accuracy", "last_test_accuracy")}
+    console.document("train", {"runs": documents, "mean": means})
     if console.as_json:
         return
     keys = ("best_test_accuracy", "best_epoch", "last_test_accuracy", "last_train_accuracy", "cs", "images_per_second")
-    rows = [
-        [document["run"], *(document[key] for key in keys), duration(document["seconds"])] for document in documents
-    ]
+    rows = [[one["run"], *(one[key] for key in keys), duration(one["seconds"])] for one in documents]
     least = ["images_per_second", "best_epoch", "cs", "time", "last_train_accuracy"]
     console.table(["run", *keys, "time"], rows, least)
     if len(documents) > 1:
-        for key, spread in _spread(documents).items():
-            console.note(
-                f"{key.replace('_', ' ')}: {spread['mean']:.2f} ± {spread['std']:.2f} % over {len(documents)} seeds"
-            )
-
-
-def _spread(documents: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    found = {key: [document[key] for document in documents] for key in ("best_test_accuracy", "last_test_accuracy")}
-    return {
-        key: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None} for key, values in found.items()
-    }
+        for key, found in means.items():
+            seeds = f"{found['mean']:.2f} ± {found['std']:.2f} % over {len(documents)} seeds"
+            console.note(f"{key.replace('_', ' ')}: {seeds}")

@@ -1,31 +1,30 @@
-"""What the trained experiments have in common: what can be chosen, the runs of a configuration, and their figures.
+"""The trained experiments, Table 5 and Figures 1 to 5: plan their runs, train them, put published beside measured.
 
-Table 5 and Figures 1 to 3: the same runs of the paper's small networks, in several arms.
-
-Figures 4 and 5: ResNet-18 with and without Algorithm 1.
-
-The trained experiments, Table 5 and Figures 1 to 5: plan the runs, train them, and put published beside measured.
+Table 5 and Figures 1 to 3 are about the same runs: the paper's small networks, trained in several arms. Figures 4 and 5
+are about ResNet-18 with and without Algorithm 1. An experiment is an entry in `EXPERIMENTS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import published as paper
-from convsim_cli.reproduction.campaign import Job, Outcome, Watcher, carry_out
+from convsim_cli.reproduction.campaign import CampaignReport, Job, Outcome, run_all
 from convsim_cli.reproduction.published import ARMS, arms_of, choose_arms
+from convsim_cli.training.comparison import epochs_to
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.data import load_data
-from convsim_cli.training.prepare import check_network
-from convsim_cli.training.run import LAST_EPOCHS, Row, make_folder, plain_name
+from convsim_cli.training.launch import plain_name
+from convsim_cli.training.prepare import build_with_weights, check_network
+from convsim_cli.training.run import ACCURACIES, make_folder, spread
 
 FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
+CURVES = {"figure1": "cs", "figure2": "train_loss", "figure3": "train_accuracy"}  # columns of results.csv
 
 
 @dataclass(frozen=True)
@@ -57,231 +56,32 @@ Found = Sequence[tuple[Cell, list[Outcome]]]  # each configuration with the outc
 class Experiment:
     """A trained experiment of the paper.
 
-    takes: the fields of `Choices`, besides seeds and epochs, that it has a use for. cells: its configurations. rows:
-    the rows of its JSON. reduced: how choices make it less than the paper's, a phrase each.
+    takes: the fields of `Choices`, besides seeds and epochs, that apply to it, each with what its values are called and
+    those that the paper has. cells: its configurations. rows: the rows of its JSON.
     """
 
     name: str
     title: str
     epochs: int
-    takes: frozenset[str]
+    takes: dict[str, tuple[str, Sequence[Any]]]
     cells: Callable[[Choices], Iterator[Cell]]
     rows: Callable[[Found], list[dict[str, Any]]]
-    reduced: Callable[[Choices], Iterator[str]]
 
 
-def make_cell(labels: dict[str, Any], stem: str, arguments: Arguments, choices: Choices) -> Cell:
-    """Return a configuration with a job for each seed, in folders STEM-sSEED. The choices name the epochs."""
-    assert choices.epochs is not None
-    arguments = replace(arguments, epochs=choices.epochs)
-    seeds = range(arguments.seed, arguments.seed + choices.seeds)
-    return Cell(labels, tuple(Job(plain_name(f"{stem}-s{seed}"), replace(arguments, seed=seed)) for seed in seeds))
-
-
-def left_out(what: str, chosen: Iterable[Any] | None, complete: Sequence[Any]) -> Iterator[str]:
-    """Yield a phrase for what was not chosen of the complete list. None chooses all of it."""
-    missing = [f"{value}" for value in complete if chosen is not None and value not in chosen]
-    if missing:
-        yield f"without {what}{', '.join(missing)}"
-
-
-def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the figures of one configuration over its seeds.
-
-    Accuracies are in per cent: means over seeds with standard deviations (null for one seed). `epochs_to_99` is the
-    mean number of epochs to a train accuracy of 99 %, null unless every seed reaches it; `seconds` is a run's mean. All
-    are null if a run diverged in its first epoch.
-    """
-    histories = [outcome.rows for outcome in outcomes]
-    figures: dict[str, Callable[[list[Row]], float]] = {
-        "best_test_accuracy": lambda rows: max(row["test_accuracy"] for row in rows),
-        "last_test_accuracy": lambda rows: rows[-1]["test_accuracy"],
-        "mean_last5_test_accuracy": lambda rows: mean(row["test_accuracy"] for row in rows[-LAST_EPOCHS:]),
-        "last_train_accuracy": lambda rows: rows[-1]["train_accuracy"],
-        "cs": lambda rows: rows[-1]["cs"],
-        "seconds": lambda rows: sum(row["seconds"] for row in rows),
-    }
-    found: dict[str, Any] = {}
-    for key, figure in figures.items():
-        values = [figure(rows) for rows in histories] if all(histories) else []
-        found[key] = mean(values) if values else None
-        if key.endswith("accuracy"):
-            found[f"{key}_std"] = stdev(values) if len(values) > 1 else None
-    reached = [_epochs_to(rows, FULL_TRAIN_ACCURACY) for rows in histories]
-    found["epochs_to_99"] = mean(filter(None, reached)) if all(reached) else None
-    found |= {"seeds": len(outcomes), "epochs": min(map(len, histories))}
-    return found | {"diverged": sum(outcome.diverged is not None for outcome in outcomes)}
-
-
-def _epochs_to(rows: list[Row], accuracy: float) -> int | None:
-    return next((row["epoch"] for row in rows if row["train_accuracy"] >= accuracy), None)
-
-
-CURVES = {"figure1": "cs", "figure2": "train_loss", "figure3": "train_accuracy"}  # columns of results.csv
-
-
-def _cells(choices: Choices) -> Iterator[Cell]:
-    arms = choose_arms(choices.arms)
-    for arch in choices.archs or paper.ARCHS:
-        others = choices.arms is None and arch not in paper.ARCHS  # the paper has the wider network as a baseline only
-        for arm in [ARMS["baseline"]] if others else arms:
-            arguments = replace(choices.base, arch=arch, **arm.settings)
-            yield make_cell({"arch": arch, "arm": arm.name}, f"{arch}-{arm.name}", arguments, choices)
-
-
-def _table_rows(found: Found) -> list[dict[str, Any]]:
-    return [
-        cell.labels
-        | {"published": {"test_accuracy": ARMS[cell.labels["arm"]].published.get(cell.labels["arch"])}}
-        | {"measured": summarize(outcomes), "runs": [str(outcome.run.folder) for outcome in outcomes]}
-        for cell, outcomes in found
-    ]
-
-
-def _curve_rows(column: str) -> Callable[[Found], list[dict[str, Any]]]:
-    def rows(found: Found) -> list[dict[str, Any]]:
-        return [
-            cell.labels
-            | {"seed": job.arguments.seed, "run": str(outcome.run.folder)}
-            | {"epoch": [row["epoch"] for row in outcome.rows], column: [row[column] for row in outcome.rows]}
-            for cell, outcomes in found
-            for job, outcome in zip(cell.jobs, outcomes, strict=True)
-        ]
-
-    return rows
-
-
-def _reduced(choices: Choices) -> Iterator[str]:
-    yield from left_out("", choices.archs, paper.ARCHS)
-    yield from left_out("", [arm.name for arm in choose_arms(choices.arms)], arms_of("published"))
-
-
-_TAKES = frozenset({"archs", "arms"})
-_TITLES = {
-    "figure1": "Convolutional Similarity in training",
-    "figure2": "Classification loss in training",
-    "figure3": "Train accuracy in training",
-}
-ARM_EXPERIMENTS = (
-    Experiment("table5", "Top test accuracy on CIFAR-10", paper.EPOCHS, _TAKES, _cells, _table_rows, _reduced),
-    *(
-        Experiment(name, title, paper.EPOCHS, _TAKES, _cells, _curve_rows(CURVES[name]), _reduced)
-        for name, title in _TITLES.items()
-    ),
-)
-
-
-def _deep(choices: Choices, iterations: int, lr: float, batch_size: int) -> tuple[str, Arguments]:
-    arguments = replace(choices.base, arch=paper.DEEP_ARCH, lr=lr, batch_size=batch_size)
-    stem = f"{paper.DEEP_ARCH}-lr{lr:g}-b{batch_size}-I{iterations}"
-    return stem, replace(arguments, mode="init", iterations=iterations) if iterations else arguments
-
-
-def _grid_cells(choices: Choices) -> Iterator[Cell]:
-    for lr in choices.lrs or paper.LEARNING_RATES:
-        for batch_size in choices.batch_sizes or paper.BATCH_SIZES:
-            for iterations in (0, paper.DEEP_ITERATIONS):
-                labels = {"lr": lr, "batch_size": batch_size, "iterations": iterations}
-                yield make_cell(labels, *_deep(choices, iterations, lr, batch_size), choices)
-
-
-def _grid_rows(found: Found) -> list[dict[str, Any]]:
-    """A row per learning rate and batch size, from the configuration without Algorithm 1 and the next one with it."""
-    rows = []
-    for (cell, without), (_, treated) in zip(found[::2], found[1::2], strict=True):
-        baseline, init = summarize(without), summarize(treated)
-        best = init["best_test_accuracy"], baseline["best_test_accuracy"]
-        lr, batch_size = cell.labels["lr"], cell.labels["batch_size"]
-        is_published = (lr, batch_size) == (paper.FIGURE_4.lr, paper.FIGURE_4.batch_size)
-        gain = None if None in best else best[0] - best[1]
-        rows.append(
-            {
-                "lr": lr,
-                "batch_size": batch_size,
-                "published": {"gain": paper.FIGURE_4.points if is_published else None},
-                "measured": {"gain": gain, "baseline": baseline, "init": init},
-                "runs": [str(outcome.run.folder) for outcome in (*without, *treated)],
-            }
-        )
-    return rows
-
-
-def _grid_reduced(choices: Choices) -> Iterator[str]:
-    yield from left_out("learning rate ", choices.lrs, paper.LEARNING_RATES)
-    yield from left_out("batch size ", choices.batch_sizes, paper.BATCH_SIZES)
-
-
-def _iteration_cells(choices: Choices) -> Iterator[Cell]:
-    for iterations in choices.iterations or paper.FIGURE_5:
-        stem, arguments = _deep(choices, iterations, paper.FIGURE_5_LR, paper.FIGURE_5_BATCH_SIZE)
-        yield make_cell({"iterations": iterations}, stem, arguments, choices)
-
-
-def _iteration_rows(found: Found) -> list[dict[str, Any]]:
-    return [
-        cell.labels
-        | {"published": {"test_accuracy": None}, "measured": summarize(outcomes)}
-        | {"runs": [str(outcome.run.folder) for outcome in outcomes]}
-        for cell, outcomes in found
-    ]
-
-
-def _iteration_reduced(choices: Choices) -> Iterator[str]:
-    yield from left_out("I = ", choices.iterations, paper.FIGURE_5)
-
-
-DEEP_EXPERIMENTS = (
-    Experiment(
-        "figure4",
-        "ResNet-18 with and without Algorithm 1, I = 200",
-        paper.DEEP_EPOCHS,
-        frozenset({"lrs", "batch_sizes"}),
-        _grid_cells,
-        _grid_rows,
-        _grid_reduced,
-    ),
-    Experiment(
-        "figure5",
-        "ResNet-18 by the iterations I of Algorithm 1",
-        paper.DEEP_EPOCHS,
-        frozenset({"iterations"}),
-        _iteration_cells,
-        _iteration_rows,
-        _iteration_reduced,
-    ),
-)
-
-
-EXPERIMENTS = (*ARM_EXPERIMENTS, *DEEP_EXPERIMENTS)
-
-
-def find_experiment(name: str) -> Experiment:
-    """Return a trained experiment by its name. Raises InputError for an unknown one."""
-    for experiment in EXPERIMENTS:
-        if experiment.name == name:
-            return experiment
-    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, known_experiments())}")
-
-
-def known_experiments() -> list[str]:
-    """Return the names of all experiments, the numerical ones included."""
-    return [table.name for table in paper.NUMERICAL_TABLES] + [experiment.name for experiment in EXPERIMENTS]
-
-
-def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, watcher: Watcher) -> dict[str, Any]:
+def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, report: CampaignReport) -> dict[str, Any]:
     """Train what an experiment needs, reuse what is there, and return the content of its JSON.
 
-    Raises InputError, before any folder is created, for choices that it has no use for, and for data or a network that
+    Raises InputError, before any folder is created, for choices that do not apply to it, and for data or a network that
     cannot be used.
     """
-    cells = plan(experiment, choices)
+    cells = plan_cells(experiment, choices)
     dataset = load_data(choices.base)
     reduced = reductions(experiment, choices, dataset)
     jobs = [job for cell in cells for job in cell.jobs]
     for arguments in {job.arguments.arch: job.arguments for job in jobs}.values():
-        check_network(arguments, dataset)
+        check_network(build_with_weights(arguments, dataset.classes), arguments, dataset)
     make_folder(run_dir)
-    outcomes = carry_out(jobs, run_dir, dataset, watcher)
+    outcomes = run_all(jobs, run_dir, dataset, report)
     return {
         "name": experiment.name,
         "title": experiment.title + (f" (reduced: {'; '.join(reduced)})" if reduced else ""),
@@ -291,12 +91,12 @@ def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, watc
         "precision": choices.base.precision,
         "compile": choices.base.compile,
         "bn_statistics": choices.base.bn_statistics,
-        "rows": experiment.rows(group(cells, outcomes)),
+        "rows": experiment.rows(group_outcomes(cells, outcomes)),
     }
 
 
-def plan(experiment: Experiment, choices: Choices) -> list[Cell]:
-    """Return the configurations of an experiment. Raises InputError for choices that it has no use for."""
+def plan_cells(experiment: Experiment, choices: Choices) -> list[Cell]:
+    """Return the configurations of an experiment. Raises InputError for choices that do not apply to it."""
     for field in ("archs", "arms", "lrs", "batch_sizes", "iterations"):
         if getattr(choices, field) is not None and field not in experiment.takes:
             raise InputError(f"{experiment.name} has no `{field}`")
@@ -315,10 +115,172 @@ def reductions(experiment: Experiment, choices: Choices, dataset: Dataset) -> li
         count = len(getattr(dataset, split))
         if limit is not None and limit < count:
             phrases.append(f"{limit:,} of {count:,} {split} images")
-    return phrases + list(experiment.reduced(choices))
+    for field, (what, complete) in experiment.takes.items():
+        chosen = getattr(choices, field)
+        if field == "arms":
+            chosen = [arm.name for arm in choose_arms(chosen)]
+        missing = [f"{value}" for value in complete if chosen is not None and value not in chosen]
+        if missing:
+            phrases.append(f"without {what}{', '.join(missing)}")
+    return phrases
 
 
-def group(cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> list[tuple[Cell, list[Outcome]]]:
+def group_outcomes(cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> list[tuple[Cell, list[Outcome]]]:
     """Return the configurations, each with the outcomes of its jobs, which are in the order of the configurations."""
     rest = iter(outcomes)
     return [(cell, [next(rest) for _ in cell.jobs]) for cell in cells]
+
+
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the figures of one configuration over its seeds.
+
+    Accuracies are in per cent: means over seeds with standard deviations (null for one seed). `epochs_to_99` is the
+    mean number of epochs to a train accuracy of 99 %, null unless every seed reaches it; `seconds` is a run's mean. All
+    are null if a run diverged in its first epoch.
+    """
+    histories = [outcome.rows for outcome in outcomes]
+    whole = histories if all(histories) else []
+    found: dict[str, Any] = {}
+    for key, figure in ACCURACIES.items():
+        over_seeds = spread([figure(rows) for rows in whole])
+        found |= {key: over_seeds["mean"], f"{key}_std": over_seeds["std"]}
+    return {
+        **found,
+        "cs": spread([rows[-1]["cs"] for rows in whole])["mean"],
+        "seconds": spread([sum(row["seconds"] for row in rows) for rows in whole])["mean"],
+        "epochs_to_99": epochs_to(FULL_TRAIN_ACCURACY, histories, "train_accuracy")["mean"],
+        "seeds": len(outcomes),
+        "epochs": min(map(len, histories)),
+        "diverged": sum(outcome.diverged is not None for outcome in outcomes),
+    }
+
+
+def find_experiment(name: str) -> Experiment:
+    """Return a trained experiment by its name. Raises InputError for an unknown one."""
+    for experiment in EXPERIMENTS:
+        if experiment.name == name:
+            return experiment
+    raise InputError(f"unknown experiment {name!r}: {did_you_mean(name, known_experiments())}")
+
+
+def known_experiments() -> list[str]:
+    """Return the names of all experiments, the numerical ones included."""
+    return [table.name for table in paper.NUMERICAL_TABLES] + [experiment.name for experiment in EXPERIMENTS]
+
+
+def _arm_cells(choices: Choices) -> Iterator[Cell]:
+    arms = choose_arms(choices.arms)
+    for arch in choices.archs or paper.ARCHS:
+        others = choices.arms is None and arch not in paper.ARCHS  # the paper has the wider network as a baseline only
+        for arm in [ARMS["baseline"]] if others else arms:
+            arguments = replace(choices.base, arch=arch, **arm.settings)
+            yield _make_cell({"arch": arch, "arm": arm.name}, f"{arch}-{arm.name}", arguments, choices)
+
+
+def _table_rows(found: Found) -> list[dict[str, Any]]:
+    rows = []
+    for cell, outcomes in found:
+        arm = ARMS.get(cell.labels.get("arm", ""))  # Figure 5 has none, and no number is published
+        row = {"published": {"test_accuracy": arm.published.get(cell.labels["arch"]) if arm else None}}
+        rows.append({**cell.labels, **row, "measured": summarize(outcomes), "runs": _folders(outcomes)})
+    return rows
+
+
+def _curve_rows(column: str) -> Callable[[Found], list[dict[str, Any]]]:
+    def rows(found: Found) -> list[dict[str, Any]]:
+        return [
+            cell.labels
+            | {"seed": job.arguments.seed, "run": str(outcome.run.folder)}
+            | {"epoch": [row["epoch"] for row in outcome.rows], column: [row[column] for row in outcome.rows]}
+            for cell, outcomes in found
+            for job, outcome in zip(cell.jobs, outcomes, strict=True)
+        ]
+
+    return rows
+
+
+def _grid_cells(choices: Choices) -> Iterator[Cell]:
+    for lr in choices.lrs or paper.LEARNING_RATES:
+        for batch_size in choices.batch_sizes or paper.BATCH_SIZES:
+            for iterations in (0, paper.DEEP_ITERATIONS):
+                labels = {"lr": lr, "batch_size": batch_size, "iterations": iterations}
+                yield _deep_cell(labels, iterations, lr, batch_size, choices)
+
+
+def _grid_rows(found: Found) -> list[dict[str, Any]]:
+    """A row per learning rate and batch size, from the configuration without Algorithm 1 and the next one with it."""
+    rows = []
+    for (cell, without), (_, treated) in zip(found[::2], found[1::2], strict=True):
+        baseline, init = summarize(without), summarize(treated)
+        best = init["best_test_accuracy"], baseline["best_test_accuracy"]
+        lr, batch_size = cell.labels["lr"], cell.labels["batch_size"]
+        is_published = (lr, batch_size) == (paper.FIGURE_4.lr, paper.FIGURE_4.batch_size)
+        gain = None if None in best else best[0] - best[1]
+        rows.append(
+            {
+                "lr": lr,
+                "batch_size": batch_size,
+                "published": {"gain": paper.FIGURE_4.points if is_published else None},
+                "measured": {"gain": gain, "baseline": baseline, "init": init},
+                "runs": _folders([*without, *treated]),
+            }
+        )
+    return rows
+
+
+def _iteration_cells(choices: Choices) -> Iterator[Cell]:
+    for iterations in choices.iterations or paper.FIGURE_5:
+        yield _deep_cell({"iterations": iterations}, iterations, paper.FIGURE_5_LR, paper.FIGURE_5_BATCH_SIZE, choices)
+
+
+def _deep_cell(labels: dict[str, Any], iterations: int, lr: float, batch_size: int, choices: Choices) -> Cell:
+    arguments = replace(choices.base, arch=paper.DEEP_ARCH, lr=lr, batch_size=batch_size)
+    if iterations:
+        arguments = replace(arguments, mode="init", iterations=iterations)
+    return _make_cell(labels, f"{paper.DEEP_ARCH}-lr{lr:g}-b{batch_size}-I{iterations}", arguments, choices)
+
+
+def _folders(outcomes: Sequence[Outcome]) -> list[str]:
+    return [str(outcome.run.folder) for outcome in outcomes]
+
+
+def _make_cell(labels: dict[str, Any], stem: str, arguments: Arguments, choices: Choices) -> Cell:
+    """Return a configuration with a job for each seed, in folders STEM-sSEED. The choices name the epochs."""
+    assert choices.epochs is not None
+    arguments = replace(arguments, epochs=choices.epochs)
+    seeds = range(arguments.seed, arguments.seed + choices.seeds)
+    return Cell(labels, tuple(Job(plain_name(f"{stem}-s{seed}"), replace(arguments, seed=seed)) for seed in seeds))
+
+
+_ARMS: dict[str, tuple[str, Sequence[Any]]] = {"archs": ("", paper.ARCHS), "arms": ("", arms_of("published"))}
+_GRID: dict[str, tuple[str, Sequence[Any]]] = {
+    "lrs": ("learning rate ", paper.LEARNING_RATES),
+    "batch_sizes": ("batch size ", paper.BATCH_SIZES),
+}
+EXPERIMENTS = (
+    Experiment("table5", "Top test accuracy on CIFAR-10", paper.EPOCHS, _ARMS, _arm_cells, _table_rows),
+    *(
+        Experiment(name, title, paper.EPOCHS, _ARMS, _arm_cells, _curve_rows(CURVES[name]))
+        for name, title in (
+            ("figure1", "Convolutional Similarity in training"),
+            ("figure2", "Classification loss in training"),
+            ("figure3", "Train accuracy in training"),
+        )
+    ),
+    Experiment(
+        "figure4",
+        "ResNet-18 with and without Algorithm 1, I = 200",
+        paper.DEEP_EPOCHS,
+        _GRID,
+        _grid_cells,
+        _grid_rows,
+    ),
+    Experiment(
+        "figure5",
+        "ResNet-18 by the iterations I of Algorithm 1",
+        paper.DEEP_EPOCHS,
+        {"iterations": ("I = ", paper.FIGURE_5)},
+        _iteration_cells,
+        _table_rows,
+    ),
+)

@@ -1,15 +1,15 @@
-"""Runs side by side: each group of seeds with its accuracies, and how far it is from a baseline, paired by seed.
+"""Compare runs: groups of runs that differ only by seed, each with its accuracies and its distance from a baseline.
 
-Runs with their results, in groups that differ only by seed, named by the arguments in which the groups differ.
-
-The 95 % interval of a mean over few values, by Student's t.
+Groups are named by the arguments in which they differ. Distances are paired by seed; the 95 % interval of their mean is
+that of Student's t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from math import cos, pi, sin, sqrt, tan
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,14 +17,38 @@ from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.training.config import Arguments, declarations
-from convsim_cli.training.run import LAST_EPOCHS, Row, best_row, open_run, read_results
+from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, open_run, read_results, spread
 
-ACCURACIES: dict[str, Callable[[Sequence[Row]], float]] = {  # of a run, in per cent
-    "best_test_accuracy": lambda rows: best_row(rows)["test_accuracy"],
-    "last_test_accuracy": lambda rows: rows[-1]["test_accuracy"],
-    "mean_last5_test_accuracy": lambda rows: mean(row["test_accuracy"] for row in rows[-LAST_EPOCHS:]),
-    "last_train_accuracy": lambda rows: rows[-1]["train_accuracy"],
-}
+CONFIDENCE = 0.95  # of the interval of a mean
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """A run's folder, its arguments and its rows of `results.csv`."""
+
+    folder: Path
+    arguments: Arguments
+    rows: list[Row]
+
+    @property
+    def seed(self) -> int:
+        return self.arguments.seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only by seed, in the order of their seeds.
+
+    name: for instance `mode=init` or `lr=0.1`. arguments: those in which the groups differ, with this group's values.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    runs: tuple[RunResults, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
 
 
 def compare_runs(
@@ -42,25 +66,26 @@ def compare_runs(
         raise InputError(f"`accuracy` {accuracy}: expected a number from 0 to 100, in per cent")
     if epochs is not None and epochs < 1:
         raise InputError(f"`epochs` {epochs}: expected a number of 1 or above")
-    runs = [_first_epochs(run, epochs) for run in read_runs(paths)]
+    runs = read_runs(paths)
+    for run in runs:
+        if epochs is not None and len(run.rows) < epochs:
+            raise InputError(f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}")
+    runs = [replace(run, rows=run.rows[:epochs]) for run in runs]
     _check_comparable(runs)
     groups = group_by_seed(runs, by_length=True)
     for group in groups:
-        _check_seeds(group)
+        for one, other in pairwise(group.runs):
+            if one.seed == other.seed:
+                raise InputError(
+                    f"{one.folder} and {other.folder} have the same arguments and the same seed {one.seed}: they would "
+                    "count as two; leave one out"
+                )
     reference = _find_baseline(groups, baseline)
     return {
         "baseline": reference.name if reference else None,
         "accuracy": accuracy,
         "groups": [_figures(group, reference, accuracy) for group in groups],
     }
-
-
-def _first_epochs(run: RunResults, epochs: int | None) -> RunResults:
-    if epochs is None:
-        return run
-    if len(run.rows) < epochs:
-        raise InputError(f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}")
-    return replace(run, rows=run.rows[:epochs])
 
 
 def _check_comparable(runs: Sequence[RunResults]) -> None:
@@ -93,15 +118,6 @@ def _data(run: RunResults, name: str) -> Any:
     return getattr(run.arguments, name)
 
 
-def _check_seeds(group: Group) -> None:
-    for one, other in zip(group.runs, group.runs[1:], strict=False):
-        if one.seed == other.seed:
-            raise InputError(
-                f"{one.folder} and {other.folder} have the same arguments and the same seed {one.seed}: they would "
-                "count as two; leave one out"
-            )
-
-
 def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     if name is None:
         return _usual_baseline(groups)
@@ -132,29 +148,30 @@ def _usual_baseline(groups: Sequence[Group]) -> Group | None:
 
 
 def _figures(group: Group, reference: Group | None, accuracy: float | None) -> dict[str, Any]:
+    histories = [run.rows for run in group.runs]
     return {
         "group": group.name,
         "arguments": group.arguments,
         "runs": [str(run.folder) for run in group.runs],
         "seeds": group.seeds,
         "n": len(group.runs),
-        "epochs": len(group.runs[0].rows),
-        **{key: _spread([figure(run.rows) for run in group.runs]) for key, figure in ACCURACIES.items()},
-        "epochs_to_accuracy": None if accuracy is None else _epochs_to(group, accuracy),
+        "epochs": len(histories[0]),
+        **{key: spread([figure(rows) for rows in histories]) for key, figure in ACCURACIES.items()},
+        "epochs_to_accuracy": None if accuracy is None else epochs_to(accuracy, histories),
         "difference": None if reference in (None, group) else _difference(group, reference),
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+def epochs_to(
+    accuracy: float, histories: Sequence[Sequence[Row]], column: str = "test_accuracy"
+) -> dict[str, float | None]:
+    """Return how many runs reach an accuracy (per cent), and mean and deviation of the epochs that they take to it.
 
-
-def _epochs_to(group: Group, accuracy: float) -> dict[str, float | None]:
-    """Epochs to a test accuracy: mean and deviation are null unless every seed reaches it."""
-    first = [next((row["epoch"] for row in run.rows if row["test_accuracy"] >= accuracy), None) for run in group.runs]
+    These two are null unless every run reaches it.
+    """
+    first = [next((row["epoch"] for row in rows if row[column] >= accuracy), None) for rows in histories]
     reached = [epoch for epoch in first if epoch is not None]
-    spread = _spread(reached) if len(reached) == len(first) else {"mean": None, "std": None}
-    return {"reached": len(reached), **spread}
+    return {"reached": len(reached), **spread(reached if len(reached) == len(first) else [])}
 
 
 def _difference(group: Group, reference: Group) -> dict[str, Any]:
@@ -166,35 +183,6 @@ def _difference(group: Group, reference: Group) -> dict[str, Any]:
         low, high = mean_interval(values) or (None, None)
         found[key] = {"mean": mean(values) if values else None, "low": low, "high": high}
     return found
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """A run's folder, its arguments and its rows of `results.csv`."""
-
-    folder: Path
-    arguments: Arguments
-    rows: list[Row]
-
-    @property
-    def seed(self) -> int:
-        return self.arguments.seed
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ only by seed, in the order of their seeds.
-
-    name: for instance `mode=init` or `lr=0.1`. arguments: those in which the groups differ, with this group's values.
-    """
-
-    name: str
-    arguments: dict[str, Any]
-    runs: tuple[RunResults, ...]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunResults]:
@@ -230,10 +218,10 @@ def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[G
 
 
 def _run_folders(path: Path) -> Iterator[Path]:
-    if (path / "args.json").exists():
+    if (path / ARGUMENTS_FILE).exists():
         yield path
         return
-    found = sorted(file.parent for file in path.glob("*/args.json"))
+    found = sorted(file.parent for file in path.glob(f"*/{ARGUMENTS_FILE}"))
     if not found:
         raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
     yield from found
@@ -252,14 +240,8 @@ def _name(configuration: dict[str, Any], differing: Sequence[str]) -> str:
     differing = [name for name in differing if name in configuration]
     named = [name for name in differing if name == "mode" or configuration[name] != known[name].default]
     named = named or differing[:1] or ["mode"]
-    return ", ".join(f"{name}={_shown(configuration[name])}" for name in named)
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-CONFIDENCE = 0.95
+    values = [(name, configuration[name]) for name in named]
+    return ", ".join(f"{n}={str(v).lower() if v is None or isinstance(v, bool) else v}" for n, v in values)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

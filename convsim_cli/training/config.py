@@ -1,11 +1,8 @@
-"""The training modes. One entry in `MODES` is all that a mode takes: command line, checks and training read this table.
+"""What a training run can be told: its mode, and its arguments.
 
-Nothing here imports torch, so that `convsim train --help` is quick.
-
-The arguments of a training run. Each is declared once: type, default, range, help text with its unit, and group.
-
-`convsim train` makes its options from these declarations; the checks and `args.json` follow them too. Nothing here
-imports torch, so that `convsim train --help` is quick.
+A mode is one entry in `MODES`. An argument is one field of `Arguments`, with its type, default, range, help text and
+unit. The options of `convsim train`, the checks and `args.json` all follow from these two tables. Nothing here imports
+torch, so that `convsim train --help` is quick.
 """
 
 from __future__ import annotations
@@ -18,7 +15,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.errors import InputError, did_you_mean, one_of
+
+GROUPS = ("Method", "Recipe", "Data", "Run")  # the headings of the options in `--help`
+FOLDER = "folder:"  # what the `dataset` of a folder of images begins with
 
 Directions = Literal["own", "init", "orthogonal", "decorrelate"]
 
@@ -27,10 +27,10 @@ Directions = Literal["own", "init", "orthogonal", "decorrelate"]
 class Mode:
     """A way to train.
 
-    help: a phrase for `--help`. takes: the arguments that belong to this mode, out of those that belong to some modes
-    only. regularizes: whether training adds the gradient of the objective to that of the task (Algorithm 2). lowers:
-    whether it lowers similarity; the others do so only with `preserve_norm`, or not at all. directions: where the
-    filters take their directions from before training (`preparation.prepare_`), None to leave the kernels alone.
+    help: a phrase for `--help`. takes: its arguments, out of those that not all modes have. regularizes: whether
+    training adds the gradient of the objective to that of the task (Algorithm 2). lowers: whether it always lowers
+    similarity; the other modes need `preserve_norm` for that, or do not lower it. directions: where the filters get
+    their directions before training (`prepare.prepare_`), None to leave the kernels alone.
     """
 
     name: str
@@ -80,18 +80,13 @@ def modes_that_take(argument: str) -> list[str]:
     return [mode.name for mode in MODES.values() if argument in mode.takes]
 
 
-GROUPS = ("Method", "Recipe", "Data", "Run")  # the headings of the options in `--help`
-FOLDER = "folder:"  # what the `dataset` of a folder of images begins with
-
-
 @dataclass(frozen=True)
 class Declaration:
     """What is declared of an argument.
 
     types: the types that a value may have; a number or a word for (float, str). help: what it means, with its unit.
     group: the heading of its option, one of `GROUPS`, or None for an argument that is no option. choices: the values
-    that a string may have, any if empty.
-    above: exclusive lower bound of a number; least, most: inclusive bounds.
+    that a string may have, any if empty. above: exclusive lower bound of a number; least, most: inclusive bounds.
     """
 
     name: str
@@ -114,21 +109,12 @@ class Declaration:
         else:
             fits = (value >= self.least if self.above is None else value > self.above) and value <= self.most
             fits = fits and value < math.inf
-        if not fits:
-            raise InputError(f"`{self.name}` {value}: expected {self._expected()}")
-
-    def _expected(self) -> str:
-        if self.choices:
-            *others, last = (*self.choices, *([self._range()] if float in self.types else []))
-            return f"{', '.join(others)} or {last}"
-        return self._range()
-
-    def _range(self) -> str:
-        if self.above is not None:
-            return f"a number above {self.above}"
-        if self.most < math.inf:
-            return f"a number from {self.least} to {self.most}"
-        return f"a number of {self.least} or above"
+        if fits:
+            return
+        limits = f"of {self.least} or above" if self.most == math.inf else f"from {self.least} to {self.most}"
+        number = "a number " + (limits if self.above is None else f"above {self.above}")
+        numbers = [number] if float in self.types or not self.choices else []
+        raise InputError(f"`{self.name}` {value}: expected {one_of([*self.choices, *numbers])}")
 
 
 def setting(default: Any, help: str, group: str | None = None, **more: Any) -> Any:
@@ -217,7 +203,7 @@ class Arguments:
     )
     hold_similarity: bool = setting(
         False,
-        "Remove from each optimizer step what raises a layer's normalized similarity (ncs) to first order.",
+        "Project optimizer steps so that no layer's normalized similarity (ncs) rises, to first order.",
         "Method",
     )
     bn_statistics: Literal["precise", "running", "batch"] = setting(
@@ -242,7 +228,7 @@ class Arguments:
     folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, independent of its path.")
     deterministic: bool = setting(False, "Bit-exact on CUDA too; the CPU always is.", "Run")
     tensorboard: bool = setting(False, "Write each epoch's results for TensorBoard too (extra: tensorboard).", "Run")
-    seed: int = setting(0, "Seed of everything that is random.", "Run", least=0, most=(1 << 32) - 1)
+    seed: int = setting(0, "Random seed.", "Run", least=0, most=(1 << 32) - 1)
     device: str = setting("cpu", "Where the run computes.")
     processes: int = setting(1, "Data-parallel processes, as torchrun started them.", above=0)
 
@@ -253,7 +239,15 @@ class Arguments:
         for name, declaration in declarations().items():
             declaration.check(getattr(self, name))
         find_objective(self.objective)
-        self._check_recipe()
+        if self.pretrained and self.weights:
+            raise InputError("`pretrained` and `weights` both say what to start from; choose one")
+        for name in ("momentum", "nesterov"):
+            if self.optimizer != "sgd" and getattr(self, name):
+                raise InputError(f"`{name}` goes with `optimizer` sgd, got `optimizer` {self.optimizer}")
+        if self.nesterov and not self.momentum:
+            raise InputError("`nesterov` requires a `momentum` above 0, for instance 0.9")
+        if self.warmup > self.epochs:
+            raise InputError(f"`warmup` {self.warmup}: expected no more than the run's `epochs` {self.epochs}")
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
             raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
         for name, declaration in declarations().items():
@@ -266,20 +260,7 @@ class Arguments:
             modes = ", ".join(mode.name for mode in MODES.values() if mode.regularizes)
             raise InputError(f"`beta` auto goes with `mode` {modes}, got `mode` {self.mode}")
         if self.factor is not None and self.objective != "cs":
-            raise InputError(
-                f"`factor` {self.factor} minimizes nothing: `objective` {self.objective} has no use with it"
-            )
-
-    def _check_recipe(self) -> None:
-        if self.pretrained and self.weights:
-            raise InputError("`pretrained` and `weights` both say what to start from; choose one")
-        for name in ("momentum", "nesterov"):
-            if self.optimizer != "sgd" and getattr(self, name):
-                raise InputError(f"`{name}` goes with `optimizer` sgd, got `optimizer` {self.optimizer}")
-        if self.nesterov and not self.momentum:
-            raise InputError("`nesterov` requires a `momentum` above 0, for instance 0.9")
-        if self.warmup > self.epochs:
-            raise InputError(f"`warmup` {self.warmup}: expected no more than the run's `epochs` {self.epochs}")
+            raise InputError(f"`factor` {self.factor} cannot be combined with `objective` {self.objective}")
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run the one it is: all that its results depend on.

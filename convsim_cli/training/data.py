@@ -1,8 +1,7 @@
-"""A run's data set. Where it lies is no part of a run's identity: a folder of images is identified by a digest.
+"""The images of a run: its data set, their order in an epoch, and the flips and crops of `augment` flip-crop.
 
-Which training images are taken together: in the steps of an epoch, and to re-estimate batch-norm statistics.
-
-Random flips and crops of training images, made on the device. Seed, epoch and image alone decide them.
+Where a data set lies does not belong to a run's identity: a folder of images is identified by a digest. The order, the
+flips and the crops depend on the seed and the epoch alone, so that a resumed run draws the same batches.
 """
 
 from __future__ import annotations
@@ -21,17 +20,9 @@ from convsim_cli.inputs.images import Dataset, Split, parse_channels
 from convsim_cli.networks.architectures import usual_side
 from convsim_cli.training.config import FOLDER, Arguments
 
-
-def identified(arguments: Arguments) -> Arguments:
-    """Return the arguments with the digest of their image folder, if they name one. Raises InputError."""
-    if arguments.folder_digest or not arguments.dataset.startswith(FOLDER):
-        return arguments
-    return replace(arguments, folder_digest=folder_digest(Path(arguments.dataset.removeprefix(FOLDER))))
-
-
-def used_images(arguments: Arguments, dataset: Dataset) -> Dataset:
-    """Return the part of a data set that a run uses, its validation images set apart. Raises InputError if too few."""
-    return dataset.limited(arguments.limit_train, arguments.limit_test).hold_out(arguments.validation)
+STATISTICS_IMAGES = 4096  # training images that batch-norm statistics are re-estimated on
+_MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
+PADDING = 4  # black pixels on each side, before the crop
 
 
 def load_data(arguments: Arguments) -> Dataset:
@@ -50,6 +41,18 @@ def load_data(arguments: Arguments) -> Dataset:
     return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
 
 
+def identified(arguments: Arguments) -> Arguments:
+    """Return the arguments with the digest of their image folder, if they name one. Raises InputError."""
+    if arguments.folder_digest or not arguments.dataset.startswith(FOLDER):
+        return arguments
+    return replace(arguments, folder_digest=folder_digest(Path(arguments.dataset.removeprefix(FOLDER))))
+
+
+def used_images(arguments: Arguments, dataset: Dataset) -> Dataset:
+    """Return the images that a run uses, its validation images set apart. Raises InputError if there are too few."""
+    return dataset.limited(arguments.limit_train, arguments.limit_test).hold_out(arguments.validation)
+
+
 def resident(dataset: Dataset, device: torch.device) -> Dataset:
     """Return the data set with all of its images on a device. Raises ConvsimError where they do not fit."""
     try:
@@ -65,19 +68,9 @@ def resident(dataset: Dataset, device: torch.device) -> Dataset:
         ) from error
 
 
-STATISTICS_IMAGES = 4096  # training images that batch-norm statistics are re-estimated on
-_MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
-
-
 def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """Return an order that only seed and epoch decide, so that a resumed run draws the same batches."""
-    return torch.randperm(count, generator=generator(seed, epoch, "order"))
-
-
-def generator(seed: int, epoch: int, purpose: Literal["order", "augmentation"]) -> torch.Generator:
-    """Return a source of random numbers that depends on nothing else."""
-    offset = {"order": 0, "augmentation": 500_000}[purpose]  # beyond the epochs of a run, within those of its seed
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch + offset)
+    """Return the order of the training images in an epoch, `[count]`."""
+    return torch.randperm(count, generator=_generator(seed, epoch, "order"))
 
 
 def statistics_batches(split: Split, seed: int, processes: int = 1) -> tuple[Tensor, ...]:
@@ -99,9 +92,6 @@ def statistics_batches(split: Split, seed: int, processes: int = 1) -> tuple[Ten
     return indices[: count * size].split(size)
 
 
-PADDING = 4  # black pixels on each side, before the crop
-
-
 @dataclass(frozen=True)
 class FlipCrop:
     """What happens to each training image in one epoch: a crop of the padded image, mirrored or not.
@@ -115,7 +105,7 @@ class FlipCrop:
     @staticmethod
     def draw(count: int, seed: int, epoch: int, device: torch.device) -> FlipCrop:
         """Draw the crops and flips of an epoch, independently for each of `count` images."""
-        source = generator(seed, epoch, "augmentation")
+        source = _generator(seed, epoch, "augmentation")
         mirrored = torch.rand(count, generator=source) < 0.5
         corners = torch.randint(2 * PADDING + 1, (count, 2), generator=source)
         return FlipCrop(mirrored.to(device), corners.to(device))
@@ -128,7 +118,10 @@ class FlipCrop:
         columns = torch.where(self.mirrored[indices, None], columns.flip(0), columns) + corners[:, 1:]
         rows = corners[:, :1] + torch.arange(height, device=images.device)
         rows += torch.arange(count, device=images.device)[:, None] * padded.shape[1]
-        pixels = (
-            rows[:, :, None] * padded.shape[2] + columns[:, None, :]
-        )  # one gather: three times as fast as a[i, y, x]
+        pixels = rows[:, :, None] * padded.shape[2] + columns[:, None, :]  # one gather is 3 times as fast as a[i, y, x]
         return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
+
+
+def _generator(seed: int, epoch: int, purpose: Literal["order", "augmentation"]) -> torch.Generator:
+    offset = {"order": 0, "augmentation": 500_000}[purpose]  # beyond the epochs of a run, within those of its seed
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch + offset)

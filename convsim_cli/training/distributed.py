@@ -24,6 +24,36 @@ T = TypeVar("T")
 LONGEST_PREPARATION = timedelta(days=1)  # of rank 0, which downloads data and runs Algorithm 1 while the others wait
 
 
+def is_rank_zero() -> bool:
+    """Return whether this process is rank 0 of its launch, before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def join_processes(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that `torchrun` started together, if any. On CUDA each one gets its GPU as current device.
+
+    Raises InputError for a device that all of them would share, and for fewer GPUs than processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        if device.index is not None:
+            raise InputError(f"`device` {device}: torchrun gives each process its own GPU; use `device` cuda")
+        local = int(os.environ["LOCAL_RANK"])
+        if (count := torch.cuda.device_count()) <= local:
+            raise InputError(f"process {local} of this machine has no GPU: the machine has {count}")
+        torch.cuda.set_device(local)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_PREPARATION)
+    try:
+        yield Processes(distributed.get_rank(), size)
+    finally:
+        gc.collect()  # a DistributedDataParallel still alive would end its threads at interpreter exit, by an abort
+        distributed.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of a run, 0 ≤ rank < size. All processes must call the methods that communicate."""
@@ -97,33 +127,3 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def is_rank_zero() -> bool:
-    """Return whether this process is rank 0 of its launch, before it has joined the others."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that `torchrun` started together, if any; yield them and this process's device.
-
-    Raises InputError for a device that all of them would share, and for fewer GPUs than processes.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield ALONE, device
-        return
-    if device.type == "cuda":
-        if device.index is not None:
-            raise InputError(f"`device` {device}: torchrun gives each process its own GPU; use `device` cuda")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if (count := torch.cuda.device_count()) <= device.index:
-            raise InputError(f"process {device.index} of this machine has no GPU: the machine has {count}")
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_PREPARATION)
-    try:
-        yield Processes(distributed.get_rank(), size), device
-    finally:
-        gc.collect()  # a DistributedDataParallel still alive would end its threads at interpreter exit, by an abort
-        distributed.destroy_process_group()

@@ -1,128 +1,230 @@
-"""Start new runs, one per seed, or resume one, in every process of a launch.
+"""Launch training: start new runs, resume one, or find the run that has been trained with the same arguments.
 
-Finished runs are reused and unfinished ones resumed: find the run with given arguments.
+Each new run gets a folder of its own, named after its arguments unless it is given a name. A run is identified by its
+arguments, not by its name: finished runs are reused, and unfinished ones resumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.networks.architectures import CLASSES, build_network
-from convsim_cli.training.config import Arguments
+from convsim_cli.networks.architectures import find_network, names_code
+from convsim_cli.training.config import FOLDER, Arguments, parse_arguments
 from convsim_cli.training.data import identified, load_data
-from convsim_cli.training.distributed import Processes, joined
-from convsim_cli.training.prepare import check_network
+from convsim_cli.training.distributed import Processes, join_processes
+from convsim_cli.training.prepare import build_with_weights, check_network
 from convsim_cli.training.run import (
-    Listener,
+    ARGUMENTS_FILE,
+    Report,
     Run,
-    create_first_free,
-    create_run,
     epochs_done,
-    execute,
-    free_stem,
+    import_summary_writer,
     locked,
     make_folder,
-    numbered,
     open_run,
-    remove_unsaved,
-    summary_writer,
+    train_command,
+    train_run,
+    write_json,
 )
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """Runs STEM-sSEED that have yet to start: `count` of them, from the seed `first`."""
-
-    stem: str
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run and its summary."""
-
-    run: Run
-    summary: dict[str, Any]
-
-
-Watch = Callable[[Run, Seeds | None], AbstractContextManager[Listener]]  # called before a run, with what is to follow
-
-
 def start_runs(
-    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, watch: Watch
-) -> list[Finished]:
+    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, report: Report
+) -> list[tuple[Run, dict[str, Any]]]:
     """Train new runs and return them with their summaries; on other ranks than 0, nothing.
 
     name: of the run's folder, or with seeds of the folders NAME-sSEED; from the arguments if None. seeds: how many
     runs, from the arguments' seed on; None for one run. Raises InputError before any folder is created, and as
-    `create_run` and `execute`; the folder of a run that failed before its first save is removed.
+    `create_run` and `train_run`; the folder of a run that failed before its first save is removed.
     """
     run_dir_existed = run_dir.exists()
-    with joined(torch.device(arguments.device)) as (processes, _):
+    with join_processes(torch.device(arguments.device)) as processes:
         arguments = replace(arguments, processes=processes.size)
-        data = processes.rank_zero_first(lambda: _checked_data(arguments))
-        finished = []
-        for run, rest in _new_runs(arguments, run_dir, name, seeds, processes):
-            with watch(run, rest) as listener, _removed_unless_saved(run, processes, run_dir_existed):
-                finished.append(Finished(run, execute(run, listener, data, processes)))
+        checked, data = processes.rank_zero_first(lambda: _load_checked(arguments))
+        finished: list[tuple[Run, dict[str, Any]]] = []
+        for run in _new_runs(arguments, run_dir, name, seeds, processes):
+            model = None if finished else checked  # the next seed has a network of its own
+            try:
+                finished.append((run, train_run(run, report, data, processes, model)))
+            except Exception:  # an interrupted run is kept
+                if processes.is_rank_zero:
+                    remove_unsaved(run, run_dir_existed)
+                raise
     return finished if processes.is_rank_zero else []
 
 
-@contextmanager
-def _removed_unless_saved(run: Run, processes: Processes, keep_parent: bool) -> Iterator[None]:
-    """Remove the folder of a run that fails with nothing but its arguments there. An interrupted run is kept."""
-    try:
-        yield
-    except Exception:
-        if processes.is_rank_zero:
-            remove_unsaved(run, keep_parent)
-        raise
-
-
-def resume_run(run: Run, watch: Watch) -> list[Finished]:
+def resume_run(run: Run, report: Report) -> list[tuple[Run, dict[str, Any]]]:
     """Train an interrupted or extended run to its number of epochs; on other ranks than 0, return nothing.
 
-    Raises as `execute`.
+    Raises as `train_run`.
     """
-    with joined(torch.device(run.arguments.device)) as (processes, _), watch(run, None) as listener:
-        finished = Finished(run, execute(run, listener, None, processes))
+    with join_processes(torch.device(run.arguments.device)) as processes:
+        finished = run, train_run(run, report, None, processes)
     return [finished] if processes.is_rank_zero else []
 
 
-def _checked_data(arguments: Arguments) -> Dataset:
-    """A run's data set, after every check that needs no folder."""
+def _load_checked(arguments: Arguments) -> tuple[nn.Module, Dataset]:
+    """The network and the data set of a run, after every check that needs no folder."""
     arguments.check()
     if arguments.tensorboard:
-        summary_writer()
-    build_network(arguments.arch, CLASSES)  # before a data set is downloaded
+        import_summary_writer()
+    find_network(arguments.arch, arguments.pretrained)  # before a data set is downloaded
     dataset = load_data(arguments)
-    check_network(arguments, dataset)
-    return dataset
+    model = build_with_weights(arguments, dataset.classes)
+    check_network(model, arguments, dataset)
+    return model, dataset
 
 
 def _new_runs(
     arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
-) -> Iterator[tuple[Run, Seeds | None]]:
-    """The runs, each created when its turn comes, with those that follow."""
+) -> Iterator[Run]:
+    """The runs, each created when its turn comes."""
     if seeds is None:
-        yield processes.on_rank_zero(lambda: create_run(arguments, run_dir, name)), None
+        yield processes.on_rank_zero(lambda: create_run(arguments, run_dir, name))
         return
     numbers = range(arguments.seed, arguments.seed + seeds)
     stem = processes.on_rank_zero(lambda: free_stem(arguments, run_dir, name, numbers))
     for seed in numbers:
-        one, left = replace(arguments, seed=seed), numbers[-1] - seed
-        run = processes.on_rank_zero(partial(create_run, one, run_dir, f"{stem}-s{seed}"))
-        yield run, Seeds(stem, seed + 1, left) if left else None
+        one = replace(arguments, seed=seed)
+        yield processes.on_rank_zero(partial(create_run, one, run_dir, f"{stem}-s{seed}"))
+
+
+def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
+    """Create the folder of a new run: of this name, or of one made from the arguments.
+
+    No two processes ever get the same folder. Raises InputError if the name is taken.
+    """
+    stem = name or plain_name(f"{arguments.arch}-{arguments.mode}-s{arguments.seed}")
+    check_name(stem)
+    make_folder(run_dir)
+    run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
+    return run or _refuse_taken(run_dir / stem, arguments.arch)
+
+
+def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:
+    """Create the first of these folders that does not exist; None if all of them do."""
+    arguments = identified(arguments)
+    for name in names:
+        folder = run_dir / name
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        run = Run(folder, arguments)
+        try:
+            write_json(folder / ARGUMENTS_FILE, asdict(arguments))
+        except BaseException:
+            remove_unsaved(run, keep_parent=True)
+            raise
+        return run
+    return None
+
+
+def remove_unsaved(run: Run, keep_parent: bool) -> None:
+    """Remove a run's folder that holds its arguments at most, and its parent if that is empty too."""
+    if all(path.name == ARGUMENTS_FILE for path in run.folder.iterdir()):
+        (run.folder / ARGUMENTS_FILE).unlink(missing_ok=True)
+        run.folder.rmdir()
+        if not keep_parent:
+            with suppress(OSError):  # not empty
+                run.folder.parent.rmdir()
+
+
+def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iterable[int]) -> str:
+    """Return a stem for which the folders STEM-sSEED of all seeds are free: the name, or one from the arguments.
+
+    Raises InputError if a folder of the given name is taken.
+    """
+    stem = name or plain_name(f"{arguments.arch}-{arguments.mode}")
+    check_name(stem)
+    for candidate in [stem] if name else numbered(stem):
+        taken = [folder for seed in seeds if (folder := run_dir / f"{candidate}-s{seed}").exists()]
+        if not taken:
+            return candidate
+    return _refuse_taken(taken[0], arguments.arch)
+
+
+def plain_name(text: str) -> str:
+    """Return a text as a folder name."""
+    return text.replace(":", "").replace("/", "-")
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """Yield STEM, STEM-2, STEM-3, …"""
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for a name that is not a plain folder name."""
+    if Path(name).name != name or name in (".", ".."):
+        raise InputError(f"`name` {name!r}: expected a plain folder name; `run_dir` says where the folder goes")
+
+
+def _refuse_taken(folder: Path, arch: str) -> NoReturn:
+    command = train_command("resume", folder, arch)
+    raise InputError(f"{folder} already exists; resume it with: {command}, or choose another `name`")
+
+
+def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
+    """Open a run's folder to resume it with the given arguments: `epochs`, and where its data lies.
+
+    Others may be given if they are those of the run; `arch` must be, where it names code to run: a file alone runs
+    none. Raises InputError for one that differs; as `open_run`.
+    """
+    run = open_run(folder)
+    had = asdict(run.arguments)
+    for name, value in given.items():
+        if name not in had:
+            raise InputError(f"`{name}` cannot be combined with `resume`")
+        if name == "epochs" and value != had[name] and name in run.arguments.identity():
+            raise InputError(
+                f"`epochs` {value}: the run {folder} has {had[name]}, and its learning rates depend on their number "
+                f"(`schedule` {run.arguments.schedule}); start a new run"
+            )
+        moved = name == "dataset" and run.arguments.folder_digest and value.startswith(FOLDER)
+        if value != had[name] and name not in ("epochs", "data_dir") and not moved:
+            raise InputError(
+                f"`{name}` {value}: the run {folder} has {had[name]}; "
+                "with `resume` only `epochs` and `data_dir` may differ, and the place of a folder:PATH"
+            )
+    arch = run.arguments.arch
+    _refuse_code(arch, folder / ARGUMENTS_FILE, given, train_command("resume", folder, arch))
+    return replace(run, arguments=replace(run.arguments, **given))
+
+
+def read_config(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    """Return by name the arguments that an args.json holds, for another run, without those that are given.
+
+    Raises InputError, also for an `arch` that names code to run: it must be given.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"`config` {path}: not a readable args.json ({error})") from error
+    arguments = parse_arguments(values, path)
+    arch = arguments.get("arch", "")
+    _refuse_code(arch, path, given, train_command("config", path, arch))
+    return {name: value for name, value in arguments.items() if name not in given}
+
+
+def _refuse_code(arch: str, file: Path, given: Collection[str], command: str) -> None:
+    if names_code(arch) and "arch" not in given:
+        raise InputError(
+            f"{file}: names the network {arch}, whose code would run; if you trust it, repeat its name: {command}"
+        )
 
 
 def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
@@ -134,8 +236,17 @@ def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
     requested number is not reused.
     """
     arguments = identified(arguments)
-    runs = (_readable_run(path) for path in sorted(run_dir.glob("*/args.json")))
-    return max((run for run in runs if run and _serves(run, arguments)), key=_done, default=None)
+    wanted, found = arguments.identity(), []
+    for path in sorted(run_dir.glob(f"*/{ARGUMENTS_FILE}")):
+        try:
+            run = open_run(path.parent)
+        except InputError:
+            continue  # of a later version, or being written
+        if run.arguments.identity() == wanted and (
+            run.arguments.epochs <= arguments.epochs or epochs_done(run.folder) >= arguments.epochs
+        ):
+            found.append(run)
+    return max(found, key=lambda run: epochs_done(run.folder), default=None)
 
 
 def find_or_create_run(arguments: Arguments, run_dir: Path, stem: str) -> Run:
@@ -151,22 +262,5 @@ def find_or_create_run(arguments: Arguments, run_dir: Path, stem: str) -> Run:
 
 def is_finished(run: Run, epochs: int) -> bool:
     """Return whether a run has done this many epochs, and has its summary unless it is meant to go on."""
-    return _done(run) >= epochs and (run.arguments.epochs > epochs or (run.folder / "summary.json").exists())
-
-
-def _done(run: Run) -> int:
-    return epochs_done(run.folder)
-
-
-def _serves(run: Run, wanted: Arguments) -> bool:
-    if run.arguments.identity() != wanted.identity():
-        return False
-    return run.arguments.epochs <= wanted.epochs or _done(run) >= wanted.epochs
-
-
-def _readable_run(path: Path) -> Run | None:
-    """The run of an args.json; None for one of a later version, or one that is being written."""
-    try:
-        return open_run(path.parent)
-    except InputError:
-        return None
+    done = epochs_done(run.folder) >= epochs
+    return done and (run.arguments.epochs > epochs or (run.folder / "summary.json").exists())

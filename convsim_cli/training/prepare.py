@@ -1,6 +1,7 @@
-"""A run's network, and the checks that it can be trained on the run's data, before a folder is created.
+"""A run's network before training: build it, check that it can be trained on the run's data, and prepare its kernels.
 
-What the modes do to a network's kernels before training: other directions, other norms, or both.
+Preparation is what a mode does once, before the first epoch: it gives the kernels other directions, other norms, or
+both.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from convsim_cli.device import Advance
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.kernels import Selection, module_kernels, weight_of
-from convsim_cli.layers import undone_on_failure
+from convsim_cli.layers import side_effect_free, undone_on_failure
 from convsim_cli.minimize import Minimization, minimize_kernels, rescale_to
 from convsim_cli.networks.architectures import build_network, warn_of_random_weights
 from convsim_cli.networks.load import load_weights
 from convsim_cli.penalty import ConvSimPenalty
-from convsim_cli.training.config import MODES, Arguments, Directions
+from convsim_cli.training.config import MODES, Arguments
 from convsim_cli.training.data import used_images
+
+IMAGES = 1024  # the first training images, on which `decorrelate` makes feature maps uncorrelated
 
 
 def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
@@ -41,9 +44,8 @@ def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
     return model
 
 
-def check_network(arguments: Arguments, dataset: Dataset) -> None:
-    """Raise InputError for a network, or weights, that a run on this data set cannot use."""
-    model = build_with_weights(arguments, dataset.classes)
+def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> None:
+    """Raise InputError for a network that a run on this data set cannot train. The network is left as it is."""
     if not (arguments.pretrained or arguments.weights):
         warn_of_random_weights(arguments.arch)
     try:
@@ -51,15 +53,15 @@ def check_network(arguments: Arguments, dataset: Dataset) -> None:
     except InputError as error:
         raise InputError(f"`arch` {arguments.arch}: {error}") from error
     data = used_images(arguments, dataset)
-    _check_logits(model, data, arguments)
-    _check_small_batches(model, data, arguments)
+    with side_effect_free(model):
+        _check_logits(model, data, arguments)
+        _check_small_batches(model, data, arguments)
 
 
 def _check_logits(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
     images = dataset.normalize(dataset.test.images[:1])
     try:
-        with torch.no_grad():
-            logits = model.eval()(images)
+        logits = model(images)
     except Exception as error:  # a network may raise anything
         raise InputError(
             f"`arch` {arguments.arch}: does not run on images {list(images.shape)} of {arguments.dataset} "
@@ -83,8 +85,7 @@ def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Argument
     if not in_training and not in_evaluation:
         return
     try:
-        with torch.no_grad():
-            model.train()(dataset.normalize(dataset.train.images[:1]))
+        model.train()(dataset.normalize(dataset.train.images[:1]))
     except ValueError as error:
         cause = f"`batch_size` {arguments.batch_size}: the last batch of {len(dataset.train)} training images"
         if not in_training:
@@ -94,37 +95,20 @@ def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Argument
         ) from error
 
 
-IMAGES = 1024  # the first training images, on which `decorrelate` makes feature maps uncorrelated
-
-Images = Callable[[], Tensor]  # the first training images, normalized: `[B, 3, height, width]`
-
-
-def first_images(data: Dataset, device: torch.device) -> Tensor:
-    """Return the first training images `[B, 3, height, width]`, normalized, without augmentation."""
-    return data.normalize(data.train.images[:IMAGES].to(device))
-
-
-def count_steps(model: nn.Module, settings: Arguments) -> int:
-    """Return the number of steps that `prepare_` reports: those of its minimizations, and one per closed-form layer."""
-    directions, selection = MODES[settings.mode].directions, module_kernels(model)
-    plans = [how for how in (_turning(directions, settings), _scaling(directions, settings)) if how]
-    layers = len(selection.kernels) if directions in ("orthogonal", "decorrelate") else 0
-    return layers + sum(how.steps(how.select(selection).kernels) for how in plans)
-
-
 @torch.no_grad()
-def prepare_(model: nn.Module, settings: Arguments, images: Images, advance: Advance) -> None:
+def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor], advance: Advance) -> None:
     """Give the kernels the directions, the norms, or both, that a run's mode and arguments ask for, in place.
 
-    Feature maps are decorrelated last, which keeps the norms: without batch normalization, the scale of one layer
-    matters to the maps of the next. Raises InputError and DivergedError; the network is then untouched.
+    images: gives the `first_images`. Feature maps are decorrelated last, which keeps the norms: without batch
+    normalization, the scale of one layer matters to the maps of the next. Raises InputError and DivergedError; the
+    network is then untouched.
     """
     directions, selection = MODES[settings.mode].directions, module_kernels(model)
+    turning, scaling = _minimizations(settings)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
     with undone_on_failure(list(weights.values())):
-        scaling = _scaling(directions, settings)  # of the fresh kernels
-        shrunk = _minimized(selection, weights, scaling, advance) if scaling else {}
-        if turning := _turning(directions, settings):
+        shrunk = _minimized(selection, weights, scaling, advance) if scaling else {}  # from the fresh kernels
+        if turning:
             for name, turned in _minimized(selection, weights, turning, advance).items():
                 weights[name].copy_(turned)
         if directions == "orthogonal":
@@ -139,20 +123,31 @@ def prepare_(model: nn.Module, settings: Arguments, images: Images, advance: Adv
             decorrelate_(model, images(), advance=advance)
 
 
-def _turning(directions: Directions | None, settings: Arguments) -> Minimization | None:
-    """The minimization that the filters' directions come from, if one does."""
-    return _minimization(settings, settings.preserve_norm) if directions == "init" else None
+def first_images(data: Dataset, device: torch.device) -> Tensor:
+    """Return the first training images `[B, 3, height, width]`, normalized, without augmentation."""
+    return data.normalize(data.train.images[:IMAGES].to(device))
 
 
-def _scaling(directions: Directions | None, settings: Arguments) -> Minimization | None:
-    """The minimization that the filters' norms come from, if another one does."""
-    wanted = settings.rescale or (directions == "own" and settings.factor is None)
-    return _minimization(settings, preserve_norm=False) if wanted else None
+def count_steps(model: nn.Module, settings: Arguments) -> int:
+    """Return the number of steps that `prepare_` reports: those of its minimizations, and one per closed-form layer."""
+    selection = module_kernels(model)
+    layers = len(selection.kernels) if MODES[settings.mode].directions in ("orthogonal", "decorrelate") else 0
+    return layers + sum(how.steps(how.select(selection).kernels) for how in _minimizations(settings) if how)
 
 
-def _minimization(settings: Arguments, preserve_norm: bool) -> Minimization:
-    objective = settings.objective
-    return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
+def _minimizations(settings: Arguments) -> tuple[Minimization | None, Minimization | None]:
+    """The minimizations that the filters' directions and their norms come from, None where there is none."""
+
+    def minimization(preserve_norm: bool) -> Minimization:
+        objective = settings.objective
+        return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
+
+    directions = MODES[settings.mode].directions
+    scales = settings.rescale or (directions == "own" and settings.factor is None)
+    return (
+        minimization(settings.preserve_norm) if directions == "init" else None,
+        minimization(preserve_norm=False) if scales else None,
+    )
 
 
 def _minimized(

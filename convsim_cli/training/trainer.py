@@ -1,8 +1,8 @@
 """The training loop: one epoch at a time.
 
-The optimizer of a run, and the learning rate of each of its steps.
-
-Evaluation during training: batch-norm statistics, test loss and accuracy. Each process does its share.
+Plain cross entropy by SGD or AdamW; Algorithm 2 adds the gradient of its objective to that of the task. After each
+epoch the network is evaluated, with batch-norm statistics re-estimated as the run's `bn_statistics` asks. Several
+processes each take a share of every batch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Trainer:
         device: torch.device,
         processes: Processes = ALONE,
     ) -> None:
-        layout = _fastest_layout(device, arguments.precision)
+        # tensor cores and CPUs take NHWC as it is; float32 on CUDA uses no tensor cores
+        is_plain = device.type == "cuda" and arguments.precision == "fp32"
+        layout = torch.contiguous_format if is_plain else torch.channels_last
         self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.dataset = replace(resident(dataset, device), layout=layout)
         self.arguments = arguments
@@ -67,7 +69,7 @@ class Trainer:
         self.first_loss: Tensor | None = None
         self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
         parallel = processes.parallel(self.model)
-        self._forward: Callable[[Tensor], Tensor] = _compiled(parallel, device) if arguments.compile else parallel
+        self._forward: Callable[[Tensor], Tensor] = compile_network(parallel, device) if arguments.compile else parallel
         self._evaluated = self._forward if processes.size == 1 else self.model  # DDP would communicate
 
     @property
@@ -103,13 +105,14 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return what a bit-exact resume needs besides the arguments. All processes must call this."""
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "first_loss": self.first_loss,
             "beta": self.beta,
-            "rng": self.processes.gather(self._random_states()),
+            "rng": self.processes.gather((torch.get_rng_state(), on_device)),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -124,27 +127,20 @@ class Trainer:
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, self.device)
 
-    def _check_finite(self, row: Mapping[str, float]) -> None:
-        if all(math.isfinite(value) for value in row.values()):
-            return
-        if not self.processes.is_rank_zero:
-            raise FollowedError
-        losses = f"the loss is {row['train_loss']:g} in training and {row['test_loss']:g} in testing"
-        losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
-        raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
-
-    def _random_states(self) -> tuple[Tensor, Tensor | None]:
-        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return torch.get_rng_state(), on_device
-
     def _train(self, advance: Advance | None) -> tuple[float, float]:
         self.model.train()
         data = self.dataset.train
-        totals = self._totals()
+        # the sums of the loss and of correct predictions stay on the device until the end of the epoch
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        totals = torch.zeros(2, dtype=wide, device=self.device)
         order = permutation(len(data), self.arguments.seed, self.epoch).to(self.device)
-        augmentation = self._draw_augmentation()
+        augmentation = None
+        if self.arguments.augment == "flip-crop":
+            augmentation = FlipCrop.draw(len(data), self.arguments.seed, self.epoch, self.device)
         for number, batch in enumerate(order.split(self.arguments.batch_size)):
-            self._set_learning_rate(number)
+            if self.arguments.schedule != "constant" or self.arguments.warmup:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.arguments, self.epoch * self.steps + number, self.steps)
             indices = self.processes.share(batch)
             weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
             if not len(indices):
@@ -167,34 +163,6 @@ class Trainer:
         synchronize(self.device)
         loss_sum, correct = self.processes.sum(totals).tolist()
         return loss_sum / len(data), 100 * correct / len(data)
-
-    def _draw_augmentation(self) -> FlipCrop | None:
-        if self.arguments.augment == "none":
-            return None
-        return FlipCrop.draw(len(self.dataset.train), self.arguments.seed, self.epoch, self.device)
-
-    def _set_learning_rate(self, number: int) -> None:
-        """Set the rate of a step of the current epoch; a constant one stays as it is in the optimizer."""
-        if self.arguments.schedule == "constant" and not self.arguments.warmup:
-            return
-        rate = learning_rate(self.arguments, self.epoch * self.steps + number, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _evaluate(self) -> list[tuple[float, float]]:
-        """Loss and accuracy on the test images, and on the validation images if there are any.
-
-        The statistics that `precise` re-estimates stay in the model, to be saved with it.
-        """
-        if self.arguments.bn_statistics == "precise":
-            reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
-        own = self.arguments.bn_statistics == "batch"
-        splits = [split for split in (self.dataset.test, self.dataset.validation) if split]
-        with batch_statistics(self.model) if own else nullcontext():
-            return [
-                evaluate_together(self.model, self.dataset, split, self.device, self._evaluated, self.processes)
-                for split in splits
-            ]
 
     def _regularize(self, loss: Tensor, weight: float) -> None:
         """Algorithm 2: add β·∂L_CS to the gradients. With the schedule `loss`, β falls with the task loss."""
@@ -222,12 +190,32 @@ class Trainer:
             )
         return beta
 
-    def _totals(self) -> Tensor:
-        """Sums of the loss and of correct predictions. They stay on the device until the end of the epoch."""
-        return torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+    def _evaluate(self) -> list[tuple[float, float]]:
+        """Loss and accuracy on the test images, and on the validation images if there are any.
+
+        The statistics that `precise` re-estimates stay in the model, to be saved with it.
+        """
+        if self.arguments.bn_statistics == "precise":
+            reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
+        own = self.arguments.bn_statistics == "batch"
+        splits = [split for split in (self.dataset.test, self.dataset.validation) if split]
+        with batch_statistics(self.model) if own else nullcontext():
+            return [
+                evaluate_together(self.model, self.dataset, split, self.device, self._evaluated, self.processes)
+                for split in splits
+            ]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
+
+    def _check_finite(self, row: Mapping[str, float]) -> None:
+        if all(math.isfinite(value) for value in row.values()):
+            return
+        if not self.processes.is_rank_zero:
+            raise FollowedError
+        losses = f"the loss is {row['train_loss']:g} in training and {row['test_loss']:g} in testing"
+        losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
+        raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
 
 
 def choose_algorithms(deterministic: bool) -> None:
@@ -241,12 +229,7 @@ def choose_algorithms(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _fastest_layout(device: torch.device, precision: str) -> torch.memory_format:
-    """NHWC, which tensor cores and CPUs take as it is; NCHW for float32 on CUDA, which uses none."""
-    return torch.contiguous_format if device.type == "cuda" and precision == "fp32" else torch.channels_last
-
-
-def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+def compile_network(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Compile a network; on CUDA into graphs that are replayed without work for the host in between."""
     return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 

@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from hypothesis import strategies as some
 from safetensors.torch import save_file
 
 from convsim_cli.cli import reproduce_command as reproduction_tables
-from convsim_cli.cli import run, training_screen
+from convsim_cli.cli import run
 from convsim_cli.cli.compare_command import _HEADERS, LEAST, _screen_table
-from convsim_cli.cli.console import EDGES, GAP, Console, fitting_columns
+from convsim_cli.cli.console import EDGES, GAP, Console, Progress, fitting_columns
+from convsim_cli.cli.train_command import RunScreen
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.run import Run
 
 WIDTHS = (80, 100, 140)
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -198,9 +202,15 @@ def test_the_line_to_resume_a_stopped_run_is_printed_after_its_bar(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    @contextmanager
+    def bar(*_: object) -> Iterator[Progress]:
+        try:
+            yield Progress()
+        finally:
+            ended.append(True)
+
     monkeypatch.setattr("convsim_cli.training.trainer.Trainer.run_epoch", interrupted)
-    leave = training_screen.RunScreen.__exit__
-    monkeypatch.setattr(training_screen.RunScreen, "__exit__", lambda *end: (ended.append(True), leave(*end))[1])
+    monkeypatch.setattr(Console, "progress", bar)
     warn = Console.warn
     monkeypatch.setattr(Console, "warn", lambda self, message: (ended.append(False), warn(self, message))[1])
     small = ("--limit-train", 20, "--limit-test", 10, "--epochs", 1, "--arch", "cnn:4", "--dataset", "digits")
@@ -218,10 +228,11 @@ def test_every_epoch_of_a_run_is_a_line_of_one_form_that_fits_the_terminal(
     lines = terminal(width)
     monkeypatch.setattr("sys.stderr", sys.stdout)
     monkeypatch.setattr(Console, "live", False)
-    screen = training_screen.RunScreen(Console(), 100)
+    screen = RunScreen(Console())
+    screen.runs.append(Run(Path("run"), Arguments(epochs=100)))
     for epoch in range(1, 101):
         figures = {"train_loss": 2.3 / epoch, "train_accuracy": float(epoch), "test_loss": 1.5, "test_accuracy": 9.87}
-        screen.row({"epoch": epoch, **figures, **validation, "cs": 12345.6 + epoch, "seconds": 98.76})
+        screen.epoch({"epoch": epoch, **figures, **validation, "cs": 12345.6 + epoch, "seconds": 98.76})
     said = [line for line in lines() if line]
     assert [line.split()[1] for line in said] == [f"{epoch}/100" for epoch in range(1, 101)]
     assert all(len(line) <= width and line.endswith(" left") for line in said)

@@ -14,7 +14,7 @@ from conftest import Convsim, Start
 
 from convsim_cli.errors import InputError
 from convsim_cli.networks.architectures import names_code
-from convsim_cli.training.run import open_to_resume, read_config
+from convsim_cli.training.launch import open_to_resume, read_config
 
 SMALL = ("--dataset", "digits", "--epochs", 1, "--limit-train", 60, "--limit-test", 30, "-q")
 MODULE = """\

@@ -45,6 +45,10 @@ def test_json_gives_the_summaries_and_seeds_give_runs_of_their_own(tmp_path: Pat
     accuracies = [run["best_test_accuracy"] for run in document["runs"]]
     assert document["mean"]["best_test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert outcome.err == ""
+    alone = convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "alone", "--seed", 1, "-q")
+    assert alone.code == 0
+    last = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("x-s0", "x-s1", "alone")]
+    assert last[0] != last[1] == last[2]
 
 
 def test_interrupted_seeds_can_be_resumed_one_by_one(tmp_path: Path, convsim: Convsim, start: Start) -> None:
@@ -94,12 +98,12 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
     ("how", "warned"),
     [(("--mode", "init"), True), (("--mode", "init", "--preserve-norm"), False), (("--mode", "orthogonal"), False)],
 )
-def test_holding_similarity_where_there_is_none_to_hold_is_warned_about(
+def test_holding_similarity_without_effect_is_warned_about(
     how: tuple[str, ...], warned: bool, tmp_path: Path, convsim: Convsim
 ) -> None:
     outcome = convsim("train", *SMALL, *how, "--hold-similarity", "--epochs", 1, "--run-dir", tmp_path, "-q")
     assert outcome.code == 0
-    assert ("--hold-similarity has nothing to hold: --mode init leaves ncs near 1" in outcome.err) == warned
+    assert ("--hold-similarity has no effect: --mode init leaves ncs near 1" in outcome.err) == warned
 
 
 def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:

@@ -16,7 +16,8 @@ from conftest import Convsim, Start
 from forks import call_in_fork
 
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.run import create_run, read_results
+from convsim_cli.training.launch import create_run
+from convsim_cli.training.run import read_results
 
 TRAIN = ("train", "--arch", "cnn:4", "--dataset", "digits", "--limit-train", 200, "--limit-test", 60)
 TRAIN += ("--batch-size", 20, "--iterations", 20)

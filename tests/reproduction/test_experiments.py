@@ -14,8 +14,8 @@ from convsim_cli.reproduction.experiments import (
     EXPERIMENTS,
     Choices,
     find_experiment,
-    group,
-    plan,
+    group_outcomes,
+    plan_cells,
     reductions,
     summarize,
 )
@@ -35,7 +35,7 @@ def outcome(tests: list[float], trains: list[float]) -> Outcome:
 
 
 def test_table5_is_every_published_row_and_two_controls_unless_chosen_otherwise() -> None:
-    cells = plan(find_experiment("table5"), Choices(BASE))
+    cells = plan_cells(find_experiment("table5"), Choices(BASE))
     usual = ["baseline", "init", "reg", "rescale", "init-norm"]
     assert [(c.labels["arch"], c.labels["arm"]) for c in cells] == [(n, arm) for n in ("cnn1", "cnn2") for arm in usual]
     published = {(arch, arm.name) for arm in ARMS.values() for arch in arm.published} - {("cnn:512", "baseline")}
@@ -46,7 +46,7 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
     table5 = find_experiment("table5")
 
     def arms(*names: str) -> list[str]:
-        return [cell.labels["arm"] for cell in plan(table5, Choices(BASE, archs=("cnn1",), arms=names))]
+        return [cell.labels["arm"] for cell in plan_cells(table5, Choices(BASE, archs=("cnn1",), arms=names))]
 
     assert arms("published") == ["baseline", "init", "reg"]
     rescaling, others = ["rescale", "rescale-0.07"], ["reg-norm", "orthogonal", "decorrelate", "baseline-lr0.1"]
@@ -58,7 +58,7 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
     assert all(ARMS[name].settings["beta"] == "auto" for name in peers)
     assert arms("all") == list(ARMS)
     assert {arm.set for arm in ARMS.values()} == set(SETS)
-    cells = plan(table5, Choices(BASE, arms=("all",)))
+    cells = plan_cells(table5, Choices(BASE, arms=("all",)))
     arguments = {cell.jobs[0].stem: cell.jobs[0].arguments for cell in cells}
     assert all(how.epochs == 100 and how.batch_size == 512 for how in arguments.values())
     assert {how.momentum for stem, how in arguments.items() if "m0.9" not in stem} == {0}
@@ -70,7 +70,7 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
 
 def test_the_wide_network_runs_on_request_with_its_baseline_only() -> None:
     table5 = find_experiment("table5")
-    cells = plan(table5, Choices(BASE, archs=("cnn1", "cnn:512"), seeds=2))
+    cells = plan_cells(table5, Choices(BASE, archs=("cnn1", "cnn:512"), seeds=2))
     wide = [cell for cell in cells if cell.labels["arch"] == "cnn:512"]
     assert [cell.labels["arm"] for cell in wide] == ["baseline"]
     assert [job.stem for job in wide[0].jobs] == ["cnn512-baseline-s0", "cnn512-baseline-s1"]
@@ -80,11 +80,11 @@ def test_the_wide_network_runs_on_request_with_its_baseline_only() -> None:
 
 def test_figures_1_to_3_are_of_table_5s_runs_and_figure_5_shares_figure_4s() -> None:
     table, *figures = (
-        plan(find_experiment(name), Choices(BASE)) for name in ("table5", "figure1", "figure2", "figure3")
+        plan_cells(find_experiment(name), Choices(BASE)) for name in ("table5", "figure1", "figure2", "figure3")
     )
     assert all([cell.jobs for cell in figure] == [cell.jobs for cell in table] for figure in figures)
     grid, sweep = (
-        {cell.jobs for cell in plan(find_experiment(name), Choices(BASE))} for name in ("figure4", "figure5")
+        {cell.jobs for cell in plan_cells(find_experiment(name), Choices(BASE))} for name in ("figure4", "figure5")
     )
     assert len(grid & sweep) == 2  # I = 0 and I = 200 at lr 0.01, batch 64
     assert len(sweep) == len(paper.FIGURE_5) == 12
@@ -109,8 +109,8 @@ def test_undefined_figures_are_null() -> None:
 
 def test_the_gain_of_figure_4_is_init_less_baseline() -> None:
     experiment = find_experiment("figure4")
-    cells = plan(experiment, Choices(BASE, lrs=(0.001,), batch_sizes=(128,)))
-    (row,) = experiment.rows(group(cells, [outcome([40], [40]), outcome([55], [50])]))
+    cells = plan_cells(experiment, Choices(BASE, lrs=(0.001,), batch_sizes=(128,)))
+    (row,) = experiment.rows(group_outcomes(cells, [outcome([40], [40]), outcome([55], [50])]))
     assert row["published"] == {"gain": 20.0}
     assert row["measured"]["gain"] == 15
     assert (row["measured"]["baseline"]["best_test_accuracy"], row["measured"]["init"]["best_test_accuracy"]) == (
@@ -149,7 +149,7 @@ def test_reductions_are_named_and_a_full_experiment_has_none() -> None:
 )
 def test_choices_without_a_use_are_refused(name: str, choices: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        plan(find_experiment(name), Choices(BASE, **choices))
+        plan_cells(find_experiment(name), Choices(BASE, **choices))
 
 
 def test_an_unknown_experiment_gets_a_suggestion() -> None:

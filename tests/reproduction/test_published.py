@@ -14,7 +14,8 @@ from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction.published import ARMS
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.run import Run, create_run, execute, open_run, read_results
+from convsim_cli.training.launch import create_run
+from convsim_cli.training.run import Run, open_run, read_results, train_run
 
 
 @cache
@@ -33,13 +34,13 @@ def test_every_arm_runs_to_its_end_on_real_images_and_resumes(arm: Any, data_dir
     base = Arguments(arch="cnn:4", epochs=2, batch_size=32, iterations=2)
     arguments = replace(base, **arm.settings)
     whole = create_run(arguments, tmp_path, "whole")
-    summary = execute(whole, dataset=data)
+    summary = train_run(whole, dataset=data)
     assert summary["epochs"] == 2
     assert (summary["beta"] is not None) == ("reg" in arm.name)
     part = create_run(replace(arguments, epochs=1), tmp_path, "part")
-    execute(part, dataset=data)
+    train_run(part, dataset=data)
     torch.manual_seed(99)
-    resumed = execute(open_run(part.folder, epochs=2), dataset=data)
+    resumed = train_run(open_run(part.folder, epochs=2), dataset=data)
     assert results(part) == results(whole)
     assert resumed["beta"] == summary["beta"]
     names = ("last.safetensors", "best.safetensors")

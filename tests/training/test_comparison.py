@@ -13,7 +13,8 @@ from conftest import Convsim
 from convsim_cli.errors import InputError
 from convsim_cli.training.comparison import compare_runs, group_by_seed, mean_interval, read_runs, student_quantile
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.run import create_run, write_results
+from convsim_cli.training.launch import create_run
+from convsim_cli.training.run import write_results
 
 BASE = Arguments(dataset="digits", epochs=6)
 TEST = {  # test accuracies per epoch, by seed

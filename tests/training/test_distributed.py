@@ -21,7 +21,7 @@ from torch import distributed, nn
 
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.distributed import joined
+from convsim_cli.training.distributed import join_processes
 from convsim_cli.training.run import read_results
 from convsim_cli.training.trainer import Trainer, reestimate_together
 
@@ -57,21 +57,21 @@ def test_the_others_wait_for_rank_0_as_long_as_it_prepares_a_network(monkeypatch
     monkeypatch.setattr(distributed, "init_process_group", lambda _, **options: found.update(options))
     monkeypatch.setattr(distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
-    with joined(torch.device("cpu")):
+    with join_processes(torch.device("cpu")):
         assert found["timeout"] >= timedelta(hours=12)  # torch's own are 10 and 30 minutes
 
 
 def train_an_epoch(environment: dict[str, str], path: Path) -> None:
     """Train on 64 images in batches of 21: shares are uneven, and of the last, a single image, rank 1 has none."""
     os.environ.update(environment)
-    with joined(torch.device("cpu")) as (processes, device):
+    with join_processes(torch.device("cpu")) as processes:
         torch.manual_seed(processes.rank)  # whatever the others start from, rank 0's weights count
         features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=4), nn.Flatten())
         model = features.append(nn.LazyLinear(10))
         data = load_dataset("digits", Path()).limited(71, 31).hold_out(7)
         model(data.normalize(data.test.images[:1]))
         arguments = Arguments(mode="reg", lr=0.1, beta="auto", beta_schedule="loss", batch_size=21, augment="flip-crop")
-        trainer = Trainer(model, data, arguments, device, processes)
+        trainer = Trainer(model, data, arguments, torch.device("cpu"), processes)
         row = trainer.run_epoch()
         torch.manual_seed(1)  # from here on the same in every process
         normalized = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))

@@ -6,7 +6,7 @@ import resource
 import shlex
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,24 @@ from convsim_cli.cli import run as run_command
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import MODES, Arguments
-from convsim_cli.training.launch import find_or_create_run, is_finished
-from convsim_cli.training.run import COLUMNS, Run, Silence, create_run, execute, open_run, read_results
+from convsim_cli.training.launch import create_run, find_or_create_run, is_finished
+from convsim_cli.training.run import COLUMNS, Report, Run, open_run, read_results, train_run
 from convsim_cli.training.trainer import Trainer
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
 
 
-class Kill(Silence):
-    """Stops a run inside an epoch, as Ctrl-C would."""
+def stopping(step: int) -> Report:
+    """Stop a run inside an epoch, as Ctrl-C would: after so many steps of it and of its preparation."""
+    left = step
 
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def advance(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
+    def advance(steps: int) -> None:
+        nonlocal left
+        left -= steps
+        if left < 0:
             raise KeyboardInterrupt
+
+    return Report(progress=lambda phase, steps: nullcontext(advance))
 
 
 def results(run: Run) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def results(run: Run) -> list[dict[str, Any]]:
 
 def test_a_run_writes_every_file_of_the_design(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
-    summary = execute(run)
+    summary = train_run(run)
     names = {path.name for path in run.folder.iterdir()}
     assert names == {"args.json", "results.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json"}
     assert json.loads((run.folder / "args.json").read_text()) == asdict(SMALL)
@@ -60,7 +61,7 @@ def test_a_run_writes_every_file_of_the_design(tmp_path: Path) -> None:
 
 def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, lr=0.3), tmp_path, "one")
-    summary = execute(run)
+    summary = train_run(run)
     for name, accuracy in (("best", summary["best_test_accuracy"]), ("last", summary["last_test_accuracy"])):
         model = build_network("cnn:4")
         model.load_state_dict(load_file(run.folder / f"{name}.safetensors"))
@@ -79,19 +80,19 @@ def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
 def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: str, moment: str) -> None:
     arguments = replace(SMALL, mode=mode, momentum=0.9)
     whole = create_run(arguments, tmp_path, "whole")
-    execute(whole)
+    train_run(whole)
     if moment == "after the end":
         part = create_run(replace(arguments, epochs=1), tmp_path, "part")
-        execute(part)
+        train_run(part)
     else:
         part = create_run(arguments, tmp_path, "part")
         preparation = (
             40 if mode in ("init", "init+reg", "rescale") else 4 if mode in ("orthogonal", "decorrelate") else 0
         )
         with pytest.raises(KeyboardInterrupt):
-            execute(part, Kill(preparation + (4 if moment == "inside an epoch" else 3)))
+            train_run(part, stopping(preparation + (4 if moment == "inside an epoch" else 3)))
     torch.manual_seed(123)  # whatever else the process did
-    execute(open_run(part.folder, epochs=3))
+    train_run(open_run(part.folder, epochs=3))
     assert results(part) == results(whole)
     for name in ("last.safetensors", "best.safetensors"):
         assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
@@ -115,12 +116,12 @@ RECIPES["all"] |= {"optimizer": "sgd", "mode": "reg"}
 def test_resuming_is_exact_with_every_part_of_a_recipe(tmp_path: Path, recipe: str) -> None:
     arguments = replace(SMALL, bn_statistics="batch", **RECIPES[recipe])
     whole, part = (create_run(arguments, tmp_path, name) for name in ("whole", "part"))
-    execute(whole)
+    train_run(whole)
     for step in (4, 1, 3):  # in the second epoch, in its repetition, and between two epochs
         with pytest.raises(KeyboardInterrupt):
-            execute(open_run(part.folder), Kill(step))
+            train_run(open_run(part.folder), stopping(step))
         torch.manual_seed(123)
-    execute(open_run(part.folder))
+    train_run(open_run(part.folder))
     assert results(part) == results(whole)
     for name in ("last.safetensors", "best.safetensors"):
         assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
@@ -129,46 +130,46 @@ def test_resuming_is_exact_with_every_part_of_a_recipe(tmp_path: Path, recipe: s
 def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, mode="init"), tmp_path, "one")
     with pytest.raises(KeyboardInterrupt):
-        execute(run, Kill(15))
-    assert len(execute(open_run(run.folder, epochs=4))["fm_cos"]["start"]) == 4
+        train_run(run, stopping(15))
+    assert len(train_run(open_run(run.folder, epochs=4))["fm_cos"]["start"]) == 4
     assert open_run(run.folder).arguments.epochs == 4
 
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     first = create_run(SMALL, tmp_path, "first")
-    execute(first)
+    train_run(first)
     weights = str(first.folder / "last.safetensors")
     second = create_run(replace(SMALL, weights=weights, lr=1e-12, epochs=1), tmp_path, "second")
-    execute(second)
+    train_run(second)
     before, after = load_file(weights), load_file(second.folder / "last.safetensors")
     torch.testing.assert_close(before["0.weight"], after["0.weight"])
 
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, epochs=1), tmp_path, "one")
-    execute(run)
+    train_run(run)
     good = (run.folder / "last.safetensors").read_bytes()
     state = torch.load(run.folder / "state.pt", weights_only=True)
     state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 1e30
     torch.save(state, run.folder / "state.pt")
     with pytest.raises(DivergedError, match="epoch 2"):
-        execute(open_run(run.folder, epochs=2))
+        train_run(open_run(run.folder, epochs=2))
     assert (run.folder / "last.safetensors").read_bytes() == good
 
 
 def test_a_damaged_or_foreign_state_is_refused_and_the_folder_is_unchanged(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
-    execute(run)
+    train_run(run)
     other = create_run(replace(SMALL, seed=5), tmp_path, "other")
-    execute(other)
+    train_run(other)
     whole = (run.folder / "state.pt").read_bytes()
     (run.folder / "state.pt").write_bytes(whole[:1000])
     with pytest.raises(InputError, match=r"state\.pt: damaged"):
-        execute(open_run(run.folder))
+        train_run(open_run(run.folder))
     (run.folder / "state.pt").write_bytes((other.folder / "state.pt").read_bytes())
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     with pytest.raises(InputError, match=r"seed = 5, args.json says 0"):
-        execute(open_run(run.folder, epochs=9))
+        train_run(open_run(run.folder, epochs=9))
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
@@ -177,26 +178,26 @@ def test_a_run_must_be_resumed_with_its_number_of_processes(tmp_path: Path) -> N
     with pytest.raises(
         InputError, match="was started with 2 processes, but this launch has 1; use torchrun --nproc-per-node 2"
     ):
-        execute(run)
+        train_run(run)
 
 
 def test_a_state_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
-    execute(run)
+    train_run(run)
     state = torch.load(run.folder / "state.pt", weights_only=True)
     del state["arguments"]["processes"]  # which had no such argument
     torch.save(state, run.folder / "state.pt")
-    assert execute(open_run(run.folder, epochs=4))["epochs"] == 4
+    assert train_run(open_run(run.folder, epochs=4))["epochs"] == 4
 
 
 def test_only_a_finished_run_has_a_summary(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
-    execute(run)
+    train_run(run)
     with pytest.raises(KeyboardInterrupt):
-        execute(open_run(run.folder, epochs=5), Kill(4))
+        train_run(open_run(run.folder, epochs=5), stopping(4))
     assert not (run.folder / "summary.json").exists()
     assert not is_finished(open_run(run.folder), 5)
-    assert execute(open_run(run.folder))["epochs"] == 5
+    assert train_run(open_run(run.folder))["epochs"] == 5
 
 
 @pytest.mark.parametrize("harm", ["a row cut short", "other columns", "nothing", "no number"])
@@ -216,9 +217,9 @@ def test_a_damaged_results_file_is_one_error_line(harm: str, tmp_path: Path) -> 
 
 def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
-    execute(run)
+    train_run(run)
     with pytest.raises(InputError, match="has done 3 epochs, more than `epochs` 2"):
-        execute(open_run(run.folder, epochs=2))
+        train_run(open_run(run.folder, epochs=2))
     (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {"color": 1}))
     with pytest.raises(InputError, match="unknown arguments color"):
         open_run(run.folder)
@@ -253,12 +254,11 @@ def test_concurrent_requests_for_one_run_get_one_folder(tmp_path: Path) -> None:
 def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
 
-    class Intruder(Silence):
-        def phase(self, name: str, steps: int) -> None:
-            with pytest.raises(InputError, match="another process"):
-                execute(run)
+    def intrude(*_: object) -> None:
+        with pytest.raises(InputError, match="another process"):
+            train_run(run)
 
-    execute(run, Intruder())
+    train_run(run, Report(begin=intrude, epoch=intrude))
 
 
 def train_until_the_disk_is_full(folder: Path, arguments: list[str]) -> tuple[int, str]:
@@ -310,7 +310,7 @@ def test_a_run_that_fails_before_its_first_save_leaves_no_folder(
     assert run_command(small("--name", "good")) == 0
     assert run_command([*fails, "--name", "bad"]) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
-    monkeypatch.setattr("convsim_cli.training.run.write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("convsim_cli.training.launch.write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
     assert run_command(small("--name", "full")) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
 
@@ -342,13 +342,13 @@ def files(folder: Path) -> dict[str, bytes]:
 )
 def test_a_run_that_has_lost_its_state_is_not_overwritten(lost: list[str], left: str, tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
-    execute(run)
+    train_run(run)
     for name in ("state.pt", *lost):
         (run.folder / name).unlink()
     before = files(run.folder)
     for change in ({}, {"epochs": 5}, {"dataset": "folder:nowhere"}):  # refused before data is read
         with pytest.raises(InputError, match=rf"state\.pt: missing, so the run cannot be resumed, .*{left}"):
-            execute(open_run(run.folder, **change))
+            train_run(open_run(run.folder, **change))
     assert files(run.folder) == before
 
 
@@ -375,18 +375,18 @@ def test_weights_of_an_unknown_epoch_are_not_overwritten(harm: str, tmp_path: Pa
     save_file({"a": torch.ones(2)}, weights) if harm == "no record" else weights.write_bytes(b"torn")
     before = files(run.folder)
     with pytest.raises(InputError, match=r"starting over would overwrite last\.safetensors"):
-        execute(run)
+        train_run(run)
     assert files(run.folder) == before
 
 
 def test_a_run_killed_in_its_first_save_starts_over(tmp_path: Path) -> None:
     whole, part = (create_run(replace(SMALL, epochs=1), tmp_path, name) for name in ("whole", "part"))
-    execute(whole)
+    train_run(whole)
     with pytest.raises(KeyboardInterrupt):
-        execute(part, Kill(0))
+        train_run(part, stopping(0))
     assert {"last.safetensors", "results.csv", "state.pt"} <= files(part.folder).keys()
     (part.folder / "state.pt").unlink()  # which is written last
-    execute(open_run(part.folder))
+    train_run(open_run(part.folder))
     assert results(part) == results(whole)
 
 

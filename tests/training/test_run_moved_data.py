@@ -12,8 +12,8 @@ from conftest import Convsim
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.datasets import folder_digest
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.launch import find_or_create_run, find_run
-from convsim_cli.training.run import create_run, execute, open_run, open_to_resume, read_results
+from convsim_cli.training.launch import create_run, find_or_create_run, find_run, open_to_resume
+from convsim_cli.training.run import open_run, read_results, train_run
 
 SMALL = Arguments(arch="cnn:4", epochs=1, batch_size=4, image_size=32, lr=0.1)
 
@@ -45,11 +45,11 @@ def test_a_run_is_resumed_where_its_folder_of_images_lies_now(tmp_path: Path) ->
         create_run(replace(SMALL, dataset=f"folder:{before}", epochs=epochs), tmp_path / "runs", name)
         for name, epochs in (("whole", 2), ("part", 1))
     )
-    execute(whole)
-    execute(part)
+    train_run(whole)
+    train_run(part)
     after = before.rename(tmp_path / "after")
     run = open_to_resume(part.folder, {"dataset": f"folder:{after}", "epochs": 2})
-    execute(run)
+    train_run(run)
     assert [row["test_loss"] for row in read_results(part.folder)] == [
         row["test_loss"] for row in read_results(whole.folder)
     ]
@@ -58,12 +58,12 @@ def test_a_run_is_resumed_where_its_folder_of_images_lies_now(tmp_path: Path) ->
 
 def test_a_folder_with_other_images_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, dataset=f"folder:{make_images(tmp_path / 'a')}"), tmp_path, "run")
-    execute(run)
+    train_run(run)
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     other = make_images(tmp_path / "b")
     (other / "dog" / "3.bmp").unlink()
     with pytest.raises(InputError, match="differ from those that the run began with"):
-        execute(open_to_resume(run.folder, {"dataset": f"folder:{other}", "epochs": 2}))
+        train_run(open_to_resume(run.folder, {"dataset": f"folder:{other}", "epochs": 2}))
     with pytest.raises(InputError, match="`dataset` digits: the run"):
         open_to_resume(run.folder, {"dataset": "digits"})
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
@@ -86,7 +86,7 @@ def test_a_run_without_a_digest_keeps_its_folder(tmp_path: Path) -> None:
     (run.folder / "args.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"`dataset` folder:.*: the run .* has folder:"):
         open_to_resume(run.folder, {"dataset": f"folder:{make_images(tmp_path / 'b')}"})
-    assert execute(open_run(run.folder))["epochs"] == 1
+    assert train_run(open_run(run.folder))["epochs"] == 1
 
 
 def test_resume_takes_another_data_dir(tmp_path: Path, convsim: Convsim) -> None:

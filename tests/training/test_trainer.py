@@ -19,7 +19,7 @@ from convsim_cli.training.config import MODES, Arguments
 from convsim_cli.training.data import permutation
 from convsim_cli.training.prepare import count_steps, first_images
 from convsim_cli.training.prepare import prepare_ as prepare_network_
-from convsim_cli.training.trainer import Trainer, _compiled, choose_algorithms
+from convsim_cli.training.trainer import Trainer, choose_algorithms, compile_network
 
 CPU = torch.device("cpu")
 
@@ -300,7 +300,7 @@ def test_a_compiled_network_is_replayed_as_a_graph_on_cuda(
     kind: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda _, mode: mode)
-    assert _compiled(nn.Identity(), torch.device(kind)) == mode
+    assert compile_network(nn.Identity(), torch.device(kind)) == mode
 
 
 def test_a_data_set_that_does_not_fit_on_the_device_says_what_to_do_in_one_line(

@@ -9,7 +9,7 @@ from errno import ENOSPC
 from math import cos, pi
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -23,17 +23,8 @@ from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import Arguments, declarations, make_arguments
 from convsim_cli.training.data import FlipCrop, permutation
-from convsim_cli.training.launch import find_or_create_run, find_run
-from convsim_cli.training.run import (
-    COLUMNS,
-    Silence,
-    best_row,
-    create_run,
-    execute,
-    open_run,
-    open_to_resume,
-    read_results,
-)
+from convsim_cli.training.launch import create_run, find_or_create_run, find_run, open_to_resume
+from convsim_cli.training.run import COLUMNS, Report, best_row, open_run, read_results, train_run
 from convsim_cli.training.trainer import VALIDATION_COLUMNS, Trainer, learning_rate
 
 CPU = torch.device("cpu")
@@ -189,7 +180,7 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path: Path) -> None:
     rows = [{"validation_accuracy": v, "test_accuracy": t} for v, t in ((50, 70), (60, 40), (60, 90))]
     assert best_row(rows) is rows[1]
     run = create_run(replace(SMALL, validation=15, lr=0.3, epochs=4), tmp_path, "run")
-    summary = execute(run)
+    summary = train_run(run)
     found = read_results(run.folder)
     assert tuple(found[0]) == COLUMNS + VALIDATION_COLUMNS
     best = max(found, key=lambda row: row["validation_accuracy"])
@@ -207,25 +198,24 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path: Path) -> None:
 
 
 def test_a_run_without_an_epoch_has_the_header_of_its_results(tmp_path: Path) -> None:
-    class Stop(Silence):
-        def phase(self, name: str, steps: int) -> None:
-            raise KeyboardInterrupt
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
 
     run = create_run(replace(SMALL, validation=15), tmp_path, "run")
     with pytest.raises(KeyboardInterrupt):
-        execute(run, Stop())
+        train_run(run, Report(progress=stop))
     assert (run.folder / "results.csv").read_text() == ",".join(COLUMNS + VALIDATION_COLUMNS) + "\n"
 
 
 def test_with_a_cosine_schedule_the_number_of_epochs_belongs_to_the_run(tmp_path: Path) -> None:
     cosine = replace(SMALL, schedule="cosine")
     run = create_run(cosine, tmp_path, "run")
-    execute(run)
+    train_run(run)
     with pytest.raises(InputError, match=r"`epochs` 5: the run .*run has 3, .* depend on their number"):
         open_to_resume(run.folder, {"epochs": 5})
     assert open_to_resume(run.folder, {"epochs": 3}).arguments == cosine
     with pytest.raises(InputError, match=r"belongs to a run with epochs = 3, args\.json says 5"):
-        execute(open_run(run.folder, epochs=5))
+        train_run(open_run(run.folder, epochs=5))
     assert find_run(replace(cosine, epochs=2), tmp_path) is None
     assert find_run(replace(cosine, epochs=5), tmp_path) is None
     assert find_or_create_run(cosine, tmp_path, "new").folder == run.folder
@@ -239,7 +229,7 @@ def test_arguments_of_before_mean_the_defaults(tmp_path: Path) -> None:
     old = {name: value for name, value in asdict(SMALL).items() if name not in new}
     (run.folder / "args.json").write_text(json.dumps(old))
     assert make_arguments(old, run.folder) == SMALL
-    assert execute(open_run(run.folder))["epochs"] == 3
+    assert train_run(open_run(run.folder))["epochs"] == 3
     assert find_run(SMALL, tmp_path) is not None
     assert new <= declarations().keys()
 
@@ -294,7 +284,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run = create_run(replace(SMALL, tensorboard=True), tmp_path, "run")
     with pytest.raises(WriteError, match=r"run/tensorboard: cannot be written \(No space left on device\)"):
-        execute(run)
+        train_run(run)
 
 
 def test_without_tensorboard_a_line_names_the_extra(
@@ -308,7 +298,7 @@ def test_without_tensorboard_a_line_names_the_extra(
     assert not (tmp_path / "runs").exists()
     run = create_run(replace(SMALL, tensorboard=True), tmp_path, "run")
     with pytest.raises(InputError, match="`tensorboard` requires"):
-        execute(run)
+        train_run(run)
 
 
 def test_tensorboard_gets_every_figure_of_every_epoch_and_changes_no_result(
@@ -332,8 +322,8 @@ def test_tensorboard_gets_every_figure_of_every_epoch_and_changes_no_result(
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run = create_run(replace(SMALL, tensorboard=True, validation=15, epochs=2), tmp_path, "run")
-    execute(run)
-    execute(open_run(run.folder, epochs=3))
+    train_run(run)
+    train_run(open_run(run.folder, epochs=3))
     folder = str(run.folder / "tensorboard")
     assert opened == [(folder, 1), (folder, 3)]
     rows = read_results(run.folder)

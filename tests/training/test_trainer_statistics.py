@@ -19,9 +19,9 @@ from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import Arguments, make_arguments
 from convsim_cli.training.data import permutation, statistics_batches
-from convsim_cli.training.launch import find_run
+from convsim_cli.training.launch import create_run, find_run
 from convsim_cli.training.prepare import check_network
-from convsim_cli.training.run import create_run, execute, open_run, read_results
+from convsim_cli.training.run import open_run, read_results, train_run
 from convsim_cli.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -138,9 +138,9 @@ def test_each_process_takes_all_images_if_there_are_fewer_than_processes() -> No
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, how: Any) -> None:
     arguments = replace(SMALL, bn_statistics=how)
     whole, part = (create_run(replace(arguments, epochs=n), tmp_path, f"run{n}") for n in (3, 1))
-    execute(whole)
-    execute(part)
-    execute(open_run(part.folder, epochs=3))
+    train_run(whole)
+    train_run(part)
+    train_run(open_run(part.folder, epochs=3))
     one, two = ([{**row, "seconds": 0} for row in read_results(run.folder)] for run in (whole, part))
     assert one == two
     first, second = (load_file(run.folder / "last.safetensors") for run in (whole, part))
@@ -149,7 +149,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, how: Any) -> None:
 
 def test_a_run_of_an_earlier_version_resumes_with_running_statistics_and_is_not_reused(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, bn_statistics="running", epochs=1), tmp_path, "old")
-    execute(run)
+    train_run(run)
     _make_old(run.folder)
     assert open_run(run.folder).arguments.bn_statistics == "running"
     assert find_run(replace(SMALL, epochs=1), tmp_path) is None
@@ -157,8 +157,8 @@ def test_a_run_of_an_earlier_version_resumes_with_running_statistics_and_is_not_
     assert found is not None
     assert found.folder == run.folder
     whole = create_run(replace(SMALL, bn_statistics="running"), tmp_path, "whole")
-    execute(whole)
-    execute(open_run(run.folder, epochs=3))
+    train_run(whole)
+    train_run(open_run(run.folder, epochs=3))
     assert [row["test_loss"] for row in read_results(run.folder)] == [
         row["test_loss"] for row in read_results(whole.folder)
     ]
@@ -185,13 +185,20 @@ def test_an_args_json_without_bn_statistics_means_running(tmp_path: Path) -> Non
     assert Arguments().bn_statistics == "precise"
 
 
-def test_a_test_set_of_one_image_cannot_be_evaluated_by_its_own_statistics(
-    monkeypatch: pytest.MonkeyPatch, data: Dataset
-) -> None:
+def test_a_test_set_of_one_image_cannot_be_evaluated_by_its_own_statistics(data: Dataset) -> None:
     flat = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.Flatten(), nn.LazyLinear(10), nn.BatchNorm1d(10))
     flat(data.normalize(data.train.images[:2]))
-    monkeypatch.setattr("convsim_cli.training.prepare.build_network", lambda *_: flat)
     one = replace(SMALL, limit_test=1)
-    check_network(one, data)
+    check_network(flat, one, data)
     with pytest.raises(InputError, match="`bn_statistics` batch: the test set of 1 images leaves one image"):
-        check_network(replace(one, bn_statistics="batch"), data)
+        check_network(flat, replace(one, bn_statistics="batch"), data)
+
+
+def test_checking_a_network_leaves_no_trace(data: Dataset) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(3600, 10))
+    model[1].eval()
+    before, random = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    check_network(model, replace(SMALL, limit_train=21, batch_size=20), data)  # runs on a batch of one in training mode
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [True, True, False, True, True, True]
+    assert torch.equal(torch.get_rng_state(), random)
