@@ -276,18 +276,16 @@ class Arguments:
 @cache
 def declarations() -> dict[str, Declaration]:
     """Return the declarations of all arguments by name, in their order."""
-    kinds = get_type_hints(Arguments)
-    return {
-        item.name: _declaration(item.name, kinds[item.name], item.default, item.metadata) for item in fields(Arguments)
-    }
-
-
-def _declaration(name: str, kind: Any, default: Any, metadata: Any) -> Declaration:
-    kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
-    words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
-    types = tuple(str if get_origin(one) is Literal else one for one in kinds)
-    types = (*types, int) if float in types else types
-    return Declaration(name, types, default, **({**metadata, "choices": words} if words else metadata))
+    hints, found = get_type_hints(Arguments), {}
+    for item in fields(Arguments):
+        kind = hints[item.name]
+        kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+        words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+        types = tuple(str if get_origin(one) is Literal else one for one in kinds)
+        types = (*types, int) if float in types else types
+        more = {**item.metadata, "choices": words} if words else item.metadata
+        found[item.name] = Declaration(item.name, types, item.default, **more)
+    return found
 
 
 def make_arguments(values: Any, path: Path) -> Arguments:

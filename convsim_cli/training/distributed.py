@@ -75,14 +75,6 @@ class Processes:
             distributed.all_reduce(totals)
         return totals
 
-    def broadcast(self, value: T) -> T:
-        """Return rank 0's value."""
-        if self.size == 1:
-            return value
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
     def on_rank_zero(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0 only and return its result on every rank.
 
@@ -94,7 +86,11 @@ class Processes:
                 result = function()
             except ConvsimError as error:
                 failure = error
-        result, code = self.broadcast((result, failure.exit_code if failure else None))
+        code = failure.exit_code if failure else None
+        if self.size > 1:
+            box: list[Any] = [result, code]
+            distributed.broadcast_object_list(box, src=0)
+            result, code = box
         if failure is not None:
             raise failure
         if code is not None:

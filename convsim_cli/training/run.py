@@ -349,22 +349,27 @@ def tensorboard_log(run: Run, trainer: Trainer) -> Iterator[Callable[[Row], None
     if not run.arguments.tensorboard:
         yield lambda row: None
         return
-    folder, writers, on_rank_zero = run.folder / "tensorboard", [], trainer.processes.on_rank_zero
+    folder = run.folder / "tensorboard"
+    writers: list[Any] = []
 
-    def open_log() -> None:
-        with _write_errors(folder):
-            writers.append(import_summary_writer()(str(folder), purge_step=trainer.epoch + 1))
+    def on_rank_zero(write: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                write()
+            except OSError as error:
+                raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
-    def write(row: Row) -> None:
-        with _write_errors(folder):
-            for name, value in row.items():
-                if name != "epoch":
-                    writers[0].add_scalar(name, value, row["epoch"])
-            writers[0].flush()
+        trainer.processes.on_rank_zero(attempt)
 
-    on_rank_zero(open_log)
+    def write_row(row: Row) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                writers[0].add_scalar(name, value, row["epoch"])
+        writers[0].flush()
+
+    on_rank_zero(lambda: writers.append(import_summary_writer()(str(folder), purge_step=trainer.epoch + 1)))
     try:
-        yield lambda row: on_rank_zero(lambda: write(row))
+        yield lambda row: on_rank_zero(lambda: write_row(row))
     finally:
         for writer in writers:
             writer.close()
@@ -380,14 +385,6 @@ def import_summary_writer() -> Any:
             "pip install 'convsim[tensorboard]', or pip install tensorboard"
         ) from error
     return SummaryWriter
-
-
-@contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def open_run(folder: Path, **changes: Any) -> Run:

@@ -197,13 +197,14 @@ class Trainer:
         """
         if self.arguments.bn_statistics == "precise":
             reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
-        own = self.arguments.bn_statistics == "batch"
-        splits = [split for split in (self.dataset.test, self.dataset.validation) if split]
+        own, found = self.arguments.bn_statistics == "batch", []
         with batch_statistics(self.model) if own else nullcontext():
-            return [
-                evaluate_together(self.model, self.dataset, split, self.device, self._evaluated, self.processes)
-                for split in splits
-            ]
+            for split in filter(None, (self.dataset.test, self.dataset.validation)):
+                share = Split(self.processes.share(split.images), self.processes.share(split.labels))
+                totals = evaluation_totals(self.model, self.dataset, share, self.device, self._evaluated)
+                loss, correct = self.processes.sum(totals).tolist()
+                found.append((loss / len(split), 100 * correct / len(split)))
+        return found
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
@@ -256,21 +257,6 @@ def learning_rate(arguments: Arguments, step: int, steps: int) -> float:
     if arguments.schedule == "constant":
         return arguments.lr
     return arguments.lr * (1 + cos(pi * (step - warmup) / (arguments.epochs * steps - warmup))) / 2
-
-
-def evaluate_together(
-    model: nn.Module,
-    dataset: Dataset,
-    split: Split,
-    device: torch.device,
-    forward: Callable[[Tensor], Tensor] | None = None,
-    processes: Processes = ALONE,
-) -> tuple[float, float]:
-    """Return what `networks.accuracy.evaluate` returns. All processes of a run must call this."""
-    share = Split(processes.share(split.images), processes.share(split.labels))
-    totals = evaluation_totals(model, dataset, share, device, forward)
-    loss, correct = processes.sum(totals).tolist()
-    return loss / len(split), 100 * correct / len(split)
 
 
 def reestimate_together(
