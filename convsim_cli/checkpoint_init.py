@@ -25,7 +25,7 @@ from convsim_cli import __version__
 from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.checkpoints.formats import StateDict, check_replaceable
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
-from convsim_cli.errors import ConvsimWarning, InputError, running_on
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight
@@ -328,6 +328,7 @@ def _decorrelated(
     kernel or a map, and DivergedError.
     """
     from convsim_cli.closed_forms import decorrelate_kernels_
+    from convsim_cli.networks.probe import running_on
 
     assert source.model is not None
     assert source.arch is not None

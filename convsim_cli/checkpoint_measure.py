@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from convsim_cli.device import Progress, resolve_device, unreported
-from convsim_cli.errors import running_on
 from convsim_cli.inputs.images import Channels
-from convsim_cli.kernels import Kernel, Patterns, Selection
-from convsim_cli.kernels.modules import effective_weight
+from convsim_cli.kernels import Kernel, Patterns, Selection, effective_weight
 from convsim_cli.measurement.feature_maps import LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
 from convsim_cli.measurement.pairs import THRESHOLD, HeatMap, make_heat_map, strongest_pairs
 from convsim_cli.measurement.synthetic import LayerProbe
 from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
-from convsim_cli.networks.probe import Probe
+from convsim_cli.networks.probe import Probe, running_on
 
 MAP_BATCH = 32  # images that a network runs on at once
 

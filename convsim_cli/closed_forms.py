@@ -31,8 +31,15 @@ from torch import Tensor, nn
 from convsim_cli.batch_norm import batch_statistics
 from convsim_cli.device import Advance
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, living_filters, module_kernels, warn_of_unsupported, weight_of
-from convsim_cli.kernels.kernel import VANISHED
+from convsim_cli.kernels import (
+    VANISHED,
+    Kernel,
+    Patterns,
+    living_filters,
+    module_kernels,
+    warn_of_unsupported,
+    weight_of,
+)
 from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite

@@ -6,8 +6,7 @@ the option of that name instead (--lr). Only a whole command to copy (convsim tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 _LISTED = 12  # names in an error, at most
@@ -55,20 +54,6 @@ class WriteError(ConvsimError):
 
 class ConvsimWarning(UserWarning):
     """What a user must know though the work goes on; the command line shows it even when quiet."""
-
-
-@contextmanager
-def running_on(shape: Sequence[int], arch: str, advice: str) -> Iterator[None]:
-    """Raise InputError where the code of a network raises in the block: it does not run on inputs of this shape."""
-    try:
-        yield
-    except ConvsimError:
-        raise
-    except Exception as error:  # whatever a network's own code raises
-        raise InputError(
-            f"`arch` {arch}: does not run on inputs {list(shape)} "
-            f"({' '.join(str(error).split())[:160] or type(error).__name__}); {advice}"
-        ) from error
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from convsim_cli.kernels import Kernel, evaluation_mode, is_convolution
-from convsim_cli.kernels.modules import own_weight
+from convsim_cli.kernels import Kernel, evaluation_mode, is_convolution, own_weight
 
 
 @contextmanager

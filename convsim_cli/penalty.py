@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import (
+    VANISHED,
     Kernel,
     Patterns,
     current_kernel,
     living_filters,
     module_kernels,
+    pull_back,
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.kernels.kernel import VANISHED
-from convsim_cli.kernels.modules import pull_back
 from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import normalized_gradient

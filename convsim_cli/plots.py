@@ -195,10 +195,9 @@ def check_picture(path: Path) -> None:
 
     A picture replaces only a picture of its own format, or an empty file, and creates no folder.
     """
-    known = one_of(PICTURES)
     if path.suffix.lower() not in PICTURES:
-        raise InputError(f"{path}: expected a name that ends in {known}")
-    check_regular(path, f"a {known}")
+        raise InputError(f"{path}: expected a name that ends in {PICTURE_SUFFIXES}")
+    check_regular(path, f"a {PICTURE_SUFFIXES}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; create it first")
     if not path.exists():
@@ -210,6 +209,9 @@ def check_picture(path: Path) -> None:
         raise InputError(f"{path}: exists and cannot be read ({error.strerror}); name a new file") from error
     if start and not PICTURES[path.suffix.lower()].recognizes(start):
         raise InputError(f"{path}: exists and is no {path.suffix[1:].upper()} picture; name a new file")
+
+
+PICTURE_SUFFIXES = one_of(PICTURES)
 
 
 def require_matplotlib() -> None:

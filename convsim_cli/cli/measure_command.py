@@ -34,7 +34,7 @@ from convsim_cli.cli.options import (
     start,
     with_options,
 )
-from convsim_cli.errors import InputError, one_of
+from convsim_cli.errors import InputError
 from convsim_cli.measurement.figures import (
     FIGURES,
     compared_keys,
@@ -44,7 +44,7 @@ from convsim_cli.measurement.figures import (
     sort_layers,
     what_stands_out,
 )
-from convsim_cli.plots import PICTURES, check_picture, draw_heat, require_matplotlib, save_figure
+from convsim_cli.plots import PICTURE_SUFFIXES, check_picture, draw_heat, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from convsim_cli.checkpoint_measure import Report
@@ -148,7 +148,7 @@ def measure(
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help=f"Draw every layer's mean cosines in this {one_of(PICTURES)} file.", show_default=False
+            metavar="FILE", help=f"Draw every layer's mean cosines in this {PICTURE_SUFFIXES} file.", show_default=False
         ),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.")] = False,

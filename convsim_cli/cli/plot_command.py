@@ -10,8 +10,7 @@ import typer
 
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.options import JsonOption, QuietOption
-from convsim_cli.errors import one_of
-from convsim_cli.plots import PICTURES, Curve, check_picture, draw_runs, require_matplotlib, save_figure
+from convsim_cli.plots import PICTURE_SUFFIXES, Curve, check_picture, draw_runs, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from convsim_cli.training.comparison import RunResults
@@ -28,7 +27,7 @@ def plot(
         list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help=f"The {one_of(PICTURES)} file to write.")
+        Path, typer.Option("-o", "--output", metavar="FILE", help=f"The {PICTURE_SUFFIXES} file to write.")
     ] = Path("curves.png"),
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -1,16 +1,19 @@
 """Which tensors are convolution kernels, and which of their filters form pairs.
 
 Filters form pairs only where they see the same input: all i < j of a dense layer, i < j within each group of a grouped
-one. A module tells exactly (`modules`); a file holds names and shapes only, so its kernels are assumed (`files`).
+one. A module tells exactly (`modules`); a file holds names and shapes only, so its kernels are assumed (`guess`).
 """
 
 from convsim_cli.kernels.guess import TensorInfo, file_kernels
-from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped, living_filters
+from convsim_cli.kernels.kernel import FLOATING, VANISHED, Kernel, Patterns, Selection, Skipped, living_filters
 from convsim_cli.kernels.modules import (
     current_kernel,
+    effective_weight,
     evaluation_mode,
     is_convolution,
     module_kernels,
+    own_weight,
+    pull_back,
     refuse_sharded,
     warn_of_unsupported,
     weight_of,
@@ -18,17 +21,21 @@ from convsim_cli.kernels.modules import (
 
 __all__ = [
     "FLOATING",
+    "VANISHED",
     "Kernel",
     "Patterns",
     "Selection",
     "Skipped",
     "TensorInfo",
     "current_kernel",
+    "effective_weight",
     "evaluation_mode",
     "file_kernels",
     "is_convolution",
     "living_filters",
     "module_kernels",
+    "own_weight",
+    "pull_back",
     "refuse_sharded",
     "warn_of_unsupported",
     "weight_of",

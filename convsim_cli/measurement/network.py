@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, module_kernels, warn_of_unsupported, weight_of
-from convsim_cli.kernels.modules import effective_weight
+from convsim_cli.kernels import Kernel, Patterns, effective_weight, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.layers import convolve_with, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import LayerMaps, inputs_at_once
 from convsim_cli.measurement.figures import Record

@@ -6,8 +6,8 @@ What inputs a network takes is found by a dry run, since a network may define it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.errors import ConvsimError, InputError, did_you_mean
 from convsim_cli.inputs import datasets
 from convsim_cli.inputs.datasets import load_dataset, load_images
 from convsim_cli.inputs.images import Channels, Dataset, resize
@@ -106,6 +106,20 @@ class Probe:
 
     def _is_known(self) -> bool:
         return self.is_labeled or Path(self.input).is_dir()
+
+
+@contextmanager
+def running_on(shape: Sequence[int], arch: str, advice: str) -> Iterator[None]:
+    """Raise InputError where the code of a network raises in the block: it does not run on inputs of this shape."""
+    try:
+        yield
+    except ConvsimError:
+        raise
+    except Exception as error:  # whatever a network's own code raises
+        raise InputError(
+            f"`arch` {arch}: does not run on inputs {list(shape)} "
+            f"({' '.join(str(error).split())[:160] or type(error).__name__}); {advice}"
+        ) from error
 
 
 def find_input(model: nn.Module, side: Callable[[int], int], channels: int | None = None) -> tuple[int, int]:

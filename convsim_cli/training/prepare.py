@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.checkpoints.formats import open_checkpoint
-from convsim_cli.closed_forms import decorrelate_, orthogonalize_
 from convsim_cli.device import Advance
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
@@ -103,6 +102,8 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
     normalization, the scale of one layer matters to the maps of the next. Raises InputError and DivergedError; the
     network is then untouched.
     """
+    from convsim_cli.closed_forms import decorrelate_, orthogonalize_
+
     directions, selection = MODES[settings.mode].directions, module_kernels(model)
     turning, scaling = _minimizations(settings)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
