@@ -338,7 +338,10 @@ def test_compiled_training_gives_the_same_loss(data: Dataset) -> None:
         ({"objective": "kernel"}, "`objective` goes with `mode` init, reg, init.reg, rescale, got `mode` baseline"),
         ({"mode": "init", "factor": 0.5}, "`factor` goes with `mode` rescale, got `mode` init"),
         ({"mode": "rescale", "factor": 0.0}, "`factor` 0.0: expected a number above 0"),
-        ({"mode": "rescale", "factor": 0.5, "objective": "kernel"}, "`objective` kernel has no use with it"),
+        (
+            {"mode": "rescale", "factor": 0.5, "objective": "kernel"},
+            "`factor` 0.5 cannot be combined with `objective` kernel",
+        ),
         ({"mode": "reg", "objective": "neighbors"}, "unknown `objective` 'neighbors'; did you mean 'neighbours'"),
         ({"beta_schedule": "loss"}, "`beta_schedule` goes with `mode` reg, init.reg"),
     ],
