@@ -89,3 +89,17 @@ def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
         name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
+
+
+def storage_extent(tensor: object) -> tuple[int, int, int] | None:
+    """Return the address of a tensor's storage, its first element there, and the one after its last.
+
+    None for what has no values in a storage: an empty or a sparse tensor, or no tensor.
+    """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    first = int(tensor.storage_offset())
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().data_ptr(), first, first + length

@@ -164,12 +164,12 @@ class Patterns:
 class Selection:
     """The kernels to work on, in their order, and what is left out.
 
-    doubts: a line for each kind of guess that may be wrong, with the names of the layers.
+    guess_warnings: a line for each kind of guess that may well be wrong, with the names of the layers.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    guess_warnings: list[str] = field(default_factory=list)
 
     def require_kernels(self, subject: str) -> None:
         """Raise InputError, with what is left out, where nothing is selected. subject: "the model has", or "FILE:"."""

@@ -1,27 +1,30 @@
-"""A checkpoint alone, a checkpoint with the network that it belongs to, or a new network.
+"""Open a checkpoint alone, a checkpoint with the network that it belongs to, or a new network.
 
-A checkpoint's tensors loaded into a network, whatever prefix or wrapper their names have in the file.
-
-Parameters that a network holds under several names: a change has to reach each of them.
+A checkpoint's tensors are matched with a network's by their names, whatever prefix or wrapper these have in the file. A
+parameter that a network holds under several names is changed under each of them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.checkpoints.base import Checkpoint
+from convsim_cli.checkpoints.base import Checkpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, module_kernels
-from convsim_cli.kernels.guess import is_averaged, is_optimizer_state, set_aside
+from convsim_cli.kernels.guess import WRAPPERS, is_averaged, is_optimizer_state
 from convsim_cli.networks.architectures import build_network, warn_of_random_weights
+
+_USUAL = ("", "model.")  # prefixes
+_WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
+_COUNTER = "num_batches_tracked"  # of batch normalization: optional in files
 
 
 @dataclass
@@ -76,18 +79,16 @@ def open_model_checkpoint(
     if arch is None:
         assert path is not None
         checkpoint: Checkpoint = open_checkpoint(path, key, for_writing=for_writing)
-        aside = set_aside(checkpoint.tensors)
-        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit, aside)
-        checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.doubts]
+        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit)
+        checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.guess_warnings]
         return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
     model = build_network(arch, classes, seed, pretrained)
-    if path is None and not pretrained:
-        warn_of_random_weights(arch)
-    names = None
     if path is None:
-        checkpoint = StateDict(Path(arch), model.state_dict())
+        if not pretrained:
+            warn_of_random_weights(arch)
+        checkpoint, names = StateDict(Path(arch), model.state_dict()), None
     else:
         checkpoint = open_checkpoint(path, key, for_writing=for_writing)
         names = load_weights(model, checkpoint, arch)
@@ -95,9 +96,15 @@ def open_model_checkpoint(
     return ModelCheckpoint(checkpoint, selection, model, arch, names, find_aliases(model, selection.kernels, names))
 
 
-_USUAL = ("", "model.")  # prefixes
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
-_COUNTER = "num_batches_tracked"  # of batch normalization: optional in files
+def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
+    """Copy a checkpoint's tensors into a network and return `match_names`.
+
+    Raises its errors, and InputError where copies of one parameter differ.
+    """
+    names = match_names(model, checkpoint, arch)
+    check_copies(model, checkpoint, names)
+    model.load_state_dict({ours: checkpoint.load(theirs) for ours, theirs in names.items()}, strict=False)
+    return names
 
 
 def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
@@ -112,10 +119,20 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     state = model.state_dict(keep_vars=True)
     ours, theirs = _without_wrappers(state, checkpoint.tensors)
     prefix, *others = _common_prefixes(ours, theirs)
-    names = _places(state, ours, prefix, theirs)
-    unexpected = _unexpected(theirs, prefix, {*names.values(), *(theirs.get(prefix + name) for name in ours)}, others)
+    found = {full: theirs[prefix + name] for name, full in ours.items() if prefix + name in theirs}
+    for group in names_of_one_tensor(state):  # the file may hold the tensor under any of them
+        known = [found[name] for name in group if name in found]
+        found |= {name: known[0] for name in group if known and name not in found}
+    names = {name: found[name] for name in state if name in found}
+    expected = {*names.values(), *(theirs.get(prefix + name) for name in ours)}
+    copies = tuple(filter(None, others))
+    unexpected = [
+        full
+        for name, full in theirs.items()
+        if name.startswith(prefix) and full not in expected
+        if not name.endswith(_COUNTER) and not name.startswith(copies)
+    ]
     _check_fit(state, names, unexpected, checkpoint)
-    _refuse_codes(state, names, checkpoint)
     if others:
         fit = ", ".join(other or "no prefix" for other in others)
         took = f"took the tensors under {prefix}" if prefix else "took the tensors without a prefix"
@@ -128,24 +145,13 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     return names
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
-    """Copy a checkpoint's tensors into a network and return `match_names`.
-
-    Raises its errors, and InputError where copies of one parameter differ.
-    """
-    names = match_names(model, checkpoint, arch)
-    check_copies(model, checkpoint, names)
-    model.load_state_dict({ours: checkpoint.load(theirs) for ours, theirs in names.items()}, strict=False)
-    return names
-
-
 def _without_wrappers(ours: Iterable[str], theirs: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the names of a network and of a file without those of wrappers, each → the full name.
 
     Full names stay where two of them would become one.
     """
     names = [list(ours), list(theirs)]
-    plain = [{_WRAPPERS.sub("", name): name for name in some} for some in names]
+    plain = [{_WRAPPER.sub("", name): name for name in some} for some in names]
     if [len(some) for some in plain] != [len(some) for some in names]:
         plain = [{name: name for name in some} for some in names]
     return plain[0], plain[1]
@@ -167,71 +173,31 @@ def _common_prefixes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list
     return sorted(best, key=lambda prefix: (prefix not in _USUAL, is_averaged(prefix))) or [""]
 
 
-def _places(
-    state: Mapping[str, Tensor], ours: Mapping[str, str], prefix: str, theirs: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the network's name → the file's; a tensor of several names may be under any of them."""
-    found = {full: theirs[prefix + name] for name, full in ours.items() if prefix + name in theirs}
-    for group in names_of_one_tensor(state):
-        known = [found[name] for name in group if name in found]
-        found |= {name: known[0] for name in group if known and name not in found}
-    return {name: found[name] for name in state if name in found}
-
-
 def _check_fit(
     state: Mapping[str, Tensor], names: Mapping[str, str], unexpected: list[str], checkpoint: Checkpoint
 ) -> None:
-    """Raise InputError that lists what is missing and what has another shape."""
+    """Raise InputError that lists what is missing and what has another shape, and for codes of a quantized weight."""
+    infos = {ours: checkpoint.tensors[theirs] for ours, theirs in names.items()}
     missing = [name for name in state if name not in names and not name.endswith(_COUNTER)]
     wrong = [
-        f"{ours} is {list(checkpoint.tensors[theirs].shape)}, expected {list(state[ours].shape)}"
-        for ours, theirs in names.items()
-        if checkpoint.tensors[theirs].shape != tuple(state[ours].shape)
+        f"{name} is {list(info.shape)}, expected {list(state[name].shape)}"
+        for name, info in infos.items()
+        if info.shape != tuple(state[name].shape)
     ]
     if missing or wrong:
         said = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
         said += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
         said += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
         raise InputError(f"{checkpoint.path}: does not fit `arch`: {'; '.join(said)}")
-
-
-def _unexpected(
-    theirs: Mapping[str, str], prefix: str, expected: Container[str | None], others: Iterable[str]
-) -> list[str]:
-    """Return the tensors of a file that a network does not have, under its prefix and apart from other copies of it."""
-    copies = tuple(other for other in others if other)
-    return [
-        full
-        for name, full in theirs.items()
-        if name.startswith(prefix)
-        and full not in expected
-        and not name.endswith(_COUNTER)
-        and not (copies and name.startswith(copies))
-    ]
-
-
-def _refuse_codes(state: Mapping[str, Tensor], names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Raise InputError where a file holds the codes of a quantized weight, which are no weights."""
-    types = {
-        theirs: checkpoint.tensors[theirs].dtype for ours, theirs in names.items() if state[ours].is_floating_point()
-    }
-    codes = [name for name, kind in types.items() if kind not in FLOATING]
+    floating = {names[name]: info.dtype for name, info in infos.items() if state[name].is_floating_point()}
+    codes = [name for name, dtype in floating.items() if dtype not in FLOATING]
     if codes:
         more = f", and {len(codes) - 1} others like it" if codes[1:] else ""
-        raise InputError(f"{checkpoint.path}: {codes[0]} is {types[codes[0]]}: dequantize it first{more}")
+        raise InputError(f"{checkpoint.path}: {codes[0]} is {floating[codes[0]]}: dequantize it first{more}")
 
 
 def _some(items: list[str]) -> str:
     return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
-
-
-def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names in a state dict, those of one tensor together: equal in memory, offset, shape and stride."""
-    groups: dict[object, list[str]] = {}
-    for name, tensor in state.items():
-        place = _memory(tensor)
-        groups.setdefault((place, tensor.shape, tensor.stride()) if place else name, []).append(name)
-    return list(groups.values())
 
 
 def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
@@ -242,11 +208,17 @@ def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, s
     for group in names_of_one_tensor(model.state_dict(keep_vars=True)):
         first, *copies = dict.fromkeys(names[name] for name in group if name in names) or [""]
         for copy in copies:
-            if not _same_bits(checkpoint.load(first), checkpoint.load(copy)):
+            if not _have_same_bits(checkpoint.load(first), checkpoint.load(copy)):
                 raise InputError(
                     f"{checkpoint.path}: {first} and {copy} are one parameter of the network, but differ; save the "
                     "network again, with its weights tied"
                 )
+
+
+def _have_same_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def find_aliases(
@@ -260,12 +232,13 @@ def find_aliases(
     state = model.state_dict(keep_vars=True)
     names = names or {name: name for name in state}
     aliases: dict[str, list[str]] = {}
-    groups = names_of_one_tensor(state)
+    groups, extents = names_of_one_tensor(state), {name: storage_extent(tensor) for name, tensor in state.items()}
     for kernel in kernels:
         group = next((group for group in groups if kernel.name in [names.get(name) for name in group]), None)
         if group is None:  # a parametrized layer has its weight under no name
             continue
-        other = next((name for name in state if name not in group and _overlap(state[name], state[group[0]])), None)
+        own = extents[group[0]]
+        other = next((name for name in state if name not in group and _overlap(extents[name], own)), None)
         if other is not None and other in names:
             raise InputError(f"{kernel.name}: shares memory with {names[other]}, a tensor of another shape; exclude it")
         found = [name for name in dict.fromkeys(names[name] for name in group if name in names) if name != kernel.name]
@@ -274,24 +247,14 @@ def find_aliases(
     return aliases
 
 
-def _memory(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Return the storage of a tensor, its first element there, and the one after its last; None for no values."""
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    start = int(tensor.storage_offset())
-    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().data_ptr(), start, start + length
+def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names in a state dict, those of one tensor together: equal in memory, offset, shape and stride."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in state.items():
+        place = storage_extent(tensor)
+        groups.setdefault((place, tensor.shape, tensor.stride()) if place else name, []).append(name)
+    return list(groups.values())
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    places = _memory(one), _memory(other)
-    if places[0] is None or places[1] is None:
-        return False
-    (storage, start, end), (other_storage, other_start, other_end) = places[0], places[1]
-    return storage == other_storage and start < other_end and other_start < end
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+def _overlap(one: tuple[int, int, int] | None, other: tuple[int, int, int] | None) -> bool:
+    return bool(one and other and one[0] == other[0] and one[1] < other[2] and other[1] < one[2])

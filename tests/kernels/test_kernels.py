@@ -216,31 +216,31 @@ def test_a_pattern_that_asks_for_nothing_else_takes_what_is_named_like_a_statist
 
 def test_layers_whose_guess_may_well_be_wrong_are_named() -> None:
     resnext = {"stem.weight": (64, 3, 7, 7), "in.weight": (128, 64, 1, 1), "grouped.weight": (128, 4, 3, 3)}
-    (line,) = file_kernels(infos(**resnext)).doubts
+    (line,) = file_kernels(infos(**resnext)).guess_warnings
     assert "perhaps grouped" in line
     assert "grouped.weight [128, 4, 3, 3]; `groups`" in line
     unet = {"down.weight": (64, 3, 3, 3), "up1.weight": (64, 32, 2, 2), "decoder.deconv.0.weight": (32, 16, 4, 4)}
-    (line,) = file_kernels(infos(**unet)).doubts
+    (line,) = file_kernels(infos(**unet)).guess_warnings
     named = "up1.weight [64, 32, 2, 2], decoder.deconv.0.weight [32, 16, 4, 4]"
     assert f"{named}; if so, use `transposed` or `arch`" in line
     real = {"up_l3.0.weight": (20, 20, 2, 2), "ffn.up_proj.weight": (20, 20, 1, 1)}
-    (line,) = file_kernels(infos(**real)).doubts
+    (line,) = file_kernels(infos(**real)).guess_warnings
     assert "names: up_l3.0.weight [20, 20, 2, 2]; " in line
     corrected = Patterns(transposed=["up1*", "*deconv*"])
-    assert not file_kernels(infos(**unet), corrected).doubts
+    assert not file_kernels(infos(**unet), corrected).guess_warnings
     gray = {"a.weight": (16, 1, 3, 3), "b.weight": (16, 1, 3, 3), "c.weight": (32, 16, 1, 1)}
-    (line,) = file_kernels(infos(**gray)).doubts
+    (line,) = file_kernels(infos(**gray)).guess_warnings
     assert line.startswith("a.weight [16, 1, 3, 3] is taken for depthwise")
     lone = {"stem.weight": (32, 3, 3, 3), "dw.weight": (32, 1, 3, 3), "pw.weight": (64, 32, 1, 1)}
-    assert "dw.weight [32, 1, 3, 3]" in file_kernels(infos(**lone)).doubts[0]
+    assert "dw.weight [32, 1, 3, 3]" in file_kernels(infos(**lone)).guess_warnings[0]
 
 
 def test_ordinary_networks_raise_no_doubts() -> None:
     plain = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3)}
     plain |= dict.fromkeys(("upper.weight", "group_conv.weight", "side_conv.weight", "up1.conv.weight"), (16, 32, 1, 1))
-    assert not file_kernels(infos(**plain)).doubts
+    assert not file_kernels(infos(**plain)).guess_warnings
     concatenated = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3), "c.weight": (16, 48, 1, 1)}
-    assert not file_kernels(infos(**concatenated)).doubts
+    assert not file_kernels(infos(**concatenated)).guess_warnings
 
 
 def test_3d_kernels_are_taken_by_themselves_where_there_are_no_4d_ones() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convsim_cli.kernels import TensorInfo
-from convsim_cli.kernels.guess import set_aside
+from convsim_cli.kernels.guess import non_model_tensors
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.networks.load import match_names, open_model_checkpoint
 
@@ -68,7 +68,7 @@ def test_what_training_keeps_beside_the_network_is_set_aside(place: str, prefix:
     network = {prefix + name: shape for name, shape in LAYERS.items()}
     suffix = place.startswith("{}")
     kept = {place.format((prefix if suffix else "") + name): shape for name, shape in LAYERS.items()}
-    found = set_aside(infos(network | kept))
+    found = non_model_tensors(infos(network | kept))
     assert list(found) == list(kept)
     said = "of an optimizer's state" if place in OPTIMIZERS else "a copy of another tensor"
     assert all(reason.startswith(said) for reason in found.values())
@@ -77,7 +77,7 @@ def test_what_training_keeps_beside_the_network_is_set_aside(place: str, prefix:
 def test_an_average_whose_names_have_lost_their_dots_is_known() -> None:
     network = {f"model.diffusion_model.{name}": shape for name, shape in LAYERS.items()}
     copies = {f"model_ema.diffusion_model{name.replace('.', '')}": shape for name, shape in LAYERS.items()}
-    assert list(set_aside(infos(network | copies))) == list(copies)
+    assert list(non_model_tensors(infos(network | copies))) == list(copies)
 
 
 NETWORKS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -101,7 +101,7 @@ NETWORKS: dict[str, dict[str, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_networks_with_such_names_are_kept(kind: str) -> None:
-    assert not set_aside(infos(NETWORKS[kind]))
+    assert not non_model_tensors(infos(NETWORKS[kind]))
 
 
 def flat() -> dict[str, Tensor]:
