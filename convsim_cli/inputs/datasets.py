@@ -1,22 +1,19 @@
-"""Image data sets by name.
+"""Image data sets by name, and folders of image files: labeled, or inputs to measure with.
 
-Folders of image files: a labeled data set, or inputs to measure with.
-
-Where the classes and the splits of a folder of labeled images are.
-
-PATH/train and PATH/val hold a folder of images per class, or PATH itself does. Anything else is refused: what stands in
-the wrong place would be trained on without a word.
+A labeled folder holds a folder of images per class, in PATH/train and PATH/val or in PATH itself. Any other layout is
+refused: images in the wrong place would be trained on with wrong labels.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -25,14 +22,14 @@ from torch import Tensor
 from convsim_cli.errors import InputError, did_you_mean, one_of
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+TRAINING = ("train", "training")  # names of folders, in small or capital letters
+TEST = ("val", "test", "valid", "validation", "testing")  # the first one that is there
+DEEPEST = 3  # levels of folders that are searched for what was meant
+NAMED = 5  # folders in an error
 
-NAMES = ("cifar10", "cifar100", "digits", "folder:PATH")
-_CIFAR = {  # the class of torchvision, mean and standard deviation of the training images
-    "cifar10": ("CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ("CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
+Labeled = list[tuple[str, int]]  # image files, each with the number of its class
 
 
 def load_dataset(
@@ -55,27 +52,55 @@ def load_dataset(
     folder. Raises InputError for an unknown name, and for data that is missing and cannot be downloaded: it says which
     file to get and where to put it.
     """
-    if name in _CIFAR:
-        found = _cifar(name, data_dir)
-    elif name == "digits":
-        found = _digits()
+    if name in DATASETS:
+        found = DATASETS[name](data_dir)
     elif name.startswith("folder:"):
-        found = load_folder(Path(name.removeprefix("folder:")), side, test_only)
+        found = _labeled_folder(Path(name.removeprefix("folder:")), side, test_only)
     else:
         raise InputError(f"unknown data set {name!r}: {did_you_mean(name, NAMES)}")
     return replace(found, mean=mean or found.mean, std=std or found.std)
 
 
-def _cifar(name: str, data_dir: Path) -> Dataset:
+def load_images(
+    folder: Path, samples: int, side: int, mean: Channels | None = None, std: Channels | None = None
+) -> Tensor:
+    """Return images from a folder and its subfolders, evenly spaced by name: float32 `[samples, 3, side, side]`.
+
+    mean, std: normalize by these, ImageNet's if None. Raises InputError for a folder without images, and for an image
+    that cannot be read.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+
+    found = (path for path in folder.rglob("*") if is_image_file(path.name))
+    files = sorted(path for path in found if not _is_hidden(path.relative_to(folder)))
+    if not files:
+        raise InputError(f"{folder}: contains no images ({', '.join(IMG_EXTENSIONS)})")
+    count = min(samples, len(files))
+    images = torch.stack([_decode(files[i * len(files) // count], side) for i in range(count)])
+    split = Split(images, torch.zeros(count, dtype=torch.long))
+    return Dataset(str(folder), split, split, 1, mean or IMAGENET_MEAN, std or IMAGENET_STD).normalize(images)
+
+
+def folder_digest(path: Path) -> str:
+    """Return what identifies a folder of labeled images, independent of its path: SHA-256 of relative names and sizes.
+
+    Raises InputError as `find_splits`; no image is decoded.
+    """
+    _, train, test = find_splits(path)
+    files = sorted((Path(file).relative_to(path).as_posix(), Path(file).stat().st_size) for file, _ in train + test)
+    return sha256(repr(files).encode()).hexdigest()
+
+
+def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Path) -> Dataset:
+    """Read torchvision's data set of this class, downloaded if it is not there."""
     from torchvision import datasets
 
-    kind, classes, mean, std = _CIFAR[name]
     source = getattr(datasets, kind)
     folder = data_dir / source.base_folder
     _refuse_inside(data_dir, source)
+    created = [path for path in (data_dir, *data_dir.parents) if not path.exists()]
     try:
-        with _removed_if_empty(data_dir):
-            splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
+        splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
         if folder.is_dir():
             raise InputError(
@@ -86,8 +111,12 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
             f"{kind} is not in {folder} and cannot be downloaded ({str(error).rstrip('.')}); "
             f"unpack {source.url} there, or name its parent with `data_dir`; the data set digits needs no download"
         ) from error
+    finally:
+        with suppress(OSError):  # of the folders of a failed download, only empty ones go
+            for path in created:
+                path.rmdir()
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
-    return Dataset(name, train, test, classes, mean, std, tuple(splits[0].classes))
+    return Dataset(kind.lower(), train, test, classes, mean, std, tuple(splits[0].classes))
 
 
 def _refuse_inside(data_dir: Path, source: Any) -> None:
@@ -110,20 +139,7 @@ def _refuse_inside(data_dir: Path, source: Any) -> None:
         raise InputError(f"`data_dir` {data_dir} is a file; name the folder that holds {source.base_folder}")
 
 
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the folders that a failed download has created and left empty."""
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # not empty: a part of the archive
-            for path in created:
-                path.rmdir()
-        raise
-
-
-def _digits() -> Dataset:
+def _digits(_: Path) -> Dataset:
     """The 1,797 8×8 digits of scikit-learn as 32×32 images of three equal channels; every fifth one is for testing."""
     try:
         from sklearn.datasets import load_digits
@@ -139,43 +155,19 @@ def _digits() -> Dataset:
     )
 
 
-IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
-IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+DATASETS: dict[str, Callable[[Path], Dataset]] = {  # mean and standard deviation are the training images'
+    "cifar10": partial(_cifar, "CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": partial(_cifar, "CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "digits": _digits,
+}
+NAMES = (*DATASETS, "folder:PATH")
 
 
-def load_images(
-    folder: Path, samples: int, side: int, mean: Channels | None = None, std: Channels | None = None
-) -> Tensor:
-    """Return images from a folder and its subfolders, evenly spaced by name: float32 `[samples, 3, side, side]`.
-
-    mean, std: normalize by these, ImageNet's if None. Raises InputError for a folder without images, and for an image
-    that cannot be read.
-    """
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = sorted(path for path in found if not is_hidden(path.relative_to(folder)))
-    if not files:
-        raise InputError(f"{folder}: contains no images ({', '.join(IMAGE_SUFFIXES)})")
-    count = min(samples, len(files))
-    images = torch.stack([_decode(files[i * len(files) // count], side) for i in range(count)])
-    split = Split(images, torch.zeros(count, dtype=torch.long))
-    return Dataset(str(folder), split, split, 1, mean or IMAGENET_MEAN, std or IMAGENET_STD).normalize(images)
-
-
-def load_folder(path: Path, side: int, test_only: bool) -> Dataset:
-    """Decode a folder of labeled images. See `datasets.load_dataset`."""
+def _labeled_folder(path: Path, side: int, test_only: bool) -> Dataset:
+    """Decode a folder of labeled images. See `load_dataset`."""
     classes, train, test = find_splits(path)
     splits = (_decoded_split([] if test_only else train, side), _decoded_split(test, side))
     return Dataset(f"folder:{path}", *splits, len(classes), IMAGENET_MEAN, IMAGENET_STD, tuple(classes))
-
-
-def folder_digest(path: Path) -> str:
-    """Return what identifies a folder of labeled images, independent of its path: SHA-256 of relative names and sizes.
-
-    Raises InputError as `load_folder`; no image is decoded.
-    """
-    _, train, test = find_splits(path)
-    files = sorted((Path(file).relative_to(path).as_posix(), Path(file).stat().st_size) for file, _ in train + test)
-    return sha256(repr(files).encode()).hexdigest()
 
 
 def _decoded_split(files: Labeled, side: int) -> Split:
@@ -194,30 +186,14 @@ def _decode(path: Path, side: int) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(_in_8_bits(image).convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if file.mode.startswith("I"):  # 16-bit gray: PIL's own conversion turns everything above 255 white
+                image = Image.fromarray((numpy.asarray(file).clip(0, 65535) >> 8).astype(numpy.uint8))
+            fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error})") from error
     return torch.from_numpy(numpy.array(fitted))
-
-
-def _in_8_bits(image: Image) -> Image:
-    """A 16-bit gray image in 8 bits, any other unchanged. PIL's own conversion turns everything above 255 white."""
-    import numpy
-    from PIL.Image import fromarray
-
-    if not image.mode.startswith("I"):
-        return image
-    return fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype(numpy.uint8))
-
-
-TRAINING = ("train", "training")
-TEST = ("val", "test", "valid", "validation", "testing")  # the first one that is there
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_DEEPEST = 3  # folders in folders that are searched for what was meant
-_NAMED = 5  # folders in an error
-
-Labeled = list[tuple[str, int]]  # image files, each with the number of its class
 
 
 def find_splits(path: Path) -> tuple[list[str], Labeled, Labeled]:
@@ -235,11 +211,6 @@ def find_splits(path: Path) -> tuple[list[str], Labeled, Labeled]:
     if named != classes:
         raise InputError(f"{test}: its classes ({_some(named)}) are not those of {training} ({_some(classes)})")
     return classes, files, held_out
-
-
-def is_hidden(path: Path) -> bool:
-    """Return whether a relative path leads through what a system or an editor keeps for itself."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def _named(path: Path, names: Sequence[str]) -> Path | None:
@@ -267,11 +238,18 @@ def _refuse_splits_as_classes(path: Path) -> None:
 
 def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
     """The classes of a folder, and its image files, class by class, as torchvision's ImageFolder orders them."""
+    from torchvision.datasets.folder import is_image_file, make_dataset
+
+    def is_wanted(file: str) -> bool:
+        return is_image_file(file) and not _is_hidden(Path(file).relative_to(path))
+
     classes = _folders(path)
-    files = [(file, label) for label, name in enumerate(classes) for file in _images(path / name)]
-    empty = sorted(set(range(len(classes))) - {label for _, label in files})
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(path, labels, is_valid_file=is_wanted, allow_empty=True) if labels else []
+    filled = {label for _, label in files}
+    empty = [name for name, label in labels.items() if label not in filled]
     if not classes or empty:
-        found = f"no images in {_some([classes[label] for label in empty])}" if classes else "found no folders"
+        found = f"no images in {_some(empty)}" if classes else "found no folders"
         raise InputError(f"{path}: expected a folder of images for each class ({found})")
     if len(classes) == 1:
         meant = _meant(path)
@@ -285,7 +263,7 @@ def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
 def _meant(path: Path) -> Path | None:
     """The first folder below that holds splits, or several folders of images: what was probably meant."""
     level = [path]
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         level = [folder / name for folder in level for name in _folders(folder)]
         for folder in level:
             training = _named(folder, TRAINING)
@@ -297,24 +275,22 @@ def _meant(path: Path) -> Path | None:
 def _folders(path: Path) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(Path(entry.name)))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(Path(entry.name)))
     except OSError as error:
         raise InputError(f"{path}: expected a folder of images for each class ({error.strerror})") from error
 
 
-def _images(folder: Path) -> list[str]:
-    return [
-        f"{root}/{name}"
-        for root, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(Path(root, name).relative_to(folder))
-    ]
-
-
 def _holds_images(folder: Path) -> bool:
+    from torchvision.datasets.folder import is_image_file
+
     with os.scandir(folder) as entries:
-        return any(entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file() for entry in entries)
+        return any(is_image_file(entry.name) and entry.is_file() for entry in entries)
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a relative path leads through what a system or an editor keeps for itself."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
