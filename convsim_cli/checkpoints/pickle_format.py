@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
-from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
+from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
 from convsim_cli.checkpoints.diagnose import can_be_mapped, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import held_interrupt
@@ -150,16 +150,15 @@ def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     owners: dict[int, list[tuple[int, int, str]]] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim < 3 or not tensor.numel():
+        extent = storage_extent(tensor)
+        if tensor.ndim < 3 or extent is None:
             continue
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        first = int(tensor.storage_offset())
-        last = first + extent
-        placed = owners.setdefault(tensor.untyped_storage().data_ptr(), [])
+        storage, first, last = extent
+        placed = owners.setdefault(storage, [])
         other = next((owner for start, end, owner in placed if start < last and first < end), None)
         if other:
             reasons[name] = f"shared with {other}"
-        elif extent < tensor.numel():
+        elif last - first < tensor.numel():
             reasons[name] = "its elements share memory (an expanded tensor)"
         else:
             placed.append((first, last, name))
