@@ -1,4 +1,46 @@
-"""convsim: measure and lower the similarity between a convolutional network's feature maps, by its kernels alone."""
+"""convsim: measure and lower the similarity between a convolutional network's feature maps, by its kernels alone.
+
+This page is the architecture. A module imports only from its own line and the lines above (tests/test_architecture.py):
+
+    errors              what can go wrong, with exit codes
+    device, precision   devices, CUDA graphs, progress; full float32, and values with their own gradient
+    similarity          Eq. 10 of the paper in linear time, and power spectra
+    objectives          the table of everything that can be minimized, Eq. 10 first
+    kernels/            which tensors are kernels: `kernel` (one layer), `modules` (exact), `guess` (what a file tells)
+    layers, batch_norm  run a model without side effects, a layer with another weight; batch-norm statistics
+    measurement/        `figures` (the table), `kernel_figures`, `feature_maps`, `pairs`, `synthetic`, `network`
+    closed_forms        orthogonal and decorrelated filters
+    minimize, penalty   Algorithm 1; Algorithm 2, and similarity held in optimizer steps
+    checkpoints/        `base`, `formats` (the table) and one module per format; `atomic` and `journal` write,
+                        `diagnose` and `pickle_globals` explain what cannot be read
+    inputs/             images in memory; data sets and folders by name
+    networks/           networks by name, checkpoints loaded into them, what they are probed with, their accuracy
+    checkpoint_init, checkpoint_measure   two library calls, which the commands of those names show
+    training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `data`, `distributed`,
+                        `comparison`
+    reproduction/       the paper's numbers, numerical tables, trained experiments, and campaigns of runs
+    plots               figures
+    cli/                one module per command; `options` and `console` are shared
+
+What happens in a command, in order:
+
+- `init FILE`: cli/init_command → checkpoint_init.minimize_checkpoint → networks/load opens the file, kernels/guess
+  finds its kernels → minimize, layer by layer, with objectives and similarity → the format's `write`, through
+  checkpoints/atomic → the table.
+- `measure FILE`: cli/measure_command → checkpoint_measure → networks/load and kernels/guess as above →
+  measurement/synthetic makes inputs and runs each layer → measurement/kernel_figures.measure_layer → the table.
+  With `--arch`, networks/load fills the network, and measurement/network runs it.
+- `train`: cli/train_command → training/launch checks data and network, and creates the folder → training/run prepares
+  the kernels (training/prepare), trains epoch by epoch (training/trainer), saves after each, and writes the summary.
+  `--resume` enters at launch.open_to_resume and continues from `state.pt`.
+- `compare`, `plot`: training/comparison reads folders of runs and groups them by seed → the table, or plots.
+- `reproduce`: reproduction/numerical, or reproduction/experiments plans runs and reproduction/campaign trains them.
+
+Where a change goes: an objective, objectives.OBJECTIVES; a closed form, closed_forms; a figure, figures.FIGURES and
+kernel_figures.measure_layer; a format, checkpoints/formats.FORMATS; a data set, inputs/datasets.DATASETS; a network,
+networks/architectures; an option or a mode of training, training/config; an arm, reproduction/published.ARMS. Help
+texts, checks, JSON and tables read these. `.github/CONTRIBUTING.md` goes through each.
+"""
 
 from __future__ import annotations
 

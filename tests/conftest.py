@@ -40,6 +40,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if named or config.option.keyword else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the shared checkpoints, so that `-m "not checkpoints"` leaves it out."""
+    for item in items:
+        if "checkpoint_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("checkpoints")
+
+
 def _skip_without(path: Path, source: str) -> None:
     if not path.exists():
         pytest.skip(f"{path} is missing; get it from {source} (CONVSIM_SHARED names another folder than {SHARED})")

@@ -144,7 +144,7 @@ def test_a_compiled_network_is_re_estimated_as_well(batches: list[Tensor]) -> No
     assert torch.equal(plain[1].get_buffer("running_mean"), found)
 
 
-def test_batch_statistics_are_those_of_training_mode_and_leave_the_running_ones(batches: list[Tensor]) -> None:
+def test_batch_statistics_leave_the_running_ones(batches: list[Tensor]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with batch_statistics(model), torch.no_grad():

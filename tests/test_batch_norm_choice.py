@@ -73,7 +73,7 @@ def batch_normalized(**options: object) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options), nn.ReLU(), nn.Conv2d(4, 4, 3))  # type: ignore[arg-type]
 
 
-def test_statistics_of_a_fresh_network_are_not_those_of_its_kernels_and_trained_ones_are() -> None:
+def test_only_a_trained_networks_statistics_match_its_kernels() -> None:
     model = batch_normalized()
     assert choose_statistics(model) == "inputs"
     train_(model, torch.randn(4, 3, 8, 8))
@@ -83,7 +83,7 @@ def test_statistics_of_a_fresh_network_are_not_those_of_its_kernels_and_trained_
     assert choose_statistics(model, "inputs") == "inputs"
 
 
-def test_trained_means_without_counters_are_kept_and_counters_without_means_too() -> None:
+def test_means_or_counters_alone_say_that_statistics_are_trained() -> None:
     without_counter, counted = batch_normalized(), batch_normalized()
     train_(without_counter, torch.randn(4, 3, 8, 8))
     without_counter[1].num_batches_tracked = None

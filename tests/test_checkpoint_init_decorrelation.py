@@ -42,9 +42,7 @@ def test_orthogonal_is_the_closed_form_of_the_library_on_any_checkpoint(tmp_path
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_decorrelate_is_the_closed_form_of_the_library_alone_or_after_algorithm_1(
-    first: bool, tmp_path: Path, convsim: Convsim
-) -> None:
+def test_decorrelate_is_the_librarys_alone_or_after_algorithm_1(first: bool, tmp_path: Path, convsim: Convsim) -> None:
     model = build_network("cnn:8")
     how = ("--preserve-norm", "--iterations", 5) if first else ()
     digits = ("--decorrelate", "digits", "--samples", 100)
@@ -63,9 +61,7 @@ def test_decorrelate_is_the_closed_form_of_the_library_alone_or_after_algorithm_
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_decorrelate_keeps_the_type_and_the_names_of_a_file_and_the_bits_of_dead_filters(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_decorrelate_keeps_types_names_and_dead_filters_of_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
     state = {f"net.{name}": tensor.clone() for name, tensor in build_network("cnn:8").state_dict().items()}
     for name in KERNELS:
         state[f"net.{name}"] = state[f"net.{name}"].to(dtype)

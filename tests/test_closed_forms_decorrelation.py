@@ -110,7 +110,7 @@ def test_the_formula_holds_as_far_as_the_rank_goes() -> None:
     assert (eigenvalues > 1e-9 * eigenvalues.max()).sum() == 8
 
 
-def test_other_tensors_modes_buffers_hooks_and_random_numbers_are_left_as_they_were() -> None:
+def test_everything_but_the_kernels_is_left_as_it_was() -> None:
     model = network()
     model[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -199,7 +199,7 @@ class Mirrored(nn.Module):
         return last
 
 
-def test_a_layer_that_is_called_several_times_is_uncorrelated_over_all_of_its_calls() -> None:
+def test_a_layer_called_several_times_is_uncorrelated_over_all_calls() -> None:
     model, inputs = Mirrored().double(), images()
     records = decorrelate_(model, inputs)
     assert [record["name"] for record in records] == ["first.weight", "twice.weight", "last.weight"]
@@ -226,7 +226,7 @@ def test_a_layer_that_is_called_less_often_after_the_change_is_named() -> None:
     assert torch.equal(model.before, model.first.weight)
 
 
-def test_a_weight_that_a_decoder_shares_is_changed_for_the_maps_of_the_encoder() -> None:
+def test_a_shared_weight_is_changed_for_the_encoders_maps() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -301,7 +301,7 @@ def test_autocast_within_the_model_does_not_reach_the_maps() -> None:
     assert torch.equal(model[0].weight, plain[0].weight)
 
 
-def test_layers_that_are_never_called_are_named_in_a_warning_and_progress_ends_at_the_total() -> None:
+def test_layers_never_called_are_named_and_progress_still_ends() -> None:
     model = Backwards().double()
     model.unused = nn.Conv2d(3, 4, 3)
     told: list[int] = []

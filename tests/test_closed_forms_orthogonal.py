@@ -55,7 +55,7 @@ def test_filters_are_orthogonal_without_means_and_of_their_own_norms() -> None:
     assert (found.mean((2, 3)).abs() <= 1e-6 * found.flatten(1).norm(dim=1, keepdim=True)).all()
 
 
-def test_more_filters_than_directions_are_spread_evenly_over_the_directions() -> None:
+def test_more_filters_than_directions_are_spread_evenly() -> None:
     found = orthogonalize_weight_(torch.randn(32, 2, 2, 2, dtype=torch.float64)).flatten(1)
     assert (torch.linalg.svdvals(found) > 1e-9).sum() == 6
     rows = orthogonalize_weight_(torch.randn(6, 2, 2, 2, dtype=torch.float64))
@@ -82,7 +82,7 @@ def test_dead_filters_stay_bit_identical_and_change_nothing(share: float, dtype:
     torch.testing.assert_close(found[living], orthogonalize_weight_(weight[living].clone()))
 
 
-def test_filters_that_are_constant_in_every_channel_stay_bit_identical_and_change_nothing() -> None:
+def test_constant_filters_stay_bit_identical_and_change_nothing() -> None:
     weight = torch.randn(6, 4, 3, 3)
     weight[[1, 4]] = torch.randn(2, 4, 1, 1)
     found = orthogonalize_weight_(weight.clone())
@@ -95,7 +95,7 @@ def test_a_layer_whose_filters_are_all_constant_stays_bit_identical() -> None:
     assert same_bits(orthogonalize_weight_(weight.clone()), weight)
 
 
-def test_a_living_filter_outside_of_the_directions_that_count_stays_bit_identical() -> None:
+def test_a_filter_without_a_direction_stays_bit_identical() -> None:
     directions = orthogonalize_weight_(torch.randn(4, 3, 3, 3, dtype=torch.float64))
     weight = directions / directions.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     weight[1] = weight[0]  # singular value √2
@@ -144,7 +144,7 @@ def network() -> nn.Sequential:
     )
 
 
-def test_a_model_gets_orthogonal_filters_and_every_other_tensor_is_bit_identical() -> None:
+def test_orthogonalizing_a_model_changes_only_its_kernels() -> None:
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     told: list[int] = []
@@ -170,7 +170,7 @@ def test_patterns_choose_the_layers() -> None:
         orthogonalize_(network(), exclude=["5.*"])
 
 
-def test_a_model_is_untouched_when_one_of_its_layers_cannot_be_made_orthogonal() -> None:
+def test_a_model_is_untouched_when_one_layer_fails() -> None:
     model = network()
     with torch.no_grad():
         model[4].weight[0, 0, 0, 0] = torch.nan

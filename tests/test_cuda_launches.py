@@ -70,7 +70,7 @@ def test_no_objective_waits(objective: str, preserve_norm: bool, optimizer: str)
 
 
 @pytest.mark.parametrize("preserve_norm", [False, True])
-def test_an_iteration_of_resnet18_launches_so_much_for_each_shape_not_for_each_layer(preserve_norm: bool) -> None:
+def test_an_iteration_launches_per_shape_not_per_layer(preserve_norm: bool) -> None:
     model, how = real_network("resnet18").to(CUDA), Minimization(preserve_norm=preserve_norm)
     layers = [(kernel, weight_of(model, kernel).detach()) for kernel in how.select(module_kernels(model)).kernels]
     stacks = [Stack(*zip(*group, strict=True)) for group in _of_one_shape(layers)]
@@ -81,9 +81,7 @@ def test_an_iteration_of_resnet18_launches_so_much_for_each_shape_not_for_each_l
 
 
 @pytest.mark.parametrize("preserve_norm", [False, True])
-def test_a_minimization_waits_once_to_read_all_losses_and_no_more_for_more_iterations(
-    preserve_norm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_minimization_waits_only_to_read_its_losses(preserve_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descent, "LOOK_EVERY", 8)
     waits = []
     for iterations in (4, 8, 24):
@@ -95,7 +93,7 @@ def test_a_minimization_waits_once_to_read_all_losses_and_no_more_for_more_itera
     assert waits[0] <= 3  # one copy, of which two losses are read
 
 
-def test_the_gradient_of_the_penalty_is_five_launches_a_layer_one_for_all_and_no_wait() -> None:
+def test_the_penaltys_gradient_takes_five_launches_a_layer_and_no_wait() -> None:
     model = real_network("resnet18").to(CUDA, memory_format=torch.channels_last)
     penalty = ConvSimPenalty(model)
     for parameter in model.parameters():

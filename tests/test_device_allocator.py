@@ -29,7 +29,7 @@ def page_faults_of_large_blocks(kept: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def test_blocks_that_are_freed_and_taken_again_are_not_cleared_by_the_system_again() -> None:
+def test_freed_blocks_are_reused_without_being_cleared() -> None:
     kept = call_in_fork(page_faults_of_large_blocks, True)
     assert kept < 1000
     assert call_in_fork(page_faults_of_large_blocks, False) > 10 * kept  # else there is nothing to gain any more

@@ -145,9 +145,7 @@ def fail() -> None:
 
 @pytest.mark.parametrize("while_ending", [False, True])
 @pytest.mark.parametrize("device", [0, 1])
-def test_a_recording_that_fails_says_so_in_one_line_and_leaves_no_stream_behind(
-    driver: Driver, device: int, while_ending: bool
-) -> None:
+def test_a_failed_recording_is_one_line_and_leaves_no_stream(driver: Driver, device: int, while_ending: bool) -> None:
     streams = list(driver.streams)
     step = Counter(device)
     iterate = repeated(lambda: step() if driver.graph is None or while_ending else fail(), torch.device("cuda", device))

@@ -77,7 +77,7 @@ def test_the_loop_is_torchs_optimizer_on_the_literally_projected_gradient(
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("taps", [(1,), (3, 3), (7, 7), (31,), (2, 3, 2)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_tangent_gradient_is_the_gradient_literally_projected_at_the_norms_that_are_held(
+def test_the_tangent_gradient_is_the_literal_projection(
     objective: str, taps: tuple[int, ...], dtype: torch.dtype, rtol: float
 ) -> None:
     weight = torch.randn(6, 3, *taps, dtype=dtype)
@@ -105,7 +105,7 @@ def test_raw_lowers_cs_a_thousandfold_and_says_that_it_shrank_the_filters() -> N
     assert record["after"]["norm"] == pytest.approx(minimized.double().norm().item(), rel=1e-6)
 
 
-def test_preserve_norm_lowers_feature_map_similarity_where_subtracting_means_does_not() -> None:
+def test_preserve_norm_lowers_similarity_beyond_subtracting_means() -> None:
     kernel, weight = fresh()
     minimized, _ = minimize_kernel(kernel, weight, Minimization(preserve_norm=True))
     torch.testing.assert_close(minimized.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
@@ -160,7 +160,7 @@ def test_every_iteration_is_done_though_the_loss_rises() -> None:
     assert told == [50 * weight.numel()] * 20
 
 
-def test_pointwise_layers_are_included_raw_and_left_alone_under_preserve_norm() -> None:
+def test_preserve_norm_leaves_pointwise_layers_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3))
     assert [record["name"] for record in minimize_(model, 1)] == ["0.weight", "1.weight"]
     assert [record["name"] for record in minimize_(model, 1, preserve_norm=True)] == ["1.weight"]
@@ -218,7 +218,7 @@ def test_minimizing_a_layer_holds_few_copies_of_it(preserve_norm: bool) -> None:
     assert peak <= 4.5 * weight.nbytes  # the filters, their gradient, Adam's two moments, and the Gram products
 
 
-def test_the_figures_of_a_layer_hold_its_filters_in_float32_and_float64_alone() -> None:
+def test_a_layers_figures_hold_two_copies_of_its_filters() -> None:
     kernel, weight = fresh()
     assert peak_bytes(lambda: measure_weight(kernel, weight)) <= 3.1 * weight.nbytes
 
@@ -251,7 +251,7 @@ def fresh_network() -> nn.Sequential:
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_layers_minimized_together_have_the_bits_of_layers_minimized_one_by_one(
+def test_layers_minimized_together_have_the_bits_of_each_alone(
     preserve_norm: bool, optimizer: str, objective: str
 ) -> None:
     how = Minimization(10, 1e-3, optimizer, preserve_norm, objective=objective)  # type: ignore[arg-type]
@@ -319,7 +319,7 @@ def partly_vanished(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_vanished_filters_keep_every_bit_and_the_others_are_minimized_as_if_they_were_not_there(
+def test_vanished_filters_keep_every_bit_and_change_no_other(
     dtype: torch.dtype, preserve_norm: bool, objective: str
 ) -> None:
     weight = partly_vanished(dtype)
@@ -352,7 +352,7 @@ def test_rescaling_keeps_every_bit_of_vanished_filters() -> None:
     assert not torch.equal(scaled[0], weight[0])
 
 
-def test_a_weight_is_minimized_in_place_and_returned_as_by_torchs_initializers() -> None:
+def test_a_weight_is_minimized_in_place_and_returned() -> None:
     layer = nn.Conv2d(4, 8, 3, groups=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected, _ = minimize_kernel(Kernel("k", (8, 2, 3, 3), 2), layer.weight, Minimization(20, preserve_norm=True))
     strides = layer.weight.stride()
@@ -434,7 +434,7 @@ def test_layers_that_cannot_be_minimized_are_named_in_one_warning() -> None:
     assert caught[0].filename == __file__
 
 
-def test_reports_call_the_papers_objective_raw_or_norm_preserving_and_others_by_name() -> None:
+def test_reports_name_the_objective_or_raw_or_norm_preserving() -> None:
     assert Minimization().label == "raw"
     assert Minimization(preserve_norm=True).label == "norm-preserving"
     assert Minimization(objective="kernel", preserve_norm=True).label == "kernel"

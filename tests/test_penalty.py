@@ -53,9 +53,7 @@ def test_adding_the_gradient_directly_equals_backward_through_the_penalty(
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_norm_preserving_gradient_is_the_gradient_without_its_part_along_each_filter(
-    objective: str, layout: torch.memory_format
-) -> None:
+def test_a_norm_preserving_gradient_has_no_part_along_a_filter(objective: str, layout: torch.memory_format) -> None:
     model = network().to(memory_format=layout)  # type: ignore[call-overload]
     weights = [weight for weight in model.parameters() if weight.ndim == 4]
     former = [weight.detach().clone() for weight in weights]
@@ -75,7 +73,7 @@ def test_a_norm_preserving_gradient_is_the_gradient_without_its_part_along_each_
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_norm_preserving_gradient_of_vanished_and_of_single_tap_filters_is_a_number(objective: str) -> None:
+def test_norm_preserving_gradients_of_vanished_filters_are_finite(objective: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1))
     with torch.no_grad():
         model[0].weight[1:4] *= torch.tensor([0, 1e-25, 1e-19]).reshape(3, 1, 1, 1)
@@ -174,7 +172,7 @@ def test_a_model_without_pairs_and_an_unknown_objective_are_refused() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_compiled_model_has_the_same_penalty_and_a_compiled_loss_can_hold_it(objective: str) -> None:
+def test_a_compiled_model_and_a_compiled_loss_have_the_same_penalty(objective: str) -> None:
     model = network()
     plain = ConvSimPenalty(model, objective)
     compiled = ConvSimPenalty(torch.compile(model, backend="eager"), objective)  # type: ignore[arg-type]
@@ -274,7 +272,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_penalty_acts_on_the_weights_that_the_model_computes_with_after_a_change(
+def test_the_penalty_follows_changes_of_the_model(
     change: Callable[[nn.Sequential], None],
 ) -> None:
     model = two_layers()
@@ -391,9 +389,7 @@ def test_a_sharded_model_is_refused_before_and_after_the_penalty_is_made(mesh: o
         (None, "no longer"),
     ],
 )
-def test_a_layer_that_the_penalty_cannot_follow_is_refused_and_no_gradient_is_half_done(
-    layer: nn.Module | None, reason: str
-) -> None:
+def test_a_layer_that_cannot_be_followed_changes_no_gradient(layer: nn.Module | None, reason: str) -> None:
     model = two_layers()
     penalty = ConvSimPenalty(model)
     if layer is None:

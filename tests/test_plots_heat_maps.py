@@ -15,7 +15,7 @@ def mean_of(*values: tuple[int, int, float], filters: int = 6) -> torch.Tensor:
     return mean[None]
 
 
-def test_similar_filters_stand_next_to_each_other_and_labels_say_which_they_are() -> None:
+def test_similar_filters_are_neighbours_with_their_own_labels() -> None:
     mean = mean_of((0, 3, 0.9), (1, 5, 0.8), (2, 4, -0.7))
     drawn = make_heat_map(mean)
     assert sorted(drawn.labels) == list(range(6))
@@ -25,7 +25,7 @@ def test_similar_filters_stand_next_to_each_other_and_labels_say_which_they_are(
     assert drawn.cells.min() == pytest.approx(-0.7)
 
 
-def test_groups_are_blocks_and_filters_of_different_groups_and_dead_ones_make_no_pair() -> None:
+def test_groups_are_blocks_and_dead_filters_make_no_pair() -> None:
     mean = torch.stack([mean_of((0, 1, 0.5), filters=3)[0], mean_of((0, 2, -0.5), filters=3)[0]])
     mean[1, 1, 1] = 0
     drawn = make_heat_map(mean)
@@ -49,7 +49,7 @@ def test_of_many_filters_a_cell_shows_the_strongest_pair_with_its_sign(
     assert drawn.labels == [0, 2, 4, 6]
 
 
-def test_the_scale_is_signed_and_filters_are_numbered_as_far_as_there_is_room() -> None:
+def test_the_scale_is_signed_and_filters_are_numbered() -> None:
     heat = {"a": make_heat_map(mean_of((0, 3, 0.9))), "b": make_heat_map(torch.eye(120)[None])}
     figure = draw_heat(heat, {"a": "fm_cos 0.1", "b": "fm_cos 0.2"}, "title")
     small, large = figure.axes[:2]

@@ -82,7 +82,7 @@ def _as_torch_starts() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_whatever_is_switched_on_is_off_inside_and_exactly_as_it_was_afterwards(kind: str) -> None:
+def test_switches_are_off_inside_and_restored_afterwards(kind: str) -> None:
     for settings in SETTINGS:
         choose(*settings)
         own = read_own()
@@ -99,7 +99,7 @@ def test_whatever_is_switched_on_is_off_inside_and_exactly_as_it_was_afterwards(
         assert read_own() == own, settings
 
 
-def test_old_switches_that_a_user_has_set_can_be_read_inside_on_the_cpu_too() -> None:
+def test_old_switches_can_be_read_inside_on_the_cpu() -> None:
     for matmul in MATMUL:
         choose(matmul, True)
         with full_precision(torch.device("cpu")):
@@ -116,7 +116,7 @@ def test_an_exception_inside_restores_the_switches(kind: str) -> None:
     assert (read_new(), read_old()) == before
 
 
-def test_tf32_is_on_for_cuda_inside_off_again_in_full_precision_and_exactly_as_it_was_afterwards() -> None:
+def test_tf32_is_on_inside_off_in_full_precision_and_restored() -> None:
     for settings in SETTINGS:
         choose(*settings)
         own = read_own()

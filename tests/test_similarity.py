@@ -121,7 +121,7 @@ def test_an_fft_has_the_smallest_5_smooth_length_that_holds_all_lags(taps: tuple
 
 
 @pytest.mark.parametrize("taps", [(1,), (2,), (5,), (31,), (3, 4), (7, 7), (2, 3, 2)], ids=str)
-def test_power_spectra_have_the_inner_products_and_the_lag_0_of_autocorrelations(taps: tuple[int, ...]) -> None:
+def test_power_spectra_have_the_inner_products_of_autocorrelations(taps: tuple[int, ...]) -> None:
     filters, _ = to_filters(torch.randn(3, 2, *taps, dtype=torch.float64))
     power = power_spectra(spectra(filters, taps), taps).sum(-1)[0]
     lags = similarity.autocorrelation(filters, taps)[0]
@@ -141,7 +141,7 @@ def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
     assert not fft(512, 2048, 1, 1)
 
 
-def test_accelerators_take_the_fft_only_where_the_matrix_that_folds_lags_would_be_large() -> None:
+def test_accelerators_take_the_fft_only_for_a_large_lag_matrix() -> None:
     assert not similarity._fft_is_cheaper(3, (7, 7), "cuda")
     assert not similarity._fft_is_cheaper(1, (7, 7), "cuda")
     assert similarity._fft_is_cheaper(1, (31, 31), "cuda")
@@ -167,7 +167,7 @@ def test_folding_by_a_matrix_as_accelerators_do_matches_folding_by_index() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32_and_their_gradients_come_back_in_kind(dtype: torch.dtype) -> None:
+def test_half_types_are_computed_in_float32_with_half_gradients(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 4, 3, 3).to(dtype).requires_grad_()
     value = convolutional_similarity(weight)
     value.backward()
@@ -187,7 +187,7 @@ def test_autocast_does_not_touch_value_or_gradient() -> None:
     assert torch.equal(cast, plain)
 
 
-def test_normalized_form_matches_its_definition_and_does_not_move_with_scale() -> None:
+def test_the_normalized_form_is_its_definition_at_any_scale() -> None:
     weight = torch.randn(6, 3, 3, 3, dtype=torch.float64)
     expected = literal_normalized_similarity(weight, 2)
     assert relative(normalized_similarity(weight, 2), expected) < 1e-12
@@ -273,7 +273,7 @@ def test_the_gradient_of_the_normalized_form_is_that_of_autograd(shape: tuple[in
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
 
 
-def test_vanished_filters_do_not_count_in_the_gradient_of_the_normalized_form() -> None:
+def test_vanished_filters_do_not_count_in_the_normalized_gradient() -> None:
     filters, taps = to_filters(torch.randn(6, 3, 3, 3))
     filters[0, [2, 4]] *= torch.tensor([0, 1e-25]).reshape(2, 1, 1)
     found = normalized_gradient(filters, taps, 1e-6)

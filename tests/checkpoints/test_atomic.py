@@ -90,7 +90,7 @@ for case in range(20):
 """
 
 
-def test_of_processes_that_save_at_once_every_file_is_kept_under_a_name_of_its_own(tmp_path: Path) -> None:
+def test_processes_that_save_at_once_keep_every_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"first")
     command = [sys.executable, "-c", REPLACE_OFTEN, str(tmp_path)]
     children = [subprocess.Popen([*command, str(number)]) for number in range(4)]
@@ -100,9 +100,7 @@ def test_of_processes_that_save_at_once_every_file_is_kept_under_a_name_of_its_o
     assert sorted(kept) == sorted([b"first", *(f"{n}.{case}".encode() for n in range(4) for case in range(20))])
 
 
-def test_without_locks_a_backup_that_appears_at_the_last_moment_is_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_locks_a_late_backup_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_lock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -150,7 +148,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     assert target.read_bytes() == b"old"
 
 
-def test_leftovers_of_a_killed_process_are_swept_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+def test_only_a_dead_processs_leftovers_are_swept(tmp_path: Path) -> None:
     (tmp_path / ".convsim-0000000000000000.tmp").mkdir()
     (tmp_path / ".convsim-0000000000000000.tmp" / "file").write_bytes(b"left by a killed process")
     target = tmp_path / "file"
@@ -272,7 +270,7 @@ replace_file(Path(sys.argv[1]), lambda file: file.write(b"new"))
         (1002, 5000, 0o6775, (1002, 5000, 0o6775)),
     ],
 )
-def test_the_group_is_kept_where_the_owner_cannot_be_and_nobody_else_s_rights_are_taken(
+def test_the_group_is_kept_where_the_owner_cannot_be(
     owner: int, group: int, mode: int, kept: tuple[int, int, int]
 ) -> None:
     with TemporaryDirectory() as name:  # in a place that every user may enter

@@ -62,7 +62,7 @@ def test_layers_of_a_safetensors_file_come_in_their_natural_order(tmp_path: Path
     assert list(tensors) == ["9.a", "layer2.a", "layer2.b", "layer10.a", "stem"]
 
 
-def test_in_place_a_mapped_file_is_rewritten_and_the_mapped_tensors_stay_as_they_were(tmp_path: Path) -> None:
+def test_rewriting_a_mapped_file_leaves_mapped_tensors_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(state_dict(), path)
     mapped = load_file(path)["conv.weight"]
@@ -110,7 +110,7 @@ def test_a_state_dict_with_kernels_goes_before_one_with_other_tensors(tmp_path: 
     assert list(open_checkpoint(tmp_path / "a.pt").tensors) == ["conv.weight"]
 
 
-def test_kernels_that_share_memory_in_part_or_within_themselves_cannot_be_changed_alone(tmp_path: Path) -> None:
+def test_kernels_that_share_memory_cannot_be_changed_alone(tmp_path: Path) -> None:
     whole = torch.randn(8, 3, 3, 3)
     expanded = torch.randn(1, 3, 3, 3).expand(4, 3, 3, 3)
     sparse = torch.eye(4).to_sparse()
@@ -227,7 +227,7 @@ def test_a_target_named_after_the_other_format_is_refused(tmp_path: Path) -> Non
         assert not (tmp_path / target).exists()
 
 
-def test_the_key_chooses_among_nested_dictionaries_and_the_others_are_carried_along(tmp_path: Path) -> None:
+def test_the_key_chooses_a_dictionary_and_the_others_are_kept(tmp_path: Path) -> None:
     kernels = {name: torch.randn(4, 3, 3, 3) for name in ("plain", "ema")}
     whole = {
         "state_dict": {"a.weight": kernels["plain"]},
@@ -251,7 +251,7 @@ def test_the_key_chooses_among_nested_dictionaries_and_the_others_are_carried_al
         open_checkpoint(path, "ema.shadw")
 
 
-def test_a_safetensors_file_that_another_process_replaces_meanwhile_is_written_back_whole(tmp_path: Path) -> None:
+def test_a_file_replaced_meanwhile_is_written_back_whole(tmp_path: Path) -> None:
     path, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
     state = {"a.weight": torch.randn(4, 3, 3, 3), "b": torch.randn(5)}
     save_file(state, path)

@@ -65,7 +65,7 @@ def test_one_entry_makes_a_format_known_to_open_write_back_errors_and_help(tmp_p
 
 
 @pytest.mark.parametrize("name", ["x.h5", "x", "x.safetensors.old"])
-def test_a_name_that_says_no_known_format_is_refused_and_nothing_is_written(
+def test_a_name_of_no_known_format_is_refused(
     name: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

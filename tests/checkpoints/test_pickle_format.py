@@ -237,7 +237,7 @@ def test_the_command_imports_nothing_but_what_was_found(protocol: int, tmp_path:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_plain_pickle_of_arrays_is_called_that_and_converted_by_the_command(protocol: int, tmp_path: Path) -> None:
+def test_a_plain_pickle_of_arrays_is_converted_by_the_command(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "zoo.pkl"
     content = {"model": {"conv1_w": KERNEL.numpy(), "names": ["a"]}, "blobs": [KERNEL.numpy(), np.float32(1)]}
     path.write_bytes(pickle.dumps(content, protocol=protocol))
@@ -332,7 +332,7 @@ def containers() -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("kind", containers())
-def test_state_dicts_are_found_in_every_container_and_nothing_else_is_touched(kind: str, tmp_path: Path) -> None:
+def test_state_dicts_are_found_in_every_container(kind: str, tmp_path: Path) -> None:
     content, key = containers()[kind]
     path = tmp_path / "model.pt"
     torch.save(content, path)

@@ -227,7 +227,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("end", ["failure", "failure without links", "kill"])
 @pytest.mark.parametrize("number", range(6))
-def test_a_save_that_ends_at_any_move_leaves_shards_of_one_save_and_whole_backups(
+def test_a_save_that_ends_at_any_move_leaves_shards_of_one_save(
     folder: Path, number: int, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six moves: the turn, the journal, two backups and two shards."""
@@ -279,7 +279,7 @@ def test_a_save_that_ends_at_any_move_leaves_shards_of_one_save_and_whole_backup
     assert sorted(contents(folder)) == sorted([*SHARDS, INDEX, *backups])
 
 
-def test_the_shards_of_one_save_share_a_number_whichever_of_them_it_changes(folder: Path, convsim: Convsim) -> None:
+def test_the_shards_of_one_save_share_a_backup_number(folder: Path, convsim: Convsim) -> None:
     first = convsim("init", folder, "--iterations", 1, "--exclude", "conv10*", "--json").document
     planned = convsim("init", folder, "--include", "conv10*", "--dry-run", "--json").document
     second = convsim("init", folder, "--iterations", 1, "--include", "conv10*", "--json").document

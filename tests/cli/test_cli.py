@@ -54,9 +54,7 @@ def test_unknown_commands_and_options_get_a_suggestion_in_one_line(convsim: Conv
     assert "--input" in outcome.error
 
 
-def test_an_unforeseen_failure_is_one_line_and_exit_1_and_a_traceback_on_demand(
-    convsim: Convsim, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unforeseen_failure_is_one_line_and_exit_1(convsim: Convsim, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first line\nsecond line")
 

@@ -241,7 +241,7 @@ def test_every_epoch_of_a_run_is_a_line_of_one_form_that_fits_the_terminal(
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_is_said_in_passing_breaks_between_words_on_a_terminal_and_is_one_line_elsewhere(
+def test_notes_wrap_at_words_on_a_terminal(
     width: int, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = f"runs/{'r' * 150}/model.safetensors"

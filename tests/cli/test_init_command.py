@@ -108,7 +108,7 @@ def test_a_dry_run_gives_the_same_without_after_and_writes_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", [("init", "--dry-run"), ("measure", "--samples", 1, "--input-size", 4)])
-def test_what_is_skipped_is_a_headline_and_three_lines_with_all_names_in_json(
+def test_skipped_tensors_are_a_headline_and_three_lines(
     command: tuple[object, ...], tmp_path: Path, convsim: Convsim
 ) -> None:
     state = {f"layer{number}.weight": torch.randn(4, 4, 3, 3) for number in range(12)}
@@ -132,9 +132,7 @@ def test_what_is_skipped_is_a_headline_and_three_lines_with_all_names_in_json(
     assert "convolution-shaped" not in convsim(*command, path).err
 
 
-def test_a_video_network_gets_the_option_to_type_and_an_audio_network_needs_none(
-    tmp_path: Path, convsim: Convsim
-) -> None:
+def test_a_video_network_gets_the_option_to_type(tmp_path: Path, convsim: Convsim) -> None:
     save_file({"a.weight": torch.randn(4, 2, 3, 3, 3)}, tmp_path / "video.safetensors")
     refused = convsim("init", tmp_path / "video.safetensors", "--dry-run")
     assert refused.code == 2
@@ -317,7 +315,7 @@ def test_real_checkpoints_keep_their_structure_and_every_other_tensor(
 @pytest.mark.parametrize(
     ("stdout", "said"), [("/dev/full", "No space left on device"), ("closed", "Bad file descriptor")]
 )
-def test_a_standard_output_that_cannot_be_written_is_said_and_the_file_is_written(
+def test_the_file_is_written_where_standard_output_cannot_be(
     stdout: str, said: str, how: str, tmp_path: Path, start: Start
 ) -> None:
     path = tmp_path / "model.safetensors"

@@ -171,7 +171,7 @@ class ResNet20(nn.Module):
 """
 
 
-def test_a_trained_network_of_the_users_own_module_classifies_as_its_authors_say(
+def test_a_users_trained_network_has_its_published_accuracy(
     checkpoint_dir: Path, data_dir: Path, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -333,7 +333,7 @@ def test_outputs_that_labels_cannot_be_compared_with_leave_the_report(
     assert ("accuracy" in found.document["total"]) == (arch == "many")
 
 
-def test_a_folder_here_with_the_name_of_a_data_set_does_not_stand_before_it(
+def test_a_folder_named_like_a_data_set_does_not_hide_it(
     tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -357,9 +357,7 @@ def test_built_in_networks_take_a_folders_images_at_32_pixels(
     assert sides == [32]
 
 
-def test_files_whose_names_differ_by_a_prefix_are_paired_and_others_are_said_to_have_nothing_in_common(
-    tmp_path: Path, convsim: Convsim
-) -> None:
+def test_files_whose_names_differ_by_a_prefix_are_paired(tmp_path: Path, convsim: Convsim) -> None:
     names = ("features.0.weight", "features.3.weight")
     paths = [tmp_path / f"{name}.safetensors" for name in ("plain", "wrapped", "foreign")]
     for path, form in zip(paths, ("{}", "module.{}", "{}.other"), strict=True):
@@ -465,9 +463,7 @@ def trained(path: Path, record: dict[str, str] | None = None) -> None:
     save_file(dict(model.state_dict()), path, metadata=record)
 
 
-def test_a_file_that_says_its_kernels_were_changed_after_training_is_measured_with_the_inputs_statistics(
-    convsim: Convsim, tmp_path: Path
-) -> None:
+def test_a_file_changed_by_init_is_measured_with_input_statistics(convsim: Convsim, tmp_path: Path) -> None:
     path = tmp_path / "trained.safetensors"
     trained(path)
     assert convsim("measure", path, "--arch", "cnn:4", "--json").document["bn_statistics"] == "stored"
@@ -475,9 +471,7 @@ def test_a_file_that_says_its_kernels_were_changed_after_training_is_measured_wi
     assert convsim("measure", path, "--arch", "cnn:4", "--json").document["bn_statistics"] == "inputs"
 
 
-def test_the_accuracy_is_that_of_the_stored_statistics_whatever_the_figures_take(
-    convsim: Convsim, tmp_path: Path
-) -> None:
+def test_the_accuracy_is_that_of_the_stored_statistics(convsim: Convsim, tmp_path: Path) -> None:
     trained(tmp_path / "trained.safetensors")
     how = ("measure", tmp_path / "trained.safetensors", "--arch", "cnn:4", "--input", "digits", "--json")
     stored, inputs = (convsim(*how, "--bn-statistics", which).document for which in ("stored", "inputs"))

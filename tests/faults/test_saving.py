@@ -67,7 +67,7 @@ def save_one_file(path: Path, value: float) -> None:
     open_checkpoint(path).write(path, [("a.weight", kernel)], backup=True)
 
 
-def test_a_killed_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(tmp_path: Path) -> None:
+def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.zeros(64, 64, 9, 9), "b": torch.full((1000,), 7.0)}, path)
     chance = random.Random(0)
@@ -191,7 +191,7 @@ def descriptors() -> set[str]:
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open", "fdopen", "flock"])
-def test_any_one_system_call_of_a_save_may_fail_and_leaves_neither_a_file_nor_a_descriptor(
+def test_any_failed_system_call_of_a_save_leaves_nothing_behind(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, backup = tmp_path / "model", tmp_path / "model.bak"
@@ -319,7 +319,7 @@ def test_ctrl_c_in_a_save_leaves_the_old_file(
 @pytest.mark.parametrize("backed_up", [True, False], ids=["with a backup", "without"])
 @pytest.mark.parametrize("moment", ["before", "after", "a step later"])
 @pytest.mark.parametrize("rename", [1, 2])
-def test_an_interruption_around_a_rename_leaves_the_old_file_or_the_new_one(
+def test_an_interrupted_rename_leaves_the_old_file_or_the_new_one(
     rename: int, moment: str, backed_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, backup = tmp_path / "model", tmp_path / "model.bak"
@@ -393,7 +393,7 @@ print(interrupted, *sorted(os.listdir(sys.argv[1])))
 """
 
 
-def test_an_interruption_at_any_moment_of_a_save_leaves_the_old_file_or_the_new_one_and_a_whole_backup(
+def test_an_interruption_at_any_moment_leaves_one_whole_file(
     tmp_path: Path,
 ) -> None:
     many = len(cases(300))

@@ -74,7 +74,7 @@ def test_a_single_position_has_no_angle_and_no_inputs_give_null() -> None:
     assert similarity.fm_inner2 is not None
 
 
-def test_calls_at_several_sizes_all_count_and_a_single_position_takes_nothing_away() -> None:
+def test_calls_at_several_sizes_all_count() -> None:
     maps = [torch.randn(8, 6, side, side) for side in (20, 1, 4)]
     similarity = FeatureMapSimilarity()
     for part in maps:
@@ -85,7 +85,7 @@ def test_calls_at_several_sizes_all_count_and_a_single_position_takes_nothing_aw
     torch.testing.assert_close(similarity.mean_cosines()[0].double(), mean, rtol=1e-5, atol=1e-6)
 
 
-def test_pairs_are_kept_up_to_a_bound_beyond_which_the_figures_without_them_are_the_same(
+def test_pairs_are_kept_up_to_a_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     maps = torch.randn(3, 8, 5, 5)

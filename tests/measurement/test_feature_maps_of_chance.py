@@ -24,7 +24,7 @@ def test_each_group_has_at_least_64_random_filters_and_each_layer_128(groups: in
 
 
 @pytest.mark.parametrize(("groups", "filters", "draws"), [(1, 8, 1), (1, 5, 2), (2, 4, 2)])
-def test_chance_is_measured_with_kernels_of_the_layers_shape_on_the_very_inputs(
+def test_chance_has_the_layers_shape_and_inputs(
     groups: int, filters: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_maps, "FEWEST", 8)

@@ -12,7 +12,7 @@ def report(source: str, **layers: float | None) -> dict[str, Any]:
     return {"source": source, "layers": records}
 
 
-def test_layers_have_their_change_from_the_first_report_and_the_first_has_none() -> None:
+def test_layers_have_their_change_from_the_first_report() -> None:
     reports = [report("one", a=1.0, b=2.0), report("two", b=2.5, a=0.5, c=1.0), report("three", a=None)]
     assert add_changes(reports) == []
     for key in compared_keys():

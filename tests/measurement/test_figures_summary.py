@@ -13,7 +13,7 @@ def record(name: str, cos: float | None, rank: float | None, removable: int | No
     return {"name": name, "fm_cos": cos, "fm_rank": rank, "removable": removable, **chance}
 
 
-def test_the_layers_most_alike_the_lowest_rank_and_the_removable_filters_are_named() -> None:
+def test_what_stands_out_is_named() -> None:
     layers = [record("a", 0.2, 18.0), record("b", 0.4, 6.0, 3), record("c", 0.12, 19.0), record("d", None, None, None)]
     assert what_stands_out(layers) == (
         "maps most alike against chance: b (4.0 times), a (2.0 times); lowest rank: b (6.0, chance 20.0); "
@@ -21,7 +21,7 @@ def test_the_layers_most_alike_the_lowest_rank_and_the_removable_filters_are_nam
     )
 
 
-def test_at_most_three_layers_are_named_and_nothing_that_does_not_stand_out() -> None:
+def test_at_most_three_layers_that_stand_out_are_named() -> None:
     many = [record(name, 0.3, 19.0) for name in "abcde"]
     assert "a (3.0 times), b (3.0 times), c (3.0 times); 0 filters" in what_stands_out(many)
     assert (
@@ -30,7 +30,7 @@ def test_at_most_three_layers_are_named_and_nothing_that_does_not_stand_out() ->
     assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps stand out")
 
 
-def test_layers_are_sorted_by_a_figure_the_largest_or_the_smallest_first_and_null_last() -> None:
+def test_layers_are_sorted_by_a_figure_with_null_last() -> None:
     layers = [record("a", 0.2, 18.0), record("b", None, None), record("c", 0.4, 6.0)]
     sort_layers(layers, "fm_cos")
     assert [layer["name"] for layer in layers] == ["c", "a", "b"]

@@ -33,7 +33,7 @@ def network() -> nn.Sequential:
     )
 
 
-def test_with_a_network_each_convolutions_real_output_without_its_bias_counts() -> None:
+def test_with_a_network_each_convolutions_real_output_counts() -> None:
     model = network()
     images = torch.randn(4, 3, 16, 16)
     model.eval()
@@ -207,7 +207,7 @@ def test_a_parameter_registered_under_a_second_name_is_still_the_layers() -> Non
     assert record["fm_cos"] is not None
 
 
-def test_parametrized_layers_are_left_out_where_weights_are_written_with_one_warning() -> None:
+def test_parametrized_layers_are_left_out_with_one_warning() -> None:
     layers = [nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)]
     model = nn.Sequential(*layers, nn.Conv2d(3, 4, 3))
     with pytest.warns(UserWarning, match=r"leaves out 0\.weight, 1\.weight \(parametrized") as caught:
@@ -226,7 +226,7 @@ def _parametrized() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("kind", _parametrized())
-def test_parametrized_layers_are_measured_by_the_weight_they_compute_with_and_left_as_they_are(kind: str) -> None:
+def test_parametrized_layers_are_measured_by_their_computed_weight(kind: str) -> None:
     layer = _parametrized()[kind]
     images = torch.randn(2, 3, 9, 9)
     layer.eval()
@@ -255,7 +255,7 @@ def test_lazy_layers_are_left_out_with_a_warning() -> None:
     assert caught[0].filename == __file__
 
 
-def test_chance_is_measured_under_the_layers_own_padding_stride_dilation_and_groups() -> None:
+def test_chance_is_measured_under_the_layers_own_settings() -> None:
     layers = (
         nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2, groups=2, padding_mode="circular"),
         nn.Conv2d(4, 6, 3, padding="same", bias=False),

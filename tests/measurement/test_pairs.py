@@ -62,7 +62,7 @@ def test_in_a_cluster_every_two_filters_exceed_the_threshold(threshold: float) -
         assert (block > threshold).all()
 
 
-def test_filters_of_groups_are_numbered_over_the_layer_and_pair_within_their_group() -> None:
+def test_filters_of_groups_are_numbered_over_the_layer() -> None:
     maps = torch.randn(3, 4, 6, 6)
     maps[:, 3] = maps[:, 1]  # of different groups: no pair
     maps[:, 2] = 2 * maps[:, 3]
@@ -71,7 +71,7 @@ def test_filters_of_groups_are_numbered_over_the_layer_and_pair_within_their_gro
     assert {tuple(pair["filters"]) for pair in strongest_pairs(mean, 9)} == {(0, 1), (2, 3)}
 
 
-def test_maps_that_are_dead_on_one_input_count_on_the_others_and_dead_filters_make_no_pair() -> None:
+def test_maps_dead_on_one_input_count_on_the_others() -> None:
     maps = torch.randn(3, 4, 6, 6)
     maps[0, 3] = 0
     maps[:, 2] = 0
@@ -81,7 +81,7 @@ def test_maps_that_are_dead_on_one_input_count_on_the_others_and_dead_filters_ma
     assert pairs[1, 3] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_effective_rank_is_that_of_its_definition_and_lies_between_one_and_the_living_filters() -> None:
+def test_the_effective_rank_is_its_definition() -> None:
     maps = torch.randn(4, 12, 6, 6)
     maps[:, 5] = 0
     mean = mean_of(maps)
@@ -94,14 +94,14 @@ def test_the_effective_rank_is_that_of_its_definition_and_lies_between_one_and_t
     assert effective_rank(half[None]) == pytest.approx(2)
 
 
-def test_the_effective_rank_of_a_layer_is_the_mean_over_groups_with_a_living_filter() -> None:
+def test_the_effective_rank_is_the_mean_over_living_groups() -> None:
     groups = torch.stack([torch.eye(4), torch.ones(4, 4), torch.zeros(4, 4)])
     assert effective_rank(groups) == pytest.approx((4 + 1) / 2)
     assert effective_rank(groups[2:]) is None
     assert effective_rank(torch.full((1, 3, 3), torch.nan)) is None
 
 
-def test_clusters_stand_together_in_the_order_of_similarity_and_dead_filters_last() -> None:
+def test_clusters_stand_together_and_dead_filters_last() -> None:
     base = torch.randn(4, 3, 50)
     maps = (base[:, [0, 1, 2, 0, 1, 2, 0, 1]] + 0.1 * torch.randn(4, 8, 50)).unsqueeze(-1)
     maps[:, 4] = 0

@@ -34,7 +34,7 @@ def test_the_amplitude_of_natural_inputs_falls_as_one_over_f() -> None:
     torch.testing.assert_close(product, product.mean(-1, keepdim=True).expand_as(product), rtol=1e-3, atol=0)
 
 
-def test_natural_inputs_have_the_phases_of_the_noise_and_are_filtered_in_bounded_parts(
+def test_natural_inputs_have_the_phases_of_the_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noise, whole = (make_inputs(name, 5, 2, (16, 16), seed=3) for name in ("white", "natural"))

@@ -12,7 +12,7 @@ from convsim_cli.measurement.synthetic import LayerProbe, make_inputs
 
 
 @pytest.mark.parametrize(("groups", "taps"), [(1, (3, 3)), (2, (5, 2)), (1, (4,)), (1, (2, 3, 2))])
-def test_a_layer_by_itself_is_probed_under_full_padding_on_inputs_of_its_own_channels(
+def test_a_layer_alone_is_probed_under_full_padding(
     groups: int, taps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,7 +39,7 @@ def test_a_single_pixel_of_natural_input_gives_no_angle() -> None:
     assert LayerProbe("natural", side=1).fm_cos(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3)) is None
 
 
-def test_the_figure_by_itself_is_that_of_the_whole_look_over_the_same_living_filters() -> None:
+def test_fm_cos_alone_is_that_of_the_whole_record() -> None:
     kernel, weight = Kernel("k", (6, 2, 3, 3)), torch.randn(6, 2, 3, 3)
     weight[1] *= 1e-9
     probe = LayerProbe("natural", samples=3)

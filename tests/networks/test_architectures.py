@@ -21,7 +21,7 @@ def test_parameters_are_those_the_paper_publishes(name: str, parameters: int) ->
     assert count_parameters(build_network(name)) == parameters
 
 
-def test_networks_repeat_with_their_seed_and_leave_the_callers_random_state_alone() -> None:
+def test_networks_repeat_with_their_seed_alone() -> None:
     state = torch.get_rng_state()
     first, second, other = (build_network("cnn:8", seed=seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -83,7 +83,7 @@ def test_every_convolution_of_resnet18_forms_pairs() -> None:
     assert not selection.skipped
 
 
-def test_a_file_of_a_larger_network_is_loaded_with_a_warning_even_when_quiet(tmp_path: Path, convsim: Convsim) -> None:
+def test_a_file_of_a_larger_network_is_loaded_with_a_warning(tmp_path: Path, convsim: Convsim) -> None:
     larger = build_network("torchvision:resnet34", classes=10)
     torch.save(larger.state_dict(), tmp_path / "r34.pt")
     how = ("--arch", "torchvision:resnet18", "--num-classes", 10)
@@ -110,7 +110,7 @@ def test_codes_of_quantized_weights_are_not_taken_for_weights(
         assert f"0.weight is {kind}: dequantize it first, and 3 others like it" in outcome.error
 
 
-def test_of_copies_under_several_prefixes_the_average_is_not_taken_and_the_choice_is_said() -> None:
+def test_of_several_copies_the_average_is_not_taken() -> None:
     source, average, target = (build_network("cnn:4", seed=seed) for seed in (1, 2, 3))
     state = {f"ema_model.{name}": tensor for name, tensor in average.state_dict().items()}
     state |= {f"online.{name}": tensor for name, tensor in source.state_dict().items()}

@@ -145,7 +145,7 @@ def test_networks_by_name_go_through_init_and_measure(arch: str, convsim: Convsi
         assert measured[layer["name"]]["cs"] == pytest.approx(layer["after"]["cs"], rel=1e-5)
 
 
-def test_depthwise_grouped_transposed_and_dilated_layers_are_told_from_the_module() -> None:
+def test_grouped_and_transposed_layers_are_told_from_the_module() -> None:
     selection = module_kernels(build_network("torchvision:mobilenet_v3_small"))
     assert any(skipped.reason == "depthwise: one filter per group, no pairs" for skipped in selection.skipped)
     assert {kernel.groups for kernel in module_kernels(build_network("torchvision:resnext50_32x4d")).kernels} == {1, 32}
@@ -223,7 +223,7 @@ def test_without_timm_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     assert "not installed: pip install timm" in outcome.error
 
 
-def test_a_checkpoint_of_another_network_is_one_line_that_lists_what_does_not_fit(convsim: Convsim) -> None:
+def test_a_checkpoint_of_another_network_is_one_line(convsim: Convsim) -> None:
     convsim("init", "--arch", "mine:UNet", "-o", "unet.safetensors", "--iterations", 1)
     outcome = convsim("measure", "unet.safetensors", "--arch", "torchvision:resnet18")
     assert outcome.code == 2
@@ -237,7 +237,7 @@ def test_inputs_that_a_network_cannot_take_are_one_line(convsim: Convsim) -> Non
     assert "--arch torchvision:squeezenet1_1: does not run on inputs [16, 3, 4, 4]" in outcome.error
 
 
-def test_the_users_callable_imports_from_the_current_folder_and_prints_beside_the_document(convsim: Convsim) -> None:
+def test_a_users_callable_is_imported_from_here_and_prints_to_stderr(convsim: Convsim) -> None:
     Path("beside.py").write_text("from mine import prints as net")
     found = convsim("measure", "--arch", "mine:lazily", "--input-size", 8, "--json")
     assert found.code == 0, found.err

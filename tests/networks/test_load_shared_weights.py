@@ -129,7 +129,7 @@ def test_a_kernel_that_is_saved_in_another_shape_as_well_is_refused(convsim: Con
         lambda name: f"model.{name}".replace("model.", "model._fsdp_wrapped_module.", 1),
     ],
 )
-def test_names_of_wrappers_are_ignored_wherever_they_stand_and_kept_in_the_file(
+def test_wrappers_names_are_ignored_and_kept_in_the_file(
     wrap: Callable[[str], str], tmp_path: Path, convsim: Convsim
 ) -> None:
     convsim("init", "--arch", "cnn:4", "-o", tmp_path / "plain.pt", "--iterations", 0)

@@ -157,7 +157,7 @@ def test_input_channels_decide_what_a_network_is_given(
     assert "--input-channels goes with synthetic inputs: the images of --input digits have 3" in refused.error
 
 
-def test_init_decorrelates_on_the_channels_that_the_network_takes_or_is_given(
+def test_init_decorrelates_on_the_channels_that_the_network_takes(
     tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

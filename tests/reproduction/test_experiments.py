@@ -34,7 +34,7 @@ def outcome(tests: list[float], trains: list[float]) -> Outcome:
     return Outcome(Run(Path("runs/x"), BASE), rows)
 
 
-def test_table5_is_every_published_row_and_two_controls_unless_chosen_otherwise() -> None:
+def test_table5_is_every_published_row_and_two_controls() -> None:
     cells = plan_cells(find_experiment("table5"), Choices(BASE))
     usual = ["baseline", "init", "reg", "rescale", "init-norm"]
     assert [(c.labels["arch"], c.labels["arm"]) for c in cells] == [(n, arm) for n in ("cnn1", "cnn2") for arm in usual]

@@ -44,7 +44,7 @@ def test_inner_products_are_those_of_the_feature_maps_of_equation_2(padding: Lit
 
 
 @pytest.mark.parametrize("name", ["table1", "table2"])
-def test_objectives_are_literal_per_episode_and_their_gradients_those_of_autograd(name: str) -> None:
+def test_objectives_and_gradients_are_the_literal_ones_per_episode(name: str) -> None:
     kernels = draw_episodes(4, "full", 3, seed=1).kernels.requires_grad_()
     found = _objective(kernels, find_table(name))
 

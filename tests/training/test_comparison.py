@@ -157,7 +157,7 @@ def test_without_a_single_baseline_there_are_no_differences(tmp_path: Path) -> N
     assert compare_runs([tmp_path])["baseline"] == "lr=0.01"
 
 
-def test_finished_runs_of_other_lengths_are_groups_and_unfinished_ones_are_refused(runs: Path) -> None:
+def test_finished_runs_of_other_lengths_are_groups_of_their_own(runs: Path) -> None:
     make_run(runs, "longer", [50.0] * 8, epochs=8, seed=5)
     names = [group["group"] for group in compare_runs([runs])["groups"]]
     assert "mode=baseline, epochs=8" in names

@@ -215,7 +215,7 @@ def test_a_damaged_results_file_is_one_error_line(harm: str, tmp_path: Path) -> 
         read_results(run.folder)
 
 
-def test_fewer_epochs_than_done_unknown_arguments_and_other_folders_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     train_run(run)
     with pytest.raises(InputError, match="has done 3 epochs, more than `epochs` 2"):

@@ -99,7 +99,7 @@ def test_resume_takes_another_data_dir(tmp_path: Path, convsim: Convsim) -> None
     assert "--name cannot be combined with --resume" in refused.error
 
 
-def test_the_classes_of_a_run_are_said_at_its_start_and_kept_in_its_summary(tmp_path: Path, convsim: Convsim) -> None:
+def test_a_runs_classes_are_shown_and_kept_in_its_summary(tmp_path: Path, convsim: Convsim) -> None:
     images = make_images(tmp_path / "images")
     how = ("--dataset", f"folder:{images}", "--epochs", 1, "--batch-size", 4, "--run-dir", tmp_path, "--name", "a")
     outcome = convsim("train", "--arch", "cnn:4", *how)

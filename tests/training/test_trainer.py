@@ -80,9 +80,7 @@ def test_an_epoch_matches_a_plain_loop_written_by_hand(data: Dataset, mode: str,
 
 
 @pytest.mark.parametrize("objective", ["cs", "orthoreg"])
-def test_beta_auto_is_one_percent_of_the_ratio_of_the_gradients_at_the_first_batch(
-    data: Dataset, objective: str
-) -> None:
+def test_beta_auto_is_one_percent_of_the_gradients_ratio(data: Dataset, objective: str) -> None:
     arguments = Arguments(mode="reg", beta="auto", objective=objective, batch_size=20)
     automatic = Trainer(build_network("cnn:4"), data, arguments, CPU)
     assert automatic.state()["beta"] is None
@@ -117,7 +115,7 @@ def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
     assert torch.equal(orders[0], permutation(50, 0, 0))
 
 
-def test_init_is_algorithm_1_and_rescale_has_its_norms_with_the_old_directions() -> None:
+def test_rescale_has_the_norms_of_init_and_the_old_directions() -> None:
     fresh, initialized, rescaled, reference = (build_network("cnn:8") for _ in range(4))
     minimize_(reference, 50)
     prepare_(initialized, Arguments(mode="init", iterations=50))
@@ -174,7 +172,7 @@ def test_a_closed_form_can_be_brought_to_the_norms_of_raw_init(mode: str) -> Non
     torch.testing.assert_close(directions(both), directions(plain), rtol=0, atol=1e-3)  # batch norm's eps sees scale
 
 
-def test_maps_are_uncorrelated_at_other_norms_also_without_batch_normalization() -> None:
+def test_maps_are_uncorrelated_at_other_norms_without_batch_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3))
     prepare_(model, Arguments(mode="decorrelate", rescale=True, iterations=50))
     maps = model(images()).detach().double().transpose(0, 1).flatten(1)
@@ -207,7 +205,7 @@ def test_init_and_reg_can_be_combined(data: Dataset) -> None:
     assert all(torch.equal(a, b) for a, b in zip(combined.parameters(), initialized.parameters(), strict=True))
 
 
-def test_reg_with_preserve_norm_steps_without_the_penaltys_part_along_the_filters(data: Dataset) -> None:
+def test_reg_with_preserve_norm_has_no_part_along_the_filters(data: Dataset) -> None:
     plain, raw, projected = (
         Trainer(build_network("cnn:4"), data, Arguments(batch_size=50, **more), CPU)  # type: ignore[arg-type]
         for more in ({}, {"mode": "reg", "beta": 0.5}, {"mode": "reg", "beta": 0.5, "preserve_norm": True})
@@ -285,9 +283,7 @@ def test_on_the_cpu_tf32_is_float32_to_the_bit(data: Dataset) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_cudnn_chooses_its_algorithms_by_time_unless_they_are_to_be_deterministic(
-    deterministic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cudnn_times_its_algorithms_unless_deterministic(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
@@ -303,9 +299,7 @@ def test_a_compiled_network_is_replayed_as_a_graph_on_cuda(
     assert compile_network(nn.Identity(), torch.device(kind)) == mode
 
 
-def test_a_data_set_that_does_not_fit_on_the_device_says_what_to_do_in_one_line(
-    data: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_too_large_for_the_device_is_one_line(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.\nSee documentation …")
 

@@ -258,9 +258,7 @@ def test_too_many_validation_images_are_refused_before_a_folder_is_created(tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_is_given_on_the_command_line_and_a_cosine_run_keeps_its_length(
-    tmp_path: Path, convsim: Convsim
-) -> None:
+def test_a_cosine_run_from_the_command_line_keeps_its_length(tmp_path: Path, convsim: Convsim) -> None:
     small = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", 60, "--limit-test", 30, "--epochs", 2)
     recipe = ("--optimizer", "adamw", "--schedule", "cosine", "--warmup", 1, "--augment", "flip-crop")
     targets = ("--label-smoothing", 0.1, "--validation", 10)
@@ -301,9 +299,7 @@ def test_without_tensorboard_a_line_names_the_extra(
         train_run(run)
 
 
-def test_tensorboard_gets_every_figure_of_every_epoch_and_changes_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_gets_every_figure_and_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, float, int]] = []
     opened: list[tuple[str, int]] = []
 

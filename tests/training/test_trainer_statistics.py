@@ -98,7 +98,7 @@ class Frozen(nn.Sequential):
         return self
 
 
-def test_a_layer_kept_in_evaluation_mode_keeps_the_statistics_it_trains_with(data: Dataset) -> None:
+def test_a_layer_kept_in_evaluation_mode_keeps_its_statistics(data: Dataset) -> None:
     trainer, _ = trained(data, "precise", model=Frozen(build_network("cnn:4")))
     first, second, *_ = (name for name in statistics(trainer.model) if name.endswith("mean"))
     assert not statistics(trainer.model)[first].any()
@@ -147,7 +147,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, how: Any) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_a_run_of_an_earlier_version_resumes_with_running_statistics_and_is_not_reused(tmp_path: Path) -> None:
+def test_an_earlier_versions_run_resumes_with_running_statistics(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, bn_statistics="running", epochs=1), tmp_path, "old")
     train_run(run)
     _make_old(run.folder)
