@@ -29,7 +29,7 @@ from convsim_cli.cli.options import (
 from convsim_cli.cli.train_command import epoch_line
 from convsim_cli.errors import InputError
 from convsim_cli.plots import check_picture, draw_experiment, require_matplotlib, save_figure
-from convsim_cli.reproduction.published import ALL, ARMS, NUMERICAL_TABLES, SETS, arms_of
+from convsim_cli.reproduction.published import ALL, ARMS, NUMERICAL_TABLES, SETS, USUAL_ARMS, arms_of
 from convsim_cli.training.config import declarations
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ Examples:
  convsim reproduce figure4 --lrs 0.01 --batch-sizes 64,128 --epochs 5
  convsim reproduce table5 --seeds 3 --device cuda -q > table5.tsv"""
 
-_USUAL_ARMS = ", ".join(arm.name for arm in ARMS.values() if arm.usual)
 _OF_TRAINING = (
     *("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test"),
     *("precision", "compile"),
@@ -111,7 +110,7 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="A,B",
-            help=f"table5, figure1 to 3: arms, sets of arms (see below), or all; {_USUAL_ARMS} unless given.",
+            help=f"table5, figure1 to 3: arms, sets of arms (see below), or all; {', '.join(USUAL_ARMS)} unless given.",
             show_default=False,
             autocompletion=complete_arms,
         ),

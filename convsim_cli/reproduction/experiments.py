@@ -15,7 +15,7 @@ from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import published as paper
 from convsim_cli.reproduction.campaign import CampaignReport, Job, Outcome, run_all
-from convsim_cli.reproduction.published import ARMS, arms_of, choose_arms
+from convsim_cli.reproduction.published import ARMS, CURVES, arms_of, choose_arms
 from convsim_cli.training.comparison import epochs_to
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.data import load_data
@@ -24,7 +24,6 @@ from convsim_cli.training.prepare import build_with_weights, check_network
 from convsim_cli.training.run import ACCURACIES, make_folder, spread
 
 FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
-CURVES = {"figure1": "cs", "figure2": "train_loss", "figure3": "train_accuracy"}  # columns of results.csv
 
 
 @dataclass(frozen=True)

@@ -43,36 +43,20 @@ class Episodes:
 def reproduce_table(
     name: str, episodes: int = EPISODES, seed: int = 0, advance: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """Return the content of a numerical table's JSON. Arguments and errors as `numerical_rows`."""
-    table = find_table(name)
-    about = {"name": name, "title": table.title, "claim": table.claim or None, "note": FITTED_NOTES.get(name)}
-    return about | {"episodes": episodes, "seed": seed, "rows": numerical_rows(name, episodes, seed, advance)}
-
-
-def numerical_rows(
-    name: str, episodes: int = EPISODES, seed: int = 0, advance: Callable[[int], None] | None = None
-) -> list[dict[str, Any]]:
-    """Return the rows of a numerical table: published, measured, and measured with every kernel's norm fixed.
+    """Return the content of a numerical table's JSON: published, measured, and measured with every kernel's norm fixed.
 
     advance: called with 1 after each iteration, `numerical_steps` times in all. Raises InputError for an unknown name.
     """
-    table = find_table(name)
-    rows = []
+    table, rows = find_table(name), []
     for row in NUMERICAL_ROWS:
         if row.table == name:
             drawn = draw_episodes(row.taps, table.padding, episodes, seed)
             free, held = (run_episodes(drawn, table, row.optimizer, hold, advance) for hold in (False, True))
             published = dict(zip(KEYS, row.published, strict=True))
-            rows.append(
-                {
-                    "N": row.taps,
-                    "optimizer": row.optimizer,
-                    "published": published,
-                    "measured": free,
-                    "fixed_norms": held,
-                }
-            )
-    return rows
+            found = {"published": published, "measured": free, "fixed_norms": held}
+            rows.append({"N": row.taps, "optimizer": row.optimizer} | found)
+    about = {"name": name, "title": table.title, "claim": table.claim or None, "note": FITTED_NOTES.get(name)}
+    return about | {"episodes": episodes, "seed": seed, "rows": rows}
 
 
 def find_table(name: str) -> NumericalTable:
@@ -84,7 +68,7 @@ def find_table(name: str) -> NumericalTable:
 
 
 def numerical_steps(name: str) -> int:
-    """Return how many iterations `numerical_rows` reports."""
+    """Return how many iterations `reproduce_table` reports."""
     rows = [row for row in NUMERICAL_ROWS if row.table == name]
     return 2 * sum(settings_of(name, row.taps, row.optimizer).iterations for row in rows)
 
@@ -162,14 +146,9 @@ def _figures(objectives: Tensor, similarities: Tensor) -> Measured:
     change = 100 * (after - before).abs() / before
     correlations = _pearson(objectives, similarities)
     columns = (correlations[correlations.isfinite()], change[after < before], change[after > before])
-    (correlation, spread), decrease, increase = map(_mean_and_std, columns)
-    return dict(
-        zip(
-            KEYS,
-            (correlation, spread, 100 * (after < before).double().mean().item(), *decrease, *increase),
-            strict=True,
-        )
-    )
+    correlation, decrease, increase = map(_mean_and_std, columns)
+    frequency = 100 * (after < before).double().mean().item()
+    return dict(zip(KEYS, (*correlation, frequency, *decrease, *increase), strict=True))
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """What the paper published, each number with its table and row, and the settings of its experiments.
 
-The arms of Table 5 and Figures 1 to 3: the paper's, and those that say where a gain comes from.
-
-One entry in `ARMS` is all that an arm takes. Nothing here imports torch, so that `convsim reproduce --help` is quick.
+The arms of Table 5 and Figures 1 to 3 are the paper's, and others that say where a gain comes from. Nothing here
+imports torch, so that `convsim reproduce --help` is quick.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from convsim_cli.errors import InputError, did_you_mean
 
-KEYS = (
+KEYS = (  # figures of a row, in per cent except for the correlations
     "correlation_mean",
     "correlation_std",
     "reduction_frequency",
@@ -28,7 +27,7 @@ KEYS = (
 class NumericalRow:
     """A row of Tables 1, 2, 3 or 6: kernels of N taps, an optimizer, and what was published.
 
-    published: by `KEYS`, in per cent except for correlations; None for a cell that is empty or did not survive.
+    published: by `KEYS`; None for a cell that is empty or did not survive.
     """
 
     table: str
@@ -39,7 +38,7 @@ class NumericalRow:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How a row minimizes: the optimizer's learning rate, and how many iterations."""
+    """How a row minimizes."""
 
     lr: float
     iterations: int
@@ -63,6 +62,20 @@ class Gain:
     lr: float
     batch_size: int
     points: float
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    set: one of `SETS`. settings: arguments of `train` that differ from the baseline's. published: top test accuracy in
+    per cent by network, from Table 5 and the text of section 4.2.
+    """
+
+    name: str
+    set: str
+    settings: dict[str, Any]
+    published: dict[str, float] = field(default_factory=dict)
 
 
 NUMERICAL_TABLES = (
@@ -120,6 +133,7 @@ LEARNING_RATES = (0.1, 0.01, 0.001)  # the axes of Figure 4 did not survive; FIG
 BATCH_SIZES = (64, 128, 256)
 FIGURE_5 = (0, 10, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200)  # values of I
 FIGURE_5_LR, FIGURE_5_BATCH_SIZE = 0.01, 64
+CURVES = {"figure1": "cs", "figure2": "train_loss", "figure3": "train_accuracy"}  # columns of results.csv
 CLAIMS = {
     "figure1": "L_CS stays low after Algorithm 1, and falls under Algorithm 2",
     "figure2": "the classification loss falls fastest after Algorithm 1, and slower under Algorithm 2",
@@ -127,13 +141,6 @@ CLAIMS = {
     "figure4": "Algorithm 1 outperforms the baseline in every configuration, by 20 points at lr 0.001, batch 128",
     "figure5": "most of the gain is there within I < 60, and I = 10 gives a good one already",
 }
-
-
-def settings_of(table: str, taps: int, optimizer: str) -> RowSettings:
-    """Return the learning rate and the iterations of a row of Tables 1, 2, 3 or 6."""
-    return FITTED.get((table, taps, optimizer)) or TABLE_9[taps, optimizer]
-
-
 SETS = {
     "published": "the paper's arms",
     "controls": "arms that say where a gain comes from",
@@ -141,35 +148,17 @@ SETS = {
     "momentum": "with momentum 0.9, as in the authors' public code",
 }
 ALL = "all"
-RAW_INIT_FACTOR = (
-    0.07  # mean ‖K_i‖ after 500 iterations of raw init over before: 0.068 in CNN1's layers after the first
-)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train.
-
-    set: one of `SETS`. settings: arguments of `train` that differ from the baseline's. published: top test accuracy in
-    per cent by network, from Table 5 and the text of section 4.2. usual: whether it runs unless arms are chosen.
-    """
-
-    name: str
-    set: str
-    settings: dict[str, Any]
-    published: dict[str, float] = field(default_factory=dict)
-    usual: bool = False
-
-
+USUAL_ARMS = ("baseline", "init", "reg", "rescale", "init-norm")  # unless arms are chosen
+RAW_INIT_FACTOR = 0.07  # mean ‖K_i‖ after 500 iterations of raw init over before: 0.068 in CNN1's layers but the first
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("baseline", "published", {}, {"cnn1": 74.66, "cnn2": 76.87, "cnn:512": 79.78}, usual=True),
-        Arm("init", "published", {"mode": "init"}, {"cnn1": 79.16, "cnn2": 82.33}, usual=True),
-        Arm("reg", "published", {"mode": "reg"}, {"cnn1": 77.16, "cnn2": 80.00}, usual=True),
-        Arm("rescale", "controls", {"mode": "rescale"}, usual=True),
+        Arm("baseline", "published", {}, {"cnn1": 74.66, "cnn2": 76.87, "cnn:512": 79.78}),
+        Arm("init", "published", {"mode": "init"}, {"cnn1": 79.16, "cnn2": 82.33}),
+        Arm("reg", "published", {"mode": "reg"}, {"cnn1": 77.16, "cnn2": 80.00}),
+        Arm("rescale", "controls", {"mode": "rescale"}),
         Arm("rescale-0.07", "controls", {"mode": "rescale", "factor": RAW_INIT_FACTOR}),
-        Arm("init-norm", "controls", {"mode": "init", "preserve_norm": True}, usual=True),
+        Arm("init-norm", "controls", {"mode": "init", "preserve_norm": True}),
         Arm("init-norm-rescaled", "controls", {"mode": "init", "preserve_norm": True, "rescale": True}),
         Arm("reg-norm", "controls", {"mode": "reg", "preserve_norm": True}),
         Arm("orthogonal", "controls", {"mode": "orthogonal"}),
@@ -193,6 +182,11 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def settings_of(table: str, taps: int, optimizer: str) -> RowSettings:
+    """Return the learning rate and the iterations of a row of Tables 1, 2, 3 or 6."""
+    return FITTED.get((table, taps, optimizer)) or TABLE_9[taps, optimizer]
+
+
 def arms_of(set_name: str) -> list[str]:
     """Return the names of the arms of a set."""
     return [arm.name for arm in ARMS.values() if arm.set == set_name]
@@ -203,10 +197,8 @@ def choose_arms(names: Sequence[str] | None) -> list[Arm]:
 
     Raises InputError for an unknown name.
     """
-    if names is None:
-        return [arm for arm in ARMS.values() if arm.usual]
     chosen: dict[str, Arm] = {}
-    for name in names:
+    for name in USUAL_ARMS if names is None else names:
         if name not in (ALL, *SETS, *ARMS):
             raise InputError(f"unknown arm {name!r}: {did_you_mean(name, (*ARMS, *SETS, ALL))}")
         chosen |= {arm.name: arm for arm in ARMS.values() if name in (ALL, arm.set, arm.name)}

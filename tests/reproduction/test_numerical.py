@@ -20,8 +20,8 @@ from convsim_cli.reproduction.numerical import (
     draw_episodes,
     find_table,
     inner_products,
-    numerical_rows,
     numerical_steps,
+    reproduce_table,
     run_episodes,
 )
 from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, NUMERICAL_TABLES
@@ -89,7 +89,7 @@ def test_table_1_is_reproduced_for_16_taps_and_sgd_with_fitted_settings() -> Non
 
 def test_rows_have_the_keys_of_the_design_and_progress_ends_at_its_total() -> None:
     told: list[int] = []
-    for row in numerical_rows("table1", episodes=10, advance=told.append):
+    for row in reproduce_table("table1", episodes=10, advance=told.append)["rows"]:
         assert tuple(row) == ("N", "optimizer", "published", "measured", "fixed_norms")
         assert tuple(row["published"]) == KEYS
         assert tuple(row["measured"]) == tuple(row["fixed_norms"]) == (*KEYS, "cos_before", "cos_after")
