@@ -233,7 +233,7 @@ def test_layers_whose_guess_may_well_be_wrong_are_named() -> None:
     assert "dw.weight [32, 1, 3, 3]" in file_kernels(infos(**lone)).guess_warnings[0]
 
 
-def test_ordinary_networks_raise_no_doubts() -> None:
+def test_ordinary_networks_give_no_guess_warnings() -> None:
     plain = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3)}
     plain |= dict.fromkeys(("upper.weight", "group_conv.weight", "side_conv.weight", "up1.conv.weight"), (16, 32, 1, 1))
     assert not file_kernels(infos(**plain)).guess_warnings
