@@ -89,6 +89,8 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(Tensor, "backward", _backward)
     patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    patch.setattr(torch.cuda, "get_rng_state", lambda *_: None)  # kept by the host: no launch, no wait
+    patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
     _scale_and_shift.cache_clear()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # so that a module can be moved to the device

@@ -96,22 +96,22 @@ def run(arguments: list[str]) -> int:
 
     An error or a warning is one line on stderr; CONVSIM_DEBUG=1 lets the traceback of an error through.
     """
-
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvsimWarning)
         warnings.showwarning = lambda message, *_: _show("warning", " ".join(str(message).split()), arguments)
         try:
-            return app(arguments or ["--help"], standalone_mode=False) or 0
+            code = app(arguments or ["--help"], standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
-            say("convsim: interrupted")
-            return 130
+            code = 130
         except Exception as error:
             if os.environ.get("CONVSIM_DEBUG") == "1":
                 raise
             code, message = _explain(error, arguments)
             if not isinstance(error, FollowedError):  # which rank 0 reports
                 _show("error", message, arguments)
-            return code
+        if code == 130:  # the parser turns some interruptions into this code by itself
+            say("convsim: interrupted")
+        return code
 
 
 def find_command(arguments: list[str]) -> Any:

@@ -46,6 +46,7 @@ from convsim_cli.networks.architectures import build_network
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.precision import full_precision
 from convsim_cli.training.config import MODES, Arguments
+from convsim_cli.training.prepare import prepare_
 from convsim_cli.training.trainer import Trainer, choose_algorithms
 
 Figures = dict[str, Any]  # by name: a tensor, a number, or None
@@ -314,11 +315,10 @@ def _trainer(device: torch.device, **arguments: Any) -> Trainer:
     given.check()
     torch.manual_seed(0)
     model = smooth_network().to(device)
-    preparation = MODES[given.mode].preparation
-    if preparation:
+    if MODES[given.mode].directions:
         data = _data()
         normalized = data.normalize(data.train.images).to(device)
-        preparation.apply_(model, given, lambda: normalized, lambda _: None)
+        prepare_(model, given, lambda: normalized, lambda _: None)
     return Trainer(model, _data(), given, device)
 
 

@@ -22,13 +22,13 @@ import parity
 import pytest
 import records
 import torch
-from tests.machine.test_gpu import no_wait
 from training import noise
 
 import convsim_cli
 from convsim_cli.cli import COMMANDS
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.training.config import MODES
+from tests.test_gpu import no_wait
 
 NAMES = [one.name for one in parity.ENTRIES]
 

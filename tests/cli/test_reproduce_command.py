@@ -177,7 +177,7 @@ def test_precision_and_compile_are_those_of_the_runs_and_tell_them_apart(
     split = Split(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.arange(8))
     data = Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.3,) * 3)
     monkeypatch.setattr(experiments, "load_data", lambda _: data)
-    monkeypatch.setattr("convsim_cli.training.trainer._compiled", lambda model, _: model)
+    monkeypatch.setattr("convsim_cli.training.trainer.compile_network", lambda model, _: model)
     how = ("--archs", "cnn1", "--arms", "baseline", "--epochs", 1, "--run-dir", tmp_path, "--device", "cpu", "--json")
     found = []
     for settings in ((), ("--precision", "tf32"), ("--precision", "bf16", "--compile"), ("--precision", "fp32")):
