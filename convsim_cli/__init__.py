@@ -24,7 +24,7 @@ This page is the architecture. A module imports only from its own line and the l
 
 What happens in a command, in order:
 
-- `init FILE`: cli/init_command → checkpoint_init.minimize_checkpoint → networks/load opens the file, kernels/guess
+- `init FILE`: cli/init_command → checkpoint_init.init_checkpoint → networks/load opens the file, kernels/guess
   finds its kernels → minimize, layer by layer, with objectives and similarity → the format's `write`, through
   checkpoints/atomic → the table.
 - `measure FILE`: cli/measure_command → checkpoint_measure → networks/load and kernels/guess as above →
@@ -48,7 +48,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convsim_cli.checkpoint_init import minimize_checkpoint
+    from convsim_cli.checkpoint_init import init_checkpoint
     from convsim_cli.checkpoint_measure import measure_checkpoint
     from convsim_cli.checkpoints.formats import open_checkpoint
     from convsim_cli.closed_forms import decorrelate_, orthogonalize_
@@ -62,10 +62,10 @@ __all__ = [
     "ConvSimPenalty",
     "convolutional_similarity",
     "decorrelate_",
+    "init_checkpoint",
     "measure",
     "measure_checkpoint",
     "minimize_",
-    "minimize_checkpoint",
     "minimize_weight_",
     "open_checkpoint",
     "orthogonalize_",
@@ -78,7 +78,7 @@ _HOMES = {
     "measure": "measurement.network",
     "measure_checkpoint": "checkpoint_measure",
     "minimize_": "minimize",
-    "minimize_checkpoint": "checkpoint_init",
+    "init_checkpoint": "checkpoint_init",
     "minimize_weight_": "minimize",
     "open_checkpoint": "checkpoints.formats",
     "orthogonalize_": "closed_forms",

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from math import ceil
 from os import PathLike
 from pathlib import Path
@@ -15,121 +16,110 @@ import torch
 from torch import Tensor
 
 from convsim_cli.device import Progress, resolve_device, unreported
-from convsim_cli.inputs.images import Channels
-from convsim_cli.kernels import Kernel, Patterns, Selection, effective_weight
+from convsim_cli.kernels import Kernel, Patterns, effective_weight
 from convsim_cli.measurement.feature_maps import LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
-from convsim_cli.measurement.pairs import THRESHOLD, HeatMap, make_heat_map, strongest_pairs
+from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
 from convsim_cli.measurement.synthetic import LayerProbe
 from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
 from convsim_cli.networks.probe import Probe, running_on
+from convsim_cli.settings import MeasureOptions, takes
 
 MAP_BATCH = 32  # images that a network runs on at once
 
 
-class Report(dict[str, Any]):
-    """The JSON document of one checkpoint, without the keys that all commands share.
+@dataclass
+class MeasureReport:
+    """What `measure_checkpoint` found.
 
-    Keys: `source`, `input`, `bn_statistics` (`stored`, `inputs`, or None where no batch normalization was run),
-    `layers`, `skipped`, and `total` with `cs` and, where there are labels, `accuracy` in per cent. Beside them:
-
-    notes: lines that explain figures; warnings: lines that must not be missed; heat: the layers' heat maps, where they
-    were asked for.
+    source: the path, or the name of a fresh network; bn_statistics: `stored`, `inputs`, or None where no batch
+    normalization was run; layers: a record each, with the figures of `figures.FIGURES`; skipped: name, shape and reason
+    of each tensor that was left out; total: `cs` and, where there are labels, `accuracy` in per cent; notes: lines that
+    explain figures; warnings: lines that must not be missed; heat: the layers' heat maps, where they were asked for.
     """
 
-    def __init__(self, source: str, input_name: str, selection: Selection) -> None:
-        skipped = [entry.record() for entry in selection.skipped]
-        super().__init__(source=source, input=input_name, bn_statistics=None, layers=[], skipped=skipped, total={})
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-        self.heat: dict[str, HeatMap] = {}
+    source: str
+    input: str
+    bn_statistics: str | None = None
+    layers: list[Record] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    total: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    heat: dict[str, HeatMap] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """Return the content of the JSON document of `convsim measure`."""
+        keys = ("source", "input", "bn_statistics", "layers", "skipped", "total")
+        return {key: getattr(self, key) for key in keys}
 
 
+@takes(MeasureOptions)
 def measure_checkpoint(
-    path: str | PathLike[str] | None = None,
-    *,
-    arch: str | None = None,
-    pretrained: bool = False,
-    num_classes: int | None = None,
-    key: str | None = None,
-    input: str = "white",
-    samples: int = 16,
-    side: int | None = None,
-    input_channels: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    groups: Sequence[tuple[str, int]] = (),
-    transposed: Sequence[str] = (),
-    data_dir: str | PathLike[str] = "data",
-    mean: Channels | None = None,
-    std: Channels | None = None,
-    threshold: float = THRESHOLD,
-    bn_statistics: str = "auto",
-    top: int = 0,
-    device: str = "auto",
-    seed: int = 0,
-    progress: Progress = unreported,
-) -> Report:
+    path: str | PathLike[str] | None = None, *, progress: Progress = unreported, **options: Any
+) -> MeasureReport:
     """Measure how similar the filters and feature maps of a checkpoint are, layer by layer.
 
-    path: a checkpoint file, or None for a fresh network. arch: the network by name, which is then run, with its number
-    of classes; without it each layer is probed by itself. pretrained: a new network has its library's weights
-    (`find_network`). input_channels: of the network, if its dry run does not find them. key: which of a pickle's
-    dictionaries. include, exclude, groups, transposed: see `kernels.Patterns`. The others: see `Probe`. Returns
-    what `convsim measure --json` prints, as a dictionary (`Report`). Warns of what a reader of the file had to choose
-    between. Raises InputError for a file without kernels, a kernel with NaN or Inf, a network that does not run on such
-    inputs, and other bad input.
+    path: a checkpoint, a file or a folder of shards; None for a fresh network. With `arch` the network runs; without
+    it each layer is probed by itself. progress: shows how far it has come, see `device.Progress`. options: the fields
+    of `settings.MeasureOptions`, which are the options of `convsim measure`.
+
+    Warns of what a reader of the file had to choose between. Raises InputError for a file without kernels, a kernel
+    with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
-    probe = Probe(
-        input, samples, side, Path(data_dir), seed, mean, std, threshold, bn_statistics, top, False, input_channels
-    )
-    (report,) = measure_checkpoints(
-        [None if path is None else Path(path)],
-        probe,
-        resolve_device(device),
-        arch=arch,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        key=key,
-        patterns=Patterns(include, exclude, groups, transposed),
-        progress=progress,
-    )
+    (report,) = measure_checkpoints([None if path is None else Path(path)], MeasureOptions(**options), progress)
     for line in report.warnings:
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(line, stacklevel=3)
     return report
 
 
 def measure_checkpoints(
-    paths: Sequence[Path | None],
-    probe: Probe,
-    device: torch.device,
-    *,
-    arch: str | None = None,
-    pretrained: bool = False,
-    num_classes: int | None = None,
-    key: str | None = None,
-    patterns: Patterns | None = None,
-    progress: Progress = unreported,
-) -> list[Report]:
+    paths: Sequence[Path | None], options: MeasureOptions, progress: Progress = unreported, heat: bool = False
+) -> list[MeasureReport]:
     """Return a report per checkpoint; those of several have the changes from the first (`add_changes`).
 
-    Opens all of them before it measures the first. Arguments and errors as in `measure_checkpoint`.
+    Opens all of them before it measures the first. heat: whether to make heat maps. Errors as `measure_checkpoint`.
     """
+    options.check()
+    probe = Probe(
+        options.input,
+        options.samples,
+        options.input_size,
+        Path(options.data_dir),
+        options.seed,
+        options.mean,
+        options.std,
+        options.threshold,
+        options.bn_statistics,
+        options.top,
+        heat,
+        options.input_channels,
+    )
+    device = resolve_device(options.device)
+    patterns = Patterns(options.include, options.exclude, list((options.groups or {}).items()), options.transposed)
     sources = [
         open_model_checkpoint(
-            path, arch, patterns, probe.seed, num_classes, key, pretrained=pretrained, parametrized=True
+            path,
+            options.arch,
+            patterns,
+            options.seed,
+            options.num_classes,
+            options.key,
+            pretrained=options.pretrained,
+            parametrized=True,
         )
         for path in paths
     ]
     reports = [_measure(source, probe, device, progress) for source in sources]
     if len(reports) > 1:
-        reports[0].warnings += add_changes(reports)
+        reports[0].warnings += add_changes([report.document() for report in reports])
     return reports
 
 
-def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress) -> Report:
-    report = Report(str(source.checkpoint.path), probe.input, source.selection)
+def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress) -> MeasureReport:
+    skipped = [entry.record() for entry in source.selection.skipped]
+    report = MeasureReport(str(source.checkpoint.path), probe.input, skipped=skipped)
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.path}:")
     if source.model is None:
@@ -137,13 +127,13 @@ def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progre
     else:
         with redirect_stdout(sys.stderr):  # what a user's network prints is no data
             _measure_network(report, source, probe, device, progress)
-    report.notes += _bound_notes(report["layers"])
-    report["total"]["cs"] = float(sum(layer["cs"] or 0.0 for layer in report["layers"]))
+    report.notes += _bound_notes(report.layers)
+    report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
     return report
 
 
 def _measure_layers(
-    report: Report, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+    report: MeasureReport, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
 ) -> None:
     probe.require_synthetic()
     checkpoint, kernels = source.checkpoint, source.selection.kernels
@@ -158,7 +148,7 @@ def _measure_layers(
 
 
 def _measure_network(
-    report: Report, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+    report: MeasureReport, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
 ) -> None:
     from convsim_cli.batch_norm import INPUTS, choose_statistics
     from convsim_cli.layers import layers_of
@@ -174,7 +164,7 @@ def _measure_network(
     for kernel in kernels:
         check_finite(kernel, weights[kernel.name], path)
     images, data = probe.load(model, arch)
-    report["bn_statistics"] = chosen = choose_statistics(model, probe.bn_statistics, source.kernels_changed)
+    report.bn_statistics = chosen = choose_statistics(model, probe.bn_statistics, source.kernels_changed)
     if chosen == INPUTS:
         why = "" if probe.bn_statistics == INPUTS else ": the stored ones do not belong to these kernels"
         report.notes.append(f"batch-norm statistics are re-estimated on the inputs{why}")
@@ -190,25 +180,25 @@ def _measure_network(
         for kernel in kernels:
             of_layer = maps.pop(kernel.name)
             _add(report, probe, kernel, weights[kernel.name], of_layer)
-            report["layers"][-1]["calls"] = of_layer.calls // count
+            report.layers[-1]["calls"] = of_layer.calls // count
             advance(1)
-    report.notes += _call_notes(report["layers"])
+    report.notes += _call_notes(report.layers)
     if data is not None:
         with progress(f"test accuracy of {path}", len(data.test)) as advance:
             accuracy, notes = measure_accuracy(model, data, device, probe.side, advance)
         report.notes += notes
         if accuracy is not None:
-            report["total"]["accuracy"] = accuracy
+            report.total["accuracy"] = accuracy
 
 
-def _add(report: Report, probe: Probe, kernel: Kernel, weight: Tensor, maps: LayerMaps) -> None:
+def _add(report: MeasureReport, probe: Probe, kernel: Kernel, weight: Tensor, maps: LayerMaps) -> None:
     record = measure_layer(kernel, weight, maps, probe.threshold)
     mean = maps.similarity.mean_cosines() if probe.top or probe.heat else None
     if probe.top:
         record["top"] = [] if mean is None else strongest_pairs(mean, probe.top)
     if probe.heat and mean is not None:
         report.heat[kernel.name] = make_heat_map(mean)
-    report["layers"].append(record)
+    report.layers.append(record)
 
 
 def _call_notes(layers: Sequence[Record]) -> list[str]:

@@ -71,13 +71,6 @@ class Minimization:
             raise InputError(f"`optimizer` is {self.optimizer!r}; expected {' or '.join(OPTIMIZERS)}")
         find_objective(self.objective)
 
-    @property
-    def label(self) -> str:
-        """What reports call the objective: `raw` or `norm-preserving` for `cs`, the name for the others."""
-        if self.objective != "cs":
-            return self.objective
-        return "norm-preserving" if self.preserve_norm else "raw"
-
     def select(self, selection: Selection) -> Selection:
         """Leave out kernels on which there is nothing to minimize: the norms are held, and they alone matter."""
         if not (self.preserve_norm and find_objective(self.objective).norm_only_pointwise):

@@ -61,8 +61,12 @@ class Checkpoint(ABC):
         return output
 
     def check_suffix(self, target: Path) -> None:
-        """Raise InputError for a name that says another format than the one that is written, except in place."""
-        if self.suffixes and not target.name.lower().endswith(self.suffixes) and not self.is_in_place(target):
+        """Raise InputError for a name that says another format than the one that is written.
+
+        The checkpoint's own suffix will do, whatever it is.
+        """
+        own = target.suffix.lower() == self.path.suffix.lower() or self.is_in_place(target)
+        if self.suffixes and not own and not target.name.lower().endswith(self.suffixes):
             raise InputError(
                 f"{target}: expected a name that ends in {one_of(self.suffixes)}; a checkpoint is written back in the "
                 "format that it has"

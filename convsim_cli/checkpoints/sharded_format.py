@@ -123,13 +123,14 @@ class ShardedCheckpoint(Checkpoint):
                 if place not in put:
                     with files.writing(place) as file, source.open("rb") as former:
                         copyfileobj(former, file)
-            backups = {place: place.with_name(f"{place.name}.bak") for place in put} if backup else {}
+            replaced = [place for place in (put if in_place else self._sources(target)) if place.exists()]
+            backups = {place: place.with_name(f"{place.name}.bak") for place in replaced} if backup else {}
             kept = files.commit(backups, self._backups(target))
         return _pattern(next(iter(kept.values()))) if kept else None
 
     def _backups(self, target: Path) -> list[Path]:
-        """Return the names of every shard's backup: one number belongs to one save, whichever shards it changes."""
-        return [target.with_name(f"{shard.path.name}.bak") for shard in self._shards.values()]
+        """Return the names of every file's backup: one number belongs to one save, whichever files it changes."""
+        return [place.with_name(f"{place.name}.bak") for place in self._sources(target)]
 
     def _sources(self, target: Path) -> dict[Path, Path]:
         """Return each file of a checkpoint with this index, and the file of this checkpoint that it is made from."""
@@ -139,7 +140,7 @@ class ShardedCheckpoint(Checkpoint):
 
 def _pattern(backup: Path) -> Path:
     """Return the pattern of a shard's backup: *.safetensors.bak, with its number."""
-    return backup.with_name(f"*{backup.name[backup.name.rindex('.safetensors.bak') :]}")
+    return backup.with_name(f"*.safetensors{backup.name[backup.name.rindex('.bak') :]}")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -1,176 +1,82 @@
-"""`convsim init`: Algorithm 1, or a closed form, on a checkpoint or a fresh network."""
+"""`convsim init`: a method on a checkpoint or a fresh network."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
-    ArchOption,
     CheckpointArgument,
-    ClassesOption,
-    DataDirOption,
-    DeviceOption,
-    ExcludeOption,
-    GroupsOption,
-    IncludeOption,
     JsonOption,
-    KeyOption,
-    MeanOption,
-    ObjectiveOption,
-    PretrainedOption,
     QuietOption,
-    SeedOption,
-    StdOption,
-    TransposedOption,
     WideOption,
     name_options,
-    parse_groups,
+    parse_options,
     show_layers,
     show_skipped,
     start,
+    takes_options,
+    typed,
 )
+from convsim_cli.settings import InitOptions
 
 EXAMPLES = """\b
 Examples:
  # a fresh network: less similar feature maps, every filter at its norm
  convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors
- convsim init model.safetensors              # raw, in place; keeps a .bak
- convsim init model.pth -o new.pth --preserve-norm
- convsim init model.pth --orthogonal         # closed form, no iterations
- convsim init --arch cnn1 -o new.pth --decorrelate cifar10 --data-dir data
- convsim init model.pth --dry-run            # what would be touched
+ convsim init model.safetensors              # the paper's; keeps a .bak
+ convsim init model.pth -o new.pth --method orthogonal   # in an instant
+ convsim init --arch cnn1 -o new.pth --method decorrelate --input cifar10
+ convsim init model.pth --dry-run            # what would be changed
  convsim init a.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
 
 
+@takes_options(InitOptions, rare=("recover", "wide", "quiet"))
 def init(
     context: typer.Context,
     checkpoint: CheckpointArgument = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there instead of over CHECKPOINT.", show_default=False)
-    ] = None,
-    arch: ArchOption = None,
-    pretrained: PretrainedOption = False,
-    num_classes: ClassesOption = None,
-    key: KeyOption = None,
-    iterations: Annotated[int, typer.Option(help="Optimization steps per layer.", min=0)] = 500,
-    lr: Annotated[float, typer.Option(help="Step size, above 0.")] = 0.001,
-    optimizer: Annotated[Literal["adam", "sgd"], typer.Option(help="Optimizer of the kernels.")] = "adam",
-    preserve_norm: Annotated[
-        bool, typer.Option("--preserve-norm", help="Hold every filter at its own L2 norm.")
-    ] = False,
-    objective: ObjectiveOption = "cs",
-    orthogonal: Annotated[
-        bool, typer.Option("--orthogonal", help="Orthogonal filters, each at its own norm, in place of Algorithm 1.")
-    ] = False,
-    decorrelate: Annotated[
-        str | None,
+        Path | None,
         typer.Option(
-            "--decorrelate",
-            metavar="INPUT",
-            help="With --arch: filters whose feature maps on these inputs are uncorrelated, each at its own norm; "
-            "alone, or with --preserve-norm after Algorithm 1. INPUT as in measure; of a data set, training images.",
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write there instead of over CHECKPOINT.",
             show_default=False,
+            rich_help_panel="Saving",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="--decorrelate: number of inputs.", min=1)] = 256,
-    side: Annotated[
-        int | None,
-        typer.Option(
-            "--input-size",
-            help="--decorrelate: pixels along each axis of an input: 32 unless given, 224 with an --arch that is not "
-            "built in.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    input_channels: Annotated[
-        int | None,
-        typer.Option(
-            "--input-channels",
-            metavar="N",
-            help="--decorrelate: channels of a synthetic input; found by a dry run of the network unless given.",
-            min=1,
-        ),
-    ] = None,
-    data_dir: DataDirOption = Path("data"),
-    mean: MeanOption = None,
-    std: StdOption = None,
-    include: IncludeOption = [],  # noqa: B006
-    exclude: ExcludeOption = [],  # noqa: B006
-    groups: GroupsOption = [],  # noqa: B006
-    transposed: TransposedOption = [],  # noqa: B006
-    probe: Annotated[
-        Literal["white", "uniform", "natural"] | None,
-        typer.Option(help="Also measure fm_cos before and after, on such inputs.", show_default=False),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be touched and skipped; write nothing.")
-    ] = False,
-    no_backup: Annotated[
-        bool,
-        typer.Option("--no-backup", help="Do not keep the former file as CHECKPOINT.bak (a shard as SHARD.bak)."),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also overwrite read-only and shared files.")] = False,
     recover: Annotated[
-        bool, typer.Option("--recover", help="Complete an interrupted save of CHECKPOINT, and do nothing else.")
+        bool,
+        typer.Option(
+            "--recover",
+            help="Complete an interrupted save of CHECKPOINT, and do nothing else.",
+            rich_help_panel="Saving",
+        ),
     ] = False,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
     wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **arguments: Any,
 ) -> None:
     """Lower the similarity of a network's feature maps by its kernels alone, before training (Algorithm 1).
 
-    The paper's objective mostly shrinks the filters. With --preserve-norm every filter keeps its norm, and only their
-    similarity changes; --orthogonal and --decorrelate are closed forms that do so without iterations. This is for
-    weights before training: a trained network loses what it has learned.
+    The paper's objective, cs, mostly shrinks the filters; with --preserve-norm every filter keeps its norm. A trained
+    network loses its training.
     """
-    from convsim_cli.checkpoint_init import minimize_checkpoint
+    from convsim_cli.checkpoint_init import init_checkpoint
     from convsim_cli.device import return_freed_memory
-    from convsim_cli.inputs.images import parse_channels
 
     console = Console(quiet, as_json, wide)
     if recover:
         return _recover(context, checkpoint, console)
     return_freed_memory()
-    minimized = minimize_checkpoint(
-        checkpoint,
-        output,
-        iterations=iterations,
-        lr=lr,
-        optimizer=optimizer,
-        preserve_norm=preserve_norm,
-        objective=objective,
-        orthogonal=orthogonal,
-        decorrelate=decorrelate,
-        samples=samples,
-        side=side,
-        input_channels=input_channels,
-        data_dir=data_dir,
-        mean=parse_channels("mean", mean),
-        std=parse_channels("std", std),
-        backup=not no_backup,
-        force=force,
-        dry_run=dry_run,
-        include=include,
-        exclude=exclude,
-        groups=parse_groups(groups),
-        transposed=transposed,
-        arch=arch,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        key=key,
-        probe=probe,
-        seed=seed,
-        device=start(device, console),
-        progress=console.progress,
-    )
-    content = minimized.document()
+    options = {**parse_options(arguments), "device": str(start(arguments["device"], console))}
+    report = init_checkpoint(checkpoint, output, progress=console.progress, **options)
+    content = report.document()
     content["skipped"] = name_options(content["skipped"], context.command)
     document = console.document("init", content)
     if not as_json:
@@ -183,10 +89,8 @@ def _recover(context: typer.Context, checkpoint: Path | None, console: Console) 
 
     if checkpoint is None:
         raise InputError("`recover` requires a `checkpoint`")
-    for name in context.params.keys() - {"checkpoint", "recover", "as_json", "quiet", "wide"}:
-        source = context.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE":
-            raise InputError(f"`recover` only completes an interrupted save; leave out `{name}`")
+    for name in typed(context).keys() - {"checkpoint", "recover", "as_json", "quiet", "wide"}:
+        raise InputError(f"`recover` only completes an interrupted save; leave out `{name}`")
     moved = finish_saves(checkpoint, strict=True)
     if not moved and not checkpoint.exists():
         raise CheckpointError(f"{checkpoint}: no such file")
@@ -224,8 +128,11 @@ def _show(content: dict[str, Any], console: Console) -> None:
     total = content["total"]
     if "after" not in total:
         return console.note(f"L_CS {total['before']:.4g}; a dry run: nothing was written")
-    console.note(
-        f"L_CS {total['before']:.4g} → {total['after']:.4g} ({content['objective']}), {content['seconds']:.1f} s"
-    )
+    console.note(f"L_CS {total['before']:.4g} → {total['after']:.4g} ({_method(content)}), {content['seconds']:.1f} s")
     backup = f"; the former file is {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
+
+
+def _method(content: dict[str, Any]) -> str:
+    norms = "norms kept" if content["preserve_norm"] else "raw"
+    return f"{content['method']}, {norms}"

@@ -5,38 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
-    ArchOption,
-    ClassesOption,
-    DataDirOption,
-    DeviceOption,
-    ExcludeOption,
-    GroupsOption,
-    IncludeOption,
+    OUTPUT,
     JsonOption,
-    KeyOption,
-    MeanOption,
-    PretrainedOption,
     QuietOption,
-    SeedOption,
-    StdOption,
-    TransposedOption,
     WideOption,
+    completer,
     name_options,
-    parse_groups,
+    parse_options,
     show_layers,
     show_skipped,
     start,
+    takes_options,
     with_options,
 )
 from convsim_cli.errors import InputError
 from convsim_cli.measurement.figures import (
     FIGURES,
+    Report,
     compared_keys,
     least_important_keys,
     shown_keys,
@@ -45,162 +36,104 @@ from convsim_cli.measurement.figures import (
     what_stands_out,
 )
 from convsim_cli.plots import PICTURE_SUFFIXES, check_picture, draw_heat, require_matplotlib, save_figure
+from convsim_cli.settings import MeasureOptions
 
 if TYPE_CHECKING:
-    from convsim_cli.checkpoint_measure import Report
+    from convsim_cli.checkpoint_measure import MeasureReport
 
 
-def _figures() -> str:
-    """The figures, a line or two each, for `--help`."""
-    lines = []
-    for figure in FIGURES:
-        first, *rest = wrap(figure.meaning, 60)
-        lines += [f"  {figure.key:<15} {first}", *(f"  {'':<15} {line}" for line in rest)]
-    return "\n".join(lines)
-
-
-EXAMPLES = f"""\b
-Figures of a layer (scaling its weights moves {", ".join(f.key for f in FIGURES if f.moves_with_scale)}):
-{_figures()}
-
-\b
+EXAMPLES = """\b
 Examples:
- convsim measure model.safetensors           # layer by layer, on white noise
- convsim measure a.pth b.pth --input natural # side by side, with changes
+ convsim measure model.safetensors           # layer by layer
+ convsim measure a.pth b.pth                 # side by side, with changes
  convsim measure model.pth --sort -fm_rank   # the lowest rank first
  convsim measure model.pth --top 3           # the three strongest pairs
- convsim measure --arch cnn1                 # a fresh network's feature maps
  convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
  convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
- convsim measure model.safetensors --json | jq '.layers[].fm_cos'"""
+ convsim measure --figures                   # what the columns mean"""
 
 
+@takes_options(MeasureOptions, rare=("as_csv", "wide", "quiet"))
 def measure(
     context: typer.Context,
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[CHECKPOINT]...",
-            help="Files to measure, side by side; else model.safetensors here, else a fresh cnn1.",
+            metavar="CHECKPOINT...",
+            help="Files to measure, side by side. Else model.safetensors here, else a fresh cnn1.",
         ),
     ] = None,
-    arch: ArchOption = None,
-    pretrained: PretrainedOption = False,
-    num_classes: ClassesOption = None,
-    key: KeyOption = None,
-    input_: Annotated[
-        str,
-        typer.Option(
-            "--input",
-            metavar="INPUT",
-            help="white, uniform or natural; with --arch also cifar10, cifar100, digits, folder:PATH, or a folder.",
-        ),
-    ] = "white",
-    side: Annotated[
-        int | None,
-        typer.Option(
-            "--input-size",
-            help="Pixels along each axis of an input: 32 unless given, 224 with an --arch that is not built in.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Number of inputs.", min=1)] = 16,
-    input_channels: Annotated[
-        int | None,
-        typer.Option(
-            "--input-channels",
-            metavar="N",
-            help="With --arch: channels of a synthetic input; found by a dry run unless given.",
-            min=1,
-        ),
-    ] = None,
-    include: IncludeOption = [],  # noqa: B006
-    exclude: ExcludeOption = [],  # noqa: B006
-    groups: GroupsOption = [],  # noqa: B006
-    transposed: TransposedOption = [],  # noqa: B006
-    data_dir: DataDirOption = Path("data"),
-    mean: MeanOption = None,
-    std: StdOption = None,
-    bn_statistics: Annotated[
-        Literal["auto", "stored", "inputs"],
-        typer.Option(
-            "--bn-statistics",
-            help="With --arch: the stored batch-norm statistics, those of the inputs, or auto: of the inputs where the "
-            "stored ones do not belong to the kernels.",
-        ),
-    ] = "auto",
-    threshold: Annotated[
-        float, typer.Option(help="Mean cosine above which two filters are duplicates.", min=0, max=1)
-    ] = 0.95,
     sort: Annotated[
         str | None,
-        typer.Option(metavar="[-]KEY", help="Sort layers by a figure, the largest first; -KEY: the smallest first."),
-    ] = None,
-    top: Annotated[
-        int,
         typer.Option(
-            metavar="N",
-            help="List each layer's N strongest pairs, with their signed cosine; on a pipe and in CSV these alone.",
-            min=0,
+            metavar="[-]KEY",
+            help="Sort layers by a figure. The largest first; -KEY: the smallest first.",
+            autocompletion=completer([f"{sign}{figure.key}" for figure in FIGURES for sign in ("", "-")]),
+            rich_help_panel=OUTPUT,
         ),
-    ] = 0,
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help=f"Draw every layer's mean cosines in this {PICTURE_SUFFIXES} file.", show_default=False
+            metavar="FILE",
+            help=f"Draw every layer's correlations. In a {PICTURE_SUFFIXES} file.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.")] = False,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Explain the figures and exit.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.", rich_help_panel=OUTPUT)] = False,
     wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **arguments: Any,
 ) -> None:
     """Measure how similar the filters and the feature maps of each layer are.
 
     From a checkpoint alone, each layer is probed by itself. With --arch the network runs, and each convolution's real
     output counts.
     """
+    if figures:
+        typer.echo(_explain_figures())
+        return
     from convsim_cli.checkpoint_measure import measure_checkpoints
-    from convsim_cli.inputs.images import parse_channels
-    from convsim_cli.kernels import Patterns
-    from convsim_cli.networks.probe import Probe
 
     console = Console(quiet, as_json, wide)
-    paths, arch = _choose_networks(checkpoints or [], arch, "pretrained" if pretrained else "fresh", console)
-    corrections = Patterns(include, exclude, list(parse_groups(groups).items()), transposed)
-    normal = parse_channels("mean", mean), parse_channels("std", std)
-    heat = plot is not None
-    probe = Probe(input_, samples, side, data_dir, seed, *normal, threshold, bn_statistics, top, heat, input_channels)
+    pretrained = "pretrained" if arguments["pretrained"] else "fresh"
+    paths, arguments["arch"] = _choose_networks(checkpoints or [], arguments["arch"], pretrained, console)
+    options = parse_options(arguments)
     pages = [] if plot is None else _pages(plot, len(paths))
     _check_output(pages, sort, as_csv and as_json)
-    reports = measure_checkpoints(
-        paths,
-        probe,
-        start(device, console),
-        arch=arch,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        key=key,
-        patterns=corrections,
-        progress=console.progress,
-    )
+    options["device"] = str(start(options["device"], console))
+    reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, heat=plot is not None)
     for report in reports:
-        report["skipped"] = name_options(report["skipped"], context.command)
+        report.skipped = name_options(report.skipped, context.command)
         for line in report.warnings:
             console.warn(with_options(line, context.command))
         for line in report.notes:
-            console.note(f"{report['source']}: {with_options(line, context.command)}")
+            console.note(f"{report.source}: {with_options(line, context.command)}")
         if sort is not None:
-            sort_layers(report["layers"], sort)
+            sort_layers(report.layers, sort)
     for report, page in zip(reports, pages, strict=False):
         _draw(report, page)
         console.note(f"wrote {page}")
-    console.document("measure", dict(reports[0]) if len(reports) == 1 else {"checkpoints": reports})
+    documents = [report.document() for report in reports]
+    console.document("measure", documents[0] if len(documents) == 1 else {"checkpoints": documents})
     if not as_json:
-        _show(reports, console, as_csv, top)
+        _show(documents, console, as_csv, options["top"])
+
+
+def _explain_figures() -> str:
+    """The figures of a layer with their units, a line or two each."""
+    lines = []
+    for figure in FIGURES:
+        unit = f" [{figure.unit}]" if figure.unit else ""
+        moves = "; moves with the scale of the weights" if figure.moves_with_scale else ""
+        first, *rest = wrap(f"{figure.meaning}{moves}{unit}", 62)
+        lines += [f"{figure.key:<16} {first}", *(f"{'':<16} {line}" for line in rest)]
+    return "\n".join(lines)
 
 
 def _choose_networks(
@@ -236,11 +169,11 @@ def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) ->
         require_matplotlib()
 
 
-def _draw(report: Report, page: Path) -> None:
+def _draw(report: MeasureReport, page: Path) -> None:
     captions = {
-        layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report["layers"] if layer["name"] in report.heat
+        layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report.layers if layer["name"] in report.heat
     }
-    title = f"{report['source']}: mean cosine of feature maps, filter by filter ({report['input']} inputs)"
+    title = f"{report.source}: mean cosine of feature maps, filter by filter ({report.input} inputs)"
     if any(heat.pooled for heat in report.heat.values()):
         title += "; in large layers a cell shows the strongest of several pairs"
     save_figure(draw_heat(report.heat, captions, title), page)

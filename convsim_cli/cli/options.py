@@ -1,17 +1,18 @@
-"""The options that several commands share, what they show in the same way, and errors in terms of options.
+"""The options of the commands, their help, what several commands show in the same way, and errors in terms of options.
 
 typer makes a command's options from the signature of its function: an option per parameter, from the type and the
-`typer.Option` in its annotation. `with_training_options` adds an option for each declared argument of a run to that
-signature. The library's messages name arguments, and the parser's are typer's own: `with_options` and `explain_usage`
-name the option, the value and what was expected.
+`typer.Option` in its annotation. `takes_options` adds an option for each declared field (`settings`) to that signature.
+The library's messages name arguments, and the parser's are typer's own: `with_options` and `explain_usage` name the
+option, the value and what was expected.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from inspect import Parameter, Signature, signature
+from functools import wraps
+from inspect import Parameter, signature
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -22,93 +23,180 @@ from typer.core import TyperCommand
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.cli.console import Console, Least
 from convsim_cli.errors import InputError, one_of
-from convsim_cli.training.config import GROUPS, Declaration, declarations, modes_that_take
+from convsim_cli.settings import Declaration, declarations
 
 if TYPE_CHECKING:
     import torch
 
 SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
-METAVARS = {int: "N", float: "X"}
+OUTPUT = "Output"  # the heading of --json and its like
+HEADINGS = (  # in the order of the help
+    *("Arguments", "Options", "Method", "Network", "Recipe", "Layers", "Inputs", "Data", "Figures", "Saving", "Run"),
+    *(OUTPUT, "Help"),
+)
+GONE: dict[str, dict[str, str]] = {  # by command: an option of former versions, and what to type now
+    "init": {
+        "--objective": "--method NAME",
+        "--orthogonal": "--method orthogonal",
+        "--decorrelate": "--method decorrelate --input INPUT",
+    },
+    "train": {"--pairs": "--objective NAME"},
+}
+
+
+def completer(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a function that gives the names that begin as typed."""
+
+    def complete(begun: str) -> list[str]:
+        return [name for name in names if name.startswith(begun)]
+
+    return complete
 
 
 def complete_arch(begun: str) -> list[str]:
     """Return the networks whose names begin so; those of a library once its name is typed."""
-    names = [name for name in ("cnn1", "cnn2", "cnn:", "resnet18", "torchvision:", "timm:") if name.startswith(begun)]
+    names = ["cnn1", "cnn2", "cnn:", "resnet18", "torchvision:", "timm:"]
     if begun.startswith("torchvision:"):
         from torchvision.models import list_models
 
         names = [f"torchvision:{name}" for name in list_models()]
-    return [name for name in names if name.startswith(begun)]
+    return completer(names)(begun)
 
 
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)]
-SeedOption = Annotated[int, typer.Option("--seed", help="Random seed.", min=0, max=2**32 - 1)]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, in full precision.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only warnings and errors.")]
-WideOption = Annotated[bool, typer.Option("--wide", help="Show all columns.")]
-
-DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where data sets are, or are downloaded to.")]
-RunDirOption = Annotated[Path, typer.Option("--run-dir", help="Where the runs' folders are made.")]
-MeanOption = Annotated[
-    str | None,
-    typer.Option("--mean", metavar="R,G,B", help="Normalize images by this mean (full range 0 to 1), not their own."),
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Run")
 ]
-StdOption = Annotated[
-    str | None, typer.Option("--std", metavar="R,G,B", help="Normalize images by this standard deviation.")
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout. In full precision.", rich_help_panel=OUTPUT)
 ]
-LimitTrainOption = Annotated[
-    int | None, typer.Option("--limit-train", metavar="N", help="Only the first N training images.", min=1)
+QuietOption = Annotated[
+    bool, typer.Option("-q", "--quiet", help="Print only warnings and errors.", rich_help_panel=OUTPUT)
 ]
-LimitTestOption = Annotated[
-    int | None, typer.Option("--limit-test", metavar="N", help="Only the first N test images.", min=1)
-]
-
-IncludeOption = Annotated[
-    list[str],
-    typer.Option(
-        "--include",
-        metavar="GLOB",
-        help="Only tensors matching GLOB; required for 5-D tensors, and for 3-D beside 4-D.",
-    ),
-]
-ExcludeOption = Annotated[list[str], typer.Option("--exclude", metavar="GLOB", help="Skip tensors matching GLOB.")]
-GroupsOption = Annotated[
-    list[str], typer.Option("--groups", metavar="GLOB=N", help="Number of groups of matching layers.")
-]
-TransposedOption = Annotated[
-    list[str], typer.Option("--transposed", metavar="GLOB", help="Matching layers are transposed convolutions.")
-]
-
+WideOption = Annotated[bool, typer.Option("--wide", help="Show all columns.", rich_help_panel=OUTPUT)]
 CheckpointArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[CHECKPOINT]", help=f"A {one_of(new_suffixes())} file.", show_default=False),
+    typer.Argument(metavar="CHECKPOINT", help=f"A {one_of(new_suffixes())} file.", show_default=False),
 ]
-ArchOption = Annotated[
-    str | None,
+
+
+def takes_options(
+    options: type | None = None,
+    *,
+    only: Collection[str] = (),
+    rare: Collection[str] = (),
+    tables: Mapping[str, Mapping[str, str]] = {},
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: each declared field of a dataclass becomes an option, and a key of its `**arguments`.
+
+    only: the fields, all for none. `--help` shows the common options alone; rare: the names of the command's own
+    parameters that are not common. tables: heading → name → meaning, which `--help-all` shows after the options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shown = signature(command, eval_str=True)
+        own = [one for one in shown.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        fields = declarations(options).values() if options else ()
+        declared = [one for one in fields if one.group and (not only or one.name in only)]
+        made = [_parameter(one) for one in declared]
+        everything = Parameter("help_all", Parameter.KEYWORD_ONLY, default=False, annotation=_HelpAll)
+
+        @wraps(command)
+        def called(**arguments: Any) -> None:
+            command(**{name: value for name, value in arguments.items() if name != "help_all"})
+
+        called.__signature__ = shown.replace(  # type: ignore[attr-defined]
+            parameters=[*sorted([*own, *made], key=lambda one: one.kind), everything]
+        )
+        explained = {f"--{one.name}": one.choices for one in declared if isinstance(one.choices, Mapping)}
+        called.tables = {  # type: ignore[attr-defined]
+            **{option: {name: entry.meaning for name, entry in table.items()} for option, table in explained.items()},
+            **tables,
+        }
+        called.rare = {*rare, *(one.name for one in declared if not one.common)}  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def _show_help_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.meta["help_all"] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+_HelpAll = Annotated[
+    bool,
     typer.Option(
-        "--arch",
-        metavar="NAME",
-        help=f"The network: {declarations()['arch'].help}",
-        show_default=False,
-        autocompletion=complete_arch,
+        "--help-all",
+        is_eager=True,
+        expose_value=False,
+        callback=_show_help_all,
+        help="Show every option, with all of its help, and exit.",
     ),
 ]
-PretrainedOption = Annotated[
-    bool, typer.Option("--pretrained", help="With --arch: the weights that torchvision or timm publishes.")
-]
-ObjectiveOption = Annotated[str, typer.Option("--objective", metavar="NAME", help=declarations()["objective"].help)]
-KeyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--key", metavar="KEY", help="Which of a pickle's nested dictionaries to take, such as ema.state_dict."
-    ),
-]
-ClassesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--num-classes", metavar="N", help="Classes of the --arch network; its own number unless given.", min=1
-    ),
-]
+
+
+def _parameter(declaration: Declaration) -> Parameter:
+    kind: Any = declaration.types[0]
+    is_number_or_word = float in declaration.types and bool(declaration.choices)
+    least = declaration.least if kind in (int, float) else None
+    if declaration.above is not None:  # typer checks and shows inclusive bounds only: an exclusive one is in the help
+        least = declaration.above + 1 if kind is int else None
+    help, known = declaration.help, declaration.known or declaration.choices
+    completion: Callable[[str], list[str]] | None = None
+    if isinstance(declaration.choices, Mapping):  # `--help-all` explains the entries of such a table
+        first, _, more = help.partition(". ")
+        help = f"{first.rstrip('.')}: {', '.join(declaration.choices)}. {more}".rstrip()
+    if declaration.name == "arch":
+        completion = complete_arch
+    elif known and declaration.metavar:
+        completion = completer(list(known))
+    if float in declaration.types and declaration.above is not None:
+        help = f"{help} Above {declaration.above:g}."
+    option = typer.Option(
+        f"--{declaration.name.replace('_', '-')}",
+        help=help,
+        metavar=declaration.metavar,
+        min=least,
+        max=None if declaration.most == inf else declaration.most,
+        parser=_number_or_word if is_number_or_word else None,
+        show_default=declaration.default not in (None, ()),
+        rich_help_panel=declaration.group,
+        autocompletion=completion,
+    )
+    default = declaration.default
+    if kind in (Sequence, Mapping):
+        kind, default = list[str], []
+    elif declaration.choices and not declaration.metavar:
+        kind = Literal[tuple(declaration.choices)]
+    elif kind is tuple:
+        kind = str | None
+    elif default is None:
+        kind = kind | None
+    return Parameter(declaration.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _number_or_word(text: str) -> float | str:
+    """The declaration checks the value later."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the parser gives as text in the types of their declarations. Raises InputError."""
+    from convsim_cli.inputs.images import parse_channels
+
+    parsed = {name: parse_channels(name, arguments[name]) for name in ("mean", "std")}
+    return {**arguments, **parsed, "groups": parse_groups(arguments["groups"])}
+
+
+def typed(context: typer.Context) -> dict[str, Any]:
+    """Return the options that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def start(device: str, console: Console) -> torch.device:
@@ -166,81 +254,55 @@ def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: 
         console.note(line)
 
 
-def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command that takes `**arguments`: each declared argument becomes an option, and one of its keys.
-
-    Options are ordered by the heading that the help shows them under; the command's own options without a heading
-    come last.
-    """
-    own = [item for item in signature(command, eval_str=True).parameters.values() if item.kind != Parameter.VAR_KEYWORD]
-    made = [_parameter(declaration) for declaration in declarations().values() if declaration.group]
-    place = {group: number for number, group in enumerate(GROUPS)}
-    ordered = sorted([*made, *own], key=lambda item: (item.kind, place.get(_heading(item), len(place))))
-    command.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
-    return command
-
-
-def _parameter(declaration: Declaration) -> Parameter:
-    kind: Any = declaration.types[0]
-    is_number_or_word = bool(declaration.choices) and float in declaration.types
-    least = declaration.least if kind in (int, float) else None
-    if declaration.above is not None:  # typer checks and shows inclusive bounds only: an exclusive one is in the help
-        least = declaration.above + 1 if kind is int else None
-    option = typer.Option(
-        f"--{declaration.name.replace('_', '-')}",
-        help=_help(declaration),
-        metavar=declaration.metavar or METAVARS.get(kind),
-        min=least,
-        max=None if declaration.most == inf else declaration.most,
-        parser=_number_or_word if is_number_or_word else None,
-        show_default=declaration.default is not None,
-        rich_help_panel=declaration.group,
-        autocompletion=complete_arch if declaration.name == "arch" else None,
-    )
-    if declaration.choices and not is_number_or_word:
-        kind = Literal[tuple(declaration.choices)]
-    elif declaration.default is None:
-        kind = kind | None
-    annotation = Annotated[kind, option]
-    return Parameter(declaration.name, Parameter.KEYWORD_ONLY, default=declaration.default, annotation=annotation)
-
-
-def _number_or_word(text: str) -> float | str:
-    """The argument's declaration checks the value later."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _help(declaration: Declaration) -> str:
-    text = declaration.help
-    if takers := modes_that_take(declaration.name):
-        text = f"{', '.join(takers)}: {text[0].lower()}{text[1:]}"
-    if isinstance(declaration.choices, Mapping):  # a table, whose entries explain themselves
-        text += f" {'; '.join(f'{name}: {entry.help}' for name, entry in declaration.choices.items())}."
-    if float in declaration.types and declaration.above is not None:
-        text = f"{text.rstrip('.')}, above {declaration.above}."
-    return text
-
-
-def _heading(parameter: Parameter) -> Any:
-    return next((option.rich_help_panel for option in getattr(parameter.annotation, "__metadata__", ())), None)
+def _shortened(name: str, text: str) -> tuple[str, str]:
+    """An option and the first sentence of its help, with its default."""
+    text, _, extra = text.partition("  [")
+    default = re.search(r"default: \(?([^;\])]+)", extra)
+    sentence = text.partition(". ")[0].rstrip(".")
+    return name, f"{sentence} [{default[1]}]" if default else sentence
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help lists each option under its `rich_help_panel`, and the others under "Options"."""
+    """A command whose help fits one screen: what it does, examples, and its common options.
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments and options, in the order in which their headings first occur."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+    With `--help-all` every option, under the heading that is its `rich_help_panel`.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help: examples before options."""
+        everything = ctx.meta.get("help_all", False)
+        rare: Collection[str] = () if everything else getattr(self.callback, "rare", ())
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
         for parameter in self.get_params(ctx):
-            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            if record := parameter.get_help_record(ctx):
-                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+            record = None if parameter.name in rare else parameter.get_help_record(ctx)
+            if record and parameter.param_type_name == "argument":
+                sections["Arguments"].append((str(parameter.metavar), record[1]))
+            elif record:
+                usual = "Help" if parameter.name in ("help", "help_all") else "Options"
+                sections[getattr(parameter, "rich_help_panel", None) or usual].append(record)
+        if not everything:
+            records = [_shortened(*record) for found in sections.values() for record in found]
+            more = f" and the {len(rare)} other options" if rare else ""
+            sections = {f"Options (--help-all explains them{more})": records}
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+        for heading, names in getattr(self.callback, "tables", {}).items() if everything else ():
+            sections[heading] = list(names.items())
         for heading, records in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty argument, which a shell passes for a variable that is not set; no option takes one."""
+        for word, following in zip(["", *args], [*args, "-"], strict=True):
+            if ctx.resilient_parsing:  # a shell asks for completions
+                break
+            if following == "" or (word.startswith("--") and word.endswith("=")):
+                name = word if word.startswith("-") else "an argument"
+                raise InputError(f"{name.rstrip('=')} is empty; is a shell variable unset?")
+        return super().parse_args(ctx, args)
 
 
 def with_options(message: str, command: Any) -> str:
@@ -265,7 +327,9 @@ def name_options(skipped: list[dict[str, Any]], command: Any) -> list[dict[str, 
 def explain_usage(error: Any, arguments: Sequence[str]) -> str:
     """Return a usage error of the parser as a line: the option, the value found, and what was expected."""
     message = " ".join(error.format_message().split())
-    parameter = getattr(error, "param", None)
+    parameter, gone = getattr(error, "param", None), getattr(error, "option_name", None)
+    if gone in (known := GONE.get(error.ctx.command.name, {}) if error.ctx else {}):
+        return f"{gone} was replaced by {known[gone]}"
     if parameter is None:
         return message
     value = None  # the last one that was given

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convsim_cli.checkpoints.atomic import check_regular
 from convsim_cli.cli.console import Console, Least, Progress, duration, remaining
 from convsim_cli.cli.options import (
-    DataDirOption,
     DeviceOption,
     JsonOption,
-    LimitTestOption,
-    LimitTrainOption,
     QuietOption,
-    RunDirOption,
-    SeedOption,
     WideOption,
     start,
+    takes_options,
+    typed,
 )
 from convsim_cli.cli.train_command import epoch_line
 from convsim_cli.errors import InputError
 from convsim_cli.plots import check_picture, draw_experiment, require_matplotlib, save_figure
 from convsim_cli.reproduction.published import ALL, ARMS, NUMERICAL_TABLES, SETS, USUAL_ARMS, arms_of
-from convsim_cli.training.config import declarations
+from convsim_cli.training.config import Arguments
 
 if TYPE_CHECKING:
     from convsim_cli.inputs.images import Dataset
@@ -39,19 +35,7 @@ if TYPE_CHECKING:
     from convsim_cli.training.run import Run
 
 
-def _arms() -> str:
-    """The sets of arms, a paragraph of the help each; names are not broken at their hyphens."""
-    width = max(map(len, SETS))
-    lines = (f"  {name:<{width}}  {', '.join(arms_of(name))}" for name in SETS)
-    indent = " " * (width + 4)
-    return "\n".join(fill(line, 78, subsequent_indent=indent, break_on_hyphens=False) for line in lines)
-
-
-EXAMPLES = f"""\b
-Sets of arms:
-{_arms()}
-
-\b
+EXAMPLES = """\b
 Examples:
  convsim reproduce table1                        # half a minute, no data
  convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
@@ -88,6 +72,12 @@ def complete_arms(begun: str) -> list[str]:
     return [f"{first}{comma}{name}" for name in (*SETS, ALL, *ARMS) if name.startswith(last)]
 
 
+@takes_options(
+    Arguments,
+    only=("precision", "compile", "data_dir", "limit_train", "limit_test", "seed"),
+    rare=("lrs", "batch_sizes", "iterations", "wide", "quiet"),
+    tables={"Sets of arms": {name: ", ".join(arms_of(name)) for name in SETS}},
+)
 def reproduce(
     context: typer.Context,
     name: Annotated[
@@ -99,18 +89,18 @@ def reproduce(
     episodes: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="table1, 2, 3, 6: episodes per row; 1000 unless given.", min=2, show_default=False
+            metavar="N", help="table1, 2, 3, 6: episodes per row. 1000 unless given.", min=2, show_default=False
         ),
     ] = None,
     archs: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="table5, figure1 to 3: networks; cnn1,cnn2 unless given.", show_default=False),
+        typer.Option(metavar="A,B", help="table5, figure1 to 3: networks. cnn1,cnn2 unless given.", show_default=False),
     ] = None,
     arms: Annotated[
         str | None,
         typer.Option(
             metavar="A,B",
-            help=f"table5, figure1 to 3: arms, sets of arms (see below), or all; {', '.join(USUAL_ARMS)} unless given.",
+            help=f"table5, figure1 to 3: arms, sets of arms, or all. See below. {', '.join(USUAL_ARMS)} unless given.",
             show_default=False,
             autocompletion=complete_arms,
         ),
@@ -127,36 +117,30 @@ def reproduce(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Epochs of a run; the paper's unless given.", min=1, show_default=False),
+        typer.Option(metavar="N", help="Epochs of a run. The paper's unless given.", min=1, show_default=False),
     ] = None,
-    limit_train: LimitTrainOption = None,
-    limit_test: LimitTestOption = None,
-    precision: Annotated[
-        Literal["fp32", "tf32", "bf16"] | None,
-        typer.Option(help=declarations()["precision"].help, show_default=declarations()["precision"].default),
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile", help=declarations()["compile"].help, show_default=False)
-    ] = None,
-    data_dir: DataDirOption = Path("data"),
-    run_dir: RunDirOption = Path("runs"),
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", metavar="DIR", help="Where the folders of runs are created.")
+    ] = Path("runs"),
     device: DeviceOption = "auto",
-    seed: SeedOption = 0,
     wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **arguments: Any,
 ) -> None:
     """Repeat an experiment of the paper and show published and measured numbers side by side.
 
     The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Finished runs in RUN_DIR with the same
-    arguments are reused, and unfinished ones resumed. Batch-norm statistics are re-estimated before each evaluation, as
-    in convsim train --bn-statistics precise. All numbers are in per cent except correlations, cosines and L_CS.
-    Some columns are not in the paper: in the numerical tables, mean |cos| of the two feature maps, which scaling cannot
-    change, also with the norm of every kernel fixed; in Table 5, arms that say where a gain comes from.
+    arguments are reused, and unfinished ones resumed. All numbers are in per cent except correlations, cosines and
+    L_CS; some columns are not in the paper.
     """
     console = Console(quiet, as_json, wide)
-    given = {**context.params, "data_dir": data_dir, "run_dir": run_dir}  # paths as text in older typers
-    if any(table.name == name for table in NUMERICAL_TABLES):
+    given = {**context.params, "run_dir": run_dir}  # a path as text in older typers
+    is_numerical = any(table.name == name for table in NUMERICAL_TABLES)
+    for key in _OF_TRAINING if is_numerical else ["episodes"]:
+        if key in typed(context):
+            raise InputError(f"{name} has no `{key}`")
+    if is_numerical:
         _run_numerical(name, given, console)
     else:
         _run_trained(name, given, console)
@@ -166,7 +150,6 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.reproduction.numerical import EPISODES, numerical_steps, reproduce_table
     from convsim_cli.training.run import make_folder, write_json
 
-    _refuse(name, given, _OF_TRAINING)
     if given["device"] != "auto" and start(given["device"], console).type != "cpu":
         raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
     document = given["run_dir"] / f"{name}.json"
@@ -190,7 +173,6 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.training.run import write_json
 
     experiment = find_experiment(name)
-    _refuse(name, given, ["episodes"])
     _check_output(name, given["run_dir"])
     is_figure = name.startswith("figure")
     if is_figure:
@@ -280,12 +262,6 @@ class CampaignScreen:
         self._progress(epochs)
 
 
-def _refuse(name: str, given: dict[str, Any], useless: Sequence[str]) -> None:
-    for key in useless:
-        if given[key] is not None:
-            raise InputError(f"{name} has no `{key}`")
-
-
 def _check_output(name: str, run_dir: Path) -> None:
     """Raise InputError, before any work is done, where RUN_DIR/NAME.json or .png is not one of this command's."""
     document = run_dir / f"{name}.json"
@@ -304,14 +280,13 @@ def _check_output(name: str, run_dir: Path) -> None:
 
 def _choices(given: dict[str, Any], device: str) -> Choices:
     from convsim_cli.reproduction.experiments import Choices
-    from convsim_cli.training.config import Arguments
 
     base = Arguments(
-        data_dir=str(given["data_dir"]),
+        data_dir=given["data_dir"],
         limit_train=given["limit_train"],
         limit_test=given["limit_test"],
-        precision=given["precision"] or declarations()["precision"].default,
-        compile=bool(given["compile"]),
+        precision=given["precision"],
+        compile=given["compile"],
         seed=given["seed"],
         device=device,
     )

@@ -10,31 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsim_cli.cli.console import Console, Progress, duration
-from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, start, with_training_options
+from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, start, takes_options, typed
+from convsim_cli.settings import declarations
+from convsim_cli.training.config import Arguments
 
 if TYPE_CHECKING:
     from convsim_cli.inputs.images import Dataset
-    from convsim_cli.training.config import Arguments
     from convsim_cli.training.run import Run
 
 EXAMPLES = """\b
 Examples:
  convsim train --dataset digits --epochs 5       # needs no download
  convsim train --mode init --data-dir data       # the paper's best arm
- convsim train --mode reg --beta 0.001 --epochs 20 --name reg20
- convsim train --mode init --preserve-norm --seeds 3
+ convsim train --mode reg --beta auto --epochs 20 --name reg20
  convsim train --resume runs/reg20 --epochs 40
- # a modern recipe
  convsim train --arch resnet18 --epochs 50 --lr 0.1 --momentum 0.9 \\
    --nesterov --weight-decay 5e-4 --schedule cosine --augment flip-crop
- # two processes share each batch
  torchrun --nproc-per-node 2 -m convsim_cli train --mode init"""
 
 CLASSES_NAMED = 10  # in the line about a run's images
 _RUN: dict[str, Any] = {"show_default": False, "rich_help_panel": "Run"}  # the heading in the help
 
 
-@with_training_options
+@takes_options(Arguments, rare=("name", "run_dir", "config", "wide", "quiet"))
 def train(
     context: typer.Context,
     *,
@@ -49,7 +47,7 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Resume the run in this folder; only --epochs and --data-dir may differ.", **_RUN
+            metavar="RUN", help="Resume the run in this folder. Only --epochs and --data-dir may differ.", **_RUN
         ),
     ] = None,
     config: Annotated[
@@ -63,10 +61,9 @@ def train(
     quiet: QuietOption = False,
     **arguments: Any,
 ) -> None:
-    """Train a network and save its results in a folder: args.json, results.csv, best and last weights, summary.json.
+    """Train a network; results and weights go to a folder. The defaults are the paper's (section 4.2).
 
-    The defaults are the paper's (section 4.2): SGD, no momentum, no augmentation, 100 epochs. You can stop a run at any
-    moment and resume it with --resume: the result is the same.
+    You can stop a run at any moment and resume it with --resume: the result is the same.
     """
     from convsim_cli.training.distributed import is_rank_zero
     from convsim_cli.training.launch import open_to_resume, resume_run, start_runs
@@ -75,15 +72,15 @@ def train(
     console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero(), wide)
     screen = RunScreen(console)
     report = Report(screen.begin, screen.progress, screen.epoch)
-    typed = _typed(context)
+    given = typed(context)
     try:
         if resume is not None:
-            given = {name: value for name, value in typed.items() if name not in ("resume", "wide", "as_json", "quiet")}
-            run = open_to_resume(resume, given)
+            shown = ("resume", "wide", "as_json", "quiet")
+            run = open_to_resume(resume, {name: value for name, value in given.items() if name not in shown})
             _start(run.arguments.device, console)
             finished = resume_run(run, report)
         else:
-            chosen = _arguments({**arguments, "device": device}, config, typed, console)
+            chosen = _arguments({**arguments, "device": device}, config, given, console)
             finished = start_runs(chosen, run_dir, name, seeds, report)
     except KeyboardInterrupt:  # here the bar has ended, which would break a long line
         if is_rank_zero() and screen.runs:
@@ -95,21 +92,14 @@ def train(
         _show(finished, console)
 
 
-def _typed(context: typer.Context) -> dict[str, Any]:
-    """The options given on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-
-
-def _arguments(given: dict[str, Any], config: Path | None, typed: dict[str, Any], console: Console) -> Arguments:
-    """The arguments of a new run: those typed, then those of --config, then the defaults."""
-    from convsim_cli.training.config import Arguments, declarations
+def _arguments(options: dict[str, Any], config: Path | None, given: dict[str, Any], console: Console) -> Arguments:
+    """The arguments of a new run: those given, then those of --config, then the defaults."""
     from convsim_cli.training.launch import read_config
 
     if config is not None:
-        given |= read_config(config, typed)
-    options = {name: given[name] for name, declaration in declarations().items() if declaration.group}
-    return Arguments(**options, device=_start(given["device"], console))
+        options |= read_config(config, given)
+    own = {name: options[name] for name, declaration in declarations(Arguments).items() if declaration.group}
+    return Arguments(**own, device=_start(options["device"], console))
 
 
 def _start(device: str, console: Console) -> str:
@@ -140,7 +130,7 @@ class RunScreen:
         """Say which run begins, and what its images are of."""
         self.runs.append(run)
         self._seconds, how = [], run.arguments
-        what = f"{how.mode}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
+        what = f"{how.label}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
         self._console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
         names = list(data.images_of_classes())
         more = ", … (summary.json lists all)" if len(names) > CLASSES_NAMED else ""

@@ -161,8 +161,8 @@ ARMS: dict[str, Arm] = {
         Arm("init-norm", "controls", {"mode": "init", "preserve_norm": True}),
         Arm("init-norm-rescaled", "controls", {"mode": "init", "preserve_norm": True, "rescale": True}),
         Arm("reg-norm", "controls", {"mode": "reg", "preserve_norm": True}),
-        Arm("orthogonal", "controls", {"mode": "orthogonal"}),
-        Arm("decorrelate", "controls", {"mode": "decorrelate"}),
+        Arm("orthogonal", "controls", {"mode": "init", "method": "orthogonal"}),
+        Arm("decorrelate", "controls", {"mode": "init", "method": "decorrelate"}),
         Arm("baseline-lr0.1", "controls", {"lr": 0.1}),
         Arm("reg-auto", "peers", {"mode": "reg", "beta": "auto"}),
         *(

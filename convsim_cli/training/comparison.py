@@ -16,7 +16,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.training.config import Arguments, declarations
+from convsim_cli.settings import declarations
+from convsim_cli.training.config import Arguments
 from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, open_run, read_results, spread
 
 CONFIDENCE = 0.95  # of the interval of a mean
@@ -136,7 +137,7 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
 
 def _usual_baseline(groups: Sequence[Group]) -> Group | None:
     """The group of mode baseline; if there are several, the one whose other arguments are the defaults."""
-    known = declarations()
+    known = declarations(Arguments)
     plain = [group for group in groups if group.runs[0].arguments.mode == "baseline"]
     if len(plain) > 1:
         plain = [
@@ -205,7 +206,9 @@ def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[G
         grouped.setdefault(tuple(_configuration(run, by_length).items()), []).append(run)
     configurations = [dict(key) for key in grouped]
     differing = [
-        name for name in declarations() if len({values[name] for values in configurations if name in values}) > 1
+        name
+        for name in declarations(Arguments)
+        if len({values[name] for values in configurations if name in values}) > 1
     ]
     return [
         Group(
@@ -236,7 +239,7 @@ def _configuration(run: RunResults, by_length: bool) -> dict[str, Any]:
 
 def _name(configuration: dict[str, Any], differing: Sequence[str]) -> str:
     """The mode, if it differs, and what else differs from the defaults; the first that differs if nothing does."""
-    known = declarations()
+    known = declarations(Arguments)
     differing = [name for name in differing if name in configuration]
     named = [name for name in differing if name == "mode" or configuration[name] != known[name].default]
     named = named or differing[:1] or ["mode"]

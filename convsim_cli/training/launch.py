@@ -106,7 +106,7 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
 
     No two processes ever get the same folder. Raises InputError if the name is taken.
     """
-    stem = name or plain_name(f"{arguments.arch}-{arguments.mode}-s{arguments.seed}")
+    stem = name or plain_name(f"{arguments.arch}-{arguments.label}-s{arguments.seed}")
     check_name(stem)
     make_folder(run_dir)
     run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
@@ -147,7 +147,7 @@ def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iter
 
     Raises InputError if a folder of the given name is taken.
     """
-    stem = name or plain_name(f"{arguments.arch}-{arguments.mode}")
+    stem = name or plain_name(f"{arguments.arch}-{arguments.label}")
     check_name(stem)
     for candidate in [stem] if name else numbered(stem):
         taken = [folder for seed in seeds if (folder := run_dir / f"{candidate}-s{seed}").exists()]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.device import Advance
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.kernels import Selection, module_kernels, weight_of
+from convsim_cli.kernels import Selection, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.layers import side_effect_free, undone_on_failure
+from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Minimization, minimize_kernels, rescale_to
 from convsim_cli.networks.architectures import build_network, warn_of_random_weights
 from convsim_cli.networks.load import load_weights
@@ -96,32 +97,35 @@ def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Argument
 
 @torch.no_grad()
 def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor], advance: Advance) -> None:
-    """Give the kernels the directions, the norms, or both, that a run's mode and arguments ask for, in place.
+    """Give the kernels the directions, the norms, or both, that a run's mode and method ask for, in place.
 
-    images: gives the `first_images`. Feature maps are decorrelated last, which keeps the norms: without batch
+    images: gives the `first_images`. A method that needs them comes last, and keeps the norms: without batch
     normalization, the scale of one layer matters to the maps of the next. Raises InputError and DivergedError; the
     network is then untouched.
     """
-    from convsim_cli.closed_forms import decorrelate_, orthogonalize_
-
-    directions, selection = MODES[settings.mode].directions, module_kernels(model)
-    turning, scaling = _minimizations(settings)
+    method, selection = _method(settings), module_kernels(model)
+    warn_of_unsupported(selection)
+    minimization, norms = _minimizations(settings)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
     with undone_on_failure(list(weights.values())):
-        shrunk = _minimized(selection, weights, scaling, advance) if scaling else {}  # from the fresh kernels
-        if turning:
-            for name, turned in _minimized(selection, weights, turning, advance).items():
-                weights[name].copy_(turned)
-        if directions == "orthogonal":
-            orthogonalize_(model, advance=advance)
+        shrunk = _minimized(selection, weights, norms, advance) if norms else {}  # from the fresh kernels
+        if minimization:
+            for name, minimized in _minimized(selection, weights, minimization, advance).items():
+                weights[name].copy_(minimized)
         for kernel in selection.kernels:
             weight = weights[kernel.name]
+            if method and method.of_kernel:
+                weight.copy_(method.of_kernel(kernel, weight))
+                advance(1)
             if kernel.name in shrunk:
                 weight.copy_(rescale_to(kernel, weight, shrunk[kernel.name]))
             if settings.factor is not None:
                 weight.mul_(settings.factor)
-        if directions == "decorrelate":
-            decorrelate_(model, images(), advance=advance)
+        if method and method.of_maps:
+            called = {record["name"] for record in method.of_maps(model, selection.kernels, images(), advance)}
+            if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
+                message = f"layers that the network does not call are left as they are: {', '.join(uncalled)}"
+                warnings.warn(message, ConvsimWarning, stacklevel=2)
 
 
 def first_images(data: Dataset, device: torch.device) -> Tensor:
@@ -131,23 +135,25 @@ def first_images(data: Dataset, device: torch.device) -> Tensor:
 
 def count_steps(model: nn.Module, settings: Arguments) -> int:
     """Return the number of steps that `prepare_` reports: those of its minimizations, and one per closed-form layer."""
-    selection = module_kernels(model)
-    layers = len(selection.kernels) if MODES[settings.mode].directions in ("orthogonal", "decorrelate") else 0
+    method, selection = _method(settings), module_kernels(model)
+    layers = len(selection.kernels) if method and not method.iterates else 0
     return layers + sum(how.steps(how.select(selection).kernels) for how in _minimizations(settings) if how)
 
 
+def _method(settings: Arguments) -> Method | None:
+    return METHODS[settings.method] if MODES[settings.mode].initializes else None
+
+
 def _minimizations(settings: Arguments) -> tuple[Minimization | None, Minimization | None]:
-    """The minimizations that the filters' directions and their norms come from, None where there is none."""
-
-    def minimization(preserve_norm: bool) -> Minimization:
-        objective = settings.objective
-        return Minimization(settings.iterations, settings.init_lr, preserve_norm=preserve_norm, objective=objective)
-
-    directions = MODES[settings.mode].directions
-    scales = settings.rescale or (directions == "own" and settings.factor is None)
+    """The minimization of the run's method, and the one that norms are taken from; None where there is none."""
+    method, factor = _method(settings), settings.factor
+    own = Minimization(
+        settings.iterations, settings.init_lr, preserve_norm=settings.preserve_norm, objective=settings.method
+    )
+    rescales = settings.rescale or (MODES[settings.mode].scales and factor is None)
     return (
-        minimization(settings.preserve_norm) if directions == "init" else None,
-        minimization(preserve_norm=False) if scales else None,
+        own if method and method.iterates else None,
+        Minimization(settings.iterations, settings.init_lr) if rescales else None,
     )
 
 

@@ -142,7 +142,7 @@ def _start(
         _warn_if_nothing_is_held(arguments)
     model = (build_with_weights(arguments, data.classes) if model is None else model).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
-    prepared = MODES[arguments.mode].directions is not None
+    prepared = MODES[arguments.mode].initializes or MODES[arguments.mode].scales
     if prepared:  # on rank 0 only: the other processes receive its weights
         with report.progress("init", count_steps(model, arguments)) as advance:
             processes.on_rank_zero(lambda: prepare_(model, arguments, lambda: first_images(data, device), advance))
@@ -154,12 +154,10 @@ def _start(
 
 
 def _warn_if_nothing_is_held(arguments: Arguments) -> None:
-    lowered = arguments.preserve_norm or arguments.weights or MODES[arguments.mode].lowers
-    if arguments.hold_similarity and not lowered:
-        modes = ", ".join(mode.name for mode in MODES.values() if mode.lowers)
+    if arguments.hold_similarity and not (arguments.keeps_norms or arguments.preserve_norm or arguments.weights):
         warnings.warn(
-            f"`hold_similarity` has no effect: `mode` {arguments.mode} leaves ncs near 1 at the start; "
-            f"use `mode` {modes}, or init with `preserve_norm`",
+            "`hold_similarity` has no effect: ncs is near 1 at the start; use `mode` init with `preserve_norm`, or "
+            "with another `method`",
             ConvsimWarning,
             stacklevel=2,
         )

@@ -1,0 +1,73 @@
+"""The methods that make feature maps less similar before training, each an entry of one table.
+
+A method minimizes an objective of the kernels (Algorithm 1), or it is a closed form: a formula that gives new kernels
+at once, of a kernel alone or of the network's feature maps on images. Everything that names methods reads `METHODS`:
+`init --method`, `train --method` and `--objective`, their help and completion, and the library's calls. Nothing here
+imports torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make feature maps less similar.
+
+    name: what users type; meaning: a phrase for help texts, with its source.
+
+    Without a formula, the method minimizes the objective of its name in `objectives.OBJECTIVES`: it takes iterations,
+    and keeps the filters' norms if it is told to. Both formulas keep every filter's norm:
+
+    of_kernel(kernel, weight): returns the new weight, in the stored shape and type, on its device.
+    of_maps(model, kernels, images, advance): changes the kernels of a network in place, on a batch of images
+    `[B, C, …]`, and returns a record of each kernel that the network calls; advance takes the layers done.
+    """
+
+    name: str
+    meaning: str
+    of_kernel: Callable[..., Any] | None = None
+    of_maps: Callable[..., list[dict[str, Any]]] | None = None
+
+    @property
+    def iterates(self) -> bool:
+        """Whether it minimizes an objective: the settings of Algorithm 1 are its own."""
+        return self.of_kernel is None and self.of_maps is None
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it runs images through the network."""
+        return self.of_maps is not None
+
+
+def _closed_form(name: str) -> Callable[..., Any]:
+    """Return a function of `closed_forms`, which is imported when it is called."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module("convsim_cli.closed_forms"), name)(*arguments)
+
+    return call
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("cs", "Eq. 10 of the paper: all pairs of filters, all pairs of their channels"),
+        Method("neighbours", "the authors' public code: each filter and the next, channel by channel"),
+        Method("kernel", "squared inner products of all pairs of filters (section 3.1 of the paper)"),
+        Method("ocnn", "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags"),
+        Method("srip", "spectral norm of K Kᵀ − I, by two power iterations (Bansal et al. 2018)"),
+        Method("orthoreg", "cosines of all pairs of filters, similar ones most (Rodríguez et al. 2017)"),
+        Method("orthogonal", "orthogonal filters without a mean", of_kernel=_closed_form("orthogonalize_kernel")),
+        Method(
+            "decorrelate",
+            "feature maps that are uncorrelated on images, by ZCA-cor",
+            of_maps=_closed_form("decorrelate_kernels_"),
+        ),
+    )
+}
+OBJECTIVE_NAMES = tuple(method.name for method in METHODS.values() if method.iterates)  # also of the penalty

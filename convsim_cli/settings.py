@@ -1,0 +1,267 @@
+"""How options are declared: once, as fields of a dataclass, each with its type, range, unit and help.
+
+The options of a command, the arguments of the library call of that name, their checks, and a run's `args.json` all
+follow from the declarations. Here are those of `init` and `measure`; `training.config` has those of `train`. Nothing
+here imports torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache
+from inspect import Parameter, signature
+from os import PathLike
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from convsim_cli.errors import InputError, one_of
+from convsim_cli.methods import METHODS
+
+Channels = tuple[float, float, float]
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+INPUTS = ("white", "uniform", "natural", "cifar10", "cifar100", "digits")  # by name; there are folders too
+ARCH_HELP = (
+    "cnn1, cnn2, resnet18, torchvision:NAME, timm:NAME, …. Also cnn:WIDTH and package.module:callable. The built-in "
+    "networks are for 32×32 images."
+)
+KINDS = {  # in errors
+    bool: "true or false",
+    Sequence: "a list",
+    Mapping: "a dictionary",
+    tuple: "three numbers",
+    PathLike: "a path",
+    str: "a string",
+}
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is declared of an option.
+
+    types: the types that a value may have; a number or a word for (float, int, str). help: what it means, with its
+    unit; `--help` shows its first sentence. group: the heading of its option, None for an argument that is no option.
+    common: whether `--help` shows it; `--help-all` shows every option. choices: the values that a string may have, any
+    if empty; the entries of a table explain themselves by their `meaning`. known: names to complete, where there are
+    others too. above: exclusive lower bound of a number; least, most: inclusive bounds.
+    """
+
+    name: str
+    types: tuple[type, ...]
+    default: Any
+    help: str
+    group: str | None = None
+    metavar: str | None = None
+    common: bool = False
+    choices: Collection[str] = ()
+    known: Collection[str] = ()
+    above: float | None = None
+    least: float = 0
+    most: float = math.inf
+
+    def has_type(self, value: Any) -> bool:
+        """Return whether a value has one of the types; truth is no number, and a string no list."""
+        if isinstance(value, bool | str):
+            return type(value) in self.types
+        return isinstance(value, self.types)
+
+    def check(self, value: Any) -> None:
+        """Raise InputError for a value of another type, out of range, or not among the choices."""
+        fits = self.has_type(value)
+        if fits and isinstance(value, str):
+            fits = not self.choices or value in self.choices
+        elif fits and isinstance(value, int | float) and not isinstance(value, bool):
+            fits = (value >= self.least if self.above is None else value > self.above) and value <= self.most
+            fits = fits and value < math.inf
+        if not fits:
+            close = get_close_matches(str(value), self.choices, n=1)
+            closest = f"; did you mean {close[0]!r}?" if close else ""
+            expected = one_of([*self.choices, *self._expected_types()])
+            raise InputError(f"`{self.name}` {value}: expected {expected}{closest}")
+
+    def _expected_types(self) -> list[str]:
+        limits = f"of {self.least} or above" if self.most == math.inf else f"from {self.least} to {self.most}"
+        limits = limits if self.above is None else f"above {self.above}"
+        if float in self.types:
+            return [f"a number {limits}"]
+        if int in self.types:
+            return [f"a whole number {limits}"]
+        return [name for kind, name in KINDS.items() if kind in self.types and not (kind is str and self.choices)]
+
+
+def setting(default: Any, help: str, group: str | None = None, **more: Any) -> Any:
+    """Declare a field. help, group and the rest: as in `Declaration`."""
+    return field(default=default, metadata={"help": help, "group": group, **more})
+
+
+@cache
+def declarations(options: type) -> dict[str, Declaration]:
+    """Return the declarations of a dataclass's fields by name, in their order."""
+    hints, found = get_type_hints(options), {}
+    for item in fields(options):
+        kind = hints[item.name]
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+        types = tuple(str if get_origin(one) is Literal else get_origin(one) or one for one in kinds)
+        types = (*types, int) if float in types else types
+        more = {**item.metadata, "choices": words} if words else item.metadata
+        found[item.name] = Declaration(item.name, types, item.default, **more)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Which network is meant, and which of its tensors; where to compute."""
+
+    arch: str | None = setting(None, ARCH_HELP, "Network", metavar="NAME", common=True)
+    pretrained: bool = setting(False, "With --arch: the weights that torchvision or timm publishes.", "Network")
+    num_classes: int | None = setting(
+        None, "Classes of the --arch network; its own number unless given.", "Network", metavar="N", above=0
+    )
+    key: str | None = setting(
+        None, "Which of a pickle's nested dictionaries to take, such as ema.state_dict.", "Network", metavar="KEY"
+    )
+    include: Sequence[str] = setting(
+        (), "Only tensors matching GLOB. Required for 5-D tensors, and for 3-D beside 4-D.", "Layers", metavar="GLOB"
+    )
+    exclude: Sequence[str] = setting((), "Skip tensors matching GLOB.", "Layers", metavar="GLOB")
+    groups: Mapping[str, int] | None = setting(
+        None, "Number of groups of layers matching GLOB.", "Layers", metavar="GLOB=N"
+    )
+    transposed: Sequence[str] = setting(
+        (), "Layers matching GLOB are transposed convolutions.", "Layers", metavar="GLOB"
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", "Run", metavar="NAME")
+    seed: int = setting(0, "Random seed.", "Run", metavar="N", most=(1 << 32) - 1)
+
+    def check(self) -> None:
+        """Raise InputError for a value of another type or out of range."""
+        kind: type = type(self)
+        for name, declaration in declarations(kind).items():
+            declaration.check(getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """What a network runs on."""
+
+    input: str | None = setting(None, "What the network runs on.", "Inputs", metavar="INPUT", known=INPUTS)
+    samples: int = setting(16, "Number of inputs.", "Inputs", metavar="N", above=0)
+    input_size: int | None = setting(
+        None,
+        "Pixels along each axis of an input. Unless given 32, or 224 with an --arch that is not built in.",
+        "Inputs",
+        metavar="N",
+        above=0,
+    )
+    input_channels: int | None = setting(
+        None,
+        "Channels of a synthetic input, with --arch. Found by a dry run unless given.",
+        "Inputs",
+        metavar="N",
+        above=0,
+    )
+    data_dir: str | PathLike[str] = setting(
+        "data", "Where data sets are, or are downloaded to.", "Inputs", metavar="DIR"
+    )
+    mean: Channels | None = setting(
+        None,
+        "Normalize images by this mean. On a scale from 0 to 1; the data set's own unless given.",
+        "Inputs",
+        metavar="R,G,B",
+    )
+    std: Channels | None = setting(None, "Normalize images by this standard deviation.", "Inputs", metavar="R,G,B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(InputOptions, CheckpointOptions):
+    """What `init` can be told: a method, its settings, and what is saved."""
+
+    method: str = setting("cs", "What to do to the kernels.", "Method", metavar="NAME", common=True, choices=METHODS)
+    preserve_norm: bool = setting(False, "Hold every filter at its own L2 norm.", "Method", common=True)
+    iterations: int = setting(500, "Iterations of Algorithm 1 per layer.", "Method", metavar="N", common=True)
+    lr: float = setting(0.001, "Step size of Algorithm 1.", "Method", metavar="X", common=True, above=0)
+    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer of Algorithm 1.", "Method")
+    input: str | None = setting(
+        None,
+        "What the network runs on, with --arch. white, uniform or natural; training images of cifar10, cifar100, "
+        "digits or folder:PATH; or a folder of images.",
+        "Inputs",
+        metavar="INPUT",
+        common=True,
+        known=INPUTS,
+    )
+    samples: int = setting(256, "Number of inputs.", "Inputs", metavar="N", above=0)
+    probe: Literal["white", "uniform", "natural"] | None = setting(
+        None,
+        "Also measure the feature maps before and after. On white, uniform or natural inputs.",
+        "Figures",
+        metavar="INPUT",
+        common=True,
+    )
+    dry_run: bool = setting(False, "Show what would be changed; write nothing.", "Saving", common=True)
+    no_backup: bool = setting(False, "Do not keep the former file as CHECKPOINT.bak.", "Saving")
+    force: bool = setting(False, "Also overwrite read-only and shared files.", "Saving")
+
+    def check(self) -> None:
+        """Raise InputError for a value of another type or out of range, and for one without effect on the method."""
+        super().check()
+        method = METHODS[self.method]
+        for name, declaration in declarations(InitOptions).items():
+            if getattr(self, name) == declaration.default:
+                continue
+            if name == "preserve_norm" and not method.iterates:
+                raise InputError(f"`method` {self.method} keeps every filter's norm; leave out `preserve_norm`")
+            if name in ("iterations", "lr", "optimizer") and not method.iterates:
+                raise InputError(f"`{name}` has no effect on `method` {self.method}, which is a closed form")
+            if declaration.group == "Inputs" and not method.needs_images:
+                takers = ", ".join(one.name for one in METHODS.values() if one.needs_images)
+                raise InputError(f"`{name}` goes with `method` {takers}, got `method` {self.method}")
+        if method.needs_images and self.input is None:
+            raise InputError(f"`method` {self.method} requires `input`, for instance cifar10")
+        if method.needs_images and self.arch is None:
+            raise InputError(f"`method` {self.method} requires `arch`: the inputs run through the network")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(InputOptions, CheckpointOptions):
+    """What `measure` can be told: its inputs, and what is listed beside the figures."""
+
+    input: str = setting(
+        "white",
+        "What the layers are probed with. white, uniform or natural; with --arch also cifar10, cifar100, digits, "
+        "folder:PATH, or a folder of images.",
+        "Inputs",
+        metavar="INPUT",
+        common=True,
+        known=INPUTS,
+    )
+    bn_statistics: Literal["auto", "stored", "inputs"] = setting(
+        "auto",
+        "Which batch-norm statistics the --arch network uses. auto: the stored ones, unless they no longer match the "
+        "kernels; then those of the inputs.",
+        "Figures",
+    )
+    threshold: float = setting(
+        0.95, "Correlation above which two filters are duplicates.", "Figures", metavar="X", above=0, most=1
+    )
+    top: int = setting(0, "List each layer's N strongest pairs.", "Figures", metavar="N", common=True)
+
+
+def takes(options: type) -> Callable[[Call], Call]:
+    """Decorate a function that takes `**options`: its signature shows the fields of the dataclass."""
+
+    def decorate(function: Call) -> Call:
+        shown = signature(function)
+        own = [one for one in shown.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        made = [
+            Parameter(item.name, Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
+            for item in fields(options)
+        ]
+        function.__signature__ = shown.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
