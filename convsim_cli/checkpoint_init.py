@@ -32,7 +32,7 @@ from convsim_cli.measurement.kernel_figures import check_finite, compare_weights
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Layer, Minimization, minimize_kernels
 from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
-from convsim_cli.settings import InitOptions, takes
+from convsim_cli.settings import InitOptions, with_signature_of
 
 if TYPE_CHECKING:  # what most calls do not need
     from convsim_cli.measurement.synthetic import LayerProbe
@@ -82,7 +82,7 @@ class InitReport:
         }
 
 
-@takes(InitOptions)
+@with_signature_of(InitOptions)
 def init_checkpoint(
     path: str | Path | None, output: str | Path | None = None, *, progress: Progress = unreported, **options: Any
 ) -> InitReport:
@@ -128,11 +128,11 @@ def init_checkpoint(
         check_replaceable(checkpoint.replaced_by(target), Path(output or path or target))
     device = resolve_device(chosen.device)
     began = time.perf_counter()
-    replaces = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))
-    kept = checkpoint.backup_for(target) if target and replaces else None
+    keeps_backup = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))
+    kept = checkpoint.backup_for(target) if target and keeps_backup else None
     _warn(checkpoint, kept)
     source.selection.require_kernels(f"{checkpoint.path}:")
-    for kernel in source.selection.kernels:
+    for kernel in source.selection.kernels:  # all of them before anything is written
         check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
     probe = None
     if chosen.probe is not None:
@@ -146,7 +146,7 @@ def init_checkpoint(
         kernels = source.selection.kernels
         with progress("init", minimization.steps(kernels) if minimization else len(kernels)) as advance:
             change = partial(_change_layers, method, minimization, found, advance)
-            layers, kept = _write(source, change, target, chosen, kept is not None, probe, device)
+            layers, kept = _write(source, change, target, chosen, keeps_backup, probe, device)
     skipped = [entry.record() for entry in source.selection.skipped]
     given = None if path is None else Path(path)
     return InitReport(given, target, kept, chosen, device, time.perf_counter() - began, layers, skipped)
@@ -183,14 +183,14 @@ def _change_layers(
     if minimization:
         yield from minimize_kernels(layers, minimization, advance)
         return
+    from convsim_cli.closed_forms import check_range
+
     for kernel, weight in layers:
         if method.of_kernel:
             changed = method.of_kernel(kernel, weight)
         else:
             was, now = (tensor.to(weight.device) for tensor in found[kernel.name])
             changed = torch.where(now == was, weight, now.to(weight.dtype))  # bit-identical where nothing changed
-            from convsim_cli.closed_forms import check_range
-
             check_range(kernel, changed)
         yield changed, compare_weights(kernel, weight, changed)
         advance(1)
@@ -234,7 +234,9 @@ def _write(
         for name in ("preserve_norm", "optimizer", "lr", "iterations"):
             note[f"convsim.{name}"] = str(getattr(options, name)).lower()
     note["convsim.layers"] = ",".join(kernel.name for kernel in kernels)
-    return records, checkpoint.write(target, changes(), note, backup=backup)
+    # nothing is computed until `write` asks for a change: it takes the layers one by one, which also fills `records`
+    kept = checkpoint.write(target, changes(), note, backup=backup)
+    return records, kept
 
 
 def _change_network(source: ModelCheckpoint, options: InitOptions, device: torch.device, progress: Progress) -> Changed:

@@ -24,7 +24,7 @@ from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pair
 from convsim_cli.measurement.synthetic import LayerProbe
 from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
 from convsim_cli.networks.probe import Probe, running_on
-from convsim_cli.settings import MeasureOptions, takes
+from convsim_cli.settings import MeasureOptions, with_signature_of
 
 MAP_BATCH = 32  # images that a network runs on at once
 
@@ -55,7 +55,7 @@ class MeasureReport:
         return {key: getattr(self, key) for key in keys}
 
 
-@takes(MeasureOptions)
+@with_signature_of(MeasureOptions)
 def measure_checkpoint(
     path: str | PathLike[str] | None = None, *, progress: Progress = unreported, **options: Any
 ) -> MeasureReport:

@@ -251,7 +251,7 @@ class MeasureOptions(InputOptions, CheckpointOptions):
     top: int = setting(0, "List each layer's N strongest pairs.", "Figures", metavar="N", common=True)
 
 
-def takes(options: type) -> Callable[[Call], Call]:
+def with_signature_of(options: type) -> Callable[[Call], Call]:
     """Decorate a function that takes `**options`: its signature shows the fields of the dataclass."""
 
     def decorate(function: Call) -> Call:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from convsim_cli.cli.console import Cell, Console, Least
-from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, takes_options
+from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, add_options
 
 EXAMPLES = """\b
 Examples:
@@ -29,7 +29,7 @@ _COMPARED = {"best_test_accuracy": "best_difference", "mean_last5_test_accuracy"
 LEAST: Least = ("train_accuracy", "last_accuracy", "last5_difference", "mean_last5")
 
 
-@takes_options(rare=("epochs", "wide", "quiet"))
+@add_options(rare=("epochs", "wide", "quiet"))
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")

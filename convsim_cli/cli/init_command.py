@@ -13,12 +13,12 @@ from convsim_cli.cli.options import (
     JsonOption,
     QuietOption,
     WideOption,
+    add_options,
+    choose_device,
     name_options,
     parse_options,
     show_layers,
     show_skipped,
-    start,
-    takes_options,
     typed,
 )
 from convsim_cli.settings import InitOptions
@@ -34,7 +34,7 @@ Examples:
  convsim init a.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
 
 
-@takes_options(InitOptions, rare=("recover", "wide", "quiet"))
+@add_options(InitOptions, rare=("recover", "wide", "quiet"))
 def init(
     context: typer.Context,
     checkpoint: CheckpointArgument = None,
@@ -74,7 +74,7 @@ def init(
     if recover:
         return _recover(context, checkpoint, console)
     return_freed_memory()
-    options = {**parse_options(arguments), "device": str(start(arguments["device"], console))}
+    options = {**parse_options(arguments), "device": str(choose_device(arguments["device"], console))}
     report = init_checkpoint(checkpoint, output, progress=console.progress, **options)
     content = report.document()
     content["skipped"] = name_options(content["skipped"], context.command)

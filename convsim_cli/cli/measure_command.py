@@ -1,4 +1,4 @@
-"""`convsim measure`: what scaling the weights moves, and what it does not, layer by layer."""
+"""`convsim measure`: the similarity of each layer's filters and feature maps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from convsim_cli.cli.options import (
     JsonOption,
     QuietOption,
     WideOption,
+    add_options,
+    choose_device,
     completer,
     name_options,
     parse_options,
     show_layers,
     show_skipped,
-    start,
-    takes_options,
     with_options,
 )
 from convsim_cli.errors import InputError
@@ -53,7 +53,7 @@ Examples:
  convsim measure --figures                   # what the columns mean"""
 
 
-@takes_options(MeasureOptions, rare=("as_csv", "wide", "quiet"))
+@add_options(MeasureOptions, rare=("as_csv", "wide", "quiet"))
 def measure(
     context: typer.Context,
     checkpoints: Annotated[
@@ -101,15 +101,14 @@ def measure(
     from convsim_cli.checkpoint_measure import measure_checkpoints
 
     console = Console(quiet, as_json, wide)
-    pretrained = "pretrained" if arguments["pretrained"] else "fresh"
-    paths, arguments["arch"] = _choose_networks(checkpoints or [], arguments["arch"], pretrained, console)
+    kind = "pretrained" if arguments["pretrained"] else "fresh"
+    paths, arguments["arch"] = _choose_networks(checkpoints or [], arguments["arch"], kind, console)
     options = parse_options(arguments)
     pages = [] if plot is None else _pages(plot, len(paths))
     _check_output(pages, sort, as_csv and as_json)
-    options["device"] = str(start(options["device"], console))
+    options["device"] = str(choose_device(options["device"], console))
     reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, heat=plot is not None)
     for report in reports:
-        report.skipped = name_options(report.skipped, context.command)
         for line in report.warnings:
             console.warn(with_options(line, context.command))
         for line in report.notes:
@@ -119,7 +118,7 @@ def measure(
     for report, page in zip(reports, pages, strict=False):
         _draw(report, page)
         console.note(f"wrote {page}")
-    documents = [report.document() for report in reports]
+    documents = [{**report.document(), "skipped": name_options(report.skipped, context.command)} for report in reports]
     console.document("measure", documents[0] if len(documents) == 1 else {"checkpoints": documents})
     if not as_json:
         _show(documents, console, as_csv, options["top"])

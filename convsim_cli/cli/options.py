@@ -1,7 +1,7 @@
 """The options of the commands, their help, what several commands show in the same way, and errors in terms of options.
 
 typer makes a command's options from the signature of its function: an option per parameter, from the type and the
-`typer.Option` in its annotation. `takes_options` adds an option for each declared field (`settings`) to that signature.
+`typer.Option` in its annotation. `add_options` adds an option for each declared field (`settings`) to that signature.
 The library's messages name arguments, and the parser's are typer's own: `with_options` and `explain_usage` name the
 option, the value and what was expected.
 """
@@ -79,7 +79,7 @@ CheckpointArgument = Annotated[
 ]
 
 
-def takes_options(
+def add_options(
     options: type | None = None,
     *,
     only: Collection[str] = (),
@@ -199,7 +199,7 @@ def typed(context: typer.Context) -> dict[str, Any]:
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
-def start(device: str, console: Console) -> torch.device:
+def choose_device(device: str, console: Console) -> torch.device:
     """Return the device, saying which one `auto` took."""
     from convsim_cli.device import resolve_device
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convsim_cli.cli.console import Console
-from convsim_cli.cli.options import JsonOption, QuietOption, takes_options
+from convsim_cli.cli.options import JsonOption, QuietOption, add_options
 from convsim_cli.plots import PICTURE_SUFFIXES, Curve, check_picture, draw_runs, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Examples:
  convsim plot runs -o seeds.png          # seeds of one kind: mean and band"""
 
 
-@takes_options(rare=("quiet",))
+@add_options(rare=("quiet",))
 def plot(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")

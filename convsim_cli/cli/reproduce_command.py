@@ -18,8 +18,8 @@ from convsim_cli.cli.options import (
     JsonOption,
     QuietOption,
     WideOption,
-    start,
-    takes_options,
+    add_options,
+    choose_device,
     typed,
 )
 from convsim_cli.cli.train_command import epoch_line
@@ -72,7 +72,7 @@ def complete_arms(begun: str) -> list[str]:
     return [f"{first}{comma}{name}" for name in (*SETS, ALL, *ARMS) if name.startswith(last)]
 
 
-@takes_options(
+@add_options(
     Arguments,
     only=("precision", "compile", "data_dir", "limit_train", "limit_test", "seed"),
     rare=("lrs", "batch_sizes", "iterations", "wide", "quiet"),
@@ -150,7 +150,7 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.reproduction.numerical import EPISODES, numerical_steps, reproduce_table
     from convsim_cli.training.run import make_folder, write_json
 
-    if given["device"] != "auto" and start(given["device"], console).type != "cpu":
+    if given["device"] != "auto" and choose_device(given["device"], console).type != "cpu":
         raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
     document = given["run_dir"] / f"{name}.json"
     _check_output(name, given["run_dir"])
@@ -177,7 +177,7 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     is_figure = name.startswith("figure")
     if is_figure:
         require_matplotlib()
-    place = start(given["device"], console)
+    place = choose_device(given["device"], console)
     if place.type == "cpu":
         keep_freed_memory()
     choices = _choices(given, str(place))

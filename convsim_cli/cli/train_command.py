@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsim_cli.cli.console import Console, Progress, duration
-from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, start, takes_options, typed
+from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, add_options, choose_device, typed
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
 
@@ -32,7 +32,7 @@ CLASSES_NAMED = 10  # in the line about a run's images
 _RUN: dict[str, Any] = {"show_default": False, "rich_help_panel": "Run"}  # the heading in the help
 
 
-@takes_options(Arguments, rare=("name", "run_dir", "config", "wide", "quiet"))
+@add_options(Arguments, rare=("name", "run_dir", "config", "wide", "quiet"))
 def train(
     context: typer.Context,
     *,
@@ -77,7 +77,7 @@ def train(
         if resume is not None:
             shown = ("resume", "wide", "as_json", "quiet")
             run = open_to_resume(resume, {name: value for name, value in given.items() if name not in shown})
-            _start(run.arguments.device, console)
+            _choose_device(run.arguments.device, console)
             finished = resume_run(run, report)
         else:
             chosen = _arguments({**arguments, "device": device}, config, given, console)
@@ -99,13 +99,13 @@ def _arguments(options: dict[str, Any], config: Path | None, given: dict[str, An
     if config is not None:
         options |= read_config(config, given)
     own = {name: options[name] for name, declaration in declarations(Arguments).items() if declaration.group}
-    return Arguments(**own, device=_start(options["device"], console))
+    return Arguments(**own, device=_choose_device(options["device"], console))
 
 
-def _start(device: str, console: Console) -> str:
+def _choose_device(device: str, console: Console) -> str:
     from convsim_cli.device import keep_freed_memory
 
-    found = start(device, console)
+    found = choose_device(device, console)
     if found.type == "cpu":
         keep_freed_memory()
     return str(found)
