@@ -1,7 +1,7 @@
 """Every objective that convsim can minimize, by name: its value and its gradient.
 
 An objective is a function of the filters of one layer, in the layout of `similarity.to_filters`, and sums over groups.
-To add one, add one entry to `OBJECTIVES`: Algorithm 1, the penalty, training and the command line all read this table.
+To add one, add an entry to `OBJECTIVES`, and one of the same name to `methods.METHODS`, which the commands read.
 Every value here comes with a tensor that its gradient shares with it, so that a training step computes it once.
 
 Beside Eq. 10 (`similarity`) stand what the paper compares it with, the sum of the authors' public code and inner
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.precision import Differentiable, Taps, constant
+from convsim_cli.precision import Differentiable, Taps, constant, full_precision
 from convsim_cli.similarity import (
     convolve,
     inner_product,
@@ -56,7 +56,7 @@ SharedGradient = Callable[..., Tensor]  # (filters, what is shared, taps, out=No
 class Objective:
     """A function of a layer's filters to minimize.
 
-    name: what users type; meaning: one line for help texts, with its source.
+    name: what users type; `methods.METHODS` explains it.
     value(filters, taps): filters `[groups, S / groups, N, C]` → a scalar, differentiable; it enters `full_precision`
     by itself.
     gradient(filters, taps, out): ∂value/∂filters without a graph, written to `out` (contiguous, shaped like filters)
@@ -69,7 +69,6 @@ class Objective:
     """
 
     name: str
-    meaning: str
     value: Value
     gradient: Gradient
     norm_only_pointwise: bool
@@ -97,6 +96,30 @@ def find_objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def make_objective(function: Value) -> Objective:
+    """Return the objective whose value is function(filters, taps), with the gradient that autograd gives it.
+
+    function: takes filters `[groups, S / groups, N, C]` and the kernel's size, and returns a differentiable scalar.
+    """
+
+    def gradient(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
+        with torch.enable_grad():
+            leaf = filters.detach().requires_grad_()
+            (found,) = torch.autograd.grad(value(leaf, taps), leaf)
+        return found if out is None else out.copy_(found)
+
+    def value(filters: Tensor, taps: Taps) -> Tensor:
+        with full_precision(filters.device):
+            found = function(filters, taps)
+        if not isinstance(found, Tensor) or found.ndim:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"`objective` {name}: returned {shape}; expected a scalar tensor")
+        return found
+
+    name = getattr(function, "__name__", type(function).__name__)
+    return Objective(name, value, gradient, norm_only_pointwise=False, vanishes_with_filters=False)
 
 
 def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
@@ -312,7 +335,6 @@ def _identity(like: Tensor, size: int) -> Tensor:
 
 def _objective(
     name: str,
-    meaning: str,
     value: Shared,
     gradient: SharedGradient,
     alone: Gradient | None = None,
@@ -326,7 +348,6 @@ def _objective(
 
     return Objective(
         name,
-        meaning,
         differentiable,
         alone or without_graph,
         norm_only_pointwise=False,
@@ -339,7 +360,6 @@ OBJECTIVES: dict[str, Objective] = {
     for objective in (
         Objective(
             "cs",
-            "Eq. 10 of the paper: all pairs of filters, all pairs of their channels",
             similarity_of_filters,
             similarity_gradient,
             norm_only_pointwise=True,
@@ -347,33 +367,28 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         _objective(
             "neighbours",
-            "the authors' public code: each filter and the next, channel by channel",
             neighbours,
             neighbours_gradient,
             neighbours_gradient_alone,
         ),
         _objective(
             "kernel",
-            "kernel orthogonality (section 3.1 of the paper): squared inner products of all pairs of filters",
             kernel_orthogonality,
             kernel_orthogonality_gradient,
         ),
         _objective(
             "ocnn",
-            "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags, and filters of norm 1",
             ocnn,
             ocnn_gradient,
         ),
         _objective(
             "srip",
-            "spectral norm of K Kᵀ − I by two power iterations (Bansal et al. 2018)",
             srip,
             srip_gradient,
             vanishes_with_filters=False,
         ),
         _objective(
             "orthoreg",
-            "cosines of all pairs of filters, alike ones most (Rodríguez et al. 2017)",
             orthoreg,
             orthoreg_gradient,
             vanishes_with_filters=False,

@@ -31,7 +31,7 @@ from convsim_cli.kernels import (
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
+from convsim_cli.objectives import OBJECTIVES, Objective, Value, find_objective, make_objective
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import normalized_gradient
 
@@ -39,8 +39,9 @@ from convsim_cli.similarity import normalized_gradient
 class ConvSimPenalty:
     """An objective, summed over a model's convolutions: `loss = task_loss + beta * penalty()`.
 
-    model: any module. objective: `cs` is Eq. 10; `convsim_cli.objectives.OBJECTIVES` lists all. include, exclude: globs
-    over names of kernels, such as `layer1.*`.
+    model: any module. objective: `cs` is Eq. 10, and `convsim_cli.objectives.OBJECTIVES` lists all; or a function of
+    a layer's filters `[groups, S / groups, N, C]` and its kernel size that returns a differentiable scalar. include,
+    exclude: globs over names of kernels, such as `layer1.*`.
 
     The penalty selects layers by name when it is created, and looks their weights up at each call: it follows replaced
     layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It computes a
@@ -61,9 +62,14 @@ class ConvSimPenalty:
     """
 
     def __init__(
-        self, model: nn.Module, objective: str = "cs", *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        objective: str | Value = "cs",
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
     ) -> None:
-        self._objective = find_objective(objective)
+        self._objective = find_objective(objective) if isinstance(objective, str) else make_objective(objective)
         selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
         warn_of_unsupported(selection)
         selection.require_kernels("the model has")

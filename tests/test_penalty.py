@@ -470,3 +470,37 @@ def test_looking_the_weights_of_resnet50_up_takes_well_under_a_millisecond() -> 
     with torch.device("meta"):
         penalty = ConvSimPenalty(torchvision.models.resnet50())
     assert min(timeit.repeat(penalty._layers, number=1, repeat=20)) < 1e-3
+
+
+def inner_products(filters: Tensor, taps: tuple[int, ...]) -> Tensor:
+    """Kernel orthogonality, as a user would write it."""
+    assert filters.shape[2] == taps[0] * taps[1]
+    rows = filters.flatten(2)
+    products = rows @ rows.mT
+    return products.square().triu(1).sum()
+
+
+def test_an_objective_of_the_users_own_is_penalized_like_a_known_one() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 6, 3)).double()
+    own, known = ConvSimPenalty(model, inner_products), ConvSimPenalty(model, "kernel")
+    assert own().item() == pytest.approx(known().item(), rel=1e-12)
+    for preserve_norm in (False, True):
+        found = []
+        for penalty in (own, known):
+            model.zero_grad()
+            penalty.add_gradient_(0.1, preserve_norm)
+            found.append([layer.weight.grad.clone() for layer in model])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-10)
+    model.zero_grad()
+    (0.1 * own()).backward()
+    summed = [layer.weight.grad.clone() for layer in model]
+    model.zero_grad()
+    own.add_gradient_(0.1)
+    assert all(torch.allclose(layer.weight.grad, was) for layer, was in zip(model, summed, strict=True))
+
+
+def test_an_objective_that_returns_no_scalar_is_named() -> None:
+    penalty = ConvSimPenalty(nn.Sequential(nn.Conv2d(3, 4, 3)), lambda filters, taps: filters)
+    with pytest.raises(InputError, match=r"`objective` <lambda>: returned \[1, 4, 9, 3\]; expected a scalar"):
+        penalty()
