@@ -1,10 +1,10 @@
 """What a file tells of its tensors: which are kernels, how their filters pair, and which belong to training.
 
-A file holds names and shapes only. A floating-point 4-D tensor is taken for a Conv2d kernel, and a 3-D one for a Conv1d
-kernel where there are no 4-D kernels. Kernels with one input channel are depthwise where at least two of them have
-several filters and several taps, and dense otherwise; other groups cannot be seen. Evidence against a tensor, one
-function for each kind, leaves it out unless a pattern asks for it (`_unlikely`). The user's patterns correct the
-guesses, and `guess_warnings` names the layers whose guess may well be wrong.
+A file holds only names and shapes. A floating-point 4-D tensor is taken for a Conv2d kernel, and a 3-D one for a Conv1d
+kernel if there are no 4-D kernels. Kernels with one input channel are depthwise if at least two of them have several
+filters and several taps, and dense otherwise; other groups are invisible. A tensor with evidence against it is skipped
+unless a pattern asks for it (`_evidence_against`). The user's patterns correct the guesses, and `guess_warnings` names
+the layers whose guess is uncertain.
 
 A name is split at dots and slashes into parts, and a part into words: `conv.RelativePosition_bias2` has the parts conv
 and RelativePosition_bias2, and the latter the words relative, position and bias.
@@ -25,7 +25,6 @@ from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, ma
 
 MOST_TAPS = 1024  # of a 3-D tensor that is taken for a kernel; the stacked experts of a mixture have more
 NAMED = 3  # layers in a warning
-NO_PAIRS = "one channel, and named like a transposed convolution: with one output or depthwise it has no pairs"
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts that wrappers add
 
 _WEIGHT = re.compile(r"weights?|kernels?|w")  # the last word of a kernel's name, where it has any of these
@@ -84,35 +83,33 @@ def file_kernels(tensors: Infos, patterns: Patterns | None = None, unfit: Mappin
     unfit = unfit or {}
     candidates = {name: info for name, info in tensors.items() if 3 <= len(info.shape) <= 5}
     patterns = (patterns or Patterns()).resolved(candidates)
-    unlikely = {name: reason for name, reason in _unlikely(tensors).items() if name in candidates}
-    forced = patterns.forced(candidates, unlikely)
-    left_out = {name: reason for name, reason in unlikely.items() if name not in forced}
+    left_out = _evidence_against(candidates)
+    for name in patterns.forced(candidates, left_out):
+        del left_out[name]
     for name, info in candidates.items():
         if reason := unfit.get(name) or _unusable(name, info):
             left_out[name] = reason
     if not patterns.include:
         left_out |= _of_other_axes({name: info.shape for name, info in candidates.items() if name not in left_out})
-    usable = {name: info.shape for name, info in candidates.items() if name not in left_out}
-    depthwise = _depthwise(usable, patterns)
+    depthwise = _depthwise({name: info.shape for name, info in candidates.items() if name not in left_out}, patterns)
     selection = Selection()
     for name, info in candidates.items():
-        kernel = _kernel(name, info.shape, patterns, name in depthwise)
+        filters, channels = info.shape[:2]
+        transposed = matches([name], patterns.transposed)
+        given = [groups for glob, groups in patterns.groups if fnmatchcase(name, glob)]
+        groups = given[-1] if given else filters if name in depthwise and not transposed else 1
+        if groups < 1 or filters % groups:
+            raise InputError(
+                f"`groups`: {groups} groups do not divide the {filters} filters of {name} {list(info.shape)}"
+            )
         reason = unfit.get(name) or patterns.refusal(name) or left_out.get(name)
-        guessed = kernel.assumed and not kernel.transposed
-        if guessed and info.shape[1] == 1 < info.shape[0] and says_transposed(name):
-            reason = reason or NO_PAIRS
-        selection.add(kernel, reason)
+        if not reason and not given and not transposed and channels == 1 < filters and says_transposed(name):
+            reason = (
+                "one channel, and named like a transposed convolution: with one output or depthwise it has no pairs"
+            )
+        selection.add(Kernel(name, info.shape, groups, transposed, assumed=not given), reason)
     selection.guess_warnings = guess_warnings(selection, depthwise)
     return selection
-
-
-def _kernel(name: str, shape: tuple[int, ...], patterns: Patterns, depthwise: bool) -> Kernel:
-    transposed = matches([name], patterns.transposed)
-    given = [groups for glob, groups in patterns.groups if fnmatchcase(name, glob)]
-    groups = given[-1] if given else shape[0] if depthwise and not transposed else 1
-    if groups < 1 or shape[0] % groups:
-        raise InputError(f"`groups`: {groups} groups do not divide the {shape[0]} filters of {name} {list(shape)}")
-    return Kernel(name, shape, groups, transposed, assumed=not given)
 
 
 def _unusable(name: str, info: TensorInfo) -> str | None:
@@ -141,7 +138,7 @@ def _of_other_axes(usable: Shapes) -> dict[str, str]:
 def _depthwise(usable: Shapes, patterns: Patterns) -> list[str]:
     """Return the tensors that are taken for depthwise kernels, decided for each number of axes.
 
-    Whether a pattern leaves one out tells nothing of the others, so that makes no difference.
+    A pattern that leaves one out says nothing about the others, so it does not count here.
     """
     single = {name: shape for name, shape in usable.items() if shape[1] == 1}
     evidence = Counter(
@@ -153,44 +150,23 @@ def _depthwise(usable: Shapes, patterns: Patterns) -> list[str]:
     return [name for name, shape in single.items() if evidence[len(shape)] > 1]
 
 
-def _unlikely(tensors: Infos) -> dict[str, str]:
-    """Return the tensors that are taken for kernels only if they are asked for: name → what speaks against it.
-
-    Each kind of evidence looks at the whole file; the first that speaks against a tensor gives the reason.
-    """
-    reasons: dict[str, str] = {}
-    for evidence in (non_model_tensors, _named_otherwise, _gains, _fixed_filters, _named_unlike_others):
-        reasons = evidence(tensors) | reasons
+def _evidence_against(candidates: Infos) -> dict[str, str]:
+    """Return the tensors that are taken for kernels only on request: name → the first evidence against them."""
+    reasons = non_model_tensors(candidates)
+    usual = {_weight_word(name) for name, info in candidates.items() if info.shape[1] > 1} - {None}
+    for name, info in candidates.items():
+        parts, is_single_channel = _parts(name), info.shape[1] == 1 < info.shape[0]
+        if name in reasons:
+            continue
+        if not _weight_word(name) and any(map(_NO_KERNEL.fullmatch, _words(parts[-1]))):
+            reasons[name] = "named like a statistic, a gain or an embedding, not a kernel"
+        elif is_single_channel and prod(info.shape[2:]) == 1:
+            reasons[name] = "one value per filter: a gain or a statistic, not a kernel"
+        elif is_single_channel and any(_FIXED.fullmatch(word) for part in parts for word in _words(part)):
+            reasons[name] = "one channel, and named like a filter that no training changes"
+        elif is_single_channel and usual and _weight_word(name) not in usual:
+            reasons[name] = "one channel, and not named as other kernels are: a filter that no training changes"
     return reasons
-
-
-def _named_otherwise(tensors: Infos) -> dict[str, str]:
-    reason = "named like a statistic, a gain or an embedding, not a kernel"
-    others = [name for name in tensors if not _weight_word(name)]
-    return {name: reason for name in others if any(map(_NO_KERNEL.fullmatch, _words(_parts(name)[-1])))}
-
-
-def _gains(tensors: Infos) -> dict[str, str]:
-    reason = "one value per filter: a gain or a statistic, not a kernel"
-    return {name: reason for name, shape in _single_channel(tensors).items() if prod(shape[2:]) == 1}
-
-
-def _fixed_filters(tensors: Infos) -> dict[str, str]:
-    reason = "one channel, and named like a filter that no training changes"
-    words = {name: [word for part in _parts(name) for word in _words(part)] for name in _single_channel(tensors)}
-    return {name: reason for name, found in words.items() if any(map(_FIXED.fullmatch, found))}
-
-
-def _named_unlike_others(tensors: Infos) -> dict[str, str]:
-    reason = "one channel, and not named as other kernels are: a filter that no training changes"
-    several = [name for name, info in tensors.items() if 3 <= len(info.shape) <= 5 and info.shape[1] > 1]
-    usual = set(map(_weight_word, several)) - {None}
-    return {name: reason for name in _single_channel(tensors) if usual and _weight_word(name) not in usual}
-
-
-def _single_channel(tensors: Infos) -> Shapes:
-    """Return the shapes of several filters with one channel."""
-    return {n: info.shape for n, info in tensors.items() if len(info.shape) >= 3 and info.shape[1] == 1 < info.shape[0]}
 
 
 def says_transposed(name: str) -> bool:
@@ -234,7 +210,7 @@ def _words(part: str) -> tuple[str, ...]:
 
 
 def guess_warnings(selection: Selection, depthwise: Sequence[str]) -> list[str]:
-    """Return a line for each kind of guess that may well be wrong, with the layers that it is about.
+    """Return a line for each kind of uncertain guess, with the layers that it is about.
 
     depthwise: the tensors that are taken for depthwise kernels, in the order of the file.
     """
@@ -260,9 +236,9 @@ def guess_warnings(selection: Selection, depthwise: Sequence[str]) -> list[str]:
 
 
 def _perhaps_grouped(kernels: Sequence[Kernel], given: Set[int]) -> list[Kernel]:
-    """Return the kernels with fewer channels than any layer gives (`given`), of which a layer gives a multiple.
+    """Return the kernels with fewer channels than any layer outputs (`given`), if a layer outputs a multiple of them.
 
-    Layers that take the images are no such: of three channels, else of one, else of as many as the first.
+    Layers that take the images are exempt: those with three channels, else one, else as many as the first layer.
     """
     channels = [kernel.shape[1] for kernel in kernels]
     images = next((usual for usual in (3, 1) if usual in channels), channels[0] if channels else 0)
@@ -282,8 +258,8 @@ def _listed(kernels: Sequence[Kernel]) -> str:
 def non_model_tensors(tensors: Infos) -> dict[str, str]:
     """Return the tensors of a file that belong to training: name → reason.
 
-    Those are an optimizer's state, and copies with a name such as `model_ema` of tensors that have the same shape and,
-    beyond such a prefix or without such a suffix, the same name. Tensors with fewer than three axes are not judged.
+    Those are an optimizer's state, and copies such as `model_ema.*` of tensors that have the same shape and, without
+    that prefix or suffix, the same name. Tensors with fewer than three axes are ignored.
     """
     large = {name: info.shape for name, info in tensors.items() if len(info.shape) >= 3}
     reasons = {name: "of an optimizer's state, not of the network" for name in large if is_optimizer_state(name)}
@@ -299,49 +275,33 @@ def _copies(averaged: Shapes, own: Shapes) -> Iterator[str]:
     The copies under one prefix are those of one other prefix, and at least half as many as there are tensors under it:
     a single name in common is chance.
     """
-    groups: dict[str, dict[str, set[str]]] = defaultdict(dict)  # prefix → tensor → prefixes of its originals
-    ends = _by_end(own)
-    for name, shape in averaged.items():
-        parts = _parts(name)
-        place = next(number for number, part in enumerate(parts, 1) if _says_average(part))
-        if place == len(parts):
-            found = any(own.get(other) == shape for other in _without_suffix(name, parts[-1]))
-            groups[name][name] = {""} if found else set()
-        else:
-            prefixes = {prefix for prefix, other in _beyond(parts[place:], ends) if own[other] == shape}
-            groups[".".join(parts[:place])][name] = prefixes
-    for copies in groups.values():
-        counts = Counter(prefix for prefixes in copies.values() for prefix in prefixes)
-        prefix, count = counts.most_common(1)[0] if counts else ("", 0)
-        if 2 * count >= len(copies):
-            yield from (name for name, prefixes in copies.items() if prefix in prefixes)
-
-
-def _beyond(rest: Sequence[str], ends: Mapping[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield (prefix, name) of the tensors whose names end as a copy's, apart from `shadow.model` before that."""
-    while rest:
-        yield from ends.get(_joined(rest), {}).items()
-        if rest[0] not in _NETWORK and rest[0] not in WRAPPERS and not _says_average(rest[0]):
-            break
-        rest = rest[1:]
-
-
-def _by_end(names: Shapes) -> dict[str, dict[str, str]]:
-    """Return the ends of names, without dots as some averages store them → what stands before → the name."""
-    ends: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in names:
+    ends: dict[str, dict[str, str]] = defaultdict(dict)  # the end of a name, joined → what stands before → the name
+    for name in own:
         parts = _parts(name)
         for place in range(len(parts)):
             ends[_joined(parts[place:])].setdefault(_joined(parts[:place]), name)
-    return ends
-
-
-def _without_suffix(name: str, last: str) -> list[str]:
-    """Return what a tensor may be called whose copy has this last part: `c.weight` for `c.weight_ema`."""
-    before = name[: -len(last)]
-    words = [word for word in last.split("_") if word.lower() not in _AVERAGES | _COPIES | _RELATED]
-    return [before.rstrip("./"), before + "_".join(words)]
+    groups: dict[str, dict[str, set[str]]] = defaultdict(dict)  # prefix → tensor → prefixes of its originals
+    for name, shape in averaged.items():
+        parts = _parts(name)
+        place = next(number for number, part in enumerate(parts, 1) if _says_average(part))
+        rest, originals = parts[place:], groups[".".join(parts[:place])].setdefault(name, set())
+        if not rest:  # c.weight.ema or c.weight_ema, copies of c.weight
+            before = name.removesuffix(parts[-1])
+            words = [word for word in parts[-1].split("_") if word.lower() not in _AVERAGES | _COPIES | _RELATED]
+            if shape in (own.get(before.rstrip("./")), own.get(before + "_".join(words))):
+                originals.add("")
+        while rest:
+            originals |= {prefix for prefix, other in ends.get(_joined(rest), {}).items() if own[other] == shape}
+            if rest[0] not in _NETWORK and rest[0] not in WRAPPERS and not _says_average(rest[0]):
+                break
+            rest = rest[1:]  # shadow.model.c.weight may also be a copy of c.weight
+    for copies in groups.values():
+        counts = Counter(prefix for originals in copies.values() for prefix in originals)
+        prefix, count = counts.most_common(1)[0] if counts else ("", 0)
+        if 2 * count >= len(copies):
+            yield from (name for name, originals in copies.items() if prefix in originals)
 
 
 def _joined(parts: Sequence[str]) -> str:
+    """Join parts without dots, as some averages store names, and without those that wrappers add."""
     return "".join(part for part in parts if part not in WRAPPERS)
