@@ -78,10 +78,7 @@ class Kernel:
 
     def view_as_stored(self, filters: Tensor) -> Tensor:
         """Undo `to_filters` without a copy: filters in the stored shape, with strides of their own."""
-        weight = to_weight(filters, self.taps)
-        if not self.transposed:
-            return weight
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return self.to_convolution(to_weight(filters, self.taps))  # swapping the axes undoes itself
 
 
 def living_filters(filters: Tensor) -> Tensor:
@@ -138,12 +135,12 @@ class Patterns:
 
         Raises InputError for a pattern that matches no name: it would have no effect.
         """
-        include, exclude, transposed = (
-            [_resolved(pattern, names) for pattern in patterns]
-            for patterns in (self.include, self.exclude, self.transposed)
-        )
+
+        def resolve(patterns: Iterable[str]) -> list[str]:
+            return [_resolved(pattern, names) for pattern in patterns]
+
         groups = [(_resolved(pattern, names), count) for pattern, count in self.groups]
-        return Patterns(include, exclude, groups, transposed)
+        return Patterns(resolve(self.include), resolve(self.exclude), groups, resolve(self.transposed))
 
     def forced(self, names: Collection[str], left_out: Container[str]) -> set[str]:
         """Return the names that `include` asks for though they are left out: by a pattern that matches no others.
@@ -181,14 +178,13 @@ class Selection:
 
     def add(self, kernel: Kernel, reason: str | None = None, unsupported: bool = False) -> None:
         """Select the kernel, or list it as skipped where there is a reason or it has no pairs."""
-        without_pairs = None if kernel.pairs else "a single filter, no pairs"
-        if not kernel.pairs and kernel.groups > 1:
-            assumed = " (assumed from its shape)" if kernel.assumed else ""
-            without_pairs = f"depthwise: one filter per group, no pairs{assumed}"
-        if reason:
-            self.skipped.append(Skipped(kernel.name, kernel.shape, reason, unsupported and without_pairs is None))
-        elif without_pairs:
-            self.skipped.append(Skipped(kernel.name, kernel.shape, without_pairs))
+        no_pairs = ""
+        if not kernel.pairs:
+            depthwise = "depthwise: one filter per group, no pairs" + " (assumed from its shape)" * kernel.assumed
+            no_pairs = depthwise if kernel.groups > 1 else "a single filter, no pairs"
+        if reason or no_pairs:
+            unsupported = unsupported and not no_pairs
+            self.skipped.append(Skipped(kernel.name, kernel.shape, reason or no_pairs, unsupported))
         else:
             self.kernels.append(kernel)
 

@@ -1,10 +1,9 @@
-"""The kernels of a module, exactly, and the weights that its layers compute with at this moment.
+"""The kernels of a module, exactly, and the weights that its layers use at this moment.
 
-The weight that a layer computes with: its own parameter, or a tensor computed from other parameters.
-
-`torch.nn.utils.parametrize` computes the weight at each access. The older weight_norm, spectral_norm and pruning store
-a plain tensor as `layer.weight`, which a forward pre-hook replaces at each forward pass: between an optimizer step and
-the next pass it is out of date, and the graph behind it may be gone. Both are computed anew here, once per call.
+A layer uses its own parameter, or a tensor computed from other parameters. `torch.nn.utils.parametrize` computes the
+weight at each access. The older weight_norm, spectral_norm and pruning store a plain tensor as `layer.weight`, which a
+forward pre-hook replaces at each forward pass: between an optimizer step and the next pass it is out of date, and the
+graph behind it may be gone. Here both are recomputed, once per call.
 """
 
 from __future__ import annotations
@@ -47,7 +46,14 @@ def module_kernels(
     names = names or {}
     selection = Selection()
     owners: dict[int, str] = {}
-    layers = [(f"{path}.weight".lstrip("."), layer) for path, layer in model.named_modules() if _has_kernels(layer)]
+    layers = []
+    for path, layer in model.named_modules():
+        weight = own_weight(layer)
+        has_kernels = is_convolution(layer)
+        if weight is not None and not isinstance(weight, UninitializedParameter):
+            has_kernels |= weight.is_floating_point() and 3 <= weight.ndim <= 5  # such as torchvision's DeformConv2d
+        if has_kernels:
+            layers.append((f"{path}.weight".lstrip("."), layer))
     patterns = (patterns or Patterns()).resolved([names.get(path, path) for path, _ in layers])
     for path, layer in layers:
         name, weight = names.get(path, path), own_weight(layer)
@@ -60,7 +66,14 @@ def module_kernels(
             selection.skipped.append(Skipped(name, _shape(layer), refusal or unknown, unsupported=not refusal))
         else:
             owners[id(weight)] = name
-            reason = refusal or _unsupported(name, layer, parametrized)
+            if refusal:
+                reason: str | None = refusal
+            elif weight is None and (parametrize.is_parametrized(layer, "weight") or _hooks(layer)):
+                unwritable = "parametrized: no weight of its own; remove the parametrization first"
+                reason = None if parametrized else unwritable
+            else:
+                refuse_sharded(name, weight)
+                reason = _unusable(layer, weight)
             selection.add(_kernel_of(name, layer, _shape(layer)), reason, unsupported=not refusal)
     return selection
 
@@ -88,7 +101,9 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
     (`effective_weight`). Raises InputError where the model has no such convolution any more, and for a weight that is
     sharded, lazy, or neither a parameter nor computed by a known mechanism.
     """
-    layer: Any = _find(model, kernel.name)
+    layer: Any = model
+    for part in kernel.name.split(".")[:-1]:  # `get_submodule` takes seven times as long
+        layer = None if layer is None else layer._modules.get(part)
     if layer is None or not is_convolution(layer):
         found = "is no longer in the model" if layer is None else f"is now a {type(layer).__name__}"
         raise InputError(f"{kernel.name}: this convolution {found}; repeat the call that looked for convolutions")
@@ -117,24 +132,8 @@ def is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)
 
 
-def _has_kernels(layer: nn.Module) -> bool:
-    """Return whether a layer is a convolution, or its weight has the shape of one's (torchvision's DeformConv2d)."""
-    weight = own_weight(layer)
-    if is_convolution(layer) or weight is None or isinstance(weight, UninitializedParameter):
-        return is_convolution(layer)
-    return weight.is_floating_point() and 3 <= weight.ndim <= 5
-
-
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    """The layer that holds a tensor; `get_submodule` takes seven times as long."""
-    layer: nn.Module | None = model
-    for part in name.split(".")[:-1]:
-        layer = None if layer is None else layer._modules.get(part)
-    return layer
-
-
 def _shape(layer: Any) -> tuple[int, ...]:
-    """The shape of a layer's weight; by the layer's attributes where it has no such weight of its own."""
+    """Return the shape of a layer's weight, from the layer's attributes if it has no usable weight of its own."""
     weight = own_weight(layer)
     if weight is not None and not (is_convolution(layer) and _unusable(layer, weight)):
         return tuple(weight.shape)
@@ -146,15 +145,6 @@ def _shape(layer: Any) -> tuple[int, ...]:
 
 def _kernel_of(name: str, layer: Any, shape: tuple[int, ...]) -> Kernel:
     return Kernel(name, shape, layer.groups, isinstance(layer, _TRANSPOSED))
-
-
-def _unsupported(name: str, layer: nn.Module, parametrized: bool) -> str | None:
-    """Return why convsim cannot act on a convolution, or None. Raises InputError for a sharded weight."""
-    weight = own_weight(layer)
-    if weight is None and computes_weight(layer):
-        return None if parametrized else "parametrized: no weight of its own; remove the parametrization first"
-    refuse_sharded(name, weight)
-    return _unusable(layer, weight)
 
 
 def _unusable(layer: Any, weight: Tensor | None) -> str | None:
@@ -173,11 +163,6 @@ def _unusable(layer: Any, weight: Tensor | None) -> str | None:
 def own_weight(layer: nn.Module) -> Tensor | None:
     """Return the parameter that a layer registers as its `weight`, or None where it registers none."""
     return layer._parameters.get("weight")
-
-
-def computes_weight(layer: nn.Module) -> bool:
-    """Return whether a layer computes its `weight` from other parameters."""
-    return parametrize.is_parametrized(layer, "weight") or bool(_hooks(layer))
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:
@@ -218,24 +203,7 @@ def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
     gradient: ∂loss/∂weight, of the weight's shape, in any floating type. No `.grad` changes; the weight's graph is
     freed.
     """
-    leaves = list(_leaves(weight))
-    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
-
-
-def _hooks(layer: nn.Module) -> list[Callable[[nn.Module, Any], object]]:
-    """The forward pre-hooks that compute `weight`, in their order."""
-    return [hook for hook in layer._forward_pre_hooks.values() if _computed_by(hook) == "weight"]
-
-
-def _computed_by(hook: object) -> str | None:
-    """The name of the tensor that a forward pre-hook computes, None for a hook of another kind."""
-    if isinstance(hook, WeightNorm | SpectralNorm):
-        return hook.name
-    return hook._tensor_name if isinstance(hook, BasePruningMethod) else None
-
-
-def _leaves(weight: Tensor) -> Iterator[Tensor]:
-    """The leaves of the graph behind a tensor."""
+    leaves: list[Tensor] = []
     nodes, seen = [weight.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -243,5 +211,16 @@ def _leaves(weight: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):  # AccumulateGrad
-            yield node.variable
+            leaves.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
+    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
+
+
+def _hooks(layer: nn.Module) -> list[Callable[[nn.Module, Any], object]]:
+    """Return the forward pre-hooks that compute `weight`, in their order."""
+    return [
+        hook
+        for hook in layer._forward_pre_hooks.values()
+        if (isinstance(hook, WeightNorm | SpectralNorm) and hook.name == "weight")
+        or (isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight")
+    ]
