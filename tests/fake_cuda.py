@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convsim_cli.inputs.images import _scale_and_shift
-from convsim_cli.kernels.modules import _leaves
+from convsim_cli.kernels.modules import graph_leaves
 from convsim_cli.networks.architectures import build_network
 
 CUDA = torch.device("cuda")
@@ -77,7 +77,7 @@ def real_network(name: str) -> nn.Module:
 
 def _backward(loss: Tensor) -> None:
     """Give every parameter a gradient: the real engine, which is torch's own work alone, looks for a driver."""
-    for parameter in _leaves(loss):
+    for parameter in graph_leaves(loss):
         parameter.grad = torch.zeros_like(parameter)
 
 

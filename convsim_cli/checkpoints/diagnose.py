@@ -1,6 +1,6 @@
-"""What a file is that cannot be loaded as a checkpoint, and how to convert it. Only damage is called damage.
+"""Explain why a file is not a checkpoint, and how to convert it. Only damage is called damage.
 
-How the files of checkpoints are named, and which checkpoint a folder holds when there is only one candidate.
+Also here: how the files of checkpoints are named, and which checkpoint a folder holds if there is only one candidate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shlex
 import zipfile
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from convsim_cli.checkpoints.pickle_globals import (
@@ -98,9 +98,12 @@ def why_not_loaded(path: Path, error: Exception) -> str:
         file.seek(0)
         if start.startswith(b"PK"):
             return _why_not_archive(path, error)
-        found = PickleGlobals()
-        of_torch = _TORCH_MAGIC in start
-        trouble = _trouble(lambda: found.read(file, _LEGACY_PICKLES if of_torch else None))
+        found, of_torch = PickleGlobals(), _TORCH_MAGIC in start
+        trouble: Exception | None = None
+        try:
+            found.read(file, _LEGACY_PICKLES if of_torch else None)
+        except (TornPickleError, LongPickleError) as problem:
+            trouble = problem
         return _why_not_pickle(path, error, found, trouble, of_torch)
 
 
@@ -115,11 +118,20 @@ def can_be_mapped(path: Path) -> bool:
 
 def _why_not_archive(path: Path, error: Exception) -> str:
     found = PickleGlobals()
+    trouble: Exception | None = None
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            # a name may appear twice, and readers do not agree on which one counts: all are read
             pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
-            trouble = _trouble(lambda: _read_entries(archive, pickles, found))
+            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in pickles):
+                raise zipfile.BadZipFile
+            if sum(entry.file_size for entry in pickles) > _LARGEST:
+                raise LongPickleError
+            for entry in pickles:
+                found.read(io.BytesIO(archive.read(entry)))
+    except (TornPickleError, LongPickleError) as problem:
+        trouble = problem
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error):
         return "damaged or cut short (a zip archive that cannot be unpacked); fetch it again"
     for pattern, what in _PROGRAMS:
@@ -134,36 +146,22 @@ def _why_not_archive(path: Path, error: Exception) -> str:
     return f"a zip archive without a checkpoint (it holds {', '.join(map(_shown, names[:3])) or 'nothing'})"
 
 
-def _read_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], found: PickleGlobals) -> None:
-    """Read the pickles of an archive. A name may stand there twice: readers do not agree on which one counts."""
-    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
-        raise zipfile.BadZipFile
-    if sum(entry.file_size for entry in entries) > _LARGEST:
-        raise LongPickleError
-    for entry in entries:
-        found.read(io.BytesIO(archive.read(entry)))
-
-
-def _trouble(read: Callable[[], None]) -> type[Exception] | None:
-    """Return the kind of error that keeps the globals of a pickle from being known, if any."""
-    try:
-        read()
-    except (TornPickleError, LongPickleError) as error:
-        return type(error)
-    return None
-
-
 def _why_not_pickle(
-    path: Path, error: Exception, found: PickleGlobals, trouble: type[Exception] | None, of_torch: bool
+    path: Path, error: Exception, found: PickleGlobals, trouble: Exception | None, of_torch: bool
 ) -> str:
     harmless = harmless_names()
-    unknown = sorted(name for name in found.names if not harmless.intersection((name, _renamed(name))))
+    unknown = []
+    for name in sorted(found.names):
+        module, _, attribute = name.rpartition(".")
+        of_python_3 = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
+        if not harmless.intersection((name, ".".join(of_python_3))):
+            unknown.append(name)
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         return (
             f"loading it would run {', '.join(map(_shown, unknown[:_SHOWN]))}{more}, not known to be harmless; {_ASK}"
         )
-    if trouble is LongPickleError:
+    if isinstance(trouble, LongPickleError):
         return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
     if isinstance(error, RefusedError):
         return f"holds {_shown(str(error))}, which is no plain data; {_ASK}"
@@ -187,14 +185,8 @@ def _why_not_pickle(
     return f"damaged or cut short ({_shown(' '.join(str(error).split()), 120)}); fetch it again"
 
 
-def _renamed(name: str) -> str:
-    """Return what a global of Python 2 is called in Python 3."""
-    module, _, attribute = name.rpartition(".")
-    return ".".join(NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute)))
-
-
 def _shown(text: str, widest: int = _WIDEST) -> str:
-    """Return what stands in a file as plain characters, shortened: it must not steer a terminal."""
+    """Return text from a file in plain characters, shortened: it must not control a terminal."""
     plain = text.encode("unicode_escape").decode("ascii")
     return plain if len(plain) <= widest else f"{plain[: widest - 1]}…"
 
@@ -204,9 +196,7 @@ def _command(script: str, path: Path) -> str:
     return f'python -c "{script}" {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix(".converted.pt")))}'
 
 
-_INDEX = re.compile(
-    r"\.index(\.[\w-]+)?\.json$"
-)  # of shards, by Hugging Face's naming; a variant such as fp16 comes last
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # Hugging Face's names; a variant such as fp16 comes last
 SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".th", ".bin", ".ckpt")  # suffixes
 _BACKUP = re.compile(r"\.bak(\.\d+)?$")
 _DIGEST = re.compile(r"[0-9a-f]{30,128}")  # how a store names a file; some use the first two digits as the folder

@@ -110,13 +110,6 @@ def format_for(target: Path) -> Format:
     raise InputError(f"{target}: {what}; name it {one_of(new_suffixes())}")
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a regular file looks like a checkpoint of any format; an empty one may become any."""
-    with path.open("rb") as file:
-        start = file.read(_START)
-    return not start or any(format_.recognizes(path, start) for format_ in FORMATS)
-
-
 def new_suffixes() -> list[str]:
     """Return the suffixes that a new file may have."""
     return [suffix for format_ in FORMATS if format_.write for suffix in format_.suffixes]
@@ -164,14 +157,6 @@ class StateDict(Checkpoint):
         format_for(target)
 
 
-def save_state_dict(state: Mapping[str, Tensor], target: Path, record: Mapping[str, str]) -> None:
-    """Write a state dict to a file, atomically, in the format that its suffix says.
-
-    record: metadata of a safetensors file. Raises InputError for an unknown suffix, WriteError.
-    """
-    StateDict(target, state).write(target, (), record)
-
-
 def check_replaceable(files: Iterable[Path], named: Path) -> None:
     """Raise InputError for a file that is read-only, no checkpoint, or that others share through a store.
 
@@ -189,7 +174,9 @@ def check_replaceable(files: Iterable[Path], named: Path) -> None:
 
 
 def _reason(file: Path, real: Path, named: Path) -> str | None:
-    if _is_stored(file, real):
+    is_link, folder = file.name != real.name, real.parent.name  # some stores use the first two digits as the folder
+    in_store = len(folder) == 2 and re.fullmatch(_DIGEST, folder + real.stem)
+    if in_store or (_LINKED.search(real.name) if is_link else _NAMED.fullmatch(real.stem)):
         return "is named by a digest of its content, so others rely on what it holds"
     mode = stat.S_IMODE(real.stat().st_mode)
     if not mode & 0o222 or not os.access(real, os.W_OK):
@@ -198,14 +185,7 @@ def _reason(file: Path, real: Path, named: Path) -> str | None:
         return "is in another folder than the one that you named"
     if not os.access(real, os.R_OK):
         return "cannot be read"
-    return None if is_checkpoint(real) else "is not a checkpoint"
-
-
-def _is_stored(file: Path, real: Path) -> bool:
-    """Return whether a store holds a file: a link leads to a digest, or the name is nothing else.
-
-    Some stores use the first two digits as the folder.
-    """
-    if len(real.parent.name) == 2 and re.fullmatch(_DIGEST, real.parent.name + real.stem):
-        return True
-    return bool(_LINKED.search(real.name) if file.name != real.name else _NAMED.fullmatch(real.stem))
+    with real.open("rb") as opened:
+        start = opened.read(_START)
+    is_checkpoint = not start or any(format_.recognizes(real, start) for format_ in FORMATS)  # empty: may become any
+    return None if is_checkpoint else "is not a checkpoint"

@@ -1,13 +1,13 @@
-"""Checkpoints of `torch.save`, in today's zip or the older stream; only ever loaded with `weights_only=True`.
+"""Checkpoints of `torch.save`, in today's zip or the older stream, only ever loaded with `weights_only=True`.
 
-Where the state dicts are in the nested containers of a pickle.
+A pickle holds nested containers; this module finds the state dicts in them.
 """
 
 from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
@@ -36,13 +36,18 @@ class PickledCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
             )
-        self._zipped = _is_zip(path)
+        with path.open("rb") as file:
+            self._zipped = file.read(4) == b"PK\x03\x04"  # all that torch looks at, whatever damage comes later
         self._root = _unpickle(path, self._zipped)
         found = find_state_dicts(self._root)
         if not found:
             raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
         if key is not None:
-            found = _at_key(path, key, found)
+            known = [".".join(place) for place, _ in found if place]
+            found = [item for item in found if ".".join(item[0]) == key]
+            if not found:
+                hint = did_you_mean(key, known) if known else "all are at its top level"
+                raise CheckpointError(f"{path}: has no tensors under {key!r}: {hint}")
         self._state = named_tensors(found[0][1])
         empty = next((name for name, tensor in self._state.items() if tensor.is_meta), None)
         if empty is not None:
@@ -66,20 +71,21 @@ class PickledCheckpoint(Checkpoint):
         self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
     ) -> Path | None:
         self.check_suffix(target)
-        kept = target.with_name(f"{target.name}.bak") if backup else None
-        return replace_file(target, lambda file: self._write(file, changes), kept)
 
-    def _write(self, file: BinaryIO, changes: Changes) -> None:
-        for name, tensor in changes:
-            self._state[name].detach().copy_(tensor)  # into its own memory, which other tensors may share
-        try:
-            write_pickle(file, self._root, self._zipped, pickle_module())
-        except RefusedError as error:
-            raise CheckpointError(f"{self.path}: holds {error}, which is no plain data; nothing was written") from error
+        def write(file: BinaryIO) -> None:
+            for name, tensor in changes:
+                self._state[name].detach().copy_(tensor)  # into its own memory, which other tensors may share
+            try:
+                write_pickle(file, self._root, self._zipped, pickle_module())
+            except RefusedError as error:
+                problem = f"{self.path}: holds {error}, which is no plain data; nothing was written"
+                raise CheckpointError(problem) from error
+
+        return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
 
 
 def write_state_dict(file: BinaryIO, state: Mapping[str, Tensor], _record: Mapping[str, str]) -> None:
-    """Write a state dict as `torch.save` does. A pickle has no place for a record."""
+    """Write a state dict as `torch.save` does, without the record, which a pickle has no place for."""
     write_pickle(file, dict(state))
 
 
@@ -114,32 +120,13 @@ class _Stream:
         self._file.flush()
 
 
-def _is_zip(path: Path) -> bool:
-    """Return whether torch would take the file for a zip: by its first bytes, whatever damage comes later."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def _unpickle(path: Path, zipped: bool) -> Any:
-    def load(mapped: bool) -> Any:
+    try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
             warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-    try:
-        return load(mapped=zipped and can_be_mapped(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and can_be_mapped(path))
     except Exception as error:  # whatever a torn pickle makes an unpickler raise
         raise CheckpointError(f"{path}: {why_not_loaded(path, error)}") from error
-
-
-def _at_key(path: Path, key: str, found: list[Found]) -> list[Found]:
-    taken = [item for item in found if ".".join(item[0]) == key]
-    if taken:
-        return taken
-    known = [".".join(place) for place, _ in found if place]
-    raise CheckpointError(
-        f"{path}: has no tensors under {key!r}: {did_you_mean(key, known) if known else 'all are at its top level'}"
-    )
 
 
 def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -172,41 +159,36 @@ Found = tuple[tuple[str, ...], dict[str, Any]]  # the keys that lead to a state 
 
 
 def find_state_dicts(root: Any) -> list[Found]:
-    """Return the dictionaries that hold tensors under names, the one to prefer first.
+    """Return the dictionaries that hold tensors under names, the most likely first; optimizer state is left out.
 
-    They are found in dictionaries, lists and tuples, whose keys and indices make up the place. Optimizer state is left
-    out. Preferred are state dicts with kernels, then the top level and the usual names, then the largest.
+    They are found in dictionaries, lists and tuples, whose keys and indices make up the place; each container is
+    searched once, however many ways lead to it, or from it back to itself. State dicts with kernels come first, then
+    the top level and the usual names, then the largest.
     """
-    return sorted(_walk(root), key=lambda found: _preference(*found))
-
-
-def named_tensors(node: dict[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors that a dictionary holds under names."""
-    return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
-
-
-def _walk(root: Any) -> Iterator[Found]:
-    """Look into each container once, however many ways lead to it, or from it back to itself."""
+    found: list[Found] = []
     is_state_dict: dict[int, bool] = {}
     waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
     for where, node in waiting:
         if len(where) > _DEEPEST:
             continue
         if id(node) not in is_state_dict:
-            names = named_tensors(node) if isinstance(node, dict) else {}
+            is_mapping, is_sequence = isinstance(node, dict), isinstance(node, (list, tuple))
+            names = named_tensors(node) if is_mapping else {}
             is_state_dict[id(node)] = any(not is_optimizer_state(name) for name in names)
-            waiting += [((*where, key), value) for key, value in _children(node)]
+            items = node.items() if is_mapping else enumerate(node) if is_sequence else ()
+            inner = [(str(key), value) for key, value in items if isinstance(value, (dict, list, tuple))]
+            waiting += [((*where, key), value) for key, value in inner if not is_optimizer_state(key)]
         if is_state_dict[id(node)]:
-            yield where, node
+            found.append((where, node))
+
+    def preference(item: Found) -> tuple[bool, int, int]:
+        where, tensors = item[0], named_tensors(item[1])
+        rank = -1 if not where else _USUAL.index(where[-1]) if where[-1] in _USUAL else len(_USUAL)
+        return all(tensor.ndim != 4 for tensor in tensors.values()), rank, -len(tensors)
+
+    return sorted(found, key=preference)
 
 
-def _children(node: Any) -> list[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
-    inner = [(str(key), value) for key, value in items if isinstance(value, (dict, list, tuple))]
-    return [(key, value) for key, value in inner if not is_optimizer_state(key)]
-
-
-def _preference(where: tuple[str, ...], state: dict[str, Any]) -> tuple[bool, int, int]:
-    tensors = named_tensors(state)
-    rank = -1 if not where else _USUAL.index(where[-1]) if where[-1] in _USUAL else len(_USUAL)
-    return all(tensor.ndim != 4 for tensor in tensors.values()), rank, -len(tensors)
+def named_tensors(node: dict[Any, Any]) -> dict[str, Tensor]:
+    """Return the tensors that a dictionary holds under names."""
+    return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}

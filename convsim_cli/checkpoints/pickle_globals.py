@@ -1,10 +1,9 @@
-"""The globals that pickles refer to, listed without loading them, in bounded time and memory.
+"""The globals that pickles refer to, listed without loading them; and stand-ins for harmless objects beside tensors.
 
-Harmless objects that training code saves beside tensors, and the inert stand-ins that are loaded in their place.
-
-`torch.load(weights_only=True)` refuses everything but tensors and plain containers. A command-line namespace, a path, a
-defaultdict and numpy's scalars and arrays are data as well. Stand-ins keep them without calling numpy, which a forged
-dtype can crash, and without holding a factory; `HarmlessPickler` saves the real objects again.
+Globals are listed in bounded time and memory. `torch.load(weights_only=True)` refuses everything but tensors and plain
+containers, but a command-line namespace, a path, a defaultdict and numpy's scalars and arrays are data as well.
+Stand-ins keep them without calling numpy, which a forged dtype can crash, and without holding a factory;
+`HarmlessPickler` saves the real objects again.
 
 A pickle can set any attribute of a stand-in, its class included, so `real` trusts nothing that was checked before.
 """
@@ -115,7 +114,10 @@ class PickleGlobals:
             elif name == "DUP":
                 stack.append(_top(stack, marks))
             elif name in _TEXTS:
-                stack.append(_text(argument, _TEXTS[name]))
+                try:
+                    stack.append(_TEXTS[name](io.BytesIO(argument)))
+                except ValueError:  # too long for a name, so its bytes are not here, or no text at all
+                    stack.append(None)
             else:
                 taken = _pop(stack, marks, opcode.stack_before)
                 if name == "STACK_GLOBAL":
@@ -198,13 +200,6 @@ def _pop(stack: list[str | None], marks: list[int], before: list[pickletools.Sta
     taken = stack[first:]
     del stack[first:]
     return taken
-
-
-def _text(argument: bytes, reader: Callable[[BinaryIO], str]) -> str | None:
-    try:
-        return reader(io.BytesIO(argument))
-    except ValueError:  # too long for a name, so its bytes are not here, or no text at all
-        return None
 
 
 _BUILT_IN = (list, dict, int, float, str, bool, tuple, frozenset, range, slice)

@@ -42,8 +42,11 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
         self._data_start = 8 + length
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
-        names = sorted(self._header, key=natural_order)  # the format keeps no order of layers
-        super().__init__(path, {name: _tensor_info(self._header[name]) for name in names})
+        entries = sorted(self._header.items(), key=lambda entry: natural_order(entry[0]))  # the format keeps no order
+        super().__init__(
+            path,
+            {name: TensorInfo(_TYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"])) for name, e in entries},
+        )
 
     def load(self, name: str) -> Tensor:
         return self._get(name)
@@ -129,10 +132,6 @@ def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> byt
     return len(header).to_bytes(8, "little") + header
 
 
-def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo(_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
-
-
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse duplicate names: JSON does not define which value counts, and readers differ."""
     found = dict(pairs)
@@ -144,9 +143,5 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts layer2 before layer10."""
-    return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _number(digits: str) -> tuple[int, str]:
-    significant = digits.lstrip("0")
-    return len(significant), significant
+    parts = ((part.isdecimal(), part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
+    return [(len(digits), digits) if is_number else (-1, part) for is_number, part, digits in parts]

@@ -203,8 +203,14 @@ def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
     gradient: ∂loss/∂weight, of the weight's shape, in any floating type. No `.grad` changes; the weight's graph is
     freed.
     """
+    leaves = graph_leaves(weight)
+    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
+
+
+def graph_leaves(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves of the graph behind a tensor, each once."""
     leaves: list[Tensor] = []
-    nodes, seen = [weight.grad_fn], set()
+    nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -213,7 +219,7 @@ def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         if hasattr(node, "variable"):  # AccumulateGrad
             leaves.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
-    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
+    return leaves
 
 
 def _hooks(layer: nn.Module) -> list[Callable[[nn.Module, Any], object]]:

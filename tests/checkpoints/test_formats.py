@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convsim_cli.checkpoints.formats import open_checkpoint, save_state_dict
+from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.errors import CheckpointError, InputError
 
 DTYPES = (
@@ -132,7 +132,7 @@ def test_empty_metadata_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_fresh_state_dict_is_saved_with_its_shared_tensors(tmp_path: Path) -> None:
     weight = torch.randn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     for name in ("a.safetensors", "a.pt"):
-        save_state_dict({"a": weight, "b": weight}, tmp_path / name, {})
+        StateDict(tmp_path / name, {"a": weight, "b": weight}).write(tmp_path / name, ())
         loaded = load_file(tmp_path / name) if name.endswith("s") else torch.load(tmp_path / name, weights_only=True)
         assert torch.equal(loaded["a"], weight)
         assert torch.equal(loaded["b"], weight)
