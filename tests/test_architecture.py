@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
             yield from (name if name in known else node.module for name in names)
 
 
+@cache
 def graph(package: Path) -> dict[str, set[str]]:
+    """What each module of a package imports from it."""
     known = modules(package)
     return {name: set(imports(path, known)) - {PUBLIC} for name, path in known.items() if name != PUBLIC}
 
