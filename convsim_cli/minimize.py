@@ -164,7 +164,7 @@ def minimize_kernels(
     in float32 and cast back. Small layers are taken ahead and minimized together, a large one by itself. advance: takes
     the steps (`Minimization.steps`) completed since the last call. Raises InputError for NaN or Inf, DivergedError.
     """
-    for batch in _batches(layers):
+    for batch in batch_layers(layers):
         for kernel, weight in batch:
             check_finite(kernel, weight)
         minimized = _minimized(batch, settings, advance)
@@ -176,8 +176,8 @@ def minimize_kernels(
             yield found, compare_weights(kernel, weight, found)
 
 
-def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
-    """Small layers of one device together, up to a total size, and each large layer by itself."""
+def batch_layers(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Yield small layers of one device together, up to a total size, and each large layer by itself."""
     batch: list[Layer] = []
     total = 0
     for kernel, weight in layers:
@@ -193,8 +193,11 @@ def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
 
 
 def _minimized(batch: list[Layer], settings: Minimization, advance: Advance | None) -> dict[str, Tensor]:
-    """The minimized weights, as stored, by name. On the CPU one stack after the other: its caches are small."""
-    groups = _of_one_shape(batch)
+    """Return the minimized weights, as stored, by name. A CPU takes one stack at a time: its caches are small.
+
+    A function of its own, so that no stack is in memory when its results are used.
+    """
+    groups = group_by_shape(batch)
     found: dict[str, Tensor] = {}
     for together in [[group] for group in groups] if batch[0][1].device.type == "cpu" else [groups]:
         stacks = [Stack(*zip(*group, strict=True)) for group in together]
@@ -204,23 +207,19 @@ def _minimized(batch: list[Layer], settings: Minimization, advance: Advance | No
     return found
 
 
-def _of_one_shape(batch: list[Layer]) -> list[list[Layer]]:
-    """The layers of a batch by what can be stacked."""
+def group_by_shape(batch: Sequence[Layer]) -> list[list[Layer]]:
+    """Return the layers of a batch in groups that can be stacked.
+
+    On the CPU, layers are stacked only if their results have the same bits as alone: with 16 filters every tensor of
+    each layer starts at a cache line, so that vectorized loops and products take the same course; a single tap makes
+    vectors of matrices, which are multiplied in another way as soon as there are two.
+    """
     groups: dict[object, list[Layer]] = {}
     for kernel, weight in batch:
-        alone = weight.device.type == "cpu" and not _rounds_alike_stacked(kernel)
+        alone = weight.device.type == "cpu" and (kernel.filters % 16 > 0 or kernel.pointwise)
         shape = (kernel.groups, kernel.filters, kernel.channels, kernel.taps, weight.dtype == torch.float64)
         groups.setdefault(kernel.name if alone else shape, []).append((kernel, weight))
     return list(groups.values())
-
-
-def _rounds_alike_stacked(kernel: Kernel) -> bool:
-    """Return whether a layer's results on the CPU have the same bits in a stack as alone.
-
-    With 16 filters every tensor of each layer starts at a cache line, so that vectorized loops and products take the
-    same course. A single tap makes vectors of matrices, which are multiplied in another way as soon as there are two.
-    """
-    return kernel.filters % 16 == 0 and not kernel.pointwise
 
 
 class Stack:
@@ -276,7 +275,7 @@ def descend_(stacks: Sequence[Stack], settings: Minimization, advance: Advance |
     """
     device, values = stacks[0].filters.device, sum(stack.filters.numel() for stack in stacks)
     with torch.no_grad(), full_precision(device):
-        iterate = repeated(_iteration(stacks, settings), device)
+        iterate = repeated(make_iteration(stacks, settings), device)
         for done in range(0, settings.iterations, LOOK_EVERY):
             block = min(LOOK_EVERY, settings.iterations - done)
             for _ in range(block):
@@ -291,12 +290,19 @@ def descend_(stacks: Sequence[Stack], settings: Minimization, advance: Advance |
         stack.filters.grad = None
 
 
-def _iteration(stacks: Sequence[Stack], settings: Minimization) -> Callable[[], None]:
+def make_iteration(stacks: Sequence[Stack], settings: Minimization) -> Callable[[], None]:
+    """Return what does one iteration on stacks of one device, in place: their gradients are set up here."""
     objective = find_objective(settings.objective)
     gradients = [torch.empty_like(stack.filters) for stack in stacks]
     for stack, gradient in zip(stacks, gradients, strict=True):
         stack.filters.grad = gradient
-    optimizer = _optimizer([stack.filters for stack in stacks], settings)
+    filters, kind = [stack.filters for stack in stacks], stacks[0].filters.device.type
+    fused = kind in ("cpu", "cuda", "mps")
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(filters, lr=settings.lr, fused=fused)
+    else:
+        optimizer = torch.optim.Adam(filters, lr=settings.lr, fused=fused, capturable=kind == "cuda")
 
     def iterate() -> None:
         for stack, gradient in zip(stacks, gradients, strict=True):
@@ -307,14 +313,6 @@ def _iteration(stacks: Sequence[Stack], settings: Minimization) -> Callable[[], 
         optimizer.step()
 
     return iterate
-
-
-def _optimizer(filters: list[Tensor], settings: Minimization) -> torch.optim.Optimizer:
-    kind = filters[0].device.type
-    fused = kind in ("cpu", "cuda", "mps")
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(filters, lr=settings.lr, fused=fused)
-    return torch.optim.Adam(filters, lr=settings.lr, fused=fused, capturable=kind == "cuda")
 
 
 def _check_losses(stacks: Sequence[Stack], settings: Minimization, done: int) -> None:

@@ -127,7 +127,7 @@ def transformed() -> bool:
 
 
 def constant(make: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Keep what `make(like, *rest)` returns for the next call with the same device, dtype and `rest`.
+    """Cache what `make(like, *rest)` returns, by device, dtype and `rest`.
 
     A tensor made under a mode is useless, or an error, outside of it: what is made while compiling or under a transform
     is not kept, and what is made for a fake tensor is kept for the FakeTensorMode of that tensor alone.
@@ -167,7 +167,7 @@ class Differentiable:
     gradient: Callable[[Tensor, Tensor, Taps], Tensor]
 
     def __post_init__(self) -> None:
-        _BY_NAME[self.name] = self
+        BY_NAME[self.name] = self
 
     def __call__(self, filters: Tensor, taps: Taps) -> Tensor:
         if torch.compiler.is_compiling():
@@ -182,7 +182,8 @@ class Differentiable:
         """Return the value and what the gradient shares with it, in float64 where float32 would overflow."""
         with full_precision(filters.device):
             value, shared = self.value(filters, taps)
-            if _overflowed(value):
+            is_known = value.device.type == "cpu" and type(value) is Tensor  # without waiting for a device
+            if is_known and value.dtype == torch.float32 and not value.item() < _SAFE:
                 value, shared = self.value(filters.double(), taps)
             return value.to(filters.dtype), shared
 
@@ -195,13 +196,7 @@ class Differentiable:
             return self.gradient(filters.to(shared.dtype), shared, taps)
 
 
-_BY_NAME: dict[str, Differentiable] = {}
-
-
-def _overflowed(value: Tensor) -> bool:
-    """Say whether to compute again in float64: where the value can be looked at without waiting for a device."""
-    looked_at = value.dtype == torch.float32 and value.device.type == "cpu" and type(value) is Tensor
-    return looked_at and not value.item() < _SAFE
+BY_NAME: dict[str, Differentiable] = {}
 
 
 class _Eager(torch.autograd.Function):
@@ -275,14 +270,14 @@ def _widened(filters: Tensor) -> Tensor:
     "convsim::value", mutates_args=(), schema="(Tensor filters, SymInt[] taps, str name) -> Tensor"
 )
 def _value(filters: Tensor, taps: Sequence[int], name: str) -> Tensor:
-    return _BY_NAME[name].evaluate(filters, tuple(taps))[0]
+    return BY_NAME[name].evaluate(filters, tuple(taps))[0]
 
 
 @torch.library.custom_op(
     "convsim::gradient", mutates_args=(), schema="(Tensor filters, SymInt[] taps, str name) -> Tensor"
 )
 def _gradient(filters: Tensor, taps: Sequence[int], name: str) -> Tensor:
-    function = _BY_NAME[name]
+    function = BY_NAME[name]
     _, shared = function.evaluate(filters, tuple(taps))
     return function.differentiate(filters, shared, tuple(taps)).to(filters.dtype)
 

@@ -1,4 +1,4 @@
-"""Convolutional Similarity: value, gradient and normalized form, exact, in time linear in the channels.
+"""Convolutional Similarity: value and gradient, exact, in time linear in the channels.
 
 Eq. 10 of the paper: L_CS = Σ_{i<j} Σ_{c1,c2} ‖K_i[c1] ⋆ K_j[c2]‖², over all pairs of filters that see the same input.
 Since ‖a ⋆ b‖² = ⟨a ⋆ a, b ⋆ b⟩, with A_i = Σ_c K_i[c] ⋆ K_i[c] (one small array of lags per filter) and
@@ -28,9 +28,9 @@ from torch import Tensor
 from convsim_cli.precision import Differentiable, Taps, constant
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FEW_FILTERS = 128  # up to which the sums of others are one product with a matrix
-_FEW_FILTERS_ELSEWHERE = 2048  # the same off the CPU, where a cumulative sum is a long chain of dependent steps
-_FEW_TAPS = 25  # up to which taps are folded onto lags by a product with a matrix
+FEW_FILTERS = 128  # up to which the sums of others are one product with a matrix
+FEW_FILTERS_ELSEWHERE = 2048  # the same off the CPU, where a cumulative sum is a long chain of dependent steps
+FEW_TAPS = 25  # up to which taps are folded onto lags by a product with a matrix
 
 
 def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
@@ -45,22 +45,6 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
     45.0
     """
     return similarity_of_filters(*to_filters(weight, groups))
-
-
-def normalized_similarity(weight: Tensor, groups: int = 1) -> Tensor:
-    """Return L_CS free of scale: the mean over pairs of ⟨A_i, A_j⟩ / (‖K_i‖²‖K_j‖²).
-
-    weight, errors: as `convolutional_similarity`. Filters that are zero form no pairs; without any pair the result is
-    NaN. Below 1 the filters share the spectrum out, above 1 they crowd the same frequencies; kernels of one tap give
-    1.
-    """
-    filters, taps = to_filters(weight, groups)
-    largest = filters.detach().abs().amax(dim=(-2, -1), keepdim=True)  # the result does not depend on it; squares do
-    live = largest > 0
-    directions = filters / torch.where(live, largest, 1)
-    norms = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
-    count = live.sum(dim=1).flatten()
-    return similarity_of_filters(directions / torch.where(live, norms, 1), taps) / (count * (count - 1) / 2).sum()
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
@@ -155,7 +139,7 @@ def normalized_gradient(filters: Tensor, taps: Taps, vanished: float) -> Tensor:
 
 def spectrum_if_cheaper(filters: Tensor, taps: Taps) -> Tensor | None:
     """Return the FFT of filters where that is the cheaper route to value and gradient, None elsewhere."""
-    return spectra(filters, taps) if _fft_is_cheaper(filters.shape[-1], taps, filters.device.type) else None
+    return spectra(filters, taps) if fft_is_cheaper(filters.shape[-1], taps, filters.device.type) else None
 
 
 def autocorrelation(filters: Tensor, taps: Taps, spectrum: Tensor | None = None) -> Tensor:
@@ -168,7 +152,7 @@ def autocorrelation(filters: Tensor, taps: Taps, spectrum: Tensor | None = None)
     groups, each, size, _ = filters.shape
     gram = (filters @ filters.mT).reshape(groups, each, size * size)
     if _folds_by_matrix(taps, filters.device):
-        return gram @ _lag_matrix(filters, taps)
+        return gram @ lag_matrix(filters, taps)
     return gram.new_zeros(groups, each, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
 
 
@@ -178,7 +162,7 @@ def sum_of_others(autocorrelations: Tensor) -> Tensor:
     Total − A_i would cancel where one filter dominates. A few filters are summed by a matrix that has zeros on its
     diagonal, which is one product; many as exclusive prefix plus exclusive suffix, which is linear in their number.
     """
-    few = _FEW_FILTERS if autocorrelations.is_cpu else _FEW_FILTERS_ELSEWHERE
+    few = FEW_FILTERS if autocorrelations.is_cpu else FEW_FILTERS_ELSEWHERE
     if autocorrelations.shape[1] <= few:
         return _all_but_one(autocorrelations, autocorrelations.shape[1]) @ autocorrelations
     zero = torch.zeros_like(autocorrelations[:, :1])
@@ -197,7 +181,7 @@ def _gradient(
     if size == 1:
         return torch.mul(2 * others.unsqueeze(-1), filters, out=out)
     if _folds_by_matrix(taps, filters.device):
-        toeplitz = others @ _lag_matrix(filters, taps, 2.0).mT
+        toeplitz = others @ lag_matrix(filters, taps, 2.0).mT
     else:
         index = _lag_index(filters, taps).expand(*others.shape[:2], -1)
         toeplitz = (2 * others).gather(-1, index)
@@ -231,7 +215,7 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
 
     It is fast while that matrix is small. Off the CPU it is the way in any case: index_add is not deterministic there.
     """
-    return device.type != "cpu" or prod(taps) <= _FEW_TAPS
+    return device.type != "cpu" or prod(taps) <= FEW_TAPS
 
 
 def _value(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
@@ -253,8 +237,11 @@ def _lag_shape(taps: Taps) -> Taps:
 
 
 @lru_cache(maxsize=64)
-def _fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
-    """Nanoseconds per filter of either route, fitted on a CPU core (kernels from 3×3 to 31×31, 1 to 64 channels)."""
+def fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
+    """Return whether FFTs take less time than Gram products.
+
+    The nanoseconds per filter of each were fitted on a CPU core (kernels from 3×3 to 31×31, 1 to 64 channels).
+    """
     size, points = prod(taps), prod(fft_shape(taps))
     if device != "cpu":  # the fewest launches, while the matrix that folds the Gram product onto lags is below 4 MB
         return size * size * prod(_lag_shape(taps)) > 1 << 20
@@ -274,8 +261,8 @@ def _lag_index(like: Tensor, taps: Taps) -> Tensor:
 
 
 @constant
-def _lag_matrix(like: Tensor, taps: Taps, value: float = 1.0) -> Tensor:
-    """`[N², lags]`, `value` where the pair of taps has the lag: folds a Gram product onto lags."""
+def lag_matrix(like: Tensor, taps: Taps, value: float = 1.0) -> Tensor:
+    """Return `[N², lags]`, `value` where the pair of taps has the lag: it folds a Gram product onto lags."""
     lags = torch.arange(prod(_lag_shape(taps)), device=like.device)
     return value * (_lag_index(like, taps)[:, None] == lags).to(like.dtype)
 

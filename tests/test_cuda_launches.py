@@ -14,7 +14,7 @@ from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import Kernel, module_kernels, weight_of
 from convsim_cli.measurement.feature_maps import LayerMaps
 from convsim_cli.measurement.synthetic import LayerProbe
-from convsim_cli.minimize import Minimization, Stack, _iteration, _of_one_shape, descend_
+from convsim_cli.minimize import Minimization, Stack, descend_, group_by_shape, make_iteration
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.precision import full_precision
@@ -47,7 +47,7 @@ def traced(step: Callable[[], object]) -> Trace:
 
 def iteration(stacks: list[Stack], how: Minimization) -> Trace:
     with torch.no_grad(), full_precision(CUDA):
-        return traced(_iteration(stacks, how))
+        return traced(make_iteration(stacks, how))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_no_objective_waits(objective: str, preserve_norm: bool, optimizer: str)
 def test_an_iteration_launches_per_shape_not_per_layer(preserve_norm: bool) -> None:
     model, how = real_network("resnet18").to(CUDA), Minimization(preserve_norm=preserve_norm)
     layers = [(kernel, weight_of(model, kernel).detach()) for kernel in how.select(module_kernels(model)).kernels]
-    stacks = [Stack(*zip(*group, strict=True)) for group in _of_one_shape(layers)]
+    stacks = [Stack(*zip(*group, strict=True)) for group in group_by_shape(layers)]
     assert len(stacks) < len(layers)
     trace = iteration(stacks, how)
     assert not trace.waits
@@ -122,7 +122,7 @@ def test_training_waits_once_an_epoch_however_many_steps_that_has(mode: str, mor
     waits, launches = [], []
     for steps in (2, 6):
         once = trainer(32 * steps, mode, **more)
-        trace = traced(lambda once=once: once._train(None))
+        trace = traced(lambda once=once: once.train_batches(None))
         waits.append(trace.waits)
         launches.append(trace.launches.total())
     assert waits[0] == waits[1]
@@ -136,7 +136,7 @@ def test_evaluation_waits_once_however_many_images_it_has(statistics: str) -> No
     for count in (1024, 4096):
         once = trainer(count, "baseline", bn_statistics=statistics)
         once.model.train()
-        waits.append(traced(once._evaluate).waits)
+        waits.append(traced(once.evaluate).waits)
     assert waits[0] == waits[1]
     assert waits[0].total() <= 4, waits
 

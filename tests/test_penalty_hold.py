@@ -16,7 +16,7 @@ from convsim_cli.measurement.kernel_figures import measure_weight
 from convsim_cli.minimize import minimize_
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.penalty import SimilarityHold
-from convsim_cli.similarity import normalized_similarity
+from convsim_cli.similarity import convolutional_similarity
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.trainer import Trainer
 
@@ -36,12 +36,19 @@ def network() -> nn.Sequential:
     )
 
 
+def ncs(weight: Tensor, groups: int = 1) -> Tensor:
+    """L_CS of the filters at norm 1, over the number of pairs."""
+    directions = nn.functional.normalize(weight.flatten(1), eps=0).view(weight.shape)
+    each = len(weight) // groups
+    return convolutional_similarity(directions, groups) / (groups * each * (each - 1) / 2)
+
+
 def gradient_of_ncs(model: nn.Sequential, index: int) -> Tensor:
     """∂ncs/∂weight by autograd through the definition."""
     layer: Any = model[index]
     weight = layer.weight.detach().clone().requires_grad_()
     seen = weight.transpose(0, 1) if layer.transposed else weight
-    (gradient,) = torch.autograd.grad(normalized_similarity(seen, layer.groups), weight)
+    (gradient,) = torch.autograd.grad(ncs(seen, layer.groups), weight)
     return gradient
 
 
@@ -87,15 +94,15 @@ def test_ncs_does_not_rise_to_first_order() -> None:
         layer = nn.Conv2d(6, 8, 3).double()
         with torch.no_grad():
             layer.weight.copy_(start)
-        before = normalized_similarity(layer.weight.detach())
+        before = ncs(layer.weight.detach())
         hold = SimilarityHold(layer) if held else None
         direction = gradient / gradient.norm() + 0.5 * side / side.norm()
         with hold() if hold else torch.no_grad(), torch.no_grad():
             layer.weight += length * direction
-        return (normalized_similarity(layer.weight.detach()) - before).item() / length
+        return (ncs(layer.weight.detach()) - before).item() / length
 
     start, side = torch.randn(8, 6, 3, 3).double(), torch.randn(8, 6, 3, 3).double()
-    gradient = torch.autograd.grad(normalized_similarity(leaf := start.clone().requires_grad_()), leaf)[0]
+    gradient = torch.autograd.grad(ncs(leaf := start.clone().requires_grad_()), leaf)[0]
     free, held = ([rise(length, held) for length in (1e-2, 1e-3, 1e-4)] for held in (False, True))
     assert free[2] > 0.5 * gradient.norm()
     assert abs(held[2]) < 0.02 * abs(held[0]) + 1e-9  # vanishes with the length of the step: second order

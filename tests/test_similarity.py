@@ -17,7 +17,6 @@ from convsim_cli.similarity import (
     convolutional_similarity,
     fft_shape,
     normalized_gradient,
-    normalized_similarity,
     power_spectra,
     similarity_gradient,
     spectra,
@@ -33,7 +32,7 @@ LAYERS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (3, 2, 1), (5, 3, 1), (4, 1, 2), (4, 
 @pytest.fixture(params=[None, False, True], ids=["by cost", "Gram", "FFT"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        monkeypatch.setattr(similarity, "_fft_is_cheaper", lambda *_: request.param)
+        monkeypatch.setattr(similarity, "fft_is_cheaper", lambda *_: request.param)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -84,7 +83,7 @@ def test_both_routes_and_both_layouts_give_one_number(monkeypatch: pytest.Monkey
     weight = torch.randn(16, 8, 5, 5, dtype=torch.float64)
     values = []
     for cheaper in (True, False):
-        monkeypatch.setattr(similarity, "_fft_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
+        monkeypatch.setattr(similarity, "fft_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
         values += [
             convolutional_similarity(weight),
             convolutional_similarity(weight.contiguous(memory_format=torch.channels_last)),
@@ -131,7 +130,7 @@ def test_power_spectra_have_the_inner_products_of_autocorrelations(taps: tuple[i
 
 def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
     def fft(*shape: int) -> bool:
-        return similarity._fft_is_cheaper(shape[1], shape[2:], "cpu")
+        return similarity.fft_is_cheaper(shape[1], shape[2:], "cpu")
 
     assert fft(8, 8, 31, 31)
     assert fft(64, 3, 11, 11)
@@ -142,9 +141,9 @@ def test_large_kernels_take_the_fft_and_small_ones_the_gram_product() -> None:
 
 
 def test_accelerators_take_the_fft_only_for_a_large_lag_matrix() -> None:
-    assert not similarity._fft_is_cheaper(3, (7, 7), "cuda")
-    assert not similarity._fft_is_cheaper(1, (7, 7), "cuda")
-    assert similarity._fft_is_cheaper(1, (31, 31), "cuda")
+    assert not similarity.fft_is_cheaper(3, (7, 7), "cuda")
+    assert not similarity.fft_is_cheaper(1, (7, 7), "cuda")
+    assert similarity.fft_is_cheaper(1, (31, 31), "cuda")
 
 
 @pytest.mark.parametrize("count", [1, 2, 128, 129, 300])
@@ -154,7 +153,7 @@ def test_the_sums_of_others_are_the_same_by_matrix_and_by_cumulative_sums(
     autocorrelations = torch.rand(2, count, 5, dtype=torch.float64)
     found = []
     for few in (0, count):
-        monkeypatch.setattr(similarity, "_FEW_FILTERS", few)
+        monkeypatch.setattr(similarity, "FEW_FILTERS", few)
         found.append(similarity.sum_of_others(autocorrelations))
     torch.testing.assert_close(*found, rtol=1e-13, atol=0)
 
@@ -162,7 +161,7 @@ def test_the_sums_of_others_are_the_same_by_matrix_and_by_cumulative_sums(
 def test_folding_by_a_matrix_as_accelerators_do_matches_folding_by_index() -> None:
     filters, taps = to_filters(torch.randn(4, 3, 3, 2, dtype=torch.float64))
     gram = (filters @ filters.mT).flatten(-2)
-    folded = gram @ similarity._lag_matrix(filters, taps)
+    folded = gram @ similarity.lag_matrix(filters, taps)
     torch.testing.assert_close(folded, similarity.autocorrelation(filters, taps), rtol=1e-12, atol=1e-12)
 
 
@@ -187,40 +186,11 @@ def test_autocast_does_not_touch_value_or_gradient() -> None:
     assert torch.equal(cast, plain)
 
 
-def test_the_normalized_form_is_its_definition_at_any_scale() -> None:
-    weight = torch.randn(6, 3, 3, 3, dtype=torch.float64)
-    expected = literal_normalized_similarity(weight, 2)
-    assert relative(normalized_similarity(weight, 2), expected) < 1e-12
-    scaled = weight * torch.logspace(-8, 8, 6, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    assert relative(normalized_similarity(scaled, 2), expected) < 1e-12
-
-
-@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e9, 1e30])
-def test_normalized_form_and_its_gradient_hold_at_any_scale_of_float32(scale: float) -> None:
-    weight = torch.rand(6, 3, 3, 3) + 0.5
-    expected = weight.double().requires_grad_()
-    scaled = (scale * weight).requires_grad_()
-    torch.testing.assert_close(
-        normalized_similarity(scaled).double(), normalized_similarity(expected), rtol=1e-4, atol=0
-    )
-    (gradient,) = torch.autograd.grad(normalized_similarity(scaled), scaled)
-    (expected_gradient,) = torch.autograd.grad(normalized_similarity(expected), expected)
-    assert relative(scale * gradient.double(), expected_gradient) < 1e-4
-
-
 def test_transforms_hold_at_any_scale_of_float32() -> None:
     weight = 1e9 * torch.randn(2, 6, 3, 3, 3)
     assert torch.func.vmap(convolutional_similarity)(weight).isposinf().all()
     expected = torch.func.grad(convolutional_similarity)(weight[0].double()).float()
     torch.testing.assert_close(torch.func.grad(convolutional_similarity)(weight[0]), expected, rtol=1e-4, atol=0)
-
-
-def test_normalized_form_of_one_tap_is_one_and_zero_filters_are_left_out() -> None:
-    weight = torch.randn(6, 3, 1, 1, dtype=torch.float64)
-    assert normalized_similarity(weight).item() == pytest.approx(1, abs=1e-12)
-    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
-    padded = torch.cat([weight, torch.zeros(2, 3, 3, 3, dtype=torch.float64)])
-    assert relative(normalized_similarity(padded), normalized_similarity(weight)) < 1e-12
 
 
 def test_layout_has_no_copy_for_channels_last_weights() -> None:

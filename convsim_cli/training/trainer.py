@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import cos, pi
@@ -60,7 +60,13 @@ class Trainer:
         self.processes = processes
         self.mode = MODES[arguments.mode]
         self.penalty = ConvSimPenalty(model, arguments.objective)
-        self.optimizer = make_optimizer(model.parameters(), arguments)
+        self.optimizer: torch.optim.Optimizer
+        settings: dict[str, Any] = {"lr": arguments.lr, "weight_decay": arguments.weight_decay, "fused": True}
+        if arguments.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(model.parameters(), **settings)
+        else:
+            settings |= {"momentum": arguments.momentum, "nesterov": arguments.nesterov}
+            self.optimizer = torch.optim.SGD(model.parameters(), **settings)
         self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
             indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
@@ -85,10 +91,10 @@ class Trainer:
         start = time.perf_counter()
         # fp32 means fp32; bf16 is switched on inside
         with (tf32 if self.arguments.precision == "tf32" else full_precision)(self.device):
-            loss, accuracy = self._train(advance)
+            loss, accuracy = self.train_batches(advance)
             self.processes.broadcast_buffers(self.model)
             with self._autocast():
-                (test_loss, test_accuracy), *validation = self._evaluate()
+                (test_loss, test_accuracy), *validation = self.evaluate()
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss,
@@ -99,7 +105,12 @@ class Trainer:
             "seconds": time.perf_counter() - start,
             **{name: value for found in validation for name, value in zip(VALIDATION_COLUMNS, found, strict=True)},
         }
-        self._check_finite(row)
+        if not all(map(math.isfinite, row.values())):
+            if not self.processes.is_rank_zero:
+                raise FollowedError
+            losses = f"the loss is {loss:g} in training and {test_loss:g} in testing"
+            losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
+            raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
         self.epoch += 1
         return row
 
@@ -127,7 +138,8 @@ class Trainer:
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, self.device)
 
-    def _train(self, advance: Advance | None) -> tuple[float, float]:
+    def train_batches(self, advance: Advance | None) -> tuple[float, float]:
+        """Train on the batches of an epoch; return the mean loss and the accuracy in per cent. See `run_epoch`."""
         self.model.train()
         data = self.dataset.train
         # the sums of the loss and of correct predictions stay on the device until the end of the epoch
@@ -190,8 +202,8 @@ class Trainer:
             )
         return beta
 
-    def _evaluate(self) -> list[tuple[float, float]]:
-        """Loss and accuracy on the test images, and on the validation images if there are any.
+    def evaluate(self) -> list[tuple[float, float]]:
+        """Return loss and accuracy (per cent) on the test images, and on the validation images if there are any.
 
         The statistics that `precise` re-estimates stay in the model, to be saved with it.
         """
@@ -209,15 +221,6 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
 
-    def _check_finite(self, row: Mapping[str, float]) -> None:
-        if all(math.isfinite(value) for value in row.values()):
-            return
-        if not self.processes.is_rank_zero:
-            raise FollowedError
-        losses = f"the loss is {row['train_loss']:g} in training and {row['test_loss']:g} in testing"
-        losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
-        raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
-
 
 def choose_algorithms(deterministic: bool) -> None:
     """Allow only deterministic algorithms from now on, or let cuDNN time its own for each shape of images.
@@ -233,15 +236,6 @@ def choose_algorithms(deterministic: bool) -> None:
 def compile_network(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Compile a network; on CUDA into graphs that are replayed without work for the host in between."""
     return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], arguments: Arguments) -> torch.optim.Optimizer:
-    """Return the optimizer that a run's arguments ask for."""
-    lr, decay = arguments.lr, arguments.weight_decay
-    if arguments.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True)
-    momentum, nesterov = arguments.momentum, arguments.nesterov
-    return torch.optim.SGD(parameters, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
 
 
 def learning_rate(arguments: Arguments, step: int, steps: int) -> float:

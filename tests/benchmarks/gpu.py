@@ -145,7 +145,7 @@ def _penalty(given: argparse.Namespace, network: str, batch: int, precision: str
     runs = {}
     for mode in ("baseline", "reg"):
         trainer = _trainer(given, network, 8 * batch, mode=mode, batch_size=batch, precision=precision)
-        runs[mode] = partial(trainer._train, None)
+        runs[mode] = partial(trainer.train_batches, None)
     with full_precision(given.device):  # as an epoch enters it
         found = interleave(runs, given.device, 3 if given.smoke else 21)
     what = f"{network}, batch {batch}, {precision}"
@@ -194,7 +194,7 @@ def _memory_of_init(given: argparse.Namespace, network: str) -> Iterator[Row]:
 
 def _memory_of_step(given: argparse.Namespace, network: str, batch: int, precision: str, mode: str) -> Iterator[Row]:
     trainer = _trainer(given, network, 2 * batch, mode=mode, batch_size=batch, precision=precision)
-    peak = _peak(partial(trainer._train, None), given)
+    peak = _peak(partial(trainer.train_batches, None), given)
     yield f"peak memory, {mode}, {network}, batch {batch}, {precision}", peak, "MB", ""
 
 

@@ -12,7 +12,7 @@ from timing import arguments, interleave, report
 
 from convsim_cli.device import repeated
 from convsim_cli.kernels import module_kernels, weight_of
-from convsim_cli.minimize import Minimization, Stack, _batches, _iteration, _of_one_shape
+from convsim_cli.minimize import Minimization, Stack, batch_layers, group_by_shape, make_iteration
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.precision import full_precision
 
@@ -33,9 +33,9 @@ def steps(network: str, device: torch.device) -> dict[str, Step]:
             optimizer.step()
 
     def iterations(how: Minimization) -> Step:
-        stacks = [Stack(*zip(*group, strict=True)) for batch in _batches(layers) for group in _of_one_shape(batch)]
+        stacks = [Stack(*zip(*group, strict=True)) for batch in batch_layers(layers) for group in group_by_shape(batch)]
         together = [[stack] for stack in stacks] if device.type == "cpu" else [stacks]
-        each = [repeated(_iteration(group, how), device) for group in together]
+        each = [repeated(make_iteration(group, how), device) for group in together]
 
         @torch.no_grad()
         def all_once() -> None:

@@ -17,7 +17,7 @@ from timing import arguments, interleave, report
 from torch import Tensor, nn
 
 from convsim_cli.objectives import OBJECTIVES
-from convsim_cli.precision import _BY_NAME, full_precision
+from convsim_cli.precision import BY_NAME, full_precision
 from convsim_cli.similarity import to_filters
 
 LAYERS = (
@@ -51,7 +51,7 @@ def kernels_of(network: str) -> list[Tensor]:
 def value_and_gradient(weights: Sequence[Tensor], name: str) -> Callable[[], object]:
     """An objective and its gradient, which share what both need, in the layout in which `init` keeps kernels."""
     layers = [to_filters(weight) for weight in weights]
-    objective = _BY_NAME[name]
+    objective = BY_NAME[name]
 
     @torch.no_grad()
     def run() -> None:

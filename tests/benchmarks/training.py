@@ -37,7 +37,7 @@ def noise(train: int, test: int | None = None) -> Dataset:
 
 def trained(arch: str, mode: str, batch: int, data: Dataset, device: torch.device) -> Callable[[], object]:
     trainer = Trainer(build_network(arch), data, Arguments(mode=mode, batch_size=batch), device)
-    return lambda: trainer._train(None)
+    return lambda: trainer.train_batches(None)
 
 
 def bare(arch: str, batch: int, data: Dataset, device: torch.device) -> Callable[[], object]:
