@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class CampaignReport(Report):
-    """What to call while many runs train, besides what each of them calls.
+    """Callbacks of a campaign, besides those of each run.
 
     plan: takes the number of runs, of those that are finished, and of the epochs that the others need. end: takes a run
     that was not finished before, once it is, and the epochs that it needed. wait: takes the name of the first run that

@@ -28,7 +28,7 @@ FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
 
 @dataclass(frozen=True)
 class Choices:
-    """What to run. None stands for what is usual."""
+    """What to run; None stands for the default."""
 
     base: Arguments  # limits, data, precision, device and the first seed
     seeds: int = 1
@@ -42,7 +42,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration: what names it in JSON, and its jobs, one per seed."""
+    """One configuration: its labels in JSON, and its jobs, one per seed."""
 
     labels: dict[str, Any]
     jobs: tuple[Job, ...]
@@ -55,8 +55,8 @@ Found = Sequence[tuple[Cell, list[Outcome]]]  # each configuration with the outc
 class Experiment:
     """A trained experiment of the paper.
 
-    takes: the fields of `Choices`, besides seeds and epochs, that apply to it, each with what its values are called and
-    those that the paper has. cells: its configurations. rows: the rows of its JSON.
+    takes: the fields of `Choices`, besides seeds and epochs, that apply to it, each with a prefix for its values, and
+    the paper's values. cells: its configurations. rows: the rows of its JSON.
     """
 
     name: str
@@ -80,7 +80,7 @@ def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, repo
     for arguments in {job.arguments.arch: job.arguments for job in jobs}.values():
         check_network(build_with_weights(arguments, dataset.classes), arguments, dataset)
     make_folder(run_dir)
-    outcomes = run_all(jobs, run_dir, dataset, report)
+    outcomes = iter(run_all(jobs, run_dir, dataset, report))  # in the order of the jobs
     return {
         "name": experiment.name,
         "title": experiment.title + (f" (reduced: {'; '.join(reduced)})" if reduced else ""),
@@ -90,7 +90,7 @@ def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, repo
         "precision": choices.base.precision,
         "compile": choices.base.compile,
         "bn_statistics": choices.base.bn_statistics,
-        "rows": experiment.rows(group_outcomes(cells, outcomes)),
+        "rows": experiment.rows([(cell, [next(outcomes) for _ in cell.jobs]) for cell in cells]),
     }
 
 
@@ -106,7 +106,7 @@ def plan_cells(experiment: Experiment, choices: Choices) -> list[Cell]:
 
 
 def reductions(experiment: Experiment, choices: Choices, dataset: Dataset) -> list[str]:
-    """Return how the choices make an experiment less than the paper's, a phrase each."""
+    """Return how the choices reduce an experiment compared with the paper, a phrase each."""
     phrases = []
     if choices.epochs is not None and choices.epochs < experiment.epochs:
         phrases.append(f"{choices.epochs} of {experiment.epochs} epochs")
@@ -122,12 +122,6 @@ def reductions(experiment: Experiment, choices: Choices, dataset: Dataset) -> li
         if missing:
             phrases.append(f"without {what}{', '.join(missing)}")
     return phrases
-
-
-def group_outcomes(cells: Sequence[Cell], outcomes: Sequence[Outcome]) -> list[tuple[Cell, list[Outcome]]]:
-    """Return the configurations, each with the outcomes of its jobs, which are in the order of the configurations."""
-    rest = iter(outcomes)
-    return [(cell, [next(rest) for _ in cell.jobs]) for cell in cells]
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -213,13 +207,12 @@ def _grid_rows(found: Found) -> list[dict[str, Any]]:
         baseline, init = summarize(without), summarize(treated)
         best = init["best_test_accuracy"], baseline["best_test_accuracy"]
         lr, batch_size = cell.labels["lr"], cell.labels["batch_size"]
-        is_published = (lr, batch_size) == (paper.FIGURE_4.lr, paper.FIGURE_4.batch_size)
         gain = None if None in best else best[0] - best[1]
         rows.append(
             {
                 "lr": lr,
                 "batch_size": batch_size,
-                "published": {"gain": paper.FIGURE_4.points if is_published else None},
+                "published": {"gain": paper.FIGURE_4.get((lr, batch_size))},
                 "measured": {"gain": gain, "baseline": baseline, "init": init},
                 "runs": _folders([*without, *treated]),
             }

@@ -103,11 +103,11 @@ def run_episodes(
     with torch.no_grad(), full_precision(kernels.device):
         norms = torch.linalg.vector_norm(kernels, dim=(-2, -1), keepdim=True)
         for iteration in range(settings.iterations + 1):
-            objectives.append(_objective(kernels, table))
+            objectives.append(pair_objective(kernels, table))
             similarities.append(inner_products(kernels, episodes.gram)[:, 0, 1].square())
             if iteration == settings.iterations:
                 break
-            kernels.grad = _gradient(kernels, table)
+            kernels.grad = pair_gradient(kernels, table)
             if fixed_norms:
                 project_(kernels.grad, kernels, norms)
             step.step()
@@ -115,7 +115,7 @@ def run_episodes(
                 rescale_(kernels, norms)
             if advance:
                 advance(1)
-        found = _figures(torch.stack(objectives), torch.stack(similarities))
+        found = summarize_episodes(torch.stack(objectives), torch.stack(similarities))
         found["cos_before"] = _cosine(inner_products(episodes.kernels, episodes.gram))
         found["cos_after"] = _cosine(inner_products(kernels, episodes.gram))
     return found
@@ -127,7 +127,8 @@ def inner_products(kernels: Tensor, gram: Tensor) -> Tensor:
     return flat @ gram @ flat.mT
 
 
-def _objective(kernels: Tensor, table: NumericalTable) -> Tensor:
+def pair_objective(kernels: Tensor, table: NumericalTable) -> Tensor:
+    """Return the table's objective in every episode, `[episodes]`."""
     if table.objective == "kernel":
         return (kernels[:, 0] * kernels[:, 1]).sum((1, 2)).square()
     taps = (kernels.shape[2],)
@@ -135,31 +136,29 @@ def _objective(kernels: Tensor, table: NumericalTable) -> Tensor:
     return (first * second).sum(1)
 
 
-def _gradient(kernels: Tensor, table: NumericalTable) -> Tensor:
+def pair_gradient(kernels: Tensor, table: NumericalTable) -> Tensor:
+    """Return ∂`pair_objective`/∂kernels, `[episodes, 2, N, 1]`."""
     if table.objective == "kernel":
         return 2 * (kernels[:, :1] * kernels[:, 1:]).sum((1, 2, 3), keepdim=True) * kernels.flip(1)
     return similarity_gradient(kernels, (kernels.shape[2],))
 
 
-def _figures(objectives: Tensor, similarities: Tensor) -> Measured:
+def summarize_episodes(objectives: Tensor, similarities: Tensor) -> Measured:
+    """Return the figures by `KEYS` of iterates, both `[iterates, episodes]`; see `run_episodes`."""
     before, after = similarities[0], similarities[-1]
     change = 100 * (after - before).abs() / before
     correlations = _pearson(objectives, similarities)
-    columns = (correlations[correlations.isfinite()], change[after < before], change[after > before])
-    correlation, decrease, increase = map(_mean_and_std, columns)
+    spreads: list[float | None] = []
+    for values in (correlations[correlations.isfinite()], change[after < before], change[after > before]):
+        spreads += [values.mean().item() if len(values) else None, values.std().item() if len(values) > 1 else None]
     frequency = 100 * (after < before).double().mean().item()
-    return dict(zip(KEYS, (*correlation, frequency, *decrease, *increase), strict=True))
+    return dict(zip(KEYS, (*spreads[:2], frequency, *spreads[2:]), strict=True))
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's correlation along the first axis."""
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))
-
-
-def _mean_and_std(values: Tensor) -> tuple[float | None, float | None]:
-    mean = values.mean().item() if len(values) else None
-    return mean, values.std().item() if len(values) > 1 else None
 
 
 def _cosine(products: Tensor) -> float:

@@ -1,6 +1,6 @@
 """What the paper published, each number with its table and row, and the settings of its experiments.
 
-The arms of Table 5 and Figures 1 to 3 are the paper's, and others that say where a gain comes from. Nothing here
+The arms of Table 5 and Figures 1 to 3 are the paper's, and others that isolate where a gain comes from. Nothing here
 imports torch, so that `convsim reproduce --help` is quick.
 """
 
@@ -27,7 +27,7 @@ KEYS = (  # figures of a row, in per cent except for the correlations
 class NumericalRow:
     """A row of Tables 1, 2, 3 or 6: kernels of N taps, an optimizer, and what was published.
 
-    published: by `KEYS`; None for a cell that is empty or did not survive.
+    published: by `KEYS`; None for a cell that is empty or that the paper does not give.
     """
 
     table: str
@@ -56,20 +56,13 @@ class NumericalTable:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What the text says of Figure 4: the points of test accuracy that Algorithm 1 gains in one configuration."""
-
-    lr: float
-    batch_size: int
-    points: float
-
-
-@dataclass(frozen=True)
 class Arm:
     """One way to train.
 
-    set: one of `SETS`. settings: arguments of `train` that differ from the baseline's. published: top test accuracy in
-    per cent by network, from Table 5 and the text of section 4.2.
+    set: one of `SETS`: the paper's arms; controls, which isolate where a gain comes from; peers, other objectives in
+    place of L_CS; or those with momentum 0.9, as in the authors' public code. settings: arguments of `train` that
+    differ from the baseline's. published: top test accuracy in per cent by network, from Table 5 and the text of
+    section 4.2.
     """
 
     name: str
@@ -86,7 +79,7 @@ NUMERICAL_TABLES = (
         "minimizing Convolutional Similarity, the effect",
         "cs",
         "full",
-        "its cells did not survive; the text: feature-map similarity falls in all cases, near 100 % orthogonality",
+        "the paper gives no cells; the text: feature-map similarity falls in all cases, near 100 % orthogonality",
     ),
     NumericalTable("table6", "minimizing Convolutional Similarity, valid cross-correlation", "cs", "valid"),
 )
@@ -112,7 +105,7 @@ NUMERICAL_ROWS = (
     NumericalRow("table6", 16, "adam", (0.77, 0.28, 99.9, 99.80, 2.49, 688.54, None)),
     NumericalRow("table6", 16, "sgd", (0.851, 0.23, 98.6, 98.68, 8.20, 10.90e4, 40.35e4)),
 )
-TABLE_9: dict[tuple[int, str], RowSettings] = {  # by N and optimizer; Tables 7 and 8 did not survive
+TABLE_9: dict[tuple[int, str], RowSettings] = {  # by N and optimizer; the paper does not give Tables 7 and 8
     (3, "adam"): RowSettings(0.1, 300),
     (3, "sgd"): RowSettings(0.1, 300),
     (9, "adam"): RowSettings(0.1, 300),
@@ -123,13 +116,13 @@ TABLE_9: dict[tuple[int, str], RowSettings] = {  # by N and optimizer; Tables 7 
 FITTED = {("table1", 16, "sgd"): RowSettings(0.1, 300)}  # by table, N and optimizer, where Table 9 does not serve
 FITTED_NOTES = {
     "table1": "N = 16 with SGD has learning rate 0.1 and 300 iterations, found by trying seven settings; "
-    "with those of Table 9 (0.01, 700) the published row does not come back"
+    "with those of Table 9 (0.01, 700) the published row cannot be reproduced"
 }
 ARCHS = ("cnn1", "cnn2")
 EPOCHS = 100
-FIGURE_4 = Gain(0.001, 128, 20.0)  # the one configuration that section 4.3 names
+FIGURE_4 = {(0.001, 128): 20.0}  # points of test accuracy gained, by lr and batch size; section 4.3 names no other
 DEEP_ARCH, DEEP_EPOCHS, DEEP_ITERATIONS = "resnet18", 50, 200  # section 4.3
-LEARNING_RATES = (0.1, 0.01, 0.001)  # the axes of Figure 4 did not survive; FIGURE_4 and Figure 5 name points on them
+LEARNING_RATES = (0.1, 0.01, 0.001)  # the paper gives no axes of Figure 4; FIGURE_4 and Figure 5 name points on them
 BATCH_SIZES = (64, 128, 256)
 FIGURE_5 = (0, 10, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200)  # values of I
 FIGURE_5_LR, FIGURE_5_BATCH_SIZE = 0.01, 64
@@ -140,12 +133,6 @@ CLAIMS = {
     "figure3": "both reach a train accuracy near 100 % earlier than the baseline",
     "figure4": "Algorithm 1 outperforms the baseline in every configuration, by 20 points at lr 0.001, batch 128",
     "figure5": "most of the gain is there within I < 60, and I = 10 gives a good one already",
-}
-SETS = {
-    "published": "the paper's arms",
-    "controls": "arms that say where a gain comes from",
-    "peers": "other objectives in the place of L_CS",
-    "momentum": "with momentum 0.9, as in the authors' public code",
 }
 ALL = "all"
 USUAL_ARMS = ("baseline", "init", "reg", "rescale", "init-norm")  # unless arms are chosen
@@ -180,6 +167,7 @@ ARMS: dict[str, Arm] = {
         ),
     )
 }
+SETS = tuple(dict.fromkeys(arm.set for arm in ARMS.values()))
 
 
 def settings_of(table: str, taps: int, optimizer: str) -> RowSettings:

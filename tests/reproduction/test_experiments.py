@@ -14,7 +14,6 @@ from convsim_cli.reproduction.experiments import (
     EXPERIMENTS,
     Choices,
     find_experiment,
-    group_outcomes,
     plan_cells,
     reductions,
     summarize,
@@ -57,7 +56,7 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
     assert arms("peers", "init", "peers", "reg-kernel") == [*peers, "init"]
     assert all(ARMS[name].settings["beta"] == "auto" for name in peers)
     assert arms("all") == list(ARMS)
-    assert {arm.set for arm in ARMS.values()} == set(SETS)
+    assert SETS == ("published", "controls", "peers", "momentum")
     cells = plan_cells(table5, Choices(BASE, arms=("all",)))
     arguments = {cell.jobs[0].stem: cell.jobs[0].arguments for cell in cells}
     assert all(how.epochs == 100 and how.batch_size == 512 for how in arguments.values())
@@ -110,7 +109,7 @@ def test_undefined_figures_are_null() -> None:
 def test_the_gain_of_figure_4_is_init_less_baseline() -> None:
     experiment = find_experiment("figure4")
     cells = plan_cells(experiment, Choices(BASE, lrs=(0.001,), batch_sizes=(128,)))
-    (row,) = experiment.rows(group_outcomes(cells, [outcome([40], [40]), outcome([55], [50])]))
+    (row,) = experiment.rows(list(zip(cells, [[outcome([40], [40])], [outcome([55], [50])]], strict=True)))
     assert row["published"] == {"gain": 20.0}
     assert row["measured"]["gain"] == 15
     assert (row["measured"]["baseline"]["best_test_accuracy"], row["measured"]["init"]["best_test_accuracy"]) == (

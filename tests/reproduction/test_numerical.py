@@ -14,15 +14,15 @@ from convsim_cli.errors import InputError
 from convsim_cli.reproduction.numerical import (
     EPISODES,
     INPUT_LENGTH,
-    _figures,
-    _gradient,
-    _objective,
     draw_episodes,
     find_table,
     inner_products,
     numerical_steps,
+    pair_gradient,
+    pair_objective,
     reproduce_table,
     run_episodes,
+    summarize_episodes,
 )
 from convsim_cli.reproduction.published import KEYS, NUMERICAL_ROWS, NUMERICAL_TABLES
 
@@ -46,7 +46,7 @@ def test_inner_products_are_those_of_the_feature_maps_of_equation_2(padding: Lit
 @pytest.mark.parametrize("name", ["table1", "table2"])
 def test_objectives_and_gradients_are_the_literal_ones_per_episode(name: str) -> None:
     kernels = draw_episodes(4, "full", 3, seed=1).kernels.requires_grad_()
-    found = _objective(kernels, find_table(name))
+    found = pair_objective(kernels, find_table(name))
 
     def literal(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b).square() if name == "table1" else correlate(a, b).square().sum()
@@ -54,13 +54,13 @@ def test_objectives_and_gradients_are_the_literal_ones_per_episode(name: str) ->
     expected = torch.stack([literal(pair[0, :, 0], pair[1, :, 0]) for pair in kernels])
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(expected.sum(), kernels)
-    torch.testing.assert_close(_gradient(kernels.detach(), find_table(name)), gradient)
+    torch.testing.assert_close(pair_gradient(kernels.detach(), find_table(name)), gradient)
 
 
 def test_figures_follow_their_definitions() -> None:
     objectives = torch.tensor([[4.0, 4.0, 4.0], [2.0, 3.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
     similarities = torch.tensor([[4.0, 1.0, 1.0], [2.0, 2.0, 3.0], [1.0, 3.0, 5.0]], dtype=torch.float64)
-    found = _figures(objectives, similarities)
+    found = summarize_episodes(objectives, similarities)
     pearson = [torch.corrcoef(torch.stack([objectives[:, i], similarities[:, i]]))[0, 1].item() for i in range(3)]
     assert found["correlation_mean"] == pytest.approx(sum(pearson) / 3)
     assert found["reduction_frequency"] == pytest.approx(100 / 3)
