@@ -256,21 +256,17 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
         means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
         axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
         if len(curve.histories) > 1:
-            bands = [_band(seeds, column in LOGARITHMIC) for seeds in values]
-            low, high = [low for low, _ in bands], [high for _, high in bands]
+            spreads = [stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+            low = [center - spread for center, spread in zip(means, spreads, strict=True)]
+            high = [center + spread for center, spread in zip(means, spreads, strict=True)]
+            if column in LOGARITHMIC:  # which has no room for 0 and below
+                low = [bottom if bottom > 0 else min(seeds) for bottom, seeds in zip(low, values, strict=True)]
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC:
         _use_log_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single epoch is a single tick
     axes.set_xlabel("epoch")
     axes.set_ylabel(UNITS[column])
-
-
-def _band(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
-    """The mean of an epoch's seeds minus and plus their standard deviation; a log scale has no room for 0 and below."""
-    center, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
-    low = center - spread
-    return (min(values) if logarithmic and low <= 0 else low), center + spread
 
 
 def _use_log_scale(axes: Axes) -> None:

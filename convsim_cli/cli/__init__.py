@@ -106,7 +106,14 @@ def run(arguments: list[str]) -> int:
         except Exception as error:
             if os.environ.get("CONVSIM_DEBUG") == "1":
                 raise
-            code, message = _explain(error, arguments)
+            code, message = (
+                1,
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)",
+            )
+            if isinstance(error, ConvsimError):
+                code, message = error.exit_code, str(error)
+            elif hasattr(error, "format_message"):  # a usage error of the parser
+                code, message = 2, explain_usage(error, arguments) or "see convsim --help"
             if not isinstance(error, FollowedError):  # which rank 0 reports
                 _show("error", message, arguments)
         if code == 130:  # the parser turns some interruptions into this code by itself
@@ -121,12 +128,3 @@ def find_command(arguments: list[str]) -> Any:
 
 def _show(kind: str, message: str, arguments: list[str]) -> None:
     say(f"convsim: {kind}: {with_options(message, find_command(arguments))}")
-
-
-def _explain(error: Exception, arguments: list[str]) -> tuple[int, str]:
-    """The exit code, and the line that says what was wrong."""
-    if isinstance(error, ConvsimError):
-        return error.exit_code, str(error)
-    if hasattr(error, "format_message"):  # a usage error of the parser
-        return 2, explain_usage(error, arguments) or "see convsim --help"
-    return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)"

@@ -18,7 +18,7 @@ Examples:
  convsim compare runs --baseline cnn1-init-s0      # the group of this run
  convsim compare runs --json | jq '.groups[].difference'"""
 
-_HEADERS = {  # on a terminal, by the keys of JSON, which TSV has as they are
+HEADERS = {  # on a terminal, by the keys of JSON, which TSV has as they are
     "best_test_accuracy": "best_accuracy",
     "last_test_accuracy": "last_accuracy",
     "mean_last5_test_accuracy": "mean_last5",
@@ -70,7 +70,7 @@ def compare(
     if as_json:
         return
     groups = content["groups"]
-    table = _screen_table(groups, accuracy) if console.is_screen else _full_table(groups)
+    table = screen_table(groups, accuracy) if console.is_screen else _full_table(groups)
     console.table(*table, LEAST)
     lengths = {group["epochs"] for group in groups}
     if len(lengths) == 1:
@@ -81,46 +81,42 @@ def compare(
         console.note("no differences: no single group is the baseline; name a group or a run with --baseline")
 
 
-def _screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[list[str], list[list[Cell]]]:
-    """Means with deviations, and of the differences those of the best and of the last five test accuracies."""
+def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[list[str], list[list[Cell]]]:
+    """Return the columns and rows for a terminal: means ± deviations, and differences with their intervals."""
     compared = _COMPARED if any(group["difference"] for group in groups) else {}
     reach = [f"epochs_to_{accuracy:g}"] if accuracy is not None else []
-    columns = ["group", "n", *_HEADERS.values(), *reach, *compared.values()]
+    columns = ["group", "n", *HEADERS.values(), *reach, *compared.values()]
     rows: list[list[Cell]] = []
     for group in groups:
-        row: list[Cell] = [group["group"], group["n"], *(_plus_minus(group[key]) for key in _HEADERS)]
+        row: list[Cell] = [group["group"], group["n"], *(_plus_minus(group[key]) for key in HEADERS)]
         if reach:
             found = group["epochs_to_accuracy"]
             some = f"{found['reached']} of {group['n']} seeds"
             row.append(some if found["mean"] is None else _plus_minus(found))
-        rows.append(row + [_interval(group["difference"], key) for key in compared])
+        for key in compared:
+            found = group["difference"][key] if group["difference"] else dict.fromkeys(("mean", "low", "high"))
+            ends = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+            row.append("" if found["mean"] is None else f"{found['mean']:+.2f}{ends}")
+        rows.append(row)
     return columns, rows
 
 
 def _full_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
-    """Every figure in a column of its own."""
-    columns = ["group", "n", "epochs", *(f"{key}{end}" for key in _HEADERS for end in ("", "_std"))]
+    """Return the columns and rows for TSV: every figure in a column of its own."""
+    columns = ["group", "n", "epochs", *(f"{key}{end}" for key in HEADERS for end in ("", "_std"))]
     columns += ["epochs_to_accuracy", "epochs_to_accuracy_std", "reached", "pairs"]
-    columns += [f"{key}_difference{end}" for key in _HEADERS for end in ("", "_low", "_high")]
+    columns += [f"{key}_difference{end}" for key in HEADERS for end in ("", "_low", "_high")]
     rows: list[list[Cell]] = []
     for group in groups:
         reached = group["epochs_to_accuracy"] or dict.fromkeys(("mean", "std", "reached"))
-        nothing: dict[str, Any] = {"n": None, **dict.fromkeys(_HEADERS, dict.fromkeys(("mean", "low", "high")))}
+        nothing: dict[str, Any] = {"n": None, **dict.fromkeys(HEADERS, dict.fromkeys(("mean", "low", "high")))}
         difference = group["difference"] or nothing
         row = [group[key] for key in ("group", "n", "epochs")]
-        row += [group[key][part] for key in _HEADERS for part in ("mean", "std")]
+        row += [group[key][part] for key in HEADERS for part in ("mean", "std")]
         row += [*(reached[part] for part in ("mean", "std", "reached")), difference["n"]]
-        rows.append(row + [difference[key][part] for key in _HEADERS for part in ("mean", "low", "high")])
+        rows.append(row + [difference[key][part] for key in HEADERS for part in ("mean", "low", "high")])
     return columns, rows
 
 
 def _plus_minus(spread: dict[str, float | None]) -> str:
     return f"{spread['mean']:.2f}" + ("" if spread["std"] is None else f" ± {spread['std']:.2f}")
-
-
-def _interval(difference: dict[str, Any] | None, key: str) -> str:
-    if difference is None or difference[key]["mean"] is None:
-        return ""
-    found = difference[key]
-    ends = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
-    return f"{found['mean']:+.2f}{ends}"

@@ -49,10 +49,12 @@ def plot(
 
 
 def _curves(runs: Sequence[RunResults]) -> list[Curve]:
-    """A curve per group of seeds, and one for each other run, with the name of its folder."""
+    """Return a curve per group of seeds, and one per other run, named after its folder (if ambiguous, its path)."""
     from convsim_cli.training.comparison import group_by_seed
 
-    labels = dict(zip([run.folder for run in runs], _labels([run.folder for run in runs]), strict=True))
+    names = [run.folder.resolve().name for run in runs]
+    are_unique = len(set(names)) == len(names)
+    labels = {run.folder: name if are_unique else str(run.folder) for run, name in zip(runs, names, strict=True)}
     curves = []
     for group in group_by_seed(runs):
         if len(group.runs) > 1 and len(set(group.seeds)) == len(group.runs):
@@ -60,9 +62,3 @@ def _curves(runs: Sequence[RunResults]) -> list[Curve]:
         else:
             curves += [Curve(labels[run.folder], [run.rows]) for run in group.runs]
     return curves
-
-
-def _labels(runs: list[Path]) -> list[str]:
-    """The names of the folders, or their paths if two names are the same."""
-    names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(runs) else [str(run) for run in runs]

@@ -6,7 +6,7 @@ that of Student's t.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -18,17 +18,15 @@ from typing import Any
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, open_run, read_results, spread
+from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_results, spread
 
 CONFIDENCE = 0.95  # of the interval of a mean
 
 
 @dataclass(frozen=True)
-class RunResults:
-    """A run's folder, its arguments and its rows of `results.csv`."""
+class RunResults(Run):
+    """A run with its rows of `results.csv`."""
 
-    folder: Path
-    arguments: Arguments
     rows: list[Row]
 
     @property
@@ -96,7 +94,9 @@ def _check_comparable(runs: Sequence[RunResults]) -> None:
         if not run.rows:
             raise InputError(f"{run.folder}: has no finished epoch yet; train it first, or leave it out")
         for name in ("dataset", "limit_test"):
-            ours, theirs = (_data(of, name) for of in (first, run))
+            ours, theirs = (getattr(of.arguments, name) for of in (first, run))
+            if name == "dataset":  # a folder of images may lie anywhere
+                ours, theirs = first.arguments.folder_digest or ours, run.arguments.folder_digest or theirs
             if ours != theirs:
                 raise InputError(
                     f"{first.folder} and {run.folder} were tested on different data ({name} {ours} and {theirs}); "
@@ -112,16 +112,17 @@ def _check_comparable(runs: Sequence[RunResults]) -> None:
         )
 
 
-def _data(run: RunResults, name: str) -> Any:
-    """What says which images a run was tested on; a folder of images may lie anywhere."""
-    if name == "dataset" and run.arguments.folder_digest:
-        return run.arguments.folder_digest
-    return getattr(run.arguments, name)
-
-
 def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     if name is None:
-        return _usual_baseline(groups)
+        plain = [group for group in groups if group.runs[0].arguments.mode == "baseline"]
+        if len(plain) > 1:  # then the one whose other arguments are the defaults
+            known = declarations(Arguments)
+            plain = [
+                group
+                for group in plain
+                if all(value == known[key].default for key, value in group.arguments.items() if key != "epochs")
+            ]
+        return plain[0] if len(plain) == 1 else None
     by_name = {group.name: [group] for group in groups}
     for group in groups:
         for run in group.runs:
@@ -133,19 +134,6 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     if len(found) > 1:
         raise InputError(f"`baseline` {name!r}: several runs have this name; give the path of one")
     return found[0]
-
-
-def _usual_baseline(groups: Sequence[Group]) -> Group | None:
-    """The group of mode baseline; if there are several, the one whose other arguments are the defaults."""
-    known = declarations(Arguments)
-    plain = [group for group in groups if group.runs[0].arguments.mode == "baseline"]
-    if len(plain) > 1:
-        plain = [
-            group
-            for group in plain
-            if all(value == known[name].default for name, value in group.arguments.items() if name != "epochs")
-        ]
-    return plain[0] if len(plain) == 1 else None
 
 
 def _figures(group: Group, reference: Group | None, accuracy: float | None) -> dict[str, Any]:
@@ -191,7 +179,13 @@ def read_runs(paths: Iterable[Path]) -> list[RunResults]:
 
     Raises InputError for a path without runs, and for a run whose arguments or results cannot be read.
     """
-    folders = {folder.resolve(): folder for path in paths for folder in _run_folders(path)}
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        is_run = (path / ARGUMENTS_FILE).exists()
+        found = [path] if is_run else sorted(file.parent for file in path.glob(f"*/{ARGUMENTS_FILE}"))
+        if not found:
+            raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
+        folders |= {folder.resolve(): folder for folder in found}
     return [RunResults(folder, open_run(folder).arguments, read_results(folder)) for folder in folders.values()]
 
 
@@ -203,48 +197,22 @@ def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[G
     """
     grouped: dict[tuple[Any, ...], list[RunResults]] = {}
     for run in runs:
-        grouped.setdefault(tuple(_configuration(run, by_length).items()), []).append(run)
-    configurations = [dict(key) for key in grouped]
-    differing = [
-        name
-        for name in declarations(Arguments)
-        if len({values[name] for values in configurations if name in values}) > 1
-    ]
-    return [
-        Group(
-            _name(configuration, differing),
-            {name: configuration[name] for name in differing if name in configuration},
-            tuple(sorted(found, key=lambda run: run.seed)),
-        )
-        for configuration, found in zip(configurations, grouped.values(), strict=True)
-    ]
-
-
-def _run_folders(path: Path) -> Iterator[Path]:
-    if (path / ARGUMENTS_FILE).exists():
-        yield path
-        return
-    found = sorted(file.parent for file in path.glob(f"*/{ARGUMENTS_FILE}"))
-    if not found:
-        raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
-    yield from found
-
-
-def _configuration(run: RunResults, by_length: bool) -> dict[str, Any]:
-    """What the runs of a group have in common, by the names of the arguments."""
-    values = {name: value for name, value in run.arguments.identity().items() if name != "seed"}
-    values["device"] = run.arguments.device.partition(":")[0]
-    return {"epochs": len(run.rows), **values} if by_length else values  # those of a cosine schedule are in `values`
-
-
-def _name(configuration: dict[str, Any], differing: Sequence[str]) -> str:
-    """The mode, if it differs, and what else differs from the defaults; the first that differs if nothing does."""
-    known = declarations(Arguments)
-    differing = [name for name in differing if name in configuration]
-    named = [name for name in differing if name == "mode" or configuration[name] != known[name].default]
-    named = named or differing[:1] or ["mode"]
-    values = [(name, configuration[name]) for name in named]
-    return ", ".join(f"{n}={str(v).lower() if v is None or isinstance(v, bool) else v}" for n, v in values)
+        values = {name: value for name, value in run.arguments.identity().items() if name != "seed"}
+        values["device"] = run.arguments.device.partition(":")[0]
+        if by_length:  # comes first; with a cosine schedule, the configured number is among the values
+            values = {"epochs": len(run.rows)} | values
+        grouped.setdefault(tuple(values.items()), []).append(run)
+    configurations, known = [dict(key) for key in grouped], declarations(Arguments)
+    differing = [name for name in known if len({values[name] for values in configurations if name in values}) > 1]
+    groups = []
+    for configuration, found in zip(configurations, grouped.values(), strict=True):
+        own = {name: configuration[name] for name in differing if name in configuration}
+        # named by the mode, if it differs, and what else differs from the defaults; by the first if nothing does
+        named = [name for name, value in own.items() if name == "mode" or value != known[name].default]
+        shown = [(name, configuration[name]) for name in named or [*own][:1] or ["mode"]]
+        name = ", ".join(f"{n}={str(v).lower() if v is None or isinstance(v, bool) else v}" for n, v in shown)
+        groups.append(Group(name, own, tuple(sorted(found, key=lambda run: run.seed))))
+    return groups
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -76,7 +76,7 @@ def resume_run(run: Run, report: Report) -> list[tuple[Run, dict[str, Any]]]:
 
 
 def _load_checked(arguments: Arguments) -> tuple[nn.Module, Dataset]:
-    """The network and the data set of a run, after every check that needs no folder."""
+    """Return a run's network and data set, after every check that needs no folder."""
     arguments.check()
     if arguments.tensorboard:
         import_summary_writer()
@@ -90,7 +90,7 @@ def _load_checked(arguments: Arguments) -> tuple[nn.Module, Dataset]:
 def _new_runs(
     arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
 ) -> Iterator[Run]:
-    """The runs, each created when its turn comes."""
+    """Yield the runs, each created when its turn comes."""
     if seeds is None:
         yield processes.on_rank_zero(lambda: create_run(arguments, run_dir, name))
         return

@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """What to call while a run trains. Each does nothing unless given.
+    """Callbacks of a run in training; each does nothing by default.
 
     begin: takes the run and the images that it uses, before it starts or resumes. progress: takes a phase (`init`, then
     `epoch N/M`) and its number of steps, and gives what advances it. epoch: takes the row of each epoch.
@@ -93,7 +93,10 @@ def train_run(
     """
     arguments = run.arguments
     arguments.check()
-    _check_processes(run, processes)
+    if arguments.processes != processes.size:
+        several = f"{arguments.processes} processes", f"use torchrun --nproc-per-node {arguments.processes}"
+        began, way = several if arguments.processes > 1 else ("1 process", "resume it without torchrun")
+        raise InputError(f"{run.folder} was started with {began}, but this launch has {processes.size}; {way}")
     choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
@@ -124,22 +127,18 @@ def train_run(
     return summary
 
 
-def _check_processes(run: Run, processes: Processes) -> None:
-    began, now = run.arguments.processes, processes.size
-    if began == now:
-        return
-    before, how = f"{began} processes", f"use torchrun --nproc-per-node {began}"
-    if began == 1:
-        before, how = "1 process", "resume it without torchrun"
-    raise InputError(f"{run.folder} was started with {before}, but this launch has {now}; {how}")
-
-
 def _start(
     run: Run, data: Dataset, model: nn.Module | None, processes: Processes, report: Report
 ) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, torch.device(run.arguments.device)
-    if processes.is_rank_zero:
-        _warn_if_nothing_is_held(arguments)
+    lowered = arguments.keeps_norms or arguments.preserve_norm or arguments.weights
+    if processes.is_rank_zero and arguments.hold_similarity and not lowered:
+        warnings.warn(
+            "`hold_similarity` has no effect: ncs is near 1 at the start; use `mode` init with `preserve_norm`, or "
+            "with another `method`",
+            ConvsimWarning,
+            stacklevel=2,
+        )
     model = (build_with_weights(arguments, data.classes) if model is None else model).to(device)
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
     prepared = MODES[arguments.mode].initializes or MODES[arguments.mode].scales
@@ -151,16 +150,6 @@ def _start(
     log: Log = {"history": [], "fm_cos_start": cosines}
     save_state(run, trainer, log)
     return trainer, log
-
-
-def _warn_if_nothing_is_held(arguments: Arguments) -> None:
-    if arguments.hold_similarity and not (arguments.keeps_norms or arguments.preserve_norm or arguments.weights):
-        warnings.warn(
-            "`hold_similarity` has no effect: ncs is near 1 at the start; use `mode` init with `preserve_norm`, or "
-            "with another `method`",
-            ConvsimWarning,
-            stacklevel=2,
-        )
 
 
 def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> Trainer:
@@ -214,15 +203,15 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
 
 def save_state(run: Run, trainer: Trainer, log: Log) -> None:
     """Save a run between two epochs. Rank 0 writes; all processes must call this. Raises WriteError."""
-    history, how = log["history"], run.arguments
-    state = {"arguments": asdict(how), "progress": log, "trainer": trainer.state()}
-    record = {"convsim.epoch": str(trainer.epoch), "convsim.mode": how.mode, "convsim.arch": how.arch}
+    history, arguments = log["history"], run.arguments
+    state = {"arguments": asdict(arguments), "progress": log, "trainer": trainer.state()}
+    record = {"convsim.epoch": str(trainer.epoch), "convsim.mode": arguments.mode, "convsim.arch": arguments.arch}
 
     def write() -> None:
         weights, is_best = trainer.model.state_dict(), history and best_row(history) is history[-1]
         for name in ("last", "best") if is_best else ("last",):
             replace_file(run.folder / f"{name}.safetensors", lambda file: write_safetensors(file, weights, record))
-        write_results(run.folder, history, how.validation is not None)
+        write_results(run.folder, history, arguments.validation is not None)
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
 
     trainer.processes.on_rank_zero(write)
@@ -264,7 +253,11 @@ def check_resumable(run: Run) -> None:
         return
     done = epochs_done(run.folder)
     found = [f"{RESULTS_FILE} with {done} epoch{'s' if done > 1 else ''}"] if done else []
-    found += [name for name in ("last.safetensors", "best.safetensors") if _is_trained(run.folder / name)]
+    for weights in (run.folder / "last.safetensors", run.folder / "best.safetensors"):
+        with suppress(CheckpointError, OSError):  # weights that cannot be read may be those of an epoch
+            if not weights.exists() or SafetensorsCheckpoint(weights).metadata.get("convsim.epoch") == "0":
+                continue
+        found.append(weights.name)
     found += ["summary.json"] if (run.folder / "summary.json").exists() else []
     if found:
         another = train_command("config", run.folder / ARGUMENTS_FILE, run.arguments.arch)
@@ -272,16 +265,6 @@ def check_resumable(run: Run) -> None:
             f"{path}: missing, so the run cannot be resumed, and starting over would overwrite {', '.join(found)}; "
             f"move {run.folder} away, or start another run: {another} --name NEW"
         )
-
-
-def _is_trained(weights: Path) -> bool:
-    """Whether a run's weights may be those of an epoch: all but those whose record says that they are from before."""
-    if not weights.exists():
-        return False
-    try:
-        return SafetensorsCheckpoint(weights).metadata.get("convsim.epoch") != "0"
-    except (CheckpointError, OSError):
-        return True
 
 
 def train_command(option: Literal["resume", "config"], path: Path, arch: str) -> str:
@@ -339,37 +322,34 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 @contextmanager
 def tensorboard_log(run: Run, trainer: Trainer) -> Iterator[Callable[[Row], None]]:
-    """Give what writes a row of results for TensorBoard, from rank 0, if the run asks for that: a scalar per column.
+    """Yield a function that logs a row of results for TensorBoard, from rank 0, if the run asks for it.
 
-    The log is in the run's folder `tensorboard`; TensorBoard hides what a crash has left of the next epoch. Raises
-    InputError if the package is missing, and WriteError.
+    Each column is a scalar. The log is in the run's folder `tensorboard`; TensorBoard hides what a crash left of the
+    next epoch. Raises InputError if the package is missing, and WriteError.
     """
     if not run.arguments.tensorboard:
         yield lambda row: None
         return
     folder = run.folder / "tensorboard"
-    writers: list[Any] = []
+    writer: Any = None
 
-    def on_rank_zero(write: Callable[[], object]) -> None:
-        def attempt() -> None:
-            try:
-                write()
-            except OSError as error:
-                raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    def write(row: Row) -> None:
+        nonlocal writer
+        try:
+            if writer is None:
+                writer = import_summary_writer()(str(folder), purge_step=trainer.epoch + 1)
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+            writer.flush()
+        except OSError as error:
+            raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
-        trainer.processes.on_rank_zero(attempt)
-
-    def write_row(row: Row) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                writers[0].add_scalar(name, value, row["epoch"])
-        writers[0].flush()
-
-    on_rank_zero(lambda: writers.append(import_summary_writer()(str(folder), purge_step=trainer.epoch + 1)))
+    trainer.processes.on_rank_zero(lambda: write({}))
     try:
-        yield lambda row: on_rank_zero(lambda: write_row(row))
+        yield lambda row: trainer.processes.on_rank_zero(lambda: write(row))
     finally:
-        for writer in writers:
+        if writer:
             writer.close()
 
 

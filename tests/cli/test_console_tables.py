@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from convsim_cli.cli import reproduce_command as reproduction_tables
 from convsim_cli.cli import run
-from convsim_cli.cli.compare_command import _HEADERS, LEAST, _screen_table
+from convsim_cli.cli.compare_command import HEADERS, LEAST, screen_table
 from convsim_cli.cli.console import EDGES, GAP, Console, Progress, fitting_columns
 from convsim_cli.cli.train_command import RunScreen
 from convsim_cli.training.config import Arguments
@@ -100,9 +100,9 @@ def test_compared_groups_fit_the_terminal(width: int, terminal: Terminal) -> Non
     spread = {"mean": 79.1634, "std": 0.4321}
     interval = {"mean": 5.1234, "low": -10.1234, "high": 12.3456}
     group = {"group": "init-norm, lr=0.03", "n": 5, "epochs": 30, "epochs_to_accuracy": {**spread, "reached": 5}}
-    group |= dict.fromkeys(_HEADERS, spread) | {"difference": dict.fromkeys(_HEADERS, interval)}
+    group |= dict.fromkeys(HEADERS, spread) | {"difference": dict.fromkeys(HEADERS, interval)}
     lines = terminal(width)
-    Console().table(*_screen_table([group], 60.0), LEAST)
+    Console().table(*screen_table([group], 60.0), LEAST)
     shown = lines()
     check(shown, width)
     assert any("+5.12 [-10.12, +12.35]" in line for line in shown)
