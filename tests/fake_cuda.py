@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convsim_cli.inputs.images import _scale_and_shift
+from convsim_cli.inputs.images import scale_and_shift
 from convsim_cli.kernels.modules import graph_leaves
 from convsim_cli.networks.architectures import build_network
 
@@ -91,7 +91,7 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: None)  # kept by the host: no launch, no wait
     patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
-    _scale_and_shift.cache_clear()
+    scale_and_shift.cache_clear()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # so that a module can be moved to the device
             try:
@@ -100,4 +100,4 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
                 pytest.skip(f"no fake tensors on CUDA: {error}")
             yield
     finally:
-        _scale_and_shift.cache_clear()
+        scale_and_shift.cache_clear()

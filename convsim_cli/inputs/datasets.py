@@ -55,7 +55,10 @@ def load_dataset(
     if name in DATASETS:
         found = DATASETS[name](data_dir)
     elif name.startswith("folder:"):
-        found = _labeled_folder(Path(name.removeprefix("folder:")), side, test_only)
+        path = Path(name.removeprefix("folder:"))
+        classes, train, test = find_splits(path)
+        splits = (_decoded_split([] if test_only else train, side), _decoded_split(test, side))
+        found = Dataset(f"folder:{path}", *splits, len(classes), IMAGENET_MEAN, IMAGENET_STD, tuple(classes))
     else:
         raise InputError(f"unknown data set {name!r}: {did_you_mean(name, NAMES)}")
     return replace(found, mean=mean or found.mean, std=std or found.std)
@@ -76,7 +79,7 @@ def load_images(
     if not files:
         raise InputError(f"{folder}: contains no images ({', '.join(IMG_EXTENSIONS)})")
     count = min(samples, len(files))
-    images = torch.stack([_decode(files[i * len(files) // count], side) for i in range(count)])
+    images = torch.stack([decode_image(files[i * len(files) // count], side) for i in range(count)])
     split = Split(images, torch.zeros(count, dtype=torch.long))
     return Dataset(str(folder), split, split, 1, mean or IMAGENET_MEAN, std or IMAGENET_STD).normalize(images)
 
@@ -120,7 +123,7 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
 
 
 def _refuse_inside(data_dir: Path, source: Any) -> None:
-    """Raise InputError for the folder of a data set's files, or one of these, in place of the folder that holds it."""
+    """Raise InputError if `data_dir` is the data set's own folder, or one of its files, instead of the parent."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     if (data_dir / source.base_folder).is_dir():
@@ -163,25 +166,21 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {  # mean and standard deviatio
 NAMES = (*DATASETS, "folder:PATH")
 
 
-def _labeled_folder(path: Path, side: int, test_only: bool) -> Dataset:
-    """Decode a folder of labeled images. See `load_dataset`."""
-    classes, train, test = find_splits(path)
-    splits = (_decoded_split([] if test_only else train, side), _decoded_split(test, side))
-    return Dataset(f"folder:{path}", *splits, len(classes), IMAGENET_MEAN, IMAGENET_STD, tuple(classes))
-
-
 def _decoded_split(files: Labeled, side: int) -> Split:
     """Decode files in a fixed shuffled order, so that the first images are from all classes."""
     images = torch.empty(len(files), side, side, 3, dtype=torch.uint8)
     labels = torch.empty(len(files), dtype=torch.long)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     for place, (file, label) in enumerate(files[number] for number in order):
-        images[place], labels[place] = _decode(Path(file), side), label
+        images[place], labels[place] = decode_image(Path(file), side), label
     return Split(images, labels)
 
 
-def _decode(path: Path, side: int) -> Tensor:
-    """An image file as uint8 `[side, side, 3]`: resized to the shorter side, then center-cropped."""
+def decode_image(path: Path, side: int) -> Tensor:
+    """Return an image file as uint8 `[side, side, 3]`: resized to the shorter side, then center-cropped.
+
+    Raises InputError for a file that is no readable image.
+    """
     import numpy
     from PIL import Image, ImageOps
 
@@ -237,7 +236,7 @@ def _refuse_splits_as_classes(path: Path) -> None:
 
 
 def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
-    """The classes of a folder, and its image files, class by class, as torchvision's ImageFolder orders them."""
+    """Return the classes of a folder, and its image files, by class, in the order of torchvision's ImageFolder."""
     from torchvision.datasets.folder import is_image_file, make_dataset
 
     def is_wanted(file: str) -> bool:
@@ -262,12 +261,15 @@ def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
 
 def _meant(path: Path) -> Path | None:
     """The first folder below that holds splits, or several folders of images: what was probably meant."""
+    from torchvision.datasets.folder import is_image_file
+
     level = [path]
     for _ in range(DEEPEST):
         level = [folder / name for folder in level for name in _folders(folder)]
         for folder in level:
-            training = _named(folder, TRAINING)
-            if len([name for name in _folders(training or folder) if _holds_images((training or folder) / name)]) > 1:
+            classes = _named(folder, TRAINING) or folder
+            files = [(classes / name).iterdir() for name in _folders(classes)]
+            if sum(any(is_image_file(file.name) and file.is_file() for file in some) for some in files) > 1:
                 return folder
     return None
 
@@ -280,17 +282,10 @@ def _folders(path: Path) -> list[str]:
         raise InputError(f"{path}: expected a folder of images for each class ({error.strerror})") from error
 
 
-def _holds_images(folder: Path) -> bool:
-    from torchvision.datasets.folder import is_image_file
-
-    with os.scandir(folder) as entries:
-        return any(is_image_file(entry.name) and entry.is_file() for entry in entries)
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
 def _is_hidden(path: Path) -> bool:
-    """Return whether a relative path leads through what a system or an editor keeps for itself."""
+    """Return whether a relative path contains hidden or system folders, or is such a file."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)

@@ -81,14 +81,14 @@ class Dataset:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, in the data set's layout."""
-        scale, shift = _scale_and_shift(self.mean, self.std, images.device)
+        scale, shift = scale_and_shift(self.mean, self.std, images.device)
         normalized = torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
         return normalized.contiguous(memory_format=self.layout)  # no copy where that is channels_last
 
 
 @lru_cache(maxsize=8)
-def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cached on the device: creating them for every batch would wait for it."""
+def scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what normalizes uint8 images, cached on the device: creating it for every batch would wait for it."""
     with torch.inference_mode(False):
         mean_, std_ = torch.tensor(mean), torch.tensor(std)
         return (1 / (255 * std_)).to(device), (-mean_ / std_).to(device)

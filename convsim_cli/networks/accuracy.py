@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,15 @@ def measure_accuracy(
         images, _ = next(_batches(data, data.test, device, side, pixels))
         with torch.no_grad():
             output = model(images)
-        if reason := _no_logits(output, len(images), data.classes):
+        reason = ""
+        if not isinstance(output, Tensor):
+            reason = f"the network gives a {type(output).__name__}, not logits [images, {data.classes}]"
+        elif output.ndim != 2 or len(output) != len(images):
+            shape = list(output.shape)
+            reason = f"for {len(images)} images the network gives {shape}, not [{len(images)}, {data.classes}]"
+        elif output.shape[1] < data.classes:
+            reason = f"{output.shape[1]} outputs for {data.classes} classes"
+        if reason:
             return None, [f"no test accuracy: {reason}"]
         correct = _totals(forward, _batches(data, data.test, device, side, pixels), device)[1].item()
     notes = [f"{output.shape[1]} outputs for {data.classes} classes: the first {data.classes} count"]
@@ -80,12 +87,3 @@ def _totals(forward: Callable[[Tensor], Tensor], batches: Batches, device: torch
             totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(1) == labels).sum()
     return totals
-
-
-def _no_logits(output: Any, images: int, classes: int) -> str | None:
-    """Why a network's output is no logits `[images, ≥ classes]`, or None."""
-    if not isinstance(output, Tensor):
-        return f"the network gives a {type(output).__name__}, not logits [images, {classes}]"
-    if output.ndim != 2 or len(output) != images:
-        return f"for {images} images the network gives {list(output.shape)}, not [{images}, {classes}]"
-    return f"{output.shape[1]} outputs for {classes} classes" if output.shape[1] < classes else None

@@ -117,7 +117,11 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     integers where floating-point numbers are expected.
     """
     state = model.state_dict(keep_vars=True)
-    ours, theirs = _without_wrappers(state, checkpoint.tensors)
+    full_names = [list(state), list(checkpoint.tensors)]
+    plain = [{_WRAPPER.sub("", name): name for name in names} for names in full_names]
+    if list(map(len, plain)) != list(map(len, full_names)):  # two names would become one
+        plain = [{name: name for name in names} for names in full_names]
+    ours, theirs = plain  # without the names of wrappers → the full name
     prefix, *others = _common_prefixes(ours, theirs)
     found = {full: theirs[prefix + name] for name, full in ours.items() if prefix + name in theirs}
     for group in names_of_one_tensor(state):  # the file may hold the tensor under any of them
@@ -145,22 +149,10 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     return names
 
 
-def _without_wrappers(ours: Iterable[str], theirs: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the names of a network and of a file without those of wrappers, each → the full name.
-
-    Full names stay where two of them would become one.
-    """
-    names = [list(ours), list(theirs)]
-    plain = [{_WRAPPER.sub("", name): name for name in some} for some in names]
-    if [len(some) for some in plain] != [len(some) for some in names]:
-        plain = [{name: name for name in some} for some in names]
-    return plain[0], plain[1]
-
-
 def _common_prefixes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Return the prefix under which a file holds most of a network's names, then those that fit equally well.
 
-    Of several, no prefix and `model.` come first, and averaged copies last. What belongs to an optimizer is none.
+    Of several, no prefix and `model.` come first, and averaged copies last. Optimizer state does not count.
     """
     found: Counter[str] = Counter()
     for name in theirs:
@@ -185,10 +177,10 @@ def _check_fit(
         if info.shape != tuple(state[name].shape)
     ]
     if missing or wrong:
-        said = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
-        said += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
-        said += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
-        raise InputError(f"{checkpoint.path}: does not fit `arch`: {'; '.join(said)}")
+        problems = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
+        problems += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
+        problems += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
+        raise InputError(f"{checkpoint.path}: does not fit `arch`: {'; '.join(problems)}")
     floating = {names[name]: info.dtype for name, info in infos.items() if state[name].is_floating_point()}
     codes = [name for name, dtype in floating.items() if dtype not in FLOATING]
     if codes:
@@ -208,17 +200,13 @@ def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, s
     for group in names_of_one_tensor(model.state_dict(keep_vars=True)):
         first, *copies = dict.fromkeys(names[name] for name in group if name in names) or [""]
         for copy in copies:
-            if not _have_same_bits(checkpoint.load(first), checkpoint.load(copy)):
+            one, other = checkpoint.load(first), checkpoint.load(copy)
+            same_type = (one.dtype, one.shape) == (other.dtype, other.shape)
+            if not same_type or not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))):
                 raise InputError(
                     f"{checkpoint.path}: {first} and {copy} are one parameter of the network, but differ; save the "
                     "network again, with its weights tied"
                 )
-
-
-def _have_same_bits(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def find_aliases(
@@ -232,13 +220,15 @@ def find_aliases(
     state = model.state_dict(keep_vars=True)
     names = names or {name: name for name in state}
     aliases: dict[str, list[str]] = {}
-    groups, extents = names_of_one_tensor(state), {name: storage_extent(tensor) for name, tensor in state.items()}
+    groups = names_of_one_tensor(state)
+    extents = {name: extent for name, tensor in state.items() if (extent := storage_extent(tensor))}
     for kernel in kernels:
         group = next((group for group in groups if kernel.name in [names.get(name) for name in group]), None)
         if group is None:  # a parametrized layer has its weight under no name
             continue
-        own = extents[group[0]]
-        other = next((name for name in state if name not in group and _overlap(extents[name], own)), None)
+        storage, first, end = extents.get(group[0], (0, 0, 0))
+        others = ((name, *extent) for name, extent in extents.items() if name not in group)
+        other = next((n for n, place, begin, stop in others if place == storage and begin < end and first < stop), None)
         if other is not None and other in names:
             raise InputError(f"{kernel.name}: shares memory with {names[other]}, a tensor of another shape; exclude it")
         found = [name for name in dict.fromkeys(names[name] for name in group if name in names) if name != kernel.name]
@@ -254,7 +244,3 @@ def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
         place = storage_extent(tensor)
         groups.setdefault((place, tensor.shape, tensor.stride()) if place else name, []).append(name)
     return list(groups.values())
-
-
-def _overlap(one: tuple[int, int, int] | None, other: tuple[int, int, int] | None) -> bool:
-    return bool(one and other and one[0] == other[0] and one[1] < other[2] and other[1] < one[2])

@@ -348,8 +348,8 @@ def test_built_in_networks_take_a_folders_images_at_32_pixels(
 
     from convsim_cli.inputs import datasets as image_folders
 
-    decode, sides = image_folders._decode, []
-    monkeypatch.setattr(image_folders, "_decode", lambda path, side: sides.append(side) or decode(path, side))
+    decode, sides = image_folders.decode_image, []
+    monkeypatch.setattr(image_folders, "decode_image", lambda path, side: sides.append(side) or decode(path, side))
     for kind in ("cat", "dog"):
         (tmp_path / kind).mkdir()
         Image.effect_noise((40, 30), 64).save(tmp_path / kind / "x.png")
