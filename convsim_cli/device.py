@@ -99,7 +99,7 @@ class _Graphed:
 def keep_freed_memory() -> bool:
     """Keep freed blocks for the next allocation of this process, to its end, and return whether that could be set.
 
-    Only glibc can be told; the process then holds the most that it has needed at once.
+    Only glibc supports this; the process then keeps its peak memory.
     """
     library = _glibc()
     return library is not None and bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, -1))
@@ -108,7 +108,7 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Give every block of a megabyte or more back to the system once it is freed, and return whether that could be set.
 
-    Only glibc can be told.
+    Only glibc supports this.
     """
     library = _glibc()
     return library is not None and bool(library.mallopt(_MMAP_THRESHOLD, _LARGE))
@@ -119,8 +119,8 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def held_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended, and pass it on then: usually as KeyboardInterrupt.
+def deferred_interrupt() -> Iterator[None]:
+    """Defer Ctrl-C until the block has ended, then pass it on, usually as KeyboardInterrupt.
 
     Python handles signals in its main thread only: elsewhere this does nothing, and so where SIGINT is ignored.
     """
@@ -139,5 +139,5 @@ def held_interrupt() -> Iterator[None]:
 
 
 def unreported(_: str, __: int) -> AbstractContextManager[Advance]:
-    """Do nothing: the `Progress` where none is given."""
+    """Do nothing: the default `Progress`."""
     return nullcontext(lambda _: None)

@@ -13,13 +13,13 @@ _LISTED = 12  # names in an error, at most
 
 
 class ConvsimError(Exception):
-    """Anything that convsim says in one line instead of a traceback: it failed while running (exit code 1)."""
+    """An error reported in one line instead of a traceback; by itself, a failure while running (exit code 1)."""
 
     exit_code = 1
 
 
 class InputError(ConvsimError, ValueError):
-    """What was given cannot be used: a file, a name, a value (exit code 2)."""
+    """A file, a name or a value that was given cannot be used (exit code 2)."""
 
     exit_code = 2
 
@@ -29,7 +29,7 @@ class CheckpointError(InputError):
 
 
 class DownloadError(ConvsimError):
-    """Something could not be downloaded, and is not here already."""
+    """Something is not here and cannot be downloaded."""
 
 
 class BusyError(InputError):
@@ -37,7 +37,7 @@ class BusyError(InputError):
 
 
 class DivergedError(ConvsimError):
-    """A loss stopped being a finite number."""
+    """A loss is no longer finite."""
 
 
 class FollowedError(ConvsimError):
@@ -53,13 +53,13 @@ class WriteError(ConvsimError):
 
 
 class ConvsimWarning(UserWarning):
-    """What a user must know though the work goes on; the command line shows it even when quiet."""
+    """A warning that users must see; the command line shows it even when quiet."""
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return "did you mean …?" for the closest known name, or else a list of those that are known, or their first.
+    """Return "did you mean …?" for the closest known name, or else a list of the first known names.
 
-    prefix: what stands before a name where it is typed.
+    prefix: what is typed before a name.
     """
     known = list(known)
     close = get_close_matches(name, known, n=1)

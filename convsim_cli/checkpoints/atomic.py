@@ -166,7 +166,7 @@ class Replacements:
 
     @contextmanager
     def writing(self, target: Path) -> Iterator[BinaryIO]:
-        """Give the new file of a target to write to, the same one each time."""
+        """Yield the new file of a target to write to, the same one each time."""
         with _explained(target):
             if target not in self._made:
                 check_regular(target)
@@ -190,7 +190,14 @@ class Replacements:
         moves += [_Move(target, real) for target, (real, _) in self._made.items()]
         folders = list(dict.fromkeys(move.place.parent for move in moves))  # of backups first: they may come too early
         self._move(moves, folders if len(self._made) > 1 else [])
-        self._flush(folders)
+        try:
+            for folder in folders:
+                flush_folder(folder)
+        except OSError as error:
+            raise WriteError(
+                f"{next(iter(self._made))}: written, but its folder could not be flushed to disk "
+                f"({error.strerror or error}); after a power failure you may find the old file again"
+            ) from error
         return {target: backups[target].with_name(place.name) for target, place in kept.items()}
 
     def _keep(self, backups: Mapping[Path, Path], reserved: Collection[Path]) -> dict[Path, Path]:
@@ -264,16 +271,6 @@ class Replacements:
     def _is_moved(self, move: _Move) -> bool:
         """Return whether a file has left for its place: read from disk, as an interruption may come at any moment."""
         return not self._scratch[move.place.parent].holds_file_for(move.place)
-
-    def _flush(self, folders: list[Path]) -> None:
-        try:
-            for folder in folders:
-                flush_folder(folder)
-        except OSError as error:
-            raise WriteError(
-                f"{next(iter(self._made))}: written, but its folder could not be flushed to disk "
-                f"({error.strerror or error}); after a power failure you may find the old file again"
-            ) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every checkpoint offers, whatever its format: its tensors, one at a time, and how it is written back."""
+"""The interface that checkpoints of every format share: tensors are read one at a time, and written back together."""
 
 from __future__ import annotations
 

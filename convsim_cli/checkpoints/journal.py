@@ -51,9 +51,9 @@ from convsim_cli.errors import ConvsimWarning
 JOURNAL, MANIFEST = ".convsim-journal", ".convsim-manifest"
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-PATIENCE = 2.0  # seconds of waiting for another process before it is said
+PATIENCE = 2.0  # seconds of waiting for another process before a warning
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync(2) of a folder, on some file systems
-_HIDDEN = re.compile(r"\.convsim-(?:manifest|turn|[0-9a-f]{16})")  # files of a scratch folder that go nowhere
+_HIDDEN = re.compile(r"\.convsim-(?:manifest|turn|[0-9a-f]{16})")  # files that stay when others move to their place
 _CHUNK = 1 << 20
 _TURN = ".convsim-backup.tmp"
 _NAME = re.compile(r"\.convsim-(?:[0-9a-f]{16}|backup)\.tmp")
@@ -63,7 +63,7 @@ Fingerprint = list[int | str]  # inode, size and digest of a file
 
 
 class ForeignJournalError(FileExistsError):
-    """What lies under the journal's name is not an interrupted save that can be completed."""
+    """A file or folder of the journal's name is not an interrupted save that can be completed."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(f"{folder / JOURNAL} is not an interrupted save of this folder: {reason}")
@@ -109,7 +109,7 @@ def warn_of_foreign(message: str) -> None:
 
 def write_manifest(parent: Path, descriptor: int) -> None:
     """Write the manifest of an open scratch folder that becomes the parent's journal. Raises OSError."""
-    files = {name: _fingerprint(descriptor, name) for name in list_names(descriptor) if not is_hidden(name)}
+    files = {name: _fingerprint(descriptor, name) for name in list_names(descriptor) if not _HIDDEN.fullmatch(name)}
     for name in files:
         if not is_checkpoint_file(name):
             raise OSError(errno.EINVAL, f"{name} is not named like a file of a checkpoint")
@@ -119,11 +119,6 @@ def write_manifest(parent: Path, descriptor: int) -> None:
         json.dump(manifest, file)
         file.flush()
         os.fsync(new)
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a file of a scratch folder stays there when the others move to their places."""
-    return _HIDDEN.fullmatch(name) is not None
 
 
 def wait_for_lock(descriptor: int, folder: Path) -> None:
@@ -179,7 +174,7 @@ def list_names(descriptor: int) -> list[str]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[_Journal | None]:
-    """Give a folder's journal, once no running process holds it and every check has passed; None where there is none.
+    """Yield a folder's journal, once no running process holds it and every check has passed; None where there is none.
 
     Raises ForeignJournalError.
     """
@@ -207,7 +202,7 @@ def _opened(folder: Path) -> Iterator[_Journal | None]:
             names = list_names(descriptor)
             if irregular := [name for name in names if not _is_regular(descriptor, name)]:
                 raise ForeignJournalError(folder, f"{irregular[0]} in it is not a regular file")
-            to_move = [name for name in names if not is_hidden(name)]
+            to_move = [name for name in names if not _HIDDEN.fullmatch(name)]
             if to_move and (reason := _find_fault(parent, descriptor, to_move)):
                 raise ForeignJournalError(folder, reason)
             yield _Journal(parent, descriptor, to_move)
@@ -347,7 +342,7 @@ class Scratch:
             except OSError as error:
                 if error.errno not in TAKEN and not os.path.lexists(turn):
                     raise
-            if not _wait_and_remove(turn):
+            if not _remove_left(turn, wait=True):
                 break
         _complete_or_warn(turn.parent)
 
@@ -389,7 +384,7 @@ class Scratch:
     def remove(self) -> None:
         """Remove the folder and what it holds, except a journal whose moves the next process has to complete."""
         with suppress(OSError):
-            if self.path.name != JOURNAL or all(is_hidden(name) for name in list_names(self._descriptor)):
+            if self.path.name != JOURNAL or all(_HIDDEN.fullmatch(name) for name in list_names(self._descriptor)):
                 remove_folder(self.path, self._descriptor)
         os.close(self._descriptor)
 
@@ -405,41 +400,30 @@ def _sweep(folder: Path) -> None:
     """Complete what a dead process had committed, and remove the scratch folders that no running process locks."""
     _complete_or_warn(folder)
     for path in folder.glob(".convsim-*.tmp"):
-        if not _NAME.fullmatch(path.name):
-            continue
-        with suppress(OSError):
-            descriptor = os.open(path, FOLDER)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_own(descriptor) and is_still(path, descriptor):
-                    remove_folder(path, descriptor)
-            finally:
-                os.close(descriptor)
+        if _NAME.fullmatch(path.name):
+            _remove_left(path, wait=False)
 
 
-def _wait_and_remove(turn: Path) -> bool:
-    """Wait for the process whose turn it is, and remove what it left if it died.
+def _remove_left(path: Path, wait: bool) -> bool:
+    """Remove a scratch folder that a dead process left. wait: for a running one to end; otherwise its folder stays.
 
-    Returns False where locks fail, or where that name is not a scratch folder of this user.
+    Returns False where that fails: another user's folder, no folder, or no locks on this file system.
     """
     try:
-        descriptor = os.open(turn, FOLDER)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+        descriptor = os.open(path, FOLDER)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     try:
-        if not _is_own(descriptor):
+        if os.fstat(descriptor).st_uid != os.geteuid():
             return False
-        wait_for_lock(descriptor, turn.parent)
-        if is_still(turn, descriptor):
-            remove_folder(turn, descriptor)
+        if wait:
+            wait_for_lock(descriptor, path.parent)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_still(path, descriptor):
+            remove_folder(path, descriptor)
     except OSError:
         return False
     finally:
         os.close(descriptor)
     return True
-
-
-def _is_own(descriptor: int) -> bool:
-    return os.fstat(descriptor).st_uid == os.geteuid()

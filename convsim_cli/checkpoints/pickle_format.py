@@ -19,7 +19,7 @@ from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
 from convsim_cli.checkpoints.diagnose import can_be_mapped, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
-from convsim_cli.device import held_interrupt
+from convsim_cli.device import deferred_interrupt
 from convsim_cli.errors import CheckpointError, did_you_mean
 from convsim_cli.kernels.guess import is_optimizer_state
 
@@ -38,7 +38,13 @@ class PickledCheckpoint(Checkpoint):
             )
         with path.open("rb") as file:
             self._zipped = file.read(4) == b"PK\x03\x04"  # all that torch looks at, whatever damage comes later
-        self._root = _unpickle(path, self._zipped)
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
+                warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said below
+                mapped = self._zipped and can_be_mapped(path)
+                self._root = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:  # whatever a torn pickle makes an unpickler raise
+            raise CheckpointError(f"{path}: {why_not_loaded(path, error)}") from error
         found = find_state_dicts(self._root)
         if not found:
             raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
@@ -96,7 +102,7 @@ def write_pickle(file: BinaryIO, content: Any, zipped: bool = True, module: Modu
     """
     stream = _Stream(file)
     try:
-        with held_interrupt():
+        with deferred_interrupt():
             torch.save(content, cast("BinaryIO", stream), module, _use_new_zipfile_serialization=zipped)
     except RuntimeError as error:
         raise stream.failure or error from error
@@ -118,15 +124,6 @@ class _Stream:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _unpickle(path: Path, zipped: bool) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
-            warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and can_be_mapped(path))
-    except Exception as error:  # whatever a torn pickle makes an unpickler raise
-        raise CheckpointError(f"{path}: {why_not_loaded(path, error)}") from error
 
 
 def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:

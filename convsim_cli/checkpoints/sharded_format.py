@@ -37,9 +37,7 @@ class ShardedCheckpoint(Checkpoint):
         }
         for name, shard in self._shard_of.items():
             if name not in self._shards[shard].tensors:
-                raise CheckpointError(
-                    f"{path}: says that {name} is in {shard}, which does not hold it; fetch both again"
-                )
+                raise CheckpointError(f"{path}: maps {name} to {shard}, which does not contain it; fetch both again")
         tensors = {
             name: self._shards[self._shard_of[name]].tensors[name] for name in sorted(self._shard_of, key=natural_order)
         }

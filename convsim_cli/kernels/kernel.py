@@ -115,8 +115,8 @@ class Patterns:
     """The user's corrections, as globs over full tensor names (`layer1.*`).
 
     include: only these, and of these also 3-D and 5-D tensors; exclude: not these; groups: (glob, number of groups);
-    transposed: these are kernels of transposed convolutions. A pattern that is the name of a tensor stands for that
-    tensor alone, whatever characters it has. Raises InputError for a string in place of a list.
+    transposed: these are kernels of transposed convolutions. A pattern that equals a tensor's name matches only that
+    tensor, whatever characters it contains. Raises InputError for a string in place of a list.
     """
 
     include: Sequence[str] = ()
@@ -143,9 +143,9 @@ class Patterns:
         return Patterns(resolve(self.include), resolve(self.exclude), groups, resolve(self.transposed))
 
     def forced(self, names: Collection[str], left_out: Container[str]) -> set[str]:
-        """Return the names that `include` asks for though they are left out: by a pattern that matches no others.
+        """Return the left-out names that `include` asks for explicitly: by a pattern that matches nothing else.
 
-        `*` asks for kernels, not for everything.
+        `*` selects kernels, not everything.
         """
         found = [[name for name in names if fnmatchcase(name, pattern)] for pattern in self.include]
         return {name for some in found if all(name in left_out for name in some) for name in some}
@@ -161,7 +161,7 @@ class Patterns:
 class Selection:
     """The kernels to work on, in their order, and what is left out.
 
-    guess_warnings: a line for each kind of guess that may well be wrong, with the names of the layers.
+    guess_warnings: a line for each kind of uncertain guess, with the names of the layers.
     """
 
     kernels: list[Kernel] = field(default_factory=list)

@@ -121,7 +121,7 @@ def test_what_stops_the_work_leaves_every_shard_and_no_other_file(folder: Path) 
         ('{"weight_map": {"a": "../x.safetensors"}}', "expected a .safetensors file in the same folder"),
         ('{"weight_map": {"a": "x.bin"}}', "expected a .safetensors file in the same folder"),
         ('{"weight_map": {"a": "x.safetensors"}}', "fetch the missing shard"),
-        (f'{{"weight_map": {{"a": "{SHARDS[0]}"}}}}', "does not hold it"),
+        (f'{{"weight_map": {{"a": "{SHARDS[0]}"}}}}', "does not contain it"),
         ("[" * 100_000, "not a readable index of shards"),
         (json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}), "which no file can be called"),
         ('{"weight_map": {"a": "\\ud800.safetensors"}}', "fetch the missing shard|which no file can be called"),
