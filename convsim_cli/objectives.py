@@ -7,6 +7,8 @@ Every value here comes with a tensor that its gradient shares with it, so that a
 Beside Eq. 10 (`similarity`) stand what the paper compares it with, the sum of the authors' public code and inner
 products of kernels, and kernel orthogonality as others define it. The filters of a group are the rows of K:
 
+- Expected: the mean of ⟨F_i, F_j⟩² over white inputs of P positions is P² ⟨K_i, K_j⟩² + P · (the pair's part of Eq. 10
+  and a term of about 1/(C·N) of it). Over P and summed over pairs: P · Σ_{i<j} ⟨K_i, K_j⟩² + Eq. 10, with P = 100.
 - OCNN (Wang et al. 2020): the convolution as a whole is orthogonal, ‖Σ_c K_i[c] ⋆ K_j[c] − δ_ij δ_0‖² over all lags
   and ordered pairs (stride 1, target norm 1). By Fourier transform this is the mean over frequencies ω of
   ‖A Aᴴ − I‖², where A(ω) is S×C: the spectrum of each channel of each filter at ω. The smaller of A Aᴴ and Aᴴ A serves,
@@ -16,14 +18,18 @@ products of kernels, and kernel orthogonality as others define it. The filters o
 - OrthoReg (Rodríguez et al. 2017): Σ_{i≠j} log(1 + exp(10 (cos(K_i, K_j) − 1))), which separates filters that are alike
   and leaves opposite ones alone.
 
+OCNN and SRIP pull filters to norm 1. While norms are held, they are functions of the directions K_i / ‖K_i‖ instead:
+of filters of another norm they would ask for what no direction can give.
+
 A filter of zeros has a zero gradient: OCNN counts its norm's distance from 1, which is constant to first order, and in
-the other two it takes no part.
+SRIP and OrthoReg it takes no part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from random import Random
 
@@ -34,14 +40,17 @@ from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.precision import Differentiable, Taps, constant, full_precision
 from convsim_cli.similarity import (
     convolve,
+    gradient_from_others,
     inner_product,
     power_spectra,
+    similarity_and_others,
     similarity_gradient,
     similarity_of_filters,
     spectra,
     tangent_gradient,
 )
 
+POSITIONS = 100.0  # P of the expected similarity, > 0: larger ones weigh the kernels' inner products more
 POWER_ITERATIONS = 2  # of SRIP, each with two products by M
 STEEPNESS = 10.0  # λ of OrthoReg
 
@@ -63,9 +72,11 @@ class Objective:
     unless it is None; call it inside `full_precision`, which a loop enters once.
     norm_only_pointwise: whether the value of 1×1 kernels depends on the filters' norms alone, so that there is nothing
     to minimize while norms are preserved.
-    tangent(filters, taps, norms, out): what `tangent_gradient` does, where the objective has a shorter way.
-    vanishes_with_filters: whether the gradient of a filter that vanishes does too. Where it does not, set dead filters
-    to zero first: a filter of zeros takes no part in any objective's pairs, and its gradient is zero.
+    tangent(filters, taps, norms, out): what `tangent_gradient` does, where the objective has a shorter way, or is one
+    of the filters' directions while their norms are held.
+    vanishes_with_filters: whether the gradient of a filter that vanishes does too, also on its sphere. Where it does
+    not, set dead filters to zero first: a filter of zeros takes no part in any objective's pairs, and its gradient is
+    zero.
     """
 
     name: str
@@ -76,9 +87,10 @@ class Objective:
     vanishes_with_filters: bool = True
 
     def tangent_gradient(self, filters: Tensor, taps: Taps, norms: Tensor | None, out: Tensor | None) -> Tensor:
-        """Return the gradient, written to `out` if given, projected onto the tangent space of each filter's sphere.
+        """Return the gradient while norms are held, written to `out` if given: tangent to each filter's sphere.
 
-        norms: the L2 norms `[groups, S / groups, 1, 1]` to scale the filters to first, in place; None leaves them.
+        It is the projected gradient or, for `ocnn` and `srip`, that of the value at K_i / ‖K_i‖. norms: the L2 norms
+        `[groups, S / groups, 1, 1]` to scale the filters to first, in place; None leaves them.
         """
         if self.tangent:
             return self.tangent(filters, taps, norms, out)
@@ -173,6 +185,61 @@ def kernel_orthogonality_gradient(filters: Tensor, products: Tensor, _: Taps, ou
     """Return the gradient: 2 Σ_{j≠i} ⟨K_i, K_j⟩ K_j."""
     flat = None if out is None else out.flatten(2)
     return torch.bmm(2 * products, filters.flatten(2), out=flat).view(filters.shape)
+
+
+def expected(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return P Σ_{i<j} ⟨K_i, K_j⟩² + L_CS; and, side by side along the last axis, ⟨K_i, K_j⟩ (0 for i = j) and R_i."""
+    orthogonality, products = kernel_orthogonality(filters, taps)
+    similarity, others = similarity_and_others(filters, taps)
+    return POSITIONS * orthogonality + similarity, torch.cat([products, others], -1)
+
+
+def expected_gradient(filters: Tensor, shared: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return the gradient: that of L_CS + 2P Σ_{j≠i} ⟨K_i, K_j⟩ K_j. shared: what `expected` returned."""
+    products, others = shared.tensor_split([filters.shape[1]], -1)
+    return _plus_products(gradient_from_others(filters, others, taps, out), products, filters, out)
+
+
+def expected_gradient_alone(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
+    """Return the gradient without a value."""
+    _, products = kernel_orthogonality(filters, taps)
+    return _plus_products(similarity_gradient(filters, taps, out), products, filters, out)
+
+
+def expected_tangent(filters: Tensor, taps: Taps, norms: Tensor | None, out: Tensor | None) -> Tensor:
+    """Return the tangent gradient. The part of Σ_{j≠i} ⟨K_i, K_j⟩ K_j along K_i leaves by a factor for j = i."""
+    gradient = tangent_gradient(filters, taps, norms, out)  # which scales the filters
+    flat = filters.flatten(2)
+    products = flat @ flat.mT
+    own = torch.eye(products.shape[-1], dtype=torch.bool, device=products.device)
+    squares = products.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(products.dtype).tiny)
+    others = products.masked_fill(own, 0)
+    along = others.square().sum(-1) / squares
+    return _plus_products(gradient, torch.where(own, -along.unsqueeze(-1), others), filters, out)
+
+
+def _plus_products(gradient: Tensor, products: Tensor, filters: Tensor, out: Tensor | None) -> Tensor:
+    """The gradient + 2P · products · K, in `out` where that is given, as the gradient is."""
+    flat = None if out is None else out.flatten(2)
+    total = torch.baddbmm(gradient.flatten(2), products, filters.flatten(2), alpha=2 * POSITIONS, out=flat)
+    return total.view(filters.shape)
+
+
+def tangent_of_directions(
+    gradient: Gradient, filters: Tensor, taps: Taps, norms: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """Return ∂f(K̂)/∂K with K̂_i = K_i / ‖K_i‖ and f's own gradient g: (g_i − ⟨g_i, K̂_i⟩ K̂_i) / ‖K_i‖.
+
+    norms: as `Objective.tangent_gradient`.
+    """
+    rows, inverse = _directions(filters)
+    directions = rows.view(filters.shape)
+    if norms is not None:
+        torch.mul(directions, norms, out=filters)
+        inverse = torch.where(norms > 0, 1 / norms, 0).squeeze(-1)
+    found = gradient(directions, taps, out)
+    project_(found, directions, torch.ones_like(inverse).unsqueeze(-1))
+    return found.mul_(inverse.unsqueeze(-1))
 
 
 def ocnn(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
@@ -338,9 +405,11 @@ def _objective(
     value: Shared,
     gradient: SharedGradient,
     alone: Gradient | None = None,
+    tangent: Tangent | None = None,
     vanishes_with_filters: bool = True,
+    of_directions: bool = False,
 ) -> Objective:
-    """alone: the gradient without a value, where that has a shorter way."""
+    """alone: the gradient without a value, where that has a shorter way. of_directions: while norms are held."""
     differentiable = Differentiable(name, value, gradient)
 
     def without_graph(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
@@ -351,6 +420,7 @@ def _objective(
         differentiable,
         alone or without_graph,
         norm_only_pointwise=False,
+        tangent=partial(tangent_of_directions, without_graph) if of_directions else tangent,
         vanishes_with_filters=vanishes_with_filters,
     )
 
@@ -377,15 +447,26 @@ OBJECTIVES: dict[str, Objective] = {
             kernel_orthogonality_gradient,
         ),
         _objective(
+            "expected",
+            f"squared inner products of feature maps on white inputs: {POSITIONS:g} · kernel + cs",
+            expected,
+            expected_gradient,
+            expected_gradient_alone,
+            tangent=expected_tangent,
+        ),
+        _objective(
             "ocnn",
             ocnn,
             ocnn_gradient,
+            vanishes_with_filters=False,
+            of_directions=True,
         ),
         _objective(
             "srip",
             srip,
             srip_gradient,
             vanishes_with_filters=False,
+            of_directions=True,
         ),
         _objective(
             "orthoreg",

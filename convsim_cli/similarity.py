@@ -90,6 +90,18 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
     return _gradient(filters, sum_of_others(autocorrelation(filters, taps, spectrum)), taps, out, spectrum)
 
 
+def similarity_and_others(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+    """Return L_CS = ½ Σ_i ⟨A_i, R_i⟩, as it is in the precision at hand; and R_i, which its gradient needs as well."""
+    autocorrelations = autocorrelation(filters, taps, spectrum_if_cheaper(filters, taps))
+    others = sum_of_others(autocorrelations)
+    return inner_product(autocorrelations, others) / 2, others
+
+
+def gradient_from_others(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
+    """Return ∂L_CS/∂filters from the R_i that `similarity_and_others` returned. out: as `similarity_gradient`."""
+    return _gradient(filters, others, taps, out, spectrum_if_cheaper(filters, taps))
+
+
 def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return ∂L_CS/∂filters without its parts along the filters, which are first scaled to their L2 norms, in place.
 
@@ -218,18 +230,7 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
     return device.type != "cpu" or prod(taps) <= FEW_TAPS
 
 
-def _value(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
-    """½ Σ_i ⟨A_i, R_i⟩, and R_i, which the gradient needs as well."""
-    autocorrelations = autocorrelation(filters, taps, spectrum_if_cheaper(filters, taps))
-    others = sum_of_others(autocorrelations)
-    return inner_product(autocorrelations, others) / 2, others
-
-
-_SIMILARITY = Differentiable(
-    "cs",
-    _value,
-    lambda filters, others, taps: _gradient(filters, others, taps, None, spectrum_if_cheaper(filters, taps)),
-)
+_SIMILARITY = Differentiable("cs", similarity_and_others, gradient_from_others)
 
 
 def _lag_shape(taps: Taps) -> Taps:

@@ -77,6 +77,11 @@ def literal_kernel_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
     return total
 
 
+def literal_expected_similarity(weight: Tensor, groups: int = 1) -> Tensor:
+    """100 positions: 100 Σ_{i<j} ⟨K_i, K_j⟩² + Eq. 10."""
+    return 100 * literal_kernel_orthogonality(weight, groups) + literal_similarity(weight, groups)
+
+
 def literal_ocnn(weight: Tensor, groups: int = 1) -> Tensor:
     """Wang et al. 2020, stride 1: ‖Σ_c K_i[c] ⋆ K_j[c] − δ_ij δ_0‖² over all lags and ordered pairs of each group."""
     total = torch.zeros((), dtype=weight.dtype)
@@ -178,6 +183,7 @@ LITERAL = {  # the objectives by name
     "cs": literal_similarity,
     "neighbours": literal_neighbouring_similarity,
     "kernel": literal_kernel_orthogonality,
+    "expected": literal_expected_similarity,
     "ocnn": literal_ocnn,
     "srip": literal_srip,
     "orthoreg": literal_orthoreg,

@@ -6,6 +6,7 @@ from references import LITERAL
 from torch import Tensor
 
 from convsim_cli.errors import InputError
+from convsim_cli.minimize import minimize_weight_
 from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
 from convsim_cli.similarity import to_filters, to_weight
 
@@ -165,6 +166,29 @@ def test_objectives_of_norms_alone_are_marked_for_pointwise_kernels(name: str) -
     assert same == OBJECTIVES[name].norm_only_pointwise
 
 
+@pytest.mark.parametrize("name", ["ocnn", "srip"])
+@pytest.mark.parametrize("scale", [1e-20, 0.577, 1e20])
+def test_with_norms_held_ocnn_and_srip_see_directions_alone(name: str, scale: float) -> None:
+    filters, taps = to_filters(torch.randn(6, 3, 3, 3, dtype=torch.float64), 2)
+    unit = filters / torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    wanted = OBJECTIVES[name].tangent_gradient(unit, taps, None, None) / scale
+    found = OBJECTIVES[name].tangent_gradient((scale * unit).float(), taps, None, None)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_srip_with_norms_held_makes_fresh_filters_more_orthogonal() -> None:
+    weight = torch.nn.Conv2d(64, 64, 3).weight.detach()  # of norm 0.577
+
+    def excess() -> float:
+        rows = torch.nn.functional.normalize(weight.flatten(1))
+        return torch.linalg.matrix_norm(rows @ rows.T - torch.eye(64), 2).item()
+
+    before, norms = excess(), weight.flatten(1).norm(dim=1)
+    minimize_weight_(weight, iterations=100, preserve_norm=True, objective="srip")
+    assert excess() < before / 2
+    torch.testing.assert_close(weight.flatten(1).norm(dim=1), norms)
+
+
 def test_one_entry_in_the_table_is_enough_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     added = Objective(
         "squares", "for this test", lambda f, _: f.square().sum(), lambda f, _, out: torch.mul(f, 2, out=out), False
@@ -181,5 +205,5 @@ def test_an_unknown_objective_is_refused_with_the_closest_name() -> None:
 
 
 def test_the_table_is_in_the_order_of_the_documentation_and_keyed_by_name() -> None:
-    assert list(OBJECTIVES) == ["cs", "neighbours", "kernel", "ocnn", "srip", "orthoreg"]
+    assert list(OBJECTIVES) == ["cs", "neighbours", "kernel", "expected", "ocnn", "srip", "orthoreg"]
     assert all(objective.name == name for name, objective in OBJECTIVES.items())

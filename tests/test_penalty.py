@@ -58,13 +58,22 @@ def test_a_norm_preserving_gradient_has_no_part_along_a_filter(objective: str, l
     weights = [weight for weight in model.parameters() if weight.ndim == 4]
     former = [weight.detach().clone() for weight in weights]
     penalty = ConvSimPenalty(model, objective)
+    axes = [(0, 2, 3) if weight is model[3].weight else (1, 2, 3) for weight in weights]
+    norms = [torch.linalg.vector_norm(was, dim=over, keepdim=True) for was, over in zip(former, axes, strict=True)]
+    if objective not in ("ocnn", "srip"):  # these two are those of the directions K_i / ‖K_i‖
+        norms = [torch.ones_like(norm) for norm in norms]
+    with torch.no_grad():
+        for weight, norm in zip(weights, norms, strict=True):
+            weight /= norm
     (0.3 * penalty()).backward()
     expected = []
-    for weight in weights:
+    for weight, over, norm in zip(weights, axes, norms, strict=True):
         filters, gradient = weight.detach().double(), weight.grad.double()
-        axes = (0, 2, 3) if weight is model[3].weight else (1, 2, 3)
-        inner, squares = ((x * filters).sum(axes, keepdim=True) for x in (gradient, filters))
-        expected.append((gradient - inner / squares * filters).float())
+        inner, squares = ((x * filters).sum(over, keepdim=True) for x in (gradient, filters))
+        expected.append(((gradient - inner / squares * filters) / norm).float())
+    with torch.no_grad():
+        for weight, was in zip(weights, former, strict=True):
+            weight.copy_(was)
     model.zero_grad()
     penalty.add_gradient_(0.3, preserve_norm=True)
     for weight, was, wanted in zip(weights, former, expected, strict=True):
