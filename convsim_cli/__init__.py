@@ -9,7 +9,7 @@ This page is the architecture. A module imports only from its own line and the l
     kernels/            which tensors are kernels: `kernel` (one layer), `modules` (exact), `guess` (what a file tells)
     layers, batch_norm  run a model without side effects, a layer with another weight; batch-norm statistics
     measurement/        `figures` (the table), `kernel_figures`, `feature_maps`, `pairs`, `synthetic`, `network`
-    closed_forms        orthogonal and decorrelated filters
+    closed_forms        filters that are orthogonal, of one DCT pattern each, or decorrelated
     minimize, penalty   Algorithm 1; Algorithm 2, and similarity held in optimizer steps
     checkpoints/        `base`, `formats` (the table) and one module per format; `atomic` and `journal` write,
                         `diagnose` and `pickle_globals` explain what cannot be read
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from convsim_cli.checkpoint_init import init_checkpoint
     from convsim_cli.checkpoint_measure import measure_checkpoint
     from convsim_cli.checkpoints.formats import open_checkpoint
-    from convsim_cli.closed_forms import decorrelate_, orthogonalize_
+    from convsim_cli.closed_forms import dct_, decorrelate_, orthogonalize_
     from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_, minimize_weight_
     from convsim_cli.penalty import ConvSimPenalty
@@ -61,6 +61,7 @@ __version__ = "0.2.0"
 __all__ = [
     "ConvSimPenalty",
     "convolutional_similarity",
+    "dct_",
     "decorrelate_",
     "init_checkpoint",
     "measure",
@@ -74,6 +75,7 @@ __all__ = [
 _HOMES = {
     "ConvSimPenalty": "penalty",
     "convolutional_similarity": "similarity",
+    "dct_": "closed_forms",
     "decorrelate_": "closed_forms",
     "measure": "measurement.network",
     "measure_checkpoint": "checkpoint_measure",

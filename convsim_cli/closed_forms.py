@@ -1,12 +1,24 @@
-"""Closed forms: filters that are orthogonal, or whose feature maps are uncorrelated, without iterations.
+"""Closed forms: filters that are orthogonal, of one spatial pattern each, or whose feature maps are uncorrelated.
 
-In both, every filter keeps its own L2 norm, and groups are treated separately. Both go as far as the rank does: more
-filters than C·N taps cannot all be orthogonal. Everything is computed in float64. A dead filter
+In all three, every filter keeps its own L2 norm, and groups are treated separately. They go as far as the rank does:
+more filters than C·N taps cannot all be orthogonal. Everything is computed in float64. A dead filter
 (`kernels.living_filters`) stays bit-identical and takes part in nothing. K: the filters of a group as rows.
 
 Orthogonal filters: U Vᵀ of the singular value decomposition U Σ Vᵀ of K, after each filter's mean per channel is
 subtracted, which takes its response to frequency zero (filters of one tap keep it: nothing else would be left).
 Singular values below 1e-6 of the largest count as zero. A filter that is constant in every channel stays as it is.
+
+One pattern each (`dct`): K_i = ‖K_i‖ · u_i ⊗ B_p, with B_p one of the N patterns of the orthonormal DCT-II basis over
+the taps and u_i, of length 1, the weights of the channels. Each pattern takes as many filters as any other, those with
+the largest share of energy in it first. Filters of other patterns are orthogonal whatever their channels do, and the
+u_i of one pattern are made so: U Vᵀ as above, of the filters' own weights in that pattern. Why it works: the summed
+power spectrum is flat (exactly so where N divides the number of filters and their norms are equal), which is the most
+that lowering Eq. 10 can reach, and kernels are orthogonal as well, which Eq. 10 does not ask for.
+- Layers of 3 input channels are taken to see photographs, whose channels are correlated by about 0.85: the u_i are made
+  orthogonal after whitening by that. If a pattern has more than 3 filters they cannot be orthogonal, and 30 steps down
+  the gradient of Σ cos⁸ keep two of them from being alike.
+- Elsewhere, a layer with more filters than C·N would need duplicates, and a filter of one tap has one pattern: these
+  layers are made orthogonal as above (`dct_method`).
 
 Uncorrelated feature maps on a batch of images, front to back through a network: K ← D G^(−1/2) diag(s)⁻¹ K with s and
 G, the standard deviations and the correlation matrix of the layer's feature maps over all images and positions, and D,
@@ -18,15 +30,17 @@ the images stays as it is.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
 
 from convsim_cli.batch_norm import batch_statistics
 from convsim_cli.device import Advance
@@ -35,6 +49,7 @@ from convsim_cli.kernels import (
     VANISHED,
     Kernel,
     Patterns,
+    Selection,
     living_filters,
     module_kernels,
     warn_of_unsupported,
@@ -43,10 +58,15 @@ from convsim_cli.kernels import (
 from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite
-from convsim_cli.precision import full_precision
+from convsim_cli.precision import Taps, full_precision
+from convsim_cli.similarity import to_filters
 
 SMALLEST_SINGULAR_VALUE = 1e-6  # as a share of the largest
 SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
+SMALLEST_SHARE = 1e-12  # of a filter's energy; less of a pattern tells nothing about the channels
+CHANNELS = 3  # of a photograph
+CHANNEL_CORRELATION = 0.85  # of two of them; CIFAR-10: 0.79 to 0.91
+SPREADING = 30  # steps that keep filters of one pattern apart
 _ROUNDING = 1e-8  # rows of U Vᵀ are at most 1 long; one this short lies outside of the directions that count
 _CHUNK = 1 << 22  # values of feature maps that are held in float64 at once
 
@@ -75,18 +95,7 @@ def orthogonalize_(
     >>> record["name"], abs(record["after"]["norm"] - record["before"]["norm"]) < 1e-6
     ('0.weight', True)
     """
-    selection = module_kernels(model, Patterns(include, exclude))
-    warn_of_unsupported(selection)
-    weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
-    found, records = [], []
-    for kernel, weight in zip(selection.kernels, weights, strict=True):
-        found.append(orthogonalize_kernel(kernel, weight))
-        records.append(compare_weights(kernel, weight, found[-1]))
-        if advance:
-            advance(1)
-    for weight, orthogonal in zip(weights, found, strict=True):
-        weight.copy_(orthogonal)
-    return records
+    return [record for _, record in _change_kernels_(model, orthogonalize_kernel, Patterns(include, exclude), advance)]
 
 
 def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
@@ -129,6 +138,155 @@ def _polar(rows: Tensor) -> Tensor:
     u, values, vt = torch.linalg.svd(rows, full_matrices=False)
     kept = values > SMALLEST_SINGULAR_VALUE * values[..., :1]
     return (u * kept.unsqueeze(-2)) @ vt
+
+
+def dct_(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    advance: Advance | None = None,
+) -> list[Record]:
+    """Give each filter of every convolution of a module one pattern of the DCT, in place; return a record per layer.
+
+    Arguments, records, warnings and errors: as `orthogonalize_`. A record also holds `method`: `dct`, or `orthogonal`
+    for a layer where that serves better (`dct_method`). The formula is in this module's head.
+
+    >>> model = nn.Sequential(nn.Conv2d(16, 32, 3))
+    >>> record = dct_(model)[0]
+    >>> record["method"], record["after"]["ncs"] < record["before"]["ncs"]
+    ('dct', True)
+    """
+    changed = _change_kernels_(model, dct_kernel, Patterns(include, exclude), advance)
+    return [{**record, "method": dct_method(kernel)} for kernel, record in changed]
+
+
+def dct_weight_(weight: Tensor, groups: int = 1) -> Tensor:
+    """Give each filter of a weight `[S, C, *taps]` one pattern of the DCT, in place, at its norm; return the weight.
+
+    groups, errors: as `orthogonalize_weight_`. Warns where filters form no pairs; the weight is then left as it is.
+
+    >>> rows = nn.functional.normalize(dct_weight_(torch.randn(8, 4, 3, 3)).flatten(1))
+    >>> torch.allclose(rows @ rows.T, torch.eye(8), atol=1e-5)
+    True
+    """
+    to_filters(weight, groups)  # raises for what is no weight
+    selection, kernel = Selection(), Kernel("weight", tuple(weight.shape), groups)
+    selection.add(kernel)
+    if selection.skipped:
+        warnings.warn(f"the weight is left as it is: {selection.skipped[0].reason}", stacklevel=2)
+        return weight
+    with torch.no_grad():
+        return weight.copy_(dct_kernel(kernel, weight))
+
+
+def dct_kernel(kernel: Kernel, weight: Tensor) -> Tensor:
+    """Return the weight whose filters are one pattern of the DCT each, in the stored shape and dtype, on its device.
+
+    weight: as stored, untouched. Raises InputError for NaN or Inf.
+    """
+    if dct_method(kernel) == "orthogonal":
+        return orthogonalize_kernel(kernel, weight)
+    check_finite(kernel, weight)
+    return _with_directions(kernel, weight, partial(_dct_directions, kernel.taps, _sees_photographs(kernel)))
+
+
+def dct_method(kernel: Kernel) -> Literal["dct", "orthogonal"]:
+    """Return which closed form `dct_kernel` gives a layer: `orthogonal` for filters of one tap, or more than C·N."""
+    directions = math.prod(kernel.taps) * kernel.channels
+    few = kernel.filters <= directions or _sees_photographs(kernel)
+    return "dct" if few and not kernel.pointwise else "orthogonal"
+
+
+def _sees_photographs(kernel: Kernel) -> bool:
+    return kernel.channels == CHANNELS and kernel.groups == 1
+
+
+def _dct_directions(taps: Taps, photographs: bool, filters: Tensor, living: Tensor) -> Tensor:
+    basis = _dct_basis(taps).to(filters.device)
+    units = torch.where(living[..., None, None], filters / _norms(filters)[..., None, None], 0)
+    weights = basis @ pad(units, (0, 0, 0, 0, 0, 1))  # of channels [groups, S / groups + 1, N, C]; the last is nobody's
+    slots = _assign_patterns(weights[:, :-1].square().sum(-1), living)
+    group = torch.arange(len(slots), device=slots.device)[:, None, None]
+    pattern = torch.arange(len(basis), device=slots.device)[:, None]
+    rows = weights[group, slots, pattern]  # [groups, N, filters of one pattern, C]
+    rows = torch.where(rows.square().sum(-1, keepdim=True) > SMALLEST_SHARE, rows, 0)
+    if photographs:
+        rows = rows @ _channel_root(0.5).to(rows.device)
+    rows = _orthonormal_rows(normalize(rows, dim=-1), slots < filters.shape[1])
+    if photographs:
+        rows = _spread(rows) @ _channel_root(-0.5).to(rows.device)
+    directions = torch.zeros_like(weights)
+    directions[group, slots] = rows.unsqueeze(-2) * basis[:, None, :, None]
+    return directions[:, :-1].flatten(2)
+
+
+def _dct_basis(taps: Taps) -> Tensor:
+    """The orthonormal DCT-II basis over the taps as rows `[N, N]`, the mean first."""
+    basis = torch.ones(1, 1, dtype=torch.float64)
+    for k in taps:
+        steps = torch.arange(k, dtype=torch.float64)
+        waves = (math.pi / k * steps[:, None] * (steps + 0.5)).cos()
+        basis = torch.kron(basis, normalize(waves, dim=1))
+    return basis
+
+
+def _assign_patterns(shares: Tensor, living: Tensor) -> Tensor:
+    """Return the filters of each pattern `[groups, N, most of one pattern]`, filled up with the number of filters.
+
+    shares: of each filter's energy in each pattern, `[groups, S / groups, N]`. All pairs of filter and pattern are
+    taken in falling share. Of S living filters a pattern takes ⌊S/N⌋, and the first S mod N that overflow one more.
+    """
+    count, patterns = shares.shape[1:]
+    most, slots = -(-count // patterns), []
+    order = shares.cpu().round(decimals=12).flatten(1)  # equal shares in the order of filters, however they are rounded
+    for group, alive in zip(order.argsort(dim=1, descending=True, stable=True), living.cpu(), strict=True):
+        waiting = set(alive.nonzero().flatten().tolist())
+        taken: list[list[int]] = [[] for _ in range(patterns)]
+        each, more = divmod(len(waiting), patterns)
+        for number, pattern in (divmod(pair, patterns) for pair in group.tolist()):
+            overflows = len(taken[pattern]) == each
+            if number in waiting and len(taken[pattern]) <= each and not (overflows and not more):
+                taken[pattern].append(number)
+                waiting.remove(number)
+                more -= overflows
+        slots.append([[*members, *[count] * (most - len(members))] for members in taken])
+    return torch.tensor(slots, device=shares.device)
+
+
+def _orthonormal_rows(rows: Tensor, present: Tensor) -> Tensor:
+    """Return U Vᵀ of rows `[…, n, C]`, completed by an orthonormal complement where rows are zero or dependent.
+
+    present: which rows there are `[…, n]`; the others are zero, and stay so. Beyond n = C a zero row becomes any row.
+    """
+    found = _polar(rows)
+    missing = present.sum(-1).clamp_max(rows.shape[-1]) - found.square().sum((-2, -1)) > 0.5
+    empty = present & (rows == 0).all(-1)
+    if not (missing.any() or empty.any()):
+        return found
+    seeded = torch.randn(rows.shape[-2:], dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    free = seeded * present.unsqueeze(-1) - found @ (found.mT @ seeded)  # off the rows' span, on both sides
+    free = free - (free @ found.mT) @ found
+    found = found + _polar(torch.where(missing[..., None, None], free, 0))
+    return torch.where((empty & (found.abs().amax(-1) < _ROUNDING)).unsqueeze(-1), seeded, found)
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Return rows `[…, n, C]` at length 1, turned apart where n > C: small steps down the gradient of Σ cos⁸."""
+    count, channels = rows.shape[-2:]
+    rows = normalize(rows, dim=-1)
+    for _ in range(SPREADING if count > channels else 0):
+        cosines = rows @ rows.mT
+        cosines.diagonal(dim1=-2, dim2=-1).zero_()
+        rows = normalize(rows - 2 / count * cosines.pow(7) @ rows, dim=-1)
+    return rows
+
+
+def _channel_root(power: float) -> Tensor:
+    """The power of the correlation matrix of a photograph's channels: 1 on its diagonal, `CHANNEL_CORRELATION` off."""
+    apart, common = 1 - CHANNEL_CORRELATION, 1 + (CHANNELS - 1) * CHANNEL_CORRELATION  # its eigenvalues
+    mean = torch.full((CHANNELS, CHANNELS), 1 / CHANNELS, dtype=torch.float64)
+    return apart**power * (torch.eye(CHANNELS, dtype=torch.float64) - mean) + common**power * mean
 
 
 def decorrelate_(
@@ -304,6 +462,24 @@ def _inverse_root(correlation: Tensor) -> Tensor:
     kept = values > SMALLEST_EIGENVALUE * values[..., -1:]
     roots = torch.where(kept, values, 1).rsqrt() * kept
     return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+
+
+def _change_kernels_(
+    model: nn.Module, form: Callable[[Kernel, Tensor], Tensor], patterns: Patterns, advance: Advance | None
+) -> list[tuple[Kernel, Record]]:
+    """Give all kernels of a model that the patterns select a closed form, in place, or on failure none of them."""
+    selection = module_kernels(model, patterns)
+    warn_of_unsupported(selection)
+    weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
+    found, records = [], []
+    for kernel, weight in zip(selection.kernels, weights, strict=True):
+        found.append(form(kernel, weight))
+        records.append(compare_weights(kernel, weight, found[-1]))
+        if advance:
+            advance(1)
+    for weight, changed in zip(weights, found, strict=True):
+        weight.copy_(changed)
+    return list(zip(selection.kernels, records, strict=True))
 
 
 def _with_directions(kernel: Kernel, weight: Tensor, directions: Directions) -> Tensor:
