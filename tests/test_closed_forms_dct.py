@@ -21,7 +21,7 @@ SHAPES = [  # and groups
     ((24, 2, 3, 2), 2),
     ((14, 4, 5), 1),
     ((15, 5, 2, 2, 3), 1),
-    ((12, 1, 2, 2), 4),  # several filters of one channel per group
+    ((12, 1, 2, 2), 3),  # several filters of one channel per group: not three channels of a photograph
     ((2, 6, 7, 7), 1),
 ]
 
@@ -145,6 +145,19 @@ def test_equal_filters_of_three_channels_all_get_a_direction() -> None:
     assert patterns_of(found) == [1] * 45
     torch.testing.assert_close(found.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
     assert torch.linalg.matrix_rank(found.double().flatten(1), rtol=1e-5) == 27
+
+
+def test_a_filter_without_a_pattern_among_others_gets_a_direction() -> None:
+    weight = torch.randn(45, 3, 3, 3)
+    weight[:10] = torch.randn(10, 3, 1, 1)  # a pattern takes five
+    assert patterns_of(dct_weight_(weight.clone())) == [1] * 45
+    assert not (dct_weight_(weight.clone()) == weight).flatten(1).all(1).any()
+
+
+def test_rounding_of_equal_shares_does_not_change_the_assignment() -> None:
+    weight = torch.randn(18, 4, 1, 1, dtype=torch.float64).expand(18, 4, 3, 3).contiguous()
+    moved = weight * (1 + 1e-9 * torch.randn(18, 4, 3, 3, dtype=torch.float64))
+    torch.testing.assert_close(dct_weight_(moved), dct_weight_(weight), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
