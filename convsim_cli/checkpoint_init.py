@@ -192,7 +192,10 @@ def _change_layers(
             was, now = (tensor.to(weight.device) for tensor in found[kernel.name])
             changed = torch.where(now == was, weight, now.to(weight.dtype))  # bit-identical where nothing changed
             check_range(kernel, changed)
-        yield changed, compare_weights(kernel, weight, changed)
+        record = compare_weights(kernel, weight, changed)
+        if method.applied_to:
+            record["method"] = method.applied_to(kernel)
+        yield changed, record
         advance(1)
 
 

@@ -24,6 +24,7 @@ class Method:
     and keeps the filters' norms if it is told to. Both formulas keep every filter's norm:
 
     of_kernel(kernel, weight): returns the new weight, in the stored shape and type, on its device.
+    applied_to(kernel): returns the name of the closed form that a layer gets, where that depends on the layer.
     of_maps(model, kernels, images, advance): changes the kernels of a network in place, on a batch of images
     `[B, C, …]`, and returns a record of each kernel that the network calls; advance takes the layers done.
     """
@@ -31,6 +32,7 @@ class Method:
     name: str
     meaning: str
     of_kernel: Callable[..., Any] | None = None
+    applied_to: Callable[..., str] | None = None
     of_maps: Callable[..., list[dict[str, Any]]] | None = None
 
     @property
@@ -59,10 +61,17 @@ METHODS: dict[str, Method] = {
         Method("cs", "Eq. 10 of the paper: all pairs of filters, all pairs of their channels"),
         Method("neighbours", "the authors' public code: each filter and the next, channel by channel"),
         Method("kernel", "squared inner products of all pairs of filters (section 3.1 of the paper)"),
+        Method("expected", "squared inner products of feature maps on white inputs: 100 · kernel + cs"),
         Method("ocnn", "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags"),
         Method("srip", "spectral norm of K Kᵀ − I, by two power iterations (Bansal et al. 2018)"),
         Method("orthoreg", "cosines of all pairs of filters, similar ones most (Rodríguez et al. 2017)"),
         Method("orthogonal", "orthogonal filters without a mean", of_kernel=_closed_form("orthogonalize_kernel")),
+        Method(
+            "dct",
+            "one pattern of the discrete cosine transform per filter, orthogonal channel weights",
+            of_kernel=_closed_form("dct_kernel"),
+            applied_to=_closed_form("dct_method"),
+        ),
         Method(
             "decorrelate",
             "feature maps that are uncorrelated on images, by ZCA-cor",

@@ -448,7 +448,6 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         _objective(
             "expected",
-            f"squared inner products of feature maps on white inputs: {POSITIONS:g} · kernel + cs",
             expected,
             expected_gradient,
             expected_gradient_alone,

@@ -129,6 +129,12 @@ def _show(content: dict[str, Any], console: Console) -> None:
     if "after" not in total:
         return console.note(f"L_CS {total['before']:.4g}; a dry run: nothing was written")
     console.note(f"L_CS {total['before']:.4g} → {total['after']:.4g} ({_method(content)}), {content['seconds']:.1f} s")
+    others: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.get("method", content["method"]) != content["method"]:
+            others.setdefault(layer["method"], []).append(layer["name"])
+    for method, names in others.items():
+        console.note(f"{method} in place of {content['method']}: {', '.join(names)}")
     backup = f"; the former file is {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
 
