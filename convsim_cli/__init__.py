@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from convsim_cli.penalty import ConvSimPenalty
     from convsim_cli.similarity import convolutional_similarity
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "ConvSimPenalty",
     "convolutional_similarity",

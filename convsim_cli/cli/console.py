@@ -64,7 +64,7 @@ class Console:
 
     def document(self, command: str, content: dict[str, Any]) -> dict[str, Any]:
         """Return the one JSON document of a command, printed where it was asked for."""
-        document = {"schema": 1, "command": command, **content, "version": __version__}
+        document = {"schema": 2, "command": command, **content, "version": __version__}
         if self.as_json:
             with _while_read():
                 print(json.dumps(document, indent=2, allow_nan=False))
