@@ -18,9 +18,8 @@ from convsim_cli.reproduction.campaign import CampaignReport, Job, Outcome, run_
 from convsim_cli.reproduction.published import ARMS, CURVES, arms_of, choose_arms
 from convsim_cli.training.comparison import epochs_to
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.data import load_data
 from convsim_cli.training.launch import plain_name
-from convsim_cli.training.prepare import build_with_weights, check_network
+from convsim_cli.training.prepare import build_with_weights, check_network, load_data
 from convsim_cli.training.run import ACCURACIES, make_folder, spread
 
 FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3

@@ -22,9 +22,8 @@ from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.architectures import find_network, names_code
 from convsim_cli.training.config import FOLDER, Arguments, parse_arguments
-from convsim_cli.training.data import identified, load_data
 from convsim_cli.training.distributed import Processes, join_processes
-from convsim_cli.training.prepare import build_with_weights, check_network
+from convsim_cli.training.prepare import build_with_weights, check_network, identified, load_data
 from convsim_cli.training.run import (
     ARGUMENTS_FILE,
     Report,

@@ -1,4 +1,4 @@
-"""A run's network before training: build it, check that it can be trained on the run's data, and prepare its kernels.
+"""A run before training: load its images, build its network, check that both fit, and prepare the kernels.
 
 Preparation is what a mode does once, before the first epoch: it gives the kernels other directions, other norms, or
 both.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,18 +17,46 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.device import Advance
 from convsim_cli.errors import ConvsimWarning, InputError
-from convsim_cli.inputs.images import Dataset
+from convsim_cli.inputs.datasets import folder_digest, load_dataset
+from convsim_cli.inputs.images import Dataset, parse_channels
 from convsim_cli.kernels import Selection, module_kernels, warn_of_unsupported, weight_of
 from convsim_cli.layers import side_effect_free, undone_on_failure
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Minimization, minimize_kernels, rescale_to
-from convsim_cli.networks.architectures import build_network, warn_of_random_weights
+from convsim_cli.networks.architectures import build_network, usual_side, warn_of_random_weights
 from convsim_cli.networks.load import load_weights
 from convsim_cli.penalty import ConvSimPenalty
-from convsim_cli.training.config import MODES, Arguments
-from convsim_cli.training.data import used_images
+from convsim_cli.training.config import FOLDER, MODES, Arguments
 
 IMAGES = 1024  # the first training images, on which `decorrelate` makes feature maps uncorrelated
+
+
+def load_data(arguments: Arguments) -> Dataset:
+    """Return the whole data set of a run.
+
+    Raises InputError if it cannot be read, and for an image folder with other images than those of the run.
+    """
+    side = arguments.image_size or usual_side(arguments.arch)
+    mean, std = parse_channels("mean", arguments.mean), parse_channels("std", arguments.std)
+    found = identified(replace(arguments, folder_digest=None)).folder_digest
+    if arguments.folder_digest not in (None, found):
+        raise InputError(
+            f"{arguments.dataset}: names or sizes of its images differ from those that the run began with; "
+            "name a folder with the same images"
+        )
+    return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
+
+
+def identified(arguments: Arguments) -> Arguments:
+    """Return the arguments with the digest of their image folder, if they name one. Raises InputError."""
+    if arguments.folder_digest or not arguments.dataset.startswith(FOLDER):
+        return arguments
+    return replace(arguments, folder_digest=folder_digest(Path(arguments.dataset.removeprefix(FOLDER))))
+
+
+def used_images(arguments: Arguments, dataset: Dataset) -> Dataset:
+    """Return the images that a run uses, its validation images set apart. Raises InputError if there are too few."""
+    return dataset.limited(arguments.limit_train, arguments.limit_test).hold_out(arguments.validation)
 
 
 def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:

@@ -34,9 +34,15 @@ from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_cos_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, names_code
 from convsim_cli.training.config import MODES, Arguments, make_arguments
-from convsim_cli.training.data import load_data, used_images
 from convsim_cli.training.distributed import ALONE, Processes
-from convsim_cli.training.prepare import build_with_weights, count_steps, first_images, prepare_
+from convsim_cli.training.prepare import (
+    build_with_weights,
+    count_steps,
+    first_images,
+    load_data,
+    prepare_,
+    used_images,
+)
 from convsim_cli.training.trainer import VALIDATION_COLUMNS, Trainer, choose_algorithms
 
 ARGUMENTS_FILE = "args.json"

@@ -3,6 +3,9 @@
 Plain cross entropy by SGD or AdamW; Algorithm 2 adds the gradient of its objective to that of the task. After each
 epoch the network is evaluated, with batch-norm statistics re-estimated as the run's `bn_statistics` asks. Several
 processes each take a share of every batch.
+
+The order of the images, their flips and their crops depend on the seed and the epoch alone, so that a resumed run draws
+the same batches.
 """
 
 from __future__ import annotations
@@ -12,25 +15,27 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import cos, pi
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
 from convsim_cli.device import Advance, synchronize
-from convsim_cli.errors import DivergedError, FollowedError
+from convsim_cli.errors import ConvsimError, DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.accuracy import evaluation_totals
 from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
 from convsim_cli.precision import full_precision, tf32
 from convsim_cli.training.config import MODES, Arguments
-from convsim_cli.training.data import FlipCrop, permutation, resident, statistics_batches
 from convsim_cli.training.distributed import ALONE, Processes
 
 VALIDATION_COLUMNS = ("validation_loss", "validation_accuracy")  # of `results.csv`, with validation images
+STATISTICS_IMAGES = 4096  # training images that batch-norm statistics are re-estimated on
+_MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
+PADDING = 4  # black pixels on each side, before the crop
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
 
 
@@ -220,6 +225,80 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
+
+
+def resident(dataset: Dataset, device: torch.device) -> Dataset:
+    """Return the data set with all of its images on a device. Raises ConvsimError where they do not fit."""
+    try:
+        return dataset.to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        images = (dataset.train.images, dataset.test.images)
+        count, size = sum(map(len, images)), sum(split.nbytes for split in images)
+        height, width = images[0].shape[1:3]
+        raise ConvsimError(
+            f"the {count:,} images of {dataset.name} ({height}×{width}, {size / 1e9:.3g} GB) do not fit into the "
+            f"memory of {device}, where training keeps them; lower `limit_train` or `image_size`, or choose another "
+            "`device`"
+        ) from error
+
+
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the training images in an epoch, `[count]`."""
+    return torch.randperm(count, generator=_generator(seed, epoch, "order"))
+
+
+def statistics_batches(split: Split, seed: int, processes: int = 1) -> tuple[Tensor, ...]:
+    """Return the indices of the images that statistics are re-estimated on, in equal batches: the first of epoch 0.
+
+    They are the same at every epoch, so that the statistics depend on the weights alone. Each process gets as many
+    batches as the others: synchronized layers wait for each other. If the images cannot be divided so, the last few
+    are left out.
+    """
+    indices = permutation(len(split), seed, 0)[:STATISTICS_IMAGES]
+    if len(indices) < processes:
+        return processes * (indices,)
+    height, width = split.images.shape[1:3]
+    most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // (height * width)))
+    fewest = min(math.ceil(len(indices) / (most * processes)), len(indices) // processes)
+    rounds = min(range(fewest, 2 * fewest), key=lambda rounds: len(indices) % (rounds * processes))
+    count = rounds * processes
+    size = len(indices) // count
+    return indices[: count * size].split(size)
+
+
+@dataclass(frozen=True)
+class FlipCrop:
+    """What happens to each training image in one epoch: a crop of the padded image, mirrored or not.
+
+    mirrored: `[n]` bool. corners: `[n, 2]` int64, row and column of each crop, from 0 to 2·PADDING.
+    """
+
+    mirrored: Tensor
+    corners: Tensor
+
+    @staticmethod
+    def draw(count: int, seed: int, epoch: int, device: torch.device) -> FlipCrop:
+        """Draw the crops and flips of an epoch, independently for each of `count` images."""
+        source = _generator(seed, epoch, "augmentation")
+        mirrored = torch.rand(count, generator=source) < 0.5
+        corners = torch.randint(2 * PADDING + 1, (count, 2), generator=source)
+        return FlipCrop(mirrored.to(device), corners.to(device))
+
+    def apply(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Return images `[B, height, width, 3]` cropped and flipped. indices: which training images they are."""
+        count, height, width, channels = images.shape
+        padded = torch.nn.functional.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+        corners, columns = self.corners[indices], torch.arange(width, device=images.device)
+        columns = torch.where(self.mirrored[indices, None], columns.flip(0), columns) + corners[:, 1:]
+        rows = corners[:, :1] + torch.arange(height, device=images.device)
+        rows += torch.arange(count, device=images.device)[:, None] * padded.shape[1]
+        pixels = rows[:, :, None] * padded.shape[2] + columns[:, None, :]  # one gather is 3 times as fast as a[i, y, x]
+        return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
+
+
+def _generator(seed: int, epoch: int, purpose: Literal["order", "augmentation"]) -> torch.Generator:
+    offset = {"order": 0, "augmentation": 500_000}[purpose]  # beyond the epochs of a run, within those of its seed
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch + offset)
 
 
 def choose_algorithms(deterministic: bool) -> None:

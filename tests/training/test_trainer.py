@@ -16,10 +16,9 @@ from convsim_cli.minimize import minimize_
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.config import MODES, Arguments
-from convsim_cli.training.data import permutation
 from convsim_cli.training.prepare import count_steps, first_images
 from convsim_cli.training.prepare import prepare_ as prepare_network_
-from convsim_cli.training.trainer import Trainer, choose_algorithms, compile_network
+from convsim_cli.training.trainer import Trainer, choose_algorithms, compile_network, permutation
 
 CPU = torch.device("cpu")
 

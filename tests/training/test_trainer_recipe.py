@@ -22,10 +22,9 @@ from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import Arguments, declarations, make_arguments
-from convsim_cli.training.data import FlipCrop, permutation
 from convsim_cli.training.launch import create_run, find_or_create_run, find_run, open_to_resume
 from convsim_cli.training.run import COLUMNS, Report, best_row, open_run, read_results, train_run
-from convsim_cli.training.trainer import VALIDATION_COLUMNS, Trainer, learning_rate
+from convsim_cli.training.trainer import VALIDATION_COLUMNS, FlipCrop, Trainer, learning_rate, permutation
 
 CPU = torch.device("cpu")
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, limit_train=60, limit_test=30)

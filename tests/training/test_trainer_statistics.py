@@ -18,11 +18,10 @@ from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import Arguments, make_arguments
-from convsim_cli.training.data import permutation, statistics_batches
 from convsim_cli.training.launch import create_run, find_run
 from convsim_cli.training.prepare import check_network
 from convsim_cli.training.run import open_run, read_results, train_run
-from convsim_cli.training.trainer import Trainer
+from convsim_cli.training.trainer import Trainer, permutation, statistics_batches
 
 CPU = torch.device("cpu")
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, limit_train=60, limit_test=30, lr=0.1)
