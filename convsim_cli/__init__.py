@@ -3,6 +3,7 @@
 This page is the architecture. A module imports only from its own line and the lines above (tests/test_architecture.py):
 
     errors              what can go wrong, with exit codes
+    methods, settings   the table of methods; the options of init and measure, each declared once
     device, precision   devices, CUDA graphs, progress; full float32, and values with their own gradient
     similarity          Eq. 10 of the paper in linear time, and power spectra
     objectives          the table of everything that can be minimized, Eq. 10 first
@@ -15,7 +16,7 @@ This page is the architecture. A module imports only from its own line and the l
                         `diagnose` and `pickle_globals` explain what cannot be read
     inputs/             images in memory; data sets and folders by name
     networks/           networks by name, checkpoints loaded into them, what they are probed with, their accuracy
-    checkpoint_init, checkpoint_measure   two library calls, which the commands of those names show
+    checkpoint_init, checkpoint_measure   two library calls, which the commands `init` and `measure` show
     training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `data`, `distributed`,
                         `comparison`
     reproduction/       the paper's numbers, numerical tables, trained experiments, and campaigns of runs
@@ -36,10 +37,11 @@ What happens in a command, in order:
 - `compare`, `plot`: training/comparison reads folders of runs and groups them by seed → the table, or plots.
 - `reproduce`: reproduction/numerical, or reproduction/experiments plans runs and reproduction/campaign trains them.
 
-Where a change goes: an objective, objectives.OBJECTIVES; a closed form, closed_forms; a figure, figures.FIGURES and
+Where a change goes: a method, its function in closed_forms or objectives.OBJECTIVES and its entry in methods.METHODS;
+an option of init or measure, settings; of training, or a mode, training/config; a figure, figures.FIGURES and
 kernel_figures.measure_layer; a format, checkpoints/formats.FORMATS; a data set, inputs/datasets.DATASETS; a network,
-networks/architectures; an option or a mode of training, training/config; an arm, reproduction/published.ARMS. Help
-texts, checks, JSON and tables read these. `.github/CONTRIBUTING.md` goes through each.
+networks/architectures; an arm, reproduction/published.ARMS. Help texts, checks, completion, JSON and tables read these.
+`.github/CONTRIBUTING.md` goes through each.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _measure_network(
         why = "" if probe.bn_statistics == INPUTS else ": the stored ones do not belong to these kernels"
         report.notes.append(f"batch-norm statistics are re-estimated on the inputs{why}")
     count = ceil(len(images) / MAP_BATCH)
-    advice = "try another `side`, `input` or `input_channels`"
+    advice = "try another `input_size`, `input` or `input_channels`"
     with (
         running_on(images.shape, arch, advice),
         progress(f"feature maps of {path}", len(images) * (2 if chosen == INPUTS else 1)) as advance,

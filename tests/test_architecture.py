@@ -16,6 +16,7 @@ import convsim_cli
 PACKAGE = Path(__file__).parents[1] / "convsim_cli"
 ORDER = (  # a module imports from its own line and the lines above it
     ("errors",),
+    ("methods", "settings"),
     ("device", "precision"),
     ("similarity",),
     ("objectives",),

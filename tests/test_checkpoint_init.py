@@ -1,4 +1,4 @@
-"""`minimize_checkpoint` from Python is as safe as `convsim init`."""
+"""`init_checkpoint` from Python is as safe as `convsim init`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from conftest import Convsim
 from safetensors.torch import load_file, save_file
 
-from convsim_cli.checkpoint_init import minimize_checkpoint
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimWarning, InputError
 
@@ -25,9 +25,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_in_place_it_keeps_every_former_file_and_returns_where(path: Path) -> None:
     former = [path.read_bytes()]
-    first = minimize_checkpoint(str(path), iterations=2)
+    first = init_checkpoint(str(path), iterations=2)
     former.append(path.read_bytes())
-    second = minimize_checkpoint(path, path, iterations=2)
+    second = init_checkpoint(path, path, iterations=2)
     assert (first.checkpoint, first.output) == (path, path)
     assert first.backup == Path(f"{path}.bak")
     assert second.backup == Path(f"{path}.bak.1")
@@ -36,7 +36,7 @@ def test_in_place_it_keeps_every_former_file_and_returns_where(path: Path) -> No
 
 def test_it_returns_what_the_command_prints(path: Path, convsim: Convsim, tmp_path: Path) -> None:
     how = {"iterations": 3, "preserve_norm": True, "probe": "white", "exclude": ["b.*"], "groups": {"a.*": 2}}
-    called = minimize_checkpoint(path, tmp_path / "one.safetensors", **how).document()  # type: ignore[arg-type]
+    called = init_checkpoint(path, tmp_path / "one.safetensors", **how).document()  # type: ignore[arg-type]
     options = ("--iterations", 3, "--preserve-norm", "--probe", "white", "--exclude", "b.*", "--groups", "a.*=2")
     printed = convsim("init", path, "-o", tmp_path / "two.safetensors", *options, "--json").document
     differing = {"output", "seconds", "skipped"}
@@ -50,42 +50,70 @@ def test_it_returns_what_the_command_prints(path: Path, convsim: Convsim, tmp_pa
 
 def test_a_checkpoint_that_looks_trained_is_warned_about_once(path: Path, tmp_path: Path) -> None:
     save_file({**load_file(path), "bn.num_batches_tracked": torch.tensor(9)}, path)
-    with pytest.warns(ConvsimWarning, match=r"looks trained.*model\.safetensors\.bak keeps the old ones") as caught:
-        minimize_checkpoint(path, iterations=1)
+    with pytest.warns(
+        ConvsimWarning, match=r"looks trained.*lose its training; the original is kept in .*model\.safetensors\.bak$"
+    ) as caught:
+        init_checkpoint(path, iterations=1)
     assert len(caught) == 1
     assert Path(caught[0].filename) == Path(__file__)
-    with pytest.warns(ConvsimWarning, match="will have lost what it learned$"):
-        minimize_checkpoint(path, tmp_path / "other.safetensors", iterations=1)
+    with pytest.warns(ConvsimWarning, match="will lose its training$"):
+        init_checkpoint(path, tmp_path / "other.safetensors", iterations=1)
 
 
 def test_a_choice_made_in_reading_the_file_is_warned_about(tmp_path: Path) -> None:
     weights = {"a.weight": torch.randn(4, 3, 3, 3)}
     torch.save({"state_dict": weights, "ema": weights}, tmp_path / "model.pt")
     with pytest.warns(ConvsimWarning, match="took the tensors under state_dict; there are others under ema"):
-        minimize_checkpoint(tmp_path / "model.pt", iterations=1)
+        init_checkpoint(tmp_path / "model.pt", iterations=1)
 
 
 def test_what_cannot_be_saved_is_refused_before_any_work(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = path.read_bytes()
     monkeypatch.setattr("convsim_cli.checkpoint_init._write", None)
     with pytest.raises(InputError, match=r"x\.h5: expected a name that ends in \.safetensors"):
-        minimize_checkpoint(path, path.with_name("x.h5"))
+        init_checkpoint(path, path.with_name("x.h5"))
     with pytest.raises(InputError, match=r"x\.h5: unknown suffix \.h5; name it \.safetensors, "):
-        minimize_checkpoint(None, path.with_name("x.h5"), arch="cnn:4")
+        init_checkpoint(None, path.with_name("x.h5"), arch="cnn:4")
     with pytest.raises(InputError, match="`arch` creates a new network; `output` is required"):
-        minimize_checkpoint(None, arch="cnn:4")
+        init_checkpoint(None, arch="cnn:4")
     with pytest.raises(CheckpointError, match="no such file"):
-        minimize_checkpoint("nothing.pt")
+        init_checkpoint("nothing.pt")
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("name", ["net.pth.tar", "net.sav", "net.params", "net"])
+def test_output_takes_the_suffix_of_the_source_whatever_it_is(name: str, tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.randn(4, 3, 3, 3)}, tmp_path / name)
+    output = tmp_path / f"new_{name}"
+    made = init_checkpoint(tmp_path / name, output, iterations=1)
+    assert made.output == output
+    assert open_checkpoint(output).load("a.weight").shape == (4, 3, 3, 3)
+    with pytest.raises(InputError, match=r"new\.safetensors: expected a name that ends in \.pt, "):
+        init_checkpoint(tmp_path / name, tmp_path / "new.safetensors", iterations=1)
+
+
+def test_an_output_that_exists_is_kept_as_a_backup(path: Path, tmp_path: Path) -> None:
+    other, output = path.read_bytes(), tmp_path / "out.safetensors"
+    save_file({"of another": torch.ones(3)}, output)
+    former = [output.read_bytes()]
+    first = init_checkpoint(path, output, iterations=1)
+    former.append(output.read_bytes())
+    second = init_checkpoint(path, output, iterations=2)
+    assert (first.backup, second.backup) == (Path(f"{output}.bak"), Path(f"{output}.bak.1"))
+    assert [Path(f"{output}.bak").read_bytes(), Path(f"{output}.bak.1").read_bytes()] == former
+    assert init_checkpoint(path, output, dry_run=True).backup == Path(f"{output}.bak.2")
+    assert init_checkpoint(path, output, iterations=1, no_backup=True).backup is None
+    assert not Path(f"{output}.bak.2").exists()
+    assert path.read_bytes() == other
+
+
 def test_without_a_backup_and_in_a_dry_run_no_other_file_is_made(path: Path) -> None:
     before = path.read_bytes()
-    planned = minimize_checkpoint(path, dry_run=True)
+    planned = init_checkpoint(path, dry_run=True)
     assert (planned.backup, path.read_bytes()) == (Path(f"{path}.bak"), before)
-    assert list(planned.total) == ["before"]
-    assert minimize_checkpoint(path, iterations=1, backup=False).backup is None
+    assert list(planned.document()["total"]) == ["before"]
+    assert init_checkpoint(path, iterations=1, no_backup=True).backup is None
     assert path.read_bytes() != before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -93,7 +121,7 @@ def test_without_a_backup_and_in_a_dry_run_no_other_file_is_made(path: Path) -> 
 def test_a_new_network_is_saved_and_opened_by_its_path_as_text(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = minimize_checkpoint(None, str(tmp_path / "new.pt"), arch="cnn:4", iterations=1)
+        made = init_checkpoint(None, str(tmp_path / "new.pt"), arch="cnn:4", iterations=1)
     assert made.checkpoint is None
     assert [layer["assumed"] for layer in made.layers] == [False] * 4
     assert "0.weight" in open_checkpoint(str(tmp_path / "new.pt")).tensors

@@ -1,4 +1,4 @@
-"""The closed forms on a checkpoint: `init --orthogonal` and `init --decorrelate`."""
+"""The closed forms on a checkpoint: `init --method orthogonal` and `--method decorrelate`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from conftest import Convsim
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convsim_cli.checkpoint_init import minimize_checkpoint
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.closed_forms import decorrelate_, orthogonalize_
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.datasets import load_dataset
-from convsim_cli.minimize import minimize_
 from convsim_cli.networks.architectures import build_network
 
+DECORRELATE = ("--method", "decorrelate", "--input")
 KERNELS = ("0.weight", "4.weight", "8.weight", "12.weight")
 
 
@@ -29,8 +29,10 @@ def test_orthogonal_is_the_closed_form_of_the_library_on_any_checkpoint(tmp_path
     model = build_network("cnn:8")
     former = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(former, tmp_path / "m.safetensors")
-    document = convsim("init", tmp_path / "m.safetensors", "--orthogonal", "--probe", "white", "--json").document
-    assert (document["objective"], document["iterations"], document["lr"]) == ("orthogonal", 0, None)
+    document = convsim(
+        "init", tmp_path / "m.safetensors", "--method", "orthogonal", "--probe", "white", "--json"
+    ).document
+    assert (document["method"], document["iterations"], document["lr"]) == ("orthogonal", 0, None)
     assert document["preserve_norm"] is True
     assert "fm_cos" in document["layers"][0]["after"]
     records = orthogonalize_(model)
@@ -38,23 +40,19 @@ def test_orthogonal_is_the_closed_form_of_the_library_on_any_checkpoint(tmp_path
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert [layer["after"]["cs"] for layer in document["layers"]] == [record["after"]["cs"] for record in records]
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        assert file.metadata()["convsim.objective"] == "orthogonal"
+        assert file.metadata()["convsim.method"] == "orthogonal"
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_decorrelate_is_the_librarys_alone_or_after_algorithm_1(first: bool, tmp_path: Path, convsim: Convsim) -> None:
+def test_decorrelate_is_the_closed_form_of_the_library(tmp_path: Path, convsim: Convsim) -> None:
     model = build_network("cnn:8")
-    how = ("--preserve-norm", "--iterations", 5) if first else ()
-    digits = ("--decorrelate", "digits", "--samples", 100)
+    digits = ("--method", "decorrelate", "--input", "digits", "--samples", 100)
     output = tmp_path / "m.safetensors"
-    document = convsim("init", "--arch", "cnn:8", *how, *digits, "-o", output, "--json").document
-    settings = ("norm-preserving+decorrelate", 5, 0.001) if first else ("decorrelate", 0, None)
-    assert (document["objective"], document["iterations"], document["lr"]) == settings
+    document = convsim("init", "--arch", "cnn:8", *digits, "-o", output, "--json").document
+    assert (document["method"], document["iterations"], document["lr"]) == ("decorrelate", 0, None)
+    assert document["preserve_norm"] is True
     assert [layer["name"] for layer in document["layers"]] == list(KERNELS)
     assert document["layers"][0]["before"]["norm"] == pytest.approx(document["layers"][0]["after"]["norm"])
     assert document["total"]["before"] != document["total"]["after"]
-    if first:
-        minimize_(model, 5, preserve_norm=True)
     data = load_dataset("digits", tmp_path)
     decorrelate_(model, data.normalize(data.train.images[:100]))
     assert all(torch.equal(tensor, load_file(output)[name]) for name, tensor in model.state_dict().items())
@@ -67,7 +65,7 @@ def test_decorrelate_keeps_types_names_and_dead_filters_of_a_file(dtype: torch.d
         state[f"net.{name}"] = state[f"net.{name}"].to(dtype)
     state["net.4.weight"][3] *= 0 if dtype == torch.float16 else 1e-20 / 3
     save_file(state, tmp_path / "m.safetensors")
-    minimize_checkpoint(tmp_path / "m.safetensors", arch="cnn:8", decorrelate="white", samples=8)
+    init_checkpoint(tmp_path / "m.safetensors", arch="cnn:8", method="decorrelate", input="white", samples=8)
     found = load_file(tmp_path / "m.safetensors")
     assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in state.items()}
     assert torch.equal(found["net.4.weight"][3], state["net.4.weight"][3])
@@ -77,22 +75,30 @@ def test_decorrelate_keeps_types_names_and_dead_filters_of_a_file(dtype: torch.d
 
 
 def test_a_dry_run_of_decorrelate_names_it_and_changes_nothing(convsim: Convsim) -> None:
-    document = convsim("init", "--arch", "cnn:4", "--decorrelate", "white", "--dry-run", "--json").document
-    assert (document["objective"], document["output"]) == ("decorrelate", None)
+    document = convsim("init", "--arch", "cnn:4", *DECORRELATE, "white", "--dry-run", "--json").document
+    assert (document["method"], document["output"]) == ("decorrelate", None)
     assert "after" not in document["layers"][0]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--orthogonal", "--decorrelate", "white"), "two closed forms; choose one"),
-        (("--orthogonal", "--preserve-norm"), "--orthogonal is a closed form: the settings of Algorithm 1"),
-        (("--decorrelate", "white", "--iterations", 5), "--decorrelate is a closed form: .* with --preserve-norm"),
-        (("--decorrelate", "nowhere"), "'nowhere'"),
-        (("--decorrelate", "white", "--mean", "0,0,0"), "--mean and --std normalize images"),
-        (("--input-size", 16), "describe the inputs of --decorrelate"),
         (
-            ("--decorrelate", "white", "--input-size", 4),
+            ("--method", "orthogonal", "--preserve-norm"),
+            "--method orthogonal keeps every filter's norm; leave out",
+        ),
+        (
+            (*DECORRELATE, "white", "--iterations", 5),
+            "--iterations has no effect on --method decorrelate",
+        ),
+        (("--method", "orthogonal", "--lr", 0.1), "--lr has no effect on --method orthogonal"),
+        (("--method", "orthogonal", "--optimizer", "sgd"), "--optimizer has no effect on --method orthogonal"),
+        (("--method", "decorrelate"), "--method decorrelate requires --input, for instance cifar10"),
+        ((*DECORRELATE, "nowhere"), "'nowhere'"),
+        ((*DECORRELATE, "white", "--mean", "0,0,0"), "--mean and --std normalize images"),
+        (("--input-size", 16), "--input-size goes with --method decorrelate, got --method cs"),
+        (
+            (*DECORRELATE, "white", "--input-size", 4),
             "does not run on inputs .256, 3, 4, 4.* try another --input-size",
         ),
     ],
@@ -108,5 +114,5 @@ def test_settings_that_contradict_each_other_are_one_line(
 
 def test_decorrelate_needs_the_network(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "m.safetensors")
-    with pytest.raises(InputError, match="`decorrelate` requires `arch`"):
-        minimize_checkpoint(tmp_path / "m.safetensors", decorrelate="white")
+    with pytest.raises(InputError, match="`method` decorrelate requires `arch`: the inputs run through"):
+        init_checkpoint(tmp_path / "m.safetensors", method="decorrelate", input="white")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convsim_cli.checkpoint_init import looks_trained, minimize_checkpoint, norm_spread
+from convsim_cli.checkpoint_init import init_checkpoint, looks_trained, norm_spread
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.kernels import Kernel
 from convsim_cli.networks.architectures import build_network
@@ -62,7 +62,7 @@ def test_a_trained_network_shows_in_the_norms_of_its_filters_alone(name: str, ch
 def test_what_init_writes_does_not_look_trained(preserve_norm: bool, tmp_path: Path) -> None:
     fresh, path = tmp_path / "fresh.pt", tmp_path / "model.pt"
     torch.save({"conv.weight": torch.randn(128, 64, 3, 3) / 24}, fresh)
-    minimize_checkpoint(fresh, path, iterations=400, preserve_norm=preserve_norm)
+    init_checkpoint(fresh, path, iterations=400, preserve_norm=preserve_norm)
     assert not looks_trained(open_checkpoint(path))
 
 

@@ -26,14 +26,14 @@ def test_a_checkpoint_is_measured_as_by_the_command_line(file: Path, convsim: Co
     how = ("--input", "natural", "--samples", 3, "--exclude", "b*", "--seed", 2, "--top", 1)
     document = convsim("measure", file, *how, "--json").document
     found = {key: value for key, value in document.items() if key not in SHARED_KEYS}
-    assert report | {"skipped": found["skipped"]} == found
-    assert [entry["name"] for entry in report["skipped"]] == ["b.weight"]
+    assert report.document() | {"skipped": found["skipped"]} == found
+    assert [entry["name"] for entry in report.skipped] == ["b.weight"]
 
 
 def test_a_fresh_network_is_measured_by_name() -> None:
     report = measure_checkpoint(arch="cnn:4", num_classes=3, samples=2)
-    assert report["bn_statistics"] == "inputs"
-    assert [layer["calls"] for layer in report["layers"]] == [1] * 4
+    assert report.bn_statistics == "inputs"
+    assert [layer["calls"] for layer in report.layers] == [1] * 4
     assert report.notes == [
         "batch-norm statistics are re-estimated on the inputs: the stored ones do not belong to these kernels"
     ]
@@ -42,12 +42,12 @@ def test_a_fresh_network_is_measured_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"threshold": 0}, "`threshold` is 0; expected a cosine above 0, up to 1"),
-        ({"threshold": 1.5}, "`threshold` is 1.5"),
-        ({"samples": 0}, "`samples` is 0; expected at least 1"),
+        ({"threshold": 0}, "`threshold` 0: expected a number above 0"),
+        ({"threshold": 1.5}, "`threshold` 1.5: expected a number"),
+        ({"samples": 0}, "`samples` 0: expected a whole number above 0"),
         ({"input": "digits"}, "`input` digits: needs `arch`"),
-        ({"include": "a*"}, "`include` is the string 'a\\*'"),
-        ({"arch": "cnn:4", "bn_statistics": "batch"}, "does not fit|`bn_statistics` 'batch'"),
+        ({"include": "a*"}, r"`include` a\*: expected a list"),
+        ({"arch": "cnn:4", "bn_statistics": "batch"}, "`bn_statistics` batch: expected auto, stored or inputs"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, object], said: str, file: Path) -> None:
@@ -71,9 +71,9 @@ def test_parametrized_layers_of_a_network_are_measured(tmp_path: Path, monkeypat
         "    return nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
-    report = measure_checkpoint(arch="theirs:net", samples=2, side=16)
-    assert [layer["name"] for layer in report["layers"]] == ["0.weight", "2.weight"]
-    assert all(layer["fm_cos"] is not None for layer in report["layers"])
+    report = measure_checkpoint(arch="theirs:net", samples=2, input_size=16)
+    assert [layer["name"] for layer in report.layers] == ["0.weight", "2.weight"]
+    assert all(layer["fm_cos"] is not None for layer in report.layers)
 
 
 def test_layers_with_too_many_filters_for_a_mean_cosine_each_are_said(
@@ -81,7 +81,7 @@ def test_layers_with_too_many_filters_for_a_mean_cosine_each_are_said(
 ) -> None:
     monkeypatch.setattr(feature_maps, "MOST_PAIRS", 40)
     report = measure_checkpoint(file, samples=1, top=2)
-    large, small = report["layers"]
+    large, small = report.layers
     assert large["fm_cos"] is not None
     assert large["fm_cos_random"] is not None
     assert [large[key] for key in ("fm_rank", "fm_rank_random", "redundant", "opposite", "removable", "clusters")] == [
@@ -99,9 +99,9 @@ def test_a_layer_whose_filters_vanish_is_measured(tmp_path: Path) -> None:
     weight = torch.randn(6, 3, 3, 3)
     weight[:2] *= 1e-25
     save_file({"w": weight}, tmp_path / "m.safetensors")
-    (layer,) = measure_checkpoint(tmp_path / "m.safetensors", samples=2)["layers"]
+    (layer,) = measure_checkpoint(tmp_path / "m.safetensors", samples=2).layers
     save_file({"w": weight[2:]}, tmp_path / "living.safetensors")
-    (living,) = measure_checkpoint(tmp_path / "living.safetensors", samples=2)["layers"]
+    (living,) = measure_checkpoint(tmp_path / "living.safetensors", samples=2).layers
     assert layer["dead"] == 2
     for key in ("ncs", "kernel_cos", "fm_cos", "fm_rank"):
         assert layer[key] == pytest.approx(living[key], rel=1e-5)

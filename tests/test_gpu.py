@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.checkpoint_init import minimize_checkpoint
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoint_measure import measure_checkpoint
 from convsim_cli.closed_forms import decorrelate_, orthogonalize_
 from convsim_cli.device import WARM_UP, repeated
@@ -159,9 +159,7 @@ def test_figures_are_those_of_the_cpu(tmp_path: Path) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-3)
     path = tmp_path / "model.pt"
     torch.save({"a.weight": kernels(16, 8, 3, 3), "b.weight": kernels(8, 16, 7, 7)}, path)
-    reports = [
-        figures(measure_checkpoint(path, input="natural", device=device)["layers"]) for device in ("cpu", "cuda")
-    ]
+    reports = [figures(measure_checkpoint(path, input="natural", device=device).layers) for device in ("cpu", "cuda")]
     assert reports[1] == pytest.approx(reports[0], rel=1e-3)
 
 
@@ -170,7 +168,7 @@ def test_a_checkpoint_is_minimized_as_on_the_cpu(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.pt"
         torch.save({"a.weight": kernels(16, 8, 3, 3), "b.weight": kernels(8, 16, 7, 7)}, path)
-        done = minimize_checkpoint(path, iterations=100, device=device)
+        done = init_checkpoint(path, iterations=100, device=device)
         after.append([layer["after"]["cs"] for layer in done.layers])
     assert after[1] == pytest.approx(after[0], rel=1e-3)
 

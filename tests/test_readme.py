@@ -122,7 +122,7 @@ def test_the_readme_can_be_read_in_a_sitting() -> None:
 
 @pytest.mark.parametrize("command", ["init", "measure", "train", "compare", "reproduce", "plot"])
 def test_every_option_that_the_readme_names_exists(command: str, convsim: Convsim) -> None:
-    known = set(re.findall(r"--[a-z][\w-]*", convsim(command, "--help").out))
+    known = set(re.findall(r"--[a-z][\w-]*", convsim(command, "--help-all").out))
     for line in re.findall(rf"convsim {command} ([^`|\n]*)", README):
         assert set(re.findall(r"--[a-z][\w-]*", line)) <= known, line
 

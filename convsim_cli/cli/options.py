@@ -15,6 +15,7 @@ from functools import wraps
 from inspect import Parameter, signature
 from math import inf
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -282,26 +283,34 @@ class GroupedCommand(TyperCommand):
                 sections[getattr(parameter, "rich_help_panel", None) or usual].append(record)
         if not everything:
             records = [_shortened(*record) for found in sections.values() for record in found]
-            more = f" and the {len(rare)} other options" if rare else ""
+            more = f", and {len(rare)} more" if rare else ""
             sections = {f"Options (--help-all explains them{more})": records}
         self.format_usage(ctx, formatter)
         self.format_help_text(ctx, formatter)
         self.format_epilog(ctx, formatter)
-        for heading, names in getattr(self.callback, "tables", {}).items() if everything else ():
-            sections[heading] = list(names.items())
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
+        for heading, names in getattr(self.callback, "tables", {}).items() if everything else ():
+            width = max(map(len, names))
+            with formatter.section(heading):
+                for name, text in names.items():  # here names, which may have hyphens, are never broken
+                    line, indent = f"  {name:<{width}}  {text}", " " * (width + 4)
+                    formatter.write(
+                        fill(line, formatter.width, subsequent_indent=indent, break_on_hyphens=False) + "\n"
+                    )
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse an empty argument, which a shell passes for a variable that is not set; no option takes one."""
-        for word, following in zip(["", *args], [*args, "-"], strict=True):
+        takers = {name for one in self.params if not getattr(one, "is_flag", True) for name in one.opts}
+        for word, following in zip(["", *args], [*args, None], strict=True):
             if ctx.resilient_parsing:  # a shell asks for completions
                 break
-            if following == "" or (word.startswith("--") and word.endswith("=")):
-                name = word if word.startswith("-") else "an argument"
-                raise InputError(f"{name.rstrip('=')} is empty; is a shell variable unset?")
+            option, joined, value = word.partition("=")
+            if following == "" or (joined and not value and option in takers):
+                name = option if option in takers else "an argument"
+                raise InputError(f"{name} is empty; is a shell variable unset?")
         return super().parse_args(ctx, args)
 
 

@@ -84,7 +84,12 @@ class Arguments:
         None, "Scale every filter by this factor, without Algorithm 1.", "Method", metavar="F", above=0
     )
     objective: str = setting(
-        "cs", "What reg penalizes.", "Method", metavar="NAME", common=True, choices=OBJECTIVE_NAMES
+        "cs",
+        f"What reg penalizes. One of {', '.join(OBJECTIVE_NAMES)}.",
+        "Method",
+        metavar="NAME",
+        common=True,
+        choices=OBJECTIVE_NAMES,
     )
     beta: float | Literal["auto"] = setting(
         0.001,

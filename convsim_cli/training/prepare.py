@@ -175,15 +175,12 @@ def _method(settings: Arguments) -> Method | None:
 
 def _minimizations(settings: Arguments) -> tuple[Minimization | None, Minimization | None]:
     """The minimization of the run's method, and the one that norms are taken from; None where there is none."""
-    method, factor = _method(settings), settings.factor
-    own = Minimization(
-        settings.iterations, settings.init_lr, preserve_norm=settings.preserve_norm, objective=settings.method
-    )
-    rescales = settings.rescale or (MODES[settings.mode].scales and factor is None)
-    return (
-        own if method and method.iterates else None,
-        Minimization(settings.iterations, settings.init_lr) if rescales else None,
-    )
+    method, raw = _method(settings), Minimization(settings.iterations, settings.init_lr)
+    rescales = settings.rescale or (MODES[settings.mode].scales and settings.factor is None)
+    own = None
+    if method and method.iterates:
+        own = replace(raw, preserve_norm=settings.preserve_norm, objective=method.name)
+    return own, raw if rescales else None
 
 
 def _minimized(

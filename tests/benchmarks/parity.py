@@ -204,15 +204,15 @@ def _measure_checkpoint(device: torch.device) -> Figures:
     with _folder() as folder:
         save_file({"a.weight": kernels(16, 8, 3, 3), "b.weight": kernels(8, 16, 7, 7)}, folder / "m.safetensors")
         path, how = folder / "m.safetensors", {"input": "natural", "samples": 4, "device": str(device)}
-        return numbers(library.measure_checkpoint(path, **how)["layers"])
+        return numbers(library.measure_checkpoint(path, **how).layers)
 
 
-@entry("library: minimize_checkpoint", FLOAT32)
-def _minimize_checkpoint(device: torch.device) -> Figures:
+@entry("library: init_checkpoint", FLOAT32)
+def _init_checkpoint(device: torch.device) -> Figures:
     with _folder() as folder:
         path = folder / "model.safetensors"
         save_file({"a.weight": kernels(16, 8, 3, 3), "b.weight": kernels(8, 16, 7, 7).half()}, path)
-        done = library.minimize_checkpoint(path, iterations=ITERATIONS, device=str(device))
+        done = library.init_checkpoint(path, iterations=ITERATIONS, device=str(device))
         return numbers(done.layers) | load_file(path)
 
 
@@ -315,7 +315,7 @@ def _trainer(device: torch.device, **arguments: Any) -> Trainer:
     given.check()
     torch.manual_seed(0)
     model = smooth_network().to(device)
-    if MODES[given.mode].directions:
+    if MODES[given.mode].initializes or MODES[given.mode].scales:
         data = _data()
         normalized = data.normalize(data.train.images).to(device)
         prepare_(model, given, lambda: normalized, lambda _: None)
@@ -332,7 +332,9 @@ def _trained(trainer: Trainer, epochs: int = 2) -> Figures:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "held similarity": {"mode": "orthogonal", "hold_similarity": True},
+    "orthogonal": {"mode": "init", "method": "orthogonal"},
+    "decorrelate": {"mode": "init", "method": "decorrelate"},
+    "held similarity": {"mode": "init", "method": "orthogonal", "hold_similarity": True},
     "beta auto": {"mode": "reg", "beta": "auto"},
     "beta by loss": {"mode": "reg", "beta_schedule": "loss", "preserve_norm": True},
     "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01},
@@ -381,8 +383,8 @@ def _command_init(device: torch.device) -> Figures:
         for name, how in {
             "raw": ("--iterations", ITERATIONS),
             "norm-preserving": ("--iterations", ITERATIONS, "--preserve-norm", "--probe", "natural"),
-            "orthogonal": ("--orthogonal",),
-            "decorrelate": ("--decorrelate", "natural", "--samples", 64),
+            "orthogonal": ("--method", "orthogonal"),
+            "decorrelate": ("--method", "decorrelate", "--input", "natural", "--samples", 64),
         }.items():
             document = _convsim("init", "--arch", "cnn:8", "-o", path, *how, "--no-backup", "--device", device)
             found |= {f"{name} {key}": value for key, value in (numbers(document["layers"]) | load_file(path)).items()}

@@ -26,7 +26,7 @@ from conftest import Convsim
 from safetensors.torch import save_file
 from torch import nn
 
-from convsim_cli.checkpoint_init import minimize_checkpoint
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError
 
@@ -66,7 +66,7 @@ def test_harmless_objects_beside_tensors_are_read_and_saved_as_they_were(
     path, content = tmp_path / "model.pt", {"state_dict": {"a.weight": KERNEL}, "other": HARMLESS[kind]}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     before = torch.load(path, weights_only=False)
-    minimize_checkpoint(path, iterations=1)
+    init_checkpoint(path, iterations=1)
     saved = torch.load(path, weights_only=False)
     assert same(saved["other"], before["other"])
     assert not torch.equal(saved["state_dict"]["a.weight"], KERNEL)
@@ -312,7 +312,7 @@ def test_a_file_system_that_refuses_memory_maps_is_read_without(
     monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
     monkeypatch.setattr("convsim_cli.checkpoints.safetensors_format.safe_open", refuse)
     assert torch.equal(open_checkpoint(path).load("a.weight"), KERNEL)
-    minimize_checkpoint(path, iterations=1)
+    init_checkpoint(path, iterations=1)
     assert not torch.equal(open_checkpoint(path).load("a.weight"), KERNEL)
 
 

@@ -73,6 +73,20 @@ def test_another_folder_gets_a_whole_checkpoint_and_this_one_stays(folder: Path,
     assert convsim("measure", new).rows[0]["name"] == "conv1.weight"
 
 
+def test_a_folder_that_exists_keeps_backups_of_its_shards_and_index(folder: Path, convsim: Convsim) -> None:
+    new = folder.parent / "new"
+    for iterations, suffix in ((1, None), (2, ".bak"), (3, ".bak.1")):
+        former = {path.name: path.read_bytes() for path in new.iterdir()} if suffix else {}
+        document = convsim("init", folder, "-o", new, "--iterations", iterations, "--json").document
+        assert document["backup"] == (str(new / f"*.safetensors{suffix}") if suffix else None)
+        for name in [*SHARDS, INDEX] if suffix else []:
+            assert (new / f"{name}{suffix}").read_bytes() == former[name]
+    assert convsim("init", folder, "-o", new, "--iterations", 4, "--no-backup", "--json").document["backup"] is None
+    names = [f"{name}{suffix}" for name in (*SHARDS, INDEX) for suffix in ("", ".bak", ".bak.1")]
+    assert sorted(path.name for path in new.iterdir()) == sorted(names)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*SHARDS, INDEX])
+
+
 def test_every_shard_is_on_disk_before_the_first_takes_its_place(
     folder: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ DOCUMENT = (
     "checkpoint",
     "output",
     "backup",
-    "objective",
+    "method",
     "preserve_norm",
     "iterations",
     "lr",
@@ -67,7 +67,7 @@ def test_in_place_changes_the_kernels_alone_and_keeps_the_former_file(tmp_path: 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert metadata["convsim.objective"] == "raw"
+    assert metadata["convsim.method"] == "cs"
     assert metadata["convsim.iterations"] == "20"
 
 
@@ -165,7 +165,7 @@ def test_preserve_norm_holds_norms_and_skips_pointwise_layers(tmp_path: Path, co
     path = tmp_path / "model.safetensors"
     before = make(path)
     document = convsim("init", path, "--preserve-norm", "--iterations", 50, "--json").document
-    assert document["objective"] == "norm-preserving"
+    assert (document["method"], document["preserve_norm"]) == ("cs", True)
     assert "pure norm" in {entry["name"]: entry["reason"] for entry in document["skipped"]}["point.weight"]
     after = load_file(path)
     torch.testing.assert_close(
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_looks_trained_is_warned_about(tmp_path: Path, convsim
     save_file(make(path) | {"bn.num_batches_tracked": torch.tensor(9)}, path)
     outcome = convsim("init", path, "--iterations", 1, "-q")
     assert "looks trained" in outcome.err
-    assert f"{path}.bak keeps the old ones" in outcome.err
+    assert f"will lose its training; the original is kept in {path}.bak" in outcome.err
 
 
 def test_nan_in_a_kernel_is_named_before_any_work_and_the_file_stays(tmp_path: Path, convsim: Convsim) -> None:
@@ -238,11 +238,11 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
         (["--arch", "cnn1", "-o", "."], "a folder"),
         (["--arch", "cnn1", "-o", "/dev/null"], "/dev/null: is a device; name a new file or a regular one to replace"),
         (["--arch", "cnn1", "-o", "nowhere/x.pt"], "there is no folder nowhere"),
-        (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "expected a finite number > 0"),
+        (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "expected a number above 0"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpu:"], "--device cpu:"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cuda:7"], "cuda"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpuu"], "did you mean 'cpu'"),
-        (["--arch", "cnn1", "-o", "x.pt", "--lr", "0"], "expected a finite number > 0"),
+        (["--arch", "cnn1", "-o", "x.pt", "--lr", "0"], "expected a number above 0"),
         (["--arch", "cnn1", "-o", "x.pt", "--groups", "a=b"], "expected GLOB=N"),
         (
             ["--arch", "cnn1", "-o", "x.pt", "--groups", "0.weight=2"],

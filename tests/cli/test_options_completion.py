@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from convsim_cli.cli.options import complete_arch
 from convsim_cli.cli.reproduce_command import complete_arms, complete_experiment
+from convsim_cli.measurement.figures import FIGURES
+from convsim_cli.methods import METHODS, OBJECTIVE_NAMES
 from convsim_cli.reproduction.experiments import find_experiment
-from convsim_cli.reproduction.published import choose_arms
+from convsim_cli.reproduction.published import ALL, ARMS, SETS, choose_arms
+from convsim_cli.settings import INPUTS
+from convsim_cli.training.config import MODES
+
+
+def completed(words: str) -> list[str]:
+    """What bash offers at the end of a command line."""
+    position = str(len(words.split(" ")) - 1)
+    line = {"_CONVSIM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+    command = [sys.executable, "-c", "from convsim_cli.cli import app; app(prog_name='convsim')"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **line})
+    return ended.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("convsim measure --sort ", [f"{sign}{figure.key}" for figure in FIGURES for sign in ("", "-")]),
+        ("convsim measure --sort fm_", [figure.key for figure in FIGURES if figure.key.startswith("fm_")]),
+        ("convsim train --objective ", [*OBJECTIVE_NAMES]),
+        ("convsim train --method ", [*METHODS]),
+        ("convsim init m.pt --method or", ["orthoreg", "orthogonal"]),
+        ("convsim train --mode ", [*MODES]),
+        ("convsim reproduce table5 --arms ", [*SETS, ALL, *ARMS]),
+        ("convsim init --input ", [*INPUTS]),
+        ("convsim measure --input ci", ["cifar10", "cifar100"]),
+        ("convsim init --probe ", ["white", "uniform", "natural"]),
+        ("convsim init --arch cnn", ["cnn1", "cnn2", "cnn:"]),
+    ],
+)
+def test_the_values_of_an_option_are_completed(words: str, offered: list[str]) -> None:
+    assert completed(words) == offered
 
 
 def test_networks_are_completed_and_those_of_a_library_once_it_is_named() -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from conftest import Convsim
+from typer.main import get_command
+
+from convsim_cli.cli import app
 
 
 @pytest.mark.parametrize(
@@ -25,3 +31,65 @@ def test_a_refused_value_is_named_with_what_was_expected(
     failed = convsim(*arguments)
     assert failed.code == 2
     assert failed.error.startswith(f"convsim: error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("init", "--objective", "kernel"), "--objective was replaced by --method NAME"),
+        (("init", "m.pt", "--objective=kernel"), "--objective was replaced by --method NAME"),
+        (("init", "m.pt", "--orthogonal"), "--orthogonal was replaced by --method orthogonal"),
+        (("init", "--decorrelate", "cifar10"), "--decorrelate was replaced by --method decorrelate --input INPUT"),
+        (("train", "--pairs", "all"), "--pairs was replaced by --objective NAME"),
+        (("train", "--mode", "orthogonal"), "--mode orthogonal was replaced by --mode init with --method ort"),
+        (
+            ("train", "--mode", "decorrelate"),
+            "--mode decorrelate was replaced by --mode init with --method dec",
+        ),
+        (
+            ("train", "--mode", "init", "--objective", "kernel"),
+            "--objective goes with --mode reg, init+reg, got",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_gone_names_what_to_type_now(
+    arguments: tuple[object, ...], said: str, convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed = convsim(*arguments)
+    assert failed.code == 2
+    assert failed.error.startswith(f"convsim: error: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+def _empty() -> Iterator[tuple[str, ...]]:
+    """Every argument and every option of every command, given as nothing."""
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                yield name, ""
+            elif not parameter.is_flag:
+                for option in parameter.opts:
+                    yield name, option, ""
+                    if option.startswith("--"):
+                        yield name, f"{option}="
+
+
+@pytest.mark.parametrize("arguments", [*_empty()], ids=" ".join)
+def test_an_empty_argument_is_refused_and_named(
+    arguments: tuple[str, ...], convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed = convsim(*arguments)
+    assert failed.code == 2
+    what = arguments[1].rstrip("=") or "an argument"
+    assert failed.error == f"convsim: error: {what} is empty; is a shell variable unset?"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [("init", "--dry-run", ""), ("measure", "m.pt", ""), ("plot", "--", ""), ("compare", "-q", "")]
+)
+def test_an_empty_argument_after_a_flag_is_not_the_flags(arguments: tuple[str, ...], convsim: Convsim) -> None:
+    assert convsim(*arguments).error == "convsim: error: an argument is empty; is a shell variable unset?"

@@ -94,16 +94,31 @@ def test_resume_does_not_need_the_weights_that_a_run_began_with(tmp_path: Path, 
     assert convsim("train", "--resume", tmp_path / "x", "--epochs", 2).code == 0
 
 
+def test_a_run_folder_is_named_after_its_mode_and_what_it_does(tmp_path: Path, convsim: Convsim) -> None:
+    for how, name in (
+        (("--mode", "init", "--method", "orthogonal"), "init-orthogonal"),
+        (("--mode", "init+reg", "--method", "orthogonal", "--objective", "kernel"), "init+reg-orthogonal-kernel"),
+        (("--mode", "reg", "--objective", "srip"), "reg-srip"),
+    ):
+        outcome = convsim("train", *how, *SMALL, "--epochs", 1, "--run-dir", tmp_path)
+        assert [row["run"] for row in outcome.rows] == [str(tmp_path / f"cnn4-{name}-s0")], outcome.err
+        assert f"{tmp_path / f'cnn4-{name}-s0'}: {name}, cnn:4 on digits" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("how", "warned"),
-    [(("--mode", "init"), True), (("--mode", "init", "--preserve-norm"), False), (("--mode", "orthogonal"), False)],
+    [
+        (("--mode", "init"), True),
+        (("--mode", "init", "--preserve-norm"), False),
+        (("--mode", "init", "--method", "orthogonal"), False),
+    ],
 )
 def test_holding_similarity_without_effect_is_warned_about(
     how: tuple[str, ...], warned: bool, tmp_path: Path, convsim: Convsim
 ) -> None:
     outcome = convsim("train", *SMALL, *how, "--hold-similarity", "--epochs", 1, "--run-dir", tmp_path, "-q")
     assert outcome.code == 0
-    assert ("--hold-similarity has no effect: --mode init leaves ncs near 1" in outcome.err) == warned
+    assert ("--hold-similarity has no effect: ncs is near 1 at the start" in outcome.err) == warned
 
 
 def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:
@@ -127,6 +142,8 @@ def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, c
         (["--dataset", "cifra10"], "did you mean 'cifar10'"),
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
         (["--rescale"], "--rescale goes with"),
+        (["--mode", "reg", "--method", "dct"], "--method dct: expected cs, "),
+        (["--mode", "reg", "--method", "kernel"], "--method goes with --mode init, init+reg, got --mode reg"),
         (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
         (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number of 0 or above"),
         (["--lr", "-1"], "--lr"),
@@ -210,10 +227,10 @@ def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim
         ('{"epochs": true}', "epochs = True, expected int"),
         ('{"pairs": "most"}', "pairs = 'most', expected all, neighbours"),
         ('{"precision": "fp8"}', "--precision fp8: expected fp32, tf32 or bf16"),
-        ('{"iterations": -5}', "--iterations -5: expected a number of 0 or above"),
-        ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
-        ('{"limit_train": 0}', "--limit-train 0: expected a number above 0"),
-        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg, init+reg, rescale, orthogonal or decorrelate"),
+        ('{"iterations": -5}', "--iterations -5: expected a whole number of 0 or above"),
+        ('{"seed": 99999999999999999999}', "--seed 99999999999999999999: expected a whole number from 0 to 4294967295"),
+        ('{"limit_train": 0}', "--limit-train 0: expected a whole number above 0"),
+        ('{"mode": "fast"}', "--mode fast: expected baseline, init, reg, init+reg or rescale"),
     ],
 )
 def test_an_unusable_config_is_one_error_line(content: str, message: str, tmp_path: Path, convsim: Convsim) -> None:

@@ -16,7 +16,7 @@ from references import literal_similarity
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convsim_cli.checkpoint_init import minimize_checkpoint
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.cli import console
 from convsim_cli.errors import ConvsimWarning
 
@@ -63,7 +63,7 @@ def test_whatever_is_no_chosen_kernel_stays_bit_identical(suffix: str, tmp_path:
             save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvsimWarning)  # guesses about what the file holds
-            done = minimize_checkpoint(path, iterations=2, backup=False, device="cpu")
+            done = init_checkpoint(path, iterations=2, no_backup=True, device="cpu")
         written = torch.load(path, weights_only=True) if suffix == ".pt" else load_file(path)
         chosen = {layer["name"] for layer in done.layers}
         assert "kernel.weight" in chosen, seed

@@ -162,7 +162,19 @@ def test_init_decorrelates_on_the_channels_that_the_network_takes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "decorrelated.py").write_text(MINE)
-    how = ("--decorrelate", "natural", "--samples", 4, "--input-size", 16, "-o", "m.safetensors", "--json")
+    how = (
+        "--method",
+        "decorrelate",
+        "--input",
+        "natural",
+        "--samples",
+        4,
+        "--input-size",
+        16,
+        "-o",
+        "m.safetensors",
+        "--json",
+    )
     found = convsim("init", "--arch", "decorrelated:Net", *how)
     assert found.code == 0, found.err
     assert len(found.document["layers"]) == 2
@@ -174,4 +186,4 @@ def test_init_decorrelates_on_the_channels_that_the_network_takes(
     ]
     assert after[0] == after[1] != after[2]
     refused = convsim("init", "--arch", "cnn:4", "-o", "x.safetensors", "--input-channels", 3)
-    assert "--input-channels, --mean and --std describe the inputs of --decorrelate" in refused.error
+    assert "--input-channels goes with --method decorrelate, got --method cs" in refused.error

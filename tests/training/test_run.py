@@ -86,9 +86,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: st
         train_run(part)
     else:
         part = create_run(arguments, tmp_path, "part")
-        preparation = (
-            40 if mode in ("init", "init+reg", "rescale") else 4 if mode in ("orthogonal", "decorrelate") else 0
-        )
+        preparation = 40 if MODES[mode].initializes or MODES[mode].scales else 0
         with pytest.raises(KeyboardInterrupt):
             train_run(part, stopping(preparation + (4 if moment == "inside an epoch" else 3)))
     torch.manual_seed(123)  # whatever else the process did

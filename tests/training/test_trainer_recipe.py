@@ -21,7 +21,8 @@ from convsim_cli.errors import InputError, WriteError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
-from convsim_cli.training.config import Arguments, declarations, make_arguments
+from convsim_cli.settings import declarations
+from convsim_cli.training.config import Arguments, make_arguments
 from convsim_cli.training.launch import create_run, find_or_create_run, find_run, open_to_resume
 from convsim_cli.training.run import COLUMNS, Report, best_row, open_run, read_results, train_run
 from convsim_cli.training.trainer import VALIDATION_COLUMNS, FlipCrop, Trainer, learning_rate, permutation
@@ -230,7 +231,7 @@ def test_arguments_of_before_mean_the_defaults(tmp_path: Path) -> None:
     assert make_arguments(old, run.folder) == SMALL
     assert train_run(open_run(run.folder))["epochs"] == 3
     assert find_run(SMALL, tmp_path) is not None
-    assert new <= declarations().keys()
+    assert new <= declarations(Arguments).keys()
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def _make_old(folder: Path) -> None:
     """Write a run's arguments as version 0.1 wrote them."""
 
     def old(arguments: dict[str, Any]) -> dict[str, Any]:
-        assert arguments.pop("objective") == "cs"
+        assert (arguments.pop("objective"), arguments.pop("method")) == ("cs", "cs")
         for new in ("bn_statistics", "folder_digest"):
             del arguments[new]
         return arguments | {"pairs": "all"}
