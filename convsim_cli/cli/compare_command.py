@@ -32,7 +32,7 @@ LEAST: Least = ("train_accuracy", "last_accuracy", "last5_difference", "mean_las
 @add_options(rare=("epochs", "wide", "quiet"))
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or folders that hold folders of runs.")
+        list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that hold folders of runs.")
     ],
     baseline: Annotated[
         str | None,

@@ -59,7 +59,7 @@ def measure(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="CHECKPOINT...",
+            metavar="CHECKPOINT",
             help="Files to measure, side by side. Else model.safetensors here, else a fresh cnn1.",
         ),
     ] = None,
