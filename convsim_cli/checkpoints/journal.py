@@ -269,7 +269,10 @@ class Scratch:
     """A locked folder of files that are later moved into its parent folder, each under the name that it has here."""
 
     def __init__(self, folder: Path) -> None:
-        _sweep(folder)
+        _complete_or_warn(folder)
+        for path in folder.glob(".convsim-*.tmp"):
+            if _NAME.fullmatch(path.name):
+                _remove_left(path, wait=False)
         while True:
             self.path = self._name = folder / f".convsim-{token_hex(8)}.tmp"
             self.path.mkdir(0o700)
@@ -394,14 +397,6 @@ def _complete_or_warn(folder: Path) -> None:
         complete_save(folder)
     except ForeignJournalError as foreign:
         warn_of_foreign(str(foreign))
-
-
-def _sweep(folder: Path) -> None:
-    """Complete what a dead process had committed, and remove the scratch folders that no running process locks."""
-    _complete_or_warn(folder)
-    for path in folder.glob(".convsim-*.tmp"):
-        if _NAME.fullmatch(path.name):
-            _remove_left(path, wait=False)
 
 
 def _remove_left(path: Path, wait: bool) -> bool:
