@@ -39,7 +39,7 @@ from torch import Tensor, distributed, nn
 
 import convsim_cli as library
 from convsim_cli.cli import run as run_command
-from convsim_cli.closed_forms import orthogonalize_weight_
+from convsim_cli.closed_forms import dct_weight_, orthogonalize_weight_
 from convsim_cli.device import resolve_device
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
@@ -188,6 +188,12 @@ def _orthogonalize(device: torch.device) -> Figures:
     return numbers(library.orthogonalize_(model)) | convolutions(model)
 
 
+@entry("library: dct_", FLOAT64)
+def _dct(device: torch.device) -> Figures:
+    model = network(device)
+    return numbers(library.dct_(model)) | convolutions(model)
+
+
 @entry("library: decorrelate_", FLOAT64)
 def _decorrelate(device: torch.device) -> Figures:
     model = network(device)
@@ -252,6 +258,12 @@ def _minimized(objective: str, optimizer: str, device: torch.device) -> Figures:
 def _orthogonal_weights(device: torch.device) -> Figures:
     shapes = ((16, 8, 3, 3), (64, 3, 3, 3), (16, 8, 1, 1), (16, 8, 5))  # the second has more filters than directions
     return {f"{s}": orthogonalize_weight_(kernels(*s, dtype=torch.float64).to(device)) for s in shapes}
+
+
+@entry("closed form: dct", FLOAT64)
+def _dct_weights(device: torch.device) -> Figures:
+    shapes = ((16, 8, 3, 3), (64, 3, 3, 3), (16, 8, 5), (18, 4, 3, 3))  # the second has three channels
+    return {f"{s}": dct_weight_(kernels(*s, dtype=torch.float64).to(device)) for s in shapes}
 
 
 @entry("torch.func", FLOAT64)
