@@ -57,11 +57,13 @@ if TYPE_CHECKING:
     from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_, minimize_weight_
     from convsim_cli.penalty import ConvSimPenalty
+    from convsim_cli.rotation import TurnMonitor
     from convsim_cli.similarity import convolutional_similarity
 
 __version__ = "0.3.0"
 __all__ = [
     "ConvSimPenalty",
+    "TurnMonitor",
     "convolutional_similarity",
     "dct_",
     "decorrelate_",
@@ -76,6 +78,7 @@ __all__ = [
 
 _HOMES = {
     "ConvSimPenalty": "penalty",
+    "TurnMonitor": "rotation",
     "convolutional_similarity": "similarity",
     "dct_": "closed_forms",
     "decorrelate_": "closed_forms",

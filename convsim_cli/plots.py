@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A00")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
-UNITS = {  # by column of results.csv
+UNITS = {  # by column of results.csv, and of layers.csv as a median over layers
     "cs": "$L_{CS}$ (Eq. 10, dimensionless)",
     "train_loss": "training loss (cross entropy, nats)",
     "test_loss": "test loss (cross entropy, nats)",
     "train_accuracy": "train accuracy (%)",
     "test_accuracy": "test accuracy (%)",
+    "turned": "turn since the start (degrees)",
+    "turn_per_step": "turn per step (degrees)",
 }
-LOGARITHMIC = {"cs", "train_loss"}
+LOGARITHMIC = {"cs", "train_loss", "turn_per_step"}
 
 HEAT_PANELS = ((1, 6.0), (4, 4.2), (9, 3.0), (16, 2.4))  # inches of a panel, up to so many layers
 SMALL_PANEL = 1.9  # inches, beyond
@@ -76,9 +78,13 @@ class Curve:
 
 
 def draw_runs(curves: Sequence[Curve]) -> Figure:
-    """Draw the loss, accuracies and L_CS of runs in one figure."""
-    figure, axes = _panels(2, 2)
-    for panel, column in zip(axes, ("train_loss", "test_accuracy", "train_accuracy", "cs"), strict=True):
+    """Draw the loss, accuracies and L_CS of runs in one figure, and how far their filters turned if that is known."""
+    turns = [row for curve in curves for rows in curve.histories for row in rows if row.get("turned") is not None]
+    columns = ["train_loss", "test_accuracy", "train_accuracy", "cs"]
+    columns[2:2] = ["turned"] if turns else []
+    columns += ["turn_per_step"] if turns else []
+    figure, axes = _panels(2, len(columns) // 2)
+    for panel, column in zip(axes, columns, strict=True):
         _draw_curves(panel, curves, column)
     _finish(figure, axes[0], "")
     return figure
@@ -249,7 +255,8 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
     for index, curve in enumerate(curves):
         round_ = index // len(COLORS)  # after eight curves the colors repeat, with other dash patterns
         style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[(index + round_) % len(DASHES)]}
-        points = sorted((row["epoch"], row[column]) for rows in curve.histories for row in rows)
+        rows = [row for rows in curve.histories for row in rows if row.get(column) is not None]
+        points = sorted((row["epoch"], row[column]) for row in rows)
         by_epoch = {epoch: [v for _, v in found] for epoch, found in groupby(points, key=lambda point: point[0])}
         epochs, values = list(by_epoch), list(by_epoch.values())  # a diverged seed has fewer epochs
         marker = "o" if len(epochs) == 1 else None

@@ -33,7 +33,7 @@ def plot(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw the training loss, accuracies and L_CS of runs over epochs. Runs may still be training.
+    """Draw the loss, accuracies, L_CS and rotation of runs over epochs. Runs may still be training.
 
     Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
     """
@@ -50,7 +50,7 @@ def plot(
 
 def _curves(runs: Sequence[RunResults]) -> list[Curve]:
     """Return a curve per group of seeds, and one per other run, named after its folder (if ambiguous, its path)."""
-    from convsim_cli.training.comparison import group_by_seed
+    from convsim_cli.training.comparison import group_by_seed, rows_with_turns
 
     names = [run.folder.resolve().name for run in runs]
     are_unique = len(set(names)) == len(names)
@@ -58,7 +58,7 @@ def _curves(runs: Sequence[RunResults]) -> list[Curve]:
     curves = []
     for group in group_by_seed(runs):
         if len(group.runs) > 1 and len(set(group.seeds)) == len(group.runs):
-            curves.append(Curve(f"{group.name} (n = {len(group.runs)})", [run.rows for run in group.runs]))
+            curves.append(Curve(f"{group.name} (n = {len(group.runs)})", [rows_with_turns(run) for run in group.runs]))
         else:
-            curves += [Curve(labels[run.folder], [run.rows]) for run in group.runs]
+            curves += [Curve(labels[run.folder], [rows_with_turns(run)]) for run in group.runs]
     return curves

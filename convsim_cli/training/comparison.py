@@ -12,13 +12,13 @@ from functools import cache
 from itertools import pairwise
 from math import cos, pi, sin, sqrt, tan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_results, spread
+from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_layers, read_results, spread
 
 CONFIDENCE = 0.95  # of the interval of a mean
 
@@ -187,6 +187,17 @@ def read_runs(paths: Iterable[Path]) -> list[RunResults]:
             raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
         folders |= {folder.resolve(): folder for folder in found}
     return [RunResults(folder, open_run(folder).arguments, read_results(folder)) for folder in folders.values()]
+
+
+def rows_with_turns(run: RunResults) -> list[Row]:
+    """Return a run's rows, each with the medians over the layers of `turned` and `turn_per_step`, None if unknown."""
+    layers = read_layers(run.folder)
+    rows = []
+    for row in run.rows:
+        own = [layer for layer in layers if layer["epoch"] == row["epoch"]]
+        found = {key: [layer[key] for layer in own if layer[key] is not None] for key in ("turned", "turn_per_step")}
+        rows.append({**row, **{key: median(values) if values else None for key, values in found.items()}})
+    return rows
 
 
 def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[Group]:

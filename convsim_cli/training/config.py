@@ -125,6 +125,9 @@ class Arguments:
     lr: float = setting(
         0.01, "Learning rate. With a schedule, its largest value.", "Recipe", metavar="X", common=True, above=0
     )
+    kernel_lr: float | None = setting(
+        None, "Learning rate of the convolutions' kernels, in place of --lr.", "Recipe", metavar="X", above=0
+    )
     momentum: float = setting(0.0, "Momentum of SGD.", "Recipe", metavar="X", common=True)
     nesterov: bool = setting(False, "Nesterov's momentum; requires --momentum.", "Recipe")
     weight_decay: float = setting(
@@ -133,6 +136,9 @@ class Arguments:
         "Recipe",
         metavar="X",
         common=True,
+    )
+    decay: Literal["weights", "all"] = setting(
+        "weights", "What weight decay acts on. weights: not on biases and batch norm.", "Recipe"
     )
     schedule: Literal["constant", "cosine"] = setting(
         "constant",
@@ -242,9 +248,10 @@ class Arguments:
     def identity(self) -> dict[str, Any]:
         """Return what makes this run the one it is: all that its results depend on.
 
-        That leaves out where its data lies and, except with a schedule over all epochs, their number.
+        That leaves out where its data lies, what a weight decay of 0 acts on and, except with a schedule over all
+        epochs, their number.
         """
-        left_out = {"data_dir", "tensorboard"}
+        left_out = {"data_dir", "tensorboard"} | ({"decay"} if not self.weight_decay else set())
         left_out |= {"epochs"} if self.schedule == "constant" else set()
         left_out |= {"dataset"} if self.folder_digest else set()
         return {name: value for name, value in asdict(self).items() if name not in left_out}
@@ -278,9 +285,9 @@ def _translated(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the arguments of an earlier version as today's.
 
     Version 0.1 had `pairs` in place of `objective`, and evaluated with running batch-norm statistics. In 0.2 some
-    methods were modes, and `objective` also said what init minimized.
+    methods were modes, `objective` also said what init minimized, and weight decay acted on all parameters.
     """
-    values = {"bn_statistics": "running", **values}
+    values = {"bn_statistics": "running", "decay": "all", **values}
     if "pairs" in values:
         objectives, pairs = {"all": "cs", "neighbours": "neighbours"}, values.pop("pairs")
         if pairs not in list(objectives):

@@ -1,9 +1,10 @@
 """A training run, from its start or from its last whole epoch to its last one, and the folder that keeps it.
 
-The folder holds `args.json` (the run's arguments), `results.csv` (a row per epoch), `last.safetensors` and
-`best.safetensors` (the network after its last and its best epoch), `state.pt` (what a bit-exact resume needs) and, once
-the run is finished, `summary.json`. Every file is replaced as a whole, after every epoch. `state.pt` comes last, and it
-alone decides how far the run has come: after a crash, the run repeats the unfinished epoch, with the same result.
+The folder holds `args.json` (the run's arguments), `results.csv` (a row per epoch), `layers.csv` (a row per epoch and
+layer: how far its filters turned), `last.safetensors` and `best.safetensors` (the network after its last and its best
+epoch), `state.pt` (what a bit-exact resume needs) and, once the run is finished, `summary.json`. Every file is replaced
+as a whole, after every epoch. `state.pt` comes last, and it alone decides how far the run has come: after a crash, the
+run repeats the unfinished epoch, with the same result.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ from convsim_cli.training.trainer import VALIDATION_COLUMNS, Trainer, choose_alg
 
 ARGUMENTS_FILE = "args.json"
 RESULTS_FILE = "results.csv"
+LAYERS_FILE = "layers.csv"
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")  # of results.csv
+LAYER_COLUMNS = ("epoch", "layer", "norm", "turn_per_step", "turned")  # of layers.csv; angles in degrees
 LAST_EPOCHS = 5  # that the mean of the last test accuracies is over
 FEATURE_MAP_IMAGES = 16  # the first test images, over which `fm_cos` is taken
 
@@ -123,6 +126,7 @@ def train_run(
             with report.progress(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps) as advance:
                 row = trainer.run_epoch(advance)
             log["history"].append(row)
+            log.setdefault("layers", []).extend({"epoch": row["epoch"], **layer} for layer in trainer.turned.rows())
             log_row(row)
             save_state(run, trainer, log)
             report.epoch(row)
@@ -165,6 +169,7 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
     trainer.load_state(state["trainer"])
     if processes.is_rank_zero:
         write_results(run.folder, state["progress"]["history"], arguments.validation is not None)
+        write_layers(run.folder, state["progress"].get("layers", []))
     return trainer
 
 
@@ -218,6 +223,7 @@ def save_state(run: Run, trainer: Trainer, log: Log) -> None:
         for name in ("last", "best") if is_best else ("last",):
             replace_file(run.folder / f"{name}.safetensors", lambda file: write_safetensors(file, weights, record))
         write_results(run.folder, history, arguments.validation is not None)
+        write_layers(run.folder, log.get("layers", []))
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
 
     trainer.processes.on_rank_zero(write)
@@ -296,11 +302,46 @@ def read_results(folder: Path) -> list[Row]:
 
 def write_results(folder: Path, history: Sequence[Row], validated: bool = False) -> None:
     """Replace a run's results. validated: whether it has validation images. Raises WriteError."""
+    columns = COLUMNS + VALIDATION_COLUMNS * validated
+    replace_file(folder / RESULTS_FILE, lambda file: file.write(_as_csv(columns, history)))
+
+
+def read_layers(folder: Path) -> list[Row]:
+    """Return the rows of a run's layers.csv, none where there is no such file. Raises InputError for a damaged one.
+
+    A missing figure is None.
+    """
+    path = folder / LAYERS_FILE
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != LAYER_COLUMNS:
+                raise ValueError(f"its columns are {reader.fieldnames}")
+            return [
+                {
+                    "epoch": int(row["epoch"]),
+                    "layer": row["layer"],
+                    **{key: float(row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]},
+                }
+                for row in reader
+            ]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it, or restore it from a copy") from error
+
+
+def write_layers(folder: Path, rows: Sequence[Row]) -> None:
+    """Replace a run's layers.csv: how each layer's filters moved in each epoch. Raises WriteError."""
+    replace_file(folder / LAYERS_FILE, lambda file: file.write(_as_csv(LAYER_COLUMNS, rows)))
+
+
+def _as_csv(columns: Sequence[str], rows: Sequence[Row]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS + VALIDATION_COLUMNS * validated, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
-    replace_file(folder / RESULTS_FILE, lambda file: file.write(text.getvalue().encode()))
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def epochs_done(folder: Path) -> int:

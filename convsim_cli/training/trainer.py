@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
 from convsim_cli.device import Advance, synchronize
-from convsim_cli.errors import ConvsimError, DivergedError, FollowedError
+from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, FollowedError
 from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.kernels import is_convolution
 from convsim_cli.networks.accuracy import evaluation_totals
 from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
 from convsim_cli.precision import full_precision, tf32
+from convsim_cli.rotation import TurnMonitor
 from convsim_cli.training.config import MODES, Arguments
 from convsim_cli.training.distributed import ALONE, Processes
 
@@ -36,6 +39,8 @@ VALIDATION_COLUMNS = ("validation_loss", "validation_accuracy")  # of `results.c
 STATISTICS_IMAGES = 4096  # training images that batch-norm statistics are re-estimated on
 _MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
 PADDING = 4  # black pixels on each side, before the crop
+SAMPLED_STEPS = 4  # of an epoch, over which the turn per step is taken
+LARGE_TURN = 10.0  # degrees, of a layer's median filter in the first step
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
 
 
@@ -65,17 +70,12 @@ class Trainer:
         self.processes = processes
         self.mode = MODES[arguments.mode]
         self.penalty = ConvSimPenalty(model, arguments.objective)
-        self.optimizer: torch.optim.Optimizer
-        settings: dict[str, Any] = {"lr": arguments.lr, "weight_decay": arguments.weight_decay, "fused": True}
-        if arguments.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(model.parameters(), **settings)
-        else:
-            settings |= {"momentum": arguments.momentum, "nesterov": arguments.nesterov}
-            self.optimizer = torch.optim.SGD(model.parameters(), **settings)
+        self.optimizer = make_optimizer(model, arguments)
         self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
             indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
         ]
+        self.turned = TurnMonitor(self.model, every=math.ceil(self.steps / SAMPLED_STEPS))
         self.epoch = 0
         self.first_loss: Tensor | None = None
         self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
@@ -128,6 +128,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "first_loss": self.first_loss,
             "beta": self.beta,
+            "kernels_at_start": self.turned.state(),
             "rng": self.processes.gather((torch.get_rng_state(), on_device)),
         }
 
@@ -138,6 +139,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.first_loss = None if state["first_loss"] is None else state["first_loss"].to(self.device)
         self.beta = state.get("beta", self.beta)  # a state of an earlier version has none
+        self.turned.load_state(state.get("kernels_at_start", {}))
         ours, on_device = state["rng"][self.processes.rank]
         torch.set_rng_state(ours)
         if on_device is not None:
@@ -157,7 +159,8 @@ class Trainer:
         for number, batch in enumerate(order.split(self.arguments.batch_size)):
             if self.arguments.schedule != "constant" or self.arguments.warmup:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.arguments, self.epoch * self.steps + number, self.steps)
+                    rate = learning_rate(self.arguments, self.epoch * self.steps + number, self.steps)
+                    group["lr"] = rate * group.get("factor", 1.0)
             indices = self.processes.share(batch)
             weight = len(indices) * self.processes.size / len(batch)  # of this share in the mean over processes
             if not len(indices):
@@ -173,6 +176,9 @@ class Trainer:
             self._regularize(loss.detach(), weight)
             with self._hold():
                 self.optimizer.step()
+            self.turned()
+            if self.epoch == number == 0 and self.processes.is_rank_zero:
+                self._warn_of_large_turns()
             if weight:
                 totals += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
             if advance:
@@ -180,6 +186,19 @@ class Trainer:
         synchronize(self.device)
         loss_sum, correct = self.processes.sum(totals).tolist()
         return loss_sum / len(data), 100 * correct / len(data)
+
+    def _warn_of_large_turns(self) -> None:
+        """Warn where the first step threw the filters out of the directions that they began with."""
+        turns = {name: turn for name, turn in self.turned.last_turns().items() if turn and turn > LARGE_TURN}
+        if turns:
+            worst = max(turns, key=lambda name: turns[name])
+            others = f", and {len(turns) - 1} more layers by over {LARGE_TURN:g}" if len(turns) > 1 else ""
+            warnings.warn(
+                f"the first step turned the median filter of {worst} by {turns[worst]:.0f} degrees{others}; to keep "
+                "the directions of the start, use `warmup`, a lower `lr`, or no `factor`",
+                ConvsimWarning,
+                stacklevel=2,
+            )
 
     def _regularize(self, loss: Tensor, weight: float) -> None:
         """Algorithm 2: add β·∂L_CS to the gradients. With the schedule `loss`, β falls with the task loss."""
@@ -299,6 +318,36 @@ class FlipCrop:
 def _generator(seed: int, epoch: int, purpose: Literal["order", "augmentation"]) -> torch.Generator:
     offset = {"order": 0, "augmentation": 500_000}[purpose]  # beyond the epochs of a run, within those of its seed
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch + offset)
+
+
+def make_optimizer(model: nn.Module, arguments: Arguments) -> torch.optim.Optimizer:
+    """Return the optimizer that a run's arguments ask for.
+
+    There is one group of parameters unless they are treated differently: kernels with a rate of their own, and biases
+    and batch normalization without decay. A group's `factor` is its learning rate over `lr`.
+    """
+    lr, decay = arguments.lr, arguments.weight_decay
+    parameters: Any = list(model.parameters())
+    if arguments.kernel_lr or (decay and arguments.decay == "weights"):
+        kernels = {
+            parameter
+            for layer in filter(is_convolution, model.modules())
+            for name, parameter in layer.named_parameters()
+            if name != "bias"  # of a parametrized layer, the parameters behind its weight
+        }
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            kind = parameter in kernels, arguments.decay == "all" or parameter.ndim > 1
+            groups.setdefault(kind, []).append(parameter)
+        parameters = []
+        for (is_kernel, decays), members in groups.items():
+            factor = arguments.kernel_lr / lr if arguments.kernel_lr and is_kernel else 1.0
+            weight_decay = decay if decays else 0.0
+            parameters.append({"params": members, "lr": factor * lr, "weight_decay": weight_decay, "factor": factor})
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": decay, "fused": True}
+    if arguments.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    return torch.optim.SGD(parameters, momentum=arguments.momentum, nesterov=arguments.nesterov, **settings)
 
 
 def choose_algorithms(deterministic: bool) -> None:
