@@ -24,7 +24,7 @@ ORDER = (  # a module imports from its own line and the lines above it
     ("layers",),
     ("batch_norm",),
     ("measurement",),
-    ("closed_forms", "minimize", "penalty"),
+    ("closed_forms", "minimize", "penalty", "rotation"),
     ("checkpoints",),
     ("inputs",),
     ("networks",),
