@@ -12,7 +12,8 @@ from convsim_cli import dct_
 from convsim_cli.closed_forms import dct_kernel, dct_method, dct_weight_, orthogonalize_weight_
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel
-from convsim_cli.similarity import convolutional_similarity, normalized_similarity
+from convsim_cli.measurement.kernel_figures import measure_weight
+from convsim_cli.similarity import convolutional_similarity
 
 SHAPES = [  # and groups
     ((18, 4, 3, 3), 1),
@@ -85,9 +86,9 @@ def test_every_filter_keeps_its_norm(channels: int) -> None:
 
 
 def test_normalized_similarity_falls_as_500_iterations_make_it_fall() -> None:
-    weight = nn.Conv2d(64, 64, 3).weight.detach()
-    assert normalized_similarity(weight) > 0.99
-    assert normalized_similarity(dct_weight_(weight)) < 0.963  # 500 iterations: 0.958
+    kernel, weight = Kernel("k", (64, 64, 3, 3)), nn.Conv2d(64, 64, 3).weight.detach()
+    assert measure_weight(kernel, weight)["ncs"] > 0.99
+    assert measure_weight(kernel, dct_weight_(weight))["ncs"] < 0.963  # 500 iterations: 0.958
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((6, 4, 1, 1), 1), ((6, 4, 1), 2), ((12, 2, 2, 2), 1)], ids=str)
