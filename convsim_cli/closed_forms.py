@@ -14,11 +14,11 @@ the largest share of energy in it first. Filters of other patterns are orthogona
 u_i of one pattern are made so: U Vᵀ as above, of the filters' own weights in that pattern. Why it works: the summed
 power spectrum is flat (exactly so where N divides the number of filters and their norms are equal), which is the most
 that lowering Eq. 10 can reach, and kernels are orthogonal as well, which Eq. 10 does not ask for.
-- Layers of 3 input channels are taken to see photographs, whose channels are correlated by about 0.85: the u_i are made
-  orthogonal after whitening by that. If a pattern has more than 3 filters they cannot be orthogonal, and 30 steps down
-  the gradient of Σ cos⁸ keep two of them from being alike.
-- Elsewhere, a layer with more filters than C·N would need duplicates, and a filter of one tap has one pattern: these
-  layers are made orthogonal as above (`dct_method`).
+- A layer with 3 input channels and more filters than C·N is taken to see photographs, whose channels are correlated by
+  about 0.85: the u_i are made orthogonal after whitening by that. Where a pattern has more than 3 filters, 30 steps
+  down the gradient of Σ cos⁸ keep two of them from being alike.
+- Any other layer with more filters than C·N would need duplicates, and a filter of one tap has one pattern: these are
+  made orthogonal as above (`dct_method`).
 
 Uncorrelated feature maps on a batch of images, front to back through a network: K ← D G^(−1/2) diag(s)⁻¹ K with s and
 G, the standard deviations and the correlation matrix of the layer's feature maps over all images and positions, and D,
@@ -199,7 +199,8 @@ def dct_method(kernel: Kernel) -> Literal["dct", "orthogonal"]:
 
 
 def _sees_photographs(kernel: Kernel) -> bool:
-    return kernel.channels == CHANNELS and kernel.groups == 1
+    """Whether a layer has more filters than C·N, as first layers have, and the three channels of a photograph."""
+    return kernel.channels == CHANNELS and kernel.groups == 1 and kernel.filters > math.prod(kernel.taps) * CHANNELS
 
 
 def _dct_directions(taps: Taps, photographs: bool, filters: Tensor, living: Tensor) -> Tensor:
