@@ -36,12 +36,10 @@ def resolve_device(name: str) -> torch.device:
         )
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (":" in name and (kind != "cuda" or not index.isdecimal())):
-        raise InputError(f"--device {name}: {did_you_mean(kind, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
+        raise InputError(f"`device` {name}: {did_you_mean(kind, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= there:
-        raise InputError(
-            f"--device {name}: this machine has {there} {kind} devices; take --device cpu or --device auto"
-        )
+        raise InputError(f"`device` {name}: this machine has {there} {kind} devices; take `device` cpu or auto")
     return torch.device(name)
 
 

@@ -97,7 +97,7 @@ def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
 
 
 def refuse_interrupted(path: Path) -> None:
-    """Raise CheckpointError if a save in the folders of a checkpoint was interrupted. Waits and warns as above."""
+    """Raise CheckpointError where a save in the folders of a checkpoint was interrupted; waits as `finish_saves`."""
     for folder in _folders(path):
         with _explained_journal(path, folder):
             if is_interrupted(folder):

@@ -96,7 +96,7 @@ def complete_save(folder: Path) -> list[str]:
 
 
 def is_interrupted(folder: Path) -> bool:
-    """Return whether files of an interrupted save to a folder are still to be moved. Waits and raises as above."""
+    """Return whether files of an interrupted save to a folder are still to be moved; waits as `complete_save`."""
     with _opened(folder) as journal:
         return journal is not None and bool(journal.to_move)
 

@@ -89,7 +89,7 @@ def _load_checked(arguments: Arguments) -> tuple[nn.Module, Dataset]:
 def _new_runs(
     arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, processes: Processes
 ) -> Iterator[Run]:
-    """Yield the runs, each created when its turn comes."""
+    """Yield the runs. Each folder is created only when its run begins."""
     if seeds is None:
         yield processes.on_rank_zero(lambda: create_run(arguments, run_dir, name))
         return

@@ -69,7 +69,7 @@ class Trainer:
         self.device = device
         self.processes = processes
         self.mode = MODES[arguments.mode]
-        self.penalty = ConvSimPenalty(model, arguments.objective)
+        self.penalty = ConvSimPenalty(model, arguments.objective)  # in every mode: its value is the column `cs`
         self.optimizer = make_optimizer(model, arguments)
         self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
