@@ -127,7 +127,7 @@ def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progre
     else:
         with redirect_stdout(sys.stderr):  # what a user's network prints is no data
             _measure_network(report, source, probe, device, progress)
-    report.notes += _bound_notes(report.layers)
+    report.notes += _sample_notes(report.layers)
     report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
     return report
 
@@ -193,11 +193,11 @@ def _measure_network(
 
 def _add(report: MeasureReport, probe: Probe, kernel: Kernel, weight: Tensor, maps: LayerMaps) -> None:
     record = measure_layer(kernel, weight, maps, probe.threshold)
-    mean = maps.similarity.mean_cosines() if probe.top or probe.heat else None
+    correlation = maps.correlation() if (probe.top or probe.heat) and maps.sample is None else None
     if probe.top:
-        record["top"] = [] if mean is None else strongest_pairs(mean, probe.top)
-    if probe.heat and mean is not None:
-        report.heat[kernel.name] = make_heat_map(mean)
+        record["top"] = [] if correlation is None else strongest_pairs(correlation, probe.top)
+    if probe.heat and correlation is not None:
+        report.heat[kernel.name] = make_heat_map(correlation)
     report.layers.append(record)
 
 
@@ -209,8 +209,10 @@ def _call_notes(layers: Sequence[Record]) -> list[str]:
     return notes + ([f"called more than once, every call counts: {', '.join(often)}"] if often else [])
 
 
-def _bound_notes(layers: Sequence[Record]) -> list[str]:
-    """Which layers have too many pairs of filters to keep a mean cosine for each."""
-    large = [layer["name"] for layer in layers if layer["fm_cos"] is not None and layer["fm_rank"] is None]
-    figures = "fm_rank, redundant, opposite, removable and clusters are null"
-    return [f"too many filters to keep every pair's mean cosine, so {figures}: {', '.join(large)}"] if large else []
+def _sample_notes(layers: Sequence[Record]) -> list[str]:
+    """Which layers have too many filters to compare the maps of every two."""
+    large = [f"{layer['name']} ({layer['sampled']} per group)" for layer in layers if "sampled" in layer]
+    figures = "redundant, opposite, removable and clusters are null"
+    return [f"too many filters to compare all maps, so a sample is compared, and {figures}: {', '.join(large)}"] * bool(
+        large
+    )

@@ -22,10 +22,10 @@ that lowering Eq. 10 can reach, and kernels are orthogonal as well, which Eq. 10
 
 Uncorrelated feature maps on a batch of images, front to back through a network: K ← D G^(−1/2) diag(s)⁻¹ K with s and
 G, the standard deviations and the correlation matrix of the layer's feature maps over all images and positions, and D,
-which restores each filter's norm. This is the smallest change of the kernels that makes the maps uncorrelated on these
-images. Stride, dilation and padding need no care, for the maps are the layer's own, and nor does its bias, which
-correlation does not see. Eigenvalues of G below 1e-8 of the largest count as zero. A filter whose map does not vary on
-the images stays as it is.
+which restores each filter's norm. This is the smallest change of the standardized maps that makes them uncorrelated on
+these images (ZCA-cor). Stride, dilation and padding need no care, for the maps are the layer's own, and nor does its
+bias, which correlation does not see. Eigenvalues of G below 1e-8 of the largest count as zero. A filter whose map does
+not vary on the images stays as it is.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from convsim_cli.kernels import (
     weight_of,
 )
 from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
+from convsim_cli.measurement.feature_maps import MapMoments
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite
 from convsim_cli.precision import Taps, full_precision
@@ -373,7 +374,7 @@ class _Pass:
     def __init__(self, waiting: Sequence[Kernel], calls: Counter[Kernel], advance: Advance) -> None:
         self._waiting, self._calls, self._advance = list(waiting), calls, advance
         self._records: list[Record] = []
-        self._moments = _Moments()
+        self._moments = MapMoments()  # of that layer's maps
         self._seen = 0  # calls of the first layer that is waiting
 
     def run(self, model: nn.Module, images: Tensor) -> list[Record]:
@@ -390,16 +391,20 @@ class _Pass:
     def _look(self, kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not self._waiting or kernel is not self._waiting[0]:
             return
-        self._moments.update(_maps(layer, inputs, options), kernel.groups)
+        if not self._seen:
+            self._moments = MapMoments(kernel.groups)
+        maps = _maps(layer, inputs, options)
+        for chunk in maps.split(max(1, _CHUNK // maps[0].numel())):
+            self._moments.update(_in_float64(chunk))
         self._seen += 1
         if self._seen == self._calls[kernel]:
             self._change(kernel, layer.weight)
             self._waiting = self._waiting[1:] if self._seen == 1 else []
-            self._moments, self._seen = _Moments(), 0
+            self._seen = 0
 
     def _change(self, kernel: Kernel, weight: Tensor) -> None:
         before = weight.detach().clone()
-        weight.copy_(_with_directions(kernel, before, self._moments.directions(kernel)))
+        weight.copy_(_with_directions(kernel, before, _decorrelated_directions(kernel, self._moments)))
         self._records.append(compare_weights(kernel, before, weight))
         self._advance(1)
 
@@ -416,45 +421,26 @@ def _maps(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tenso
         return convolve_with(layer, layer.weight.detach().to(dtype), inputs, options)
 
 
-class _Moments:
-    """Mean and covariance of a layer's feature maps over images and positions, per group, in float64."""
+def _decorrelated_directions(kernel: Kernel, moments: MapMoments) -> Directions:
+    """Return G^(−1/2) diag(s)⁻¹ K as a function of K. moments: of the layer's maps, in float64."""
+    correlation = moments.correlation(dtype=torch.float64)
+    spread = moments.variance.sqrt()
+    if correlation is None and not is_finite(spread):
+        raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
+    size = (moments.variance + moments.mean.square()).sqrt()
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean = self._scatter = torch.zeros((), dtype=torch.float64)
+    def whitened(filters: Tensor, living: Tensor) -> Tensor:
+        if correlation is None:  # a single value of each map
+            return torch.zeros_like(filters.flatten(2))
+        largest = torch.where(living, size / _norms(filters), 0).amax()
+        varying = living & (spread > VANISHED * largest * _norms(filters))  # less is rounding of a constant map
+        varying &= correlation.diagonal(dim1=-2, dim2=-1) > 0
+        inverse = torch.where(varying, 1 / spread, 0)
+        root = _inverse_root(correlation * varying.unsqueeze(-1) * varying.unsqueeze(-2))
+        rows = (root * inverse.unsqueeze(-2)) @ filters.flatten(2)
+        return torch.where(varying.unsqueeze(-1), rows, 0)
 
-    def update(self, maps: Tensor, groups: int) -> None:
-        """Add maps `[images, S, *space]`."""
-        for chunk in maps.split(max(1, _CHUNK // maps[0].numel())):
-            self._add(_in_float64(chunk).unflatten(1, (groups, -1)).flatten(3).permute(1, 2, 0, 3).flatten(2))
-
-    def _add(self, values: Tensor) -> None:
-        """Merge `[groups, S / groups, n]` values into the moments (Chan et al. 1979), without cancellation."""
-        count, mean = values.shape[-1], values.mean(-1, keepdim=True)
-        centered, shift = values - mean, mean - self._mean
-        total = self._count + count
-        between = shift @ shift.mT * (self._count * count / total)
-        self._scatter = self._scatter + centered @ centered.mT + between
-        self._mean = self._mean + shift * (count / total)
-        self._count = total
-
-    def directions(self, kernel: Kernel) -> Directions:
-        """Return G^(−1/2) diag(s)⁻¹ K as a function of K."""
-        covariance = self._scatter / self._count
-        if not is_finite(covariance):
-            raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
-        variance = covariance.diagonal(dim1=-2, dim2=-1)
-        spread, size = variance.sqrt(), (variance + self._mean.squeeze(-1).square()).sqrt()
-
-        def whitened(filters: Tensor, living: Tensor) -> Tensor:
-            largest = torch.where(living, size / _norms(filters), 0).amax()
-            varying = living & (spread > VANISHED * largest * _norms(filters))  # less is rounding of a constant map
-            inverse = torch.where(varying, 1 / spread, 0)
-            root = _inverse_root(inverse.unsqueeze(-1) * covariance * inverse.unsqueeze(-2))
-            rows = (root * inverse.unsqueeze(-2)) @ filters.flatten(2)
-            return torch.where(varying.unsqueeze(-1), rows, 0)
-
-        return whitened
+    return whitened
 
 
 def _inverse_root(correlation: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def draw_heat(heat: Mapping[str, HeatMap], captions: Mapping[str, str], title: s
     for axis in axes[len(heat) :]:
         axis.set_visible(False)
     if image is not None:
-        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=14, label="mean cosine, signed")
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=14, label="correlation")
         bar.ax.tick_params(labelsize=6)
         bar.ax.yaxis.label.set_fontsize(7)
     figure.suptitle("\n".join(map(plain_text, lines)), fontsize=8)

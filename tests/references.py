@@ -145,16 +145,44 @@ def literal_map_figures(maps: Tensor, groups: int = 1) -> tuple[float, float]:
     return torch.stack(cosines).mean().item(), torch.stack(products).mean().item()
 
 
-def literal_mean_cosines(maps: Tensor) -> Tensor:
-    """The mean over inputs of the signed cos(F_i, F_j) of one group, by loops in float64; its diagonal is 1."""
-    maps = maps.double().flatten(2)
-    mean = torch.eye(maps.shape[1], dtype=torch.float64)
-    for i, j in combinations(range(maps.shape[1]), 2):
-        cosines = [
-            a @ b / a.norm() / b.norm() for a, b in zip(maps[:, i], maps[:, j], strict=True) if a.any() and b.any()
-        ]
-        mean[i, j] = mean[j, i] = torch.stack(cosines).mean() if cosines else 0.0
-    return mean
+def literal_correlation(maps: Tensor) -> Tensor:
+    """The Pearson correlation of every two maps of one group over all inputs and positions, by loops in float64.
+
+    A map whose variance is at most 1e-10 of its mean square has none: 0, and 0 on the diagonal.
+    """
+    values = [maps[:, i].double().flatten().tolist() for i in range(maps.shape[1])]
+    means = [math.fsum(value) / len(value) for value in values]
+    found = torch.zeros(len(values), len(values), dtype=torch.float64)
+
+    def covariance(i: int, j: int) -> float:
+        products = ((a - means[i]) * (b - means[j]) for a, b in zip(values[i], values[j], strict=True))
+        return math.fsum(products) / len(values[i])
+
+    spreads = [covariance(i, i) for i in range(len(values))]
+    living = [s > 1e-10 * (s + mean**2) for s, mean in zip(spreads, means, strict=True)]
+    for i, j in product(range(len(values)), repeat=2):
+        if living[i] and living[j]:
+            found[i, j] = covariance(i, j) / math.sqrt(spreads[i] * spreads[j])
+    return found
+
+
+def literal_fm_corr(maps: Tensor, groups: int = 1) -> float:
+    """Mean over the pairs of living maps of |correlation|."""
+    pairs = []
+    for group in maps.chunk(groups, 1):
+        correlation = literal_correlation(group)
+        living = [i for i in range(len(correlation)) if correlation[i, i] > 0]
+        pairs += [abs(correlation[i, j].item()) for i, j in combinations(living, 2)]
+    return math.fsum(pairs) / len(pairs)
+
+
+def literal_duplicates(correlation: Tensor, threshold: float) -> tuple[int, int, int]:
+    """How many filters have a partner above the threshold, below its negative, and could go (complete linkage)."""
+    partners = [[correlation[i, j].item() for j in range(len(correlation)) if j != i] for i in range(len(correlation))]
+    joined = [cluster for cluster, value in literal_merges(correlation, "complete") if value > threshold]
+    largest = [cluster for cluster in joined if not any(cluster < other for other in joined)]
+    redundant = sum(max(others) > threshold for others in partners)
+    return redundant, sum(min(others) < -threshold for others in partners), sum(len(c) - 1 for c in largest)
 
 
 def literal_effective_rank(mean: Tensor) -> float:

@@ -76,22 +76,18 @@ def test_parametrized_layers_of_a_network_are_measured(tmp_path: Path, monkeypat
     assert all(layer["fm_cos"] is not None for layer in report.layers)
 
 
-def test_layers_with_too_many_filters_for_a_mean_cosine_each_are_said(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feature_maps, "MOST_PAIRS", 40)
+def test_layers_of_which_a_sample_of_filters_is_compared_are_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_maps, "MOST_FILTERS", 5)
     report = measure_checkpoint(file, samples=1, top=2)
     large, small = report.layers
-    assert large["fm_cos"] is not None
-    assert large["fm_cos_random"] is not None
-    assert [large[key] for key in ("fm_rank", "fm_rank_random", "redundant", "opposite", "removable", "clusters")] == [
-        None
-    ] * 6
+    assert (large["sampled"], "sampled" in small) == (5, False)
+    assert all(large[key] is not None for key in ("fm_corr", "fm_corr_random", "fm_rank", "fm_rank_random", "fm_cos"))
+    assert [large[key] for key in ("redundant", "opposite", "removable", "clusters")] == [None] * 4
     assert large["top"] == []
-    assert small["fm_rank"] is not None
+    assert small["removable"] is not None
     assert report.notes == [
-        "too many filters to keep every pair's mean cosine, so fm_rank, redundant, opposite, removable and clusters "
-        "are null: a.weight"
+        "too many filters to compare all maps, so a sample is compared, and redundant, opposite, removable and "
+        "clusters are null: a.weight (5 per group)"
     ]
 
 
@@ -103,8 +99,9 @@ def test_a_layer_whose_filters_vanish_is_measured(tmp_path: Path) -> None:
     save_file({"w": weight[2:]}, tmp_path / "living.safetensors")
     (living,) = measure_checkpoint(tmp_path / "living.safetensors", samples=2).layers
     assert layer["dead"] == 2
-    for key in ("ncs", "kernel_cos", "fm_cos", "fm_rank"):
-        assert layer[key] == pytest.approx(living[key], rel=1e-5)
+    for key in ("ncs", "kernel_cos", "fm_corr", "fm_cos", "fm_rank", "fm_rank_random"):
+        rel = 1e-2 if key == "fm_rank_random" else 1e-5  # as many random filters, though not the same
+        assert layer[key] == pytest.approx(living[key], rel=rel)
     assert layer["norm"] == pytest.approx(weight.norm().item())
 
 

@@ -147,7 +147,19 @@ def test_closed_forms_are_those_of_the_cpu() -> None:
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
-    keys = ("cs", "ncs", "kernel_cos", "norm", "fm_cos", "fm_rank", "fm_inner2", "fm_cos_random", "dead", "redundant")
+    keys = (
+        "cs",
+        "ncs",
+        "kernel_cos",
+        "norm",
+        "fm_corr",
+        "fm_cos",
+        "fm_rank",
+        "fm_inner2",
+        "fm_corr_random",
+        "dead",
+        "redundant",
+    )
     return {f"{record['name']} {key}": record[key] for record in records for key in keys}
 
 

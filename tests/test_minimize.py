@@ -123,7 +123,7 @@ def test_preserve_norm_lowers_similarity_beyond_subtracting_means() -> None:
     torch.testing.assert_close(minimized.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
     for probe, fold in (("white", 1.3), ("natural", 2.0)):
-        before, after, control = (LayerProbe(probe).fm_cos(kernel, w) for w in (weight, minimized, centred))
+        before, after, control = (LayerProbe(probe).fm_corr(kernel, w) for w in (weight, minimized, centred))
         assert before > fold * after
         assert before < 1.05 * control
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convsim_cli.measurement import pairs as mean_cosines
+from convsim_cli.measurement import pairs as pairs_module
 from convsim_cli.measurement.pairs import make_heat_map
 from convsim_cli.plots import draw_heat
 
@@ -39,8 +39,8 @@ def test_groups_are_blocks_and_dead_filters_make_no_pair() -> None:
 def test_of_many_filters_a_cell_shows_the_strongest_pair_with_its_sign(
     value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mean_cosines, "MOST_CELLS", 4)
-    monkeypatch.setattr(mean_cosines, "similarity_order", lambda mean: torch.arange(mean.shape[-1])[None])
+    monkeypatch.setattr(pairs_module, "MOST_CELLS", 4)
+    monkeypatch.setattr(pairs_module, "similarity_order", lambda mean: torch.arange(mean.shape[-1])[None])
     drawn = make_heat_map(mean_of((1, 6, value), (0, 7, -0.1), filters=8))
     assert drawn.pooled
     assert drawn.cells.shape == (4, 4)
@@ -51,9 +51,9 @@ def test_of_many_filters_a_cell_shows_the_strongest_pair_with_its_sign(
 
 def test_the_scale_is_signed_and_filters_are_numbered() -> None:
     heat = {"a": make_heat_map(mean_of((0, 3, 0.9))), "b": make_heat_map(torch.eye(120)[None])}
-    figure = draw_heat(heat, {"a": "fm_cos 0.1", "b": "fm_cos 0.2"}, "title")
+    figure = draw_heat(heat, {"a": "fm_corr 0.1", "b": "fm_corr 0.2"}, "title")
     small, large = figure.axes[:2]
     assert small.images[0].get_clim() == (-1, 1)
     assert [label.get_text() for label in small.get_yticklabels()] == [str(label) for label in heat["a"].labels]
     assert 20 < len(large.get_yticklabels()) <= 120
-    assert small.get_title() == "a\nfm_cos 0.1"
+    assert small.get_title() == "a\nfm_corr 0.1"

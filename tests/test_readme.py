@@ -129,4 +129,4 @@ def test_every_option_that_the_readme_names_exists(command: str, convsim: Convsi
 
 def test_the_keys_of_the_example_are_in_the_order_that_a_pipe_gets(convsim: Convsim) -> None:
     columns = convsim("measure", "--arch", "cnn:4", "--samples", 1).out.splitlines()[0].split("\t")
-    assert (columns[0], columns[5]) == ("name", "ncs")  # what `cut -f 1,6` in the README takes
+    assert (columns[0], columns[6]) == ("name", "ncs")  # what `cut -f 1,7` in the README takes

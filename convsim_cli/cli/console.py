@@ -1,7 +1,7 @@
 """What the screen gets: data on stdout, all else on stderr; rich on a terminal, plain lines and TSV elsewhere.
 
-A terminal's table is shown whole where it fits, else without its least important columns, else stacked: a line per
-figure. Names and numbers are never cut.
+A terminal's table is shown whole where it fits, else without its least important columns, else with names on lines of
+their own, else stacked: a line per figure. Names and numbers are never cut.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ class Console:
         by_index = [[columns.index(name) for name in names if name in columns] for names in groups]
         screen = 10_000 if self.wide else screen_width(sys.stdout)  # the terminal wraps what is wider
         kept = fitting_columns(widths, by_index, screen)
+        name_above = kept is None and len(columns) > 1 and widths[0] + EDGES <= screen
+        if name_above:
+            kept = fitting_columns([0, *widths[1:]], by_index, screen + GAP)
         if kept is None:
             self.note(f"a line per figure, as the table is wider than {screen} characters; --wide shows it as it is")
             with _while_read():
@@ -110,13 +113,21 @@ class Console:
         if left_out := [column for index, column in enumerate(columns) if index not in kept]:
             self.note(f"not shown in {screen} characters: {', '.join(left_out)} (--wide shows all)")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index in kept:
+        for index in kept[name_above:]:
             right = any(isinstance(row[index], int | float) for row in rows)
             table.add_column(Text(headers[index]), justify="right" if right else "left", no_wrap=True)
         for row in cells:
-            table.add_row(*(Text(row[index]) for index in kept))
+            table.add_row(*(Text(row[index]) for index in kept[name_above:]))
         with _while_read():  # a dumb terminal is given its width only with a height
-            RichConsole(width=screen, height=100).print(table)
+            rich = RichConsole(width=screen, height=100)
+            if not name_above:
+                return rich.print(table)
+            with rich.capture() as drawn:
+                rich.print(table)
+            lines = drawn.get().rstrip().split("\n")
+            print("\n".join(lines[: -len(cells)]))
+            for row, line in zip(cells, lines[-len(cells) :], strict=True):
+                print(f" {row[0]}\n{line}")
 
     def delimited(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], delimiter: str) -> None:
         """Print a header line and rows, their numbers in six digits."""

@@ -170,9 +170,9 @@ def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) ->
 
 def _draw(report: MeasureReport, page: Path) -> None:
     captions = {
-        layer["name"]: f"fm_cos {layer['fm_cos']:.3g}" for layer in report.layers if layer["name"] in report.heat
+        layer["name"]: f"fm_corr {layer['fm_corr']:.3g}" for layer in report.layers if layer["name"] in report.heat
     }
-    title = f"{report.source}: mean cosine of feature maps, filter by filter ({report.input} inputs)"
+    title = f"{report.source}: correlation of feature maps, filter by filter ({report.input} inputs)"
     if any(heat.pooled for heat in report.heat.values()):
         title += "; in large layers a cell shows the strongest of several pairs"
     save_figure(draw_heat(report.heat, captions, title), page)
@@ -192,12 +192,13 @@ def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -
 
 def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
     several = len(reports) > 1
-    figures = [*shown_keys(), *(f"{key}_change" for key in compared_keys() if several)]
-    columns = ["name", *(["source"] if several else []), "shape", "groups", "assumed", *figures]
+    figures = [*shown_keys(console.wide), *(f"{key}_change" for key in compared_keys() if several)]
+    columns = ["name", *(["source"] if several else []), "filters", "shape", "groups", "assumed", *figures]
     rows: list[list[Any]] = [
         [
             layer["name"],
             *([report["source"]] if several else []),
+            layer["filters"],
             shape(layer["shape"]),
             layer["groups"],
             layer["assumed"],
@@ -212,10 +213,10 @@ def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> N
 
 def _show_pairs(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
     rows = [
-        [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["cos"]]
+        [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["corr"]]
         for report in reports
         for layer in report["layers"]
         for pair in layer["top"]
     ]
-    columns = ["name", *(["source"] if len(reports) > 1 else []), "filter", "most_similar_to", "cos"]
+    columns = ["name", *(["source"] if len(reports) > 1 else []), "filter", "most_similar_to", "corr"]
     console.delimited(columns, rows, ",") if as_csv else console.table(columns, rows)

@@ -1,46 +1,94 @@
-"""How similar a layer's feature maps are, accumulated over inputs, and how similar those of random kernels are: chance.
+"""What is accumulated of a layer's feature maps over inputs, and of the maps of random kernels: chance.
 
-√(2 / (π·positions)) is the chance value of |cos| for white inputs only: neighboring positions of other inputs are
-alike, so that few of them count. Chance is therefore measured, with random kernels on the inputs that the layer sees.
+`MapMoments` gives the Pearson correlation of every two maps over all inputs and positions together: each map is centred
+by its own mean, as batch norm or the next layer's bias does, so that adding a constant to a map changes nothing. All
+figures of pairs come from this matrix. `PaperSimilarity` has the paper's own figures, which leave the means in.
+
+Chance is measured, with random kernels on the inputs that the layer sees: a formula such as √(2 / (π·positions)) holds
+for white inputs alone, since neighboring positions of other inputs are alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.pairs import effective_rank
+from convsim_cli.measurement.pairs import effective_rank, mean_correlation
 from convsim_cli.precision import full_precision
 
-MOST_PAIRS = 1 << 24  # ordered pairs of filters in a layer up to which a mean cosine is kept for each: 4,096² × 4 bytes
-_ROWS = 256  # filters whose cosines with all later ones are computed at once: half of all pairs, in bounded memory
+MOST_FILTERS = 4096  # of a group, up to which every pair counts; of more, the maps of so many are compared
+CONSTANT = 1e-10  # a map is constant if its variance is at most this share of its mean square
+FEWEST_PER_GROUP = 64  # random filters
+FEWEST = 128  # random filters of a layer: with 3 channels, fm_corr on natural inputs is then known to 3 % (4 % with 64)
+_ROWS = 256  # filters whose products with all later ones are taken at once: half of all pairs, in bounded memory
 _GRAM_ELEMENTS = 1 << 22  # cosines at once
 _MAP_ELEMENTS = 1 << 23  # values of feature maps at once
-FEWEST_PER_GROUP = 64  # random filters
-FEWEST = 128  # random filters of a layer: with 3 channels, fm_cos on natural inputs is then known to 3 % (4 % with 64)
-_MOST = 1024  # random filters per group of a layer whose pairs are too many to keep
 _STREAM = 0x9E3779B9  # keeps the kernels from being the values that the same seed gives for inputs
 
 
 class LayerMaps:
-    """A layer's feature maps: their similarity, that of random kernels' maps, and how many calls there were."""
+    """A layer's feature maps, those of random kernels on the same inputs, and how many calls there were.
+
+    sample: which filters of each group are compared with each other, of more than `MOST_FILTERS`; None for all.
+    """
 
     def __init__(
         self, kernel: Kernel, weight: Tensor, *, scale: float = 1.0, seed: int = 0, whole: bool = True
     ) -> None:
         """weight: as stored; it says which filters are dead. scale: what the maps are divided by beforehand.
 
-        seed: of the random kernels. whole: measure chance and keep pairs, not `fm_cos` and `fm_inner2` alone.
+        seed: of the random kernels and the sample. whole: take chance and the paper's figures too, not only `moments`.
         """
         self.living = living_filters(kernel.to_filters(weight))
-        self.similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=self.living, keep_pairs=whole)
+        self.sample = _draw_sample(kernel.filters // kernel.groups, seed)
+        self.moments = MapMoments(kernel.groups, self.sample)
+        self.paper = PaperSimilarity(kernel.groups, scale=scale, living=self._sampled(self.living)) if whole else None
         self.chance = RandomKernels(kernel, seed) if whole else None
         self.calls = 0
+
+    def update(self, maps: Tensor) -> None:
+        """Add maps `[inputs, S, *space]`, the convolution's output without its bias. Waits for no device."""
+        self.moments.update(maps)
+        if self.paper is not None:
+            grouped = maps.unflatten(1, (len(self.living), -1))
+            compared = maps if self.sample is None else grouped[:, :, self.sample.to(maps.device)].flatten(1, 2)
+            self.paper.update(compared)
+
+    @property
+    def alive(self) -> Tensor:
+        """Which filters are not dead, `[groups, S / groups]`: neither vanished, nor with a map that is constant."""
+        constant = self.moments.constant
+        return self.living if constant is None else self.living & ~constant
+
+    @property
+    def compared(self) -> Tensor:
+        """Which of the filters that are compared are not dead, `[groups, filters]`."""
+        return self._sampled(self.alive)
+
+    def correlation(self) -> Tensor | None:
+        """Return the correlation of the maps that are compared: see `MapMoments.correlation`."""
+        return self.moments.correlation(self.compared)
+
+    def fm_corr(self) -> float | None:
+        """Return the mean |correlation| over pairs; None without a pair, and for a single value of each map."""
+        correlation = self.correlation()
+        return None if correlation is None else mean_correlation(correlation)
+
+    def _sampled(self, filters: Tensor) -> Tensor:
+        return filters if self.sample is None else filters[:, self.sample.to(filters.device)]
+
+
+def _draw_sample(filters: int, seed: int) -> Tensor | None:
+    if filters <= MOST_FILTERS:
+        return None
+    generator = torch.Generator("cpu").manual_seed(seed ^ _STREAM)
+    return torch.randperm(filters, generator=generator, device="cpu")[:MOST_FILTERS].sort().values
 
 
 def inputs_at_once(filters: int, groups: int, positions: int) -> int:
@@ -49,39 +97,153 @@ def inputs_at_once(filters: int, groups: int, positions: int) -> int:
     return max(1, min(_GRAM_ELEMENTS // (filters * min(each, _ROWS)), _MAP_ELEMENTS // (filters * positions)))
 
 
-class FeatureMapSimilarity:
-    """Running similarity of a layer's feature maps over inputs.
+class MapMoments:
+    """Means, variances and correlations of a layer's maps over all inputs and positions, from one pass.
 
-    Pairs are i < j within a group. Dead filters, and maps that are zero on an input, have no direction and take part in
-    no cosine. A layer that is called several times counts every call; calls with a single position add no cosines.
-    alive: which filters are not dead and have a map that is not zero on every input; None without inputs.
+    Each map is taken less its mean over the first inputs, since raw products of maps with a large mean lose everything
+    in float32, and in units of its largest value there, so that no product leaves the range. Products are taken in
+    float32 (float64 for maps in float64), without TF32 or autocast, and summed in float64.
+
+    sample: which filters of each group are compared with each other, all for None.
     """
 
-    def __init__(
-        self, groups: int = 1, *, scale: float = 1.0, living: Tensor | None = None, keep_pairs: bool = True
-    ) -> None:
+    def __init__(self, groups: int = 1, sample: Tensor | None = None) -> None:
+        self._groups, self._sample = groups, sample
+        self.count = 0  # values of each map
+        self._shift: Tensor | None = None  # the mean over the first inputs, `[groups, S / groups, 1]`
+        self._units: list[Tensor] = []  # the largest values there, less the mean, per `MOST_FILTERS`
+        self._sums = torch.zeros((), dtype=torch.float32, device="cpu")  # shifted, in units: `[groups, S / groups]`
+        self._squares = self._sums  # likewise
+        self._products: list[Tensor] = []  # per `_ROWS` filters, with those and all later ones
+
+    def update(self, maps: Tensor) -> None:
+        """Add maps `[inputs, S, *space]`. Waits for no device."""
+        maps = maps.detach().unflatten(1, (self._groups, -1)).flatten(3)
+        each, positions = maps.shape[2:]
+        for part in maps.split(inputs_at_once(self._groups * each, self._groups, positions)):
+            with full_precision(part.device):
+                self._add(part.to(torch.promote_types(part.dtype, torch.float32)))
+
+    def _add(self, maps: Tensor) -> None:
+        """Add maps `[inputs, groups, S / groups, positions]`."""
+        if self._shift is None:
+            self._shift = maps.mean((0, 3)).unsqueeze(-1)
+        wide, first = _wide(maps.device), not self.count
+        self.count += maps.shape[0] * maps.shape[3]
+        sums, squares, compared = [], [], []
+        for index, start in enumerate(range(0, maps.shape[2], MOST_FILTERS)):  # a few of very many filters at a time
+            rows = slice(start, start + MOST_FILTERS)
+            values = maps[:, :, rows].permute(1, 2, 0, 3).flatten(2)  # may be a view of the network's own maps
+            values = values - self._shift[:, rows]
+            if first:
+                peak = _peak(values)
+                largest = peak.amax()
+                self._units.append(torch.where(peak > 0, peak, torch.where(largest > 0, largest, 1)))
+            values.div_(self._units[index])
+            sums.append(values.sum(-1).to(wide))
+            if self._sample is not None:
+                squares.append(torch.linalg.vector_norm(values, dim=-1).to(wide).square())
+                values = values[:, _within(self._sample, rows, maps.device)]
+            compared.append(values)
+        self._sums = self._sums + torch.cat(sums, 1)
+        self._add_products(compared[0] if len(compared) == 1 else torch.cat(compared, 1))
+        self._squares = self._squares + torch.cat(squares, 1) if squares else self._products_with_themselves()
+
+    def _add_products(self, values: Tensor) -> None:
+        filters, wide = values.shape[1], _wide(values.device)
+        for index, start in enumerate(range(0, filters, _ROWS)):
+            product = values[:, start : start + _ROWS] @ values[:, start:].mT
+            if index == len(self._products):
+                self._products.append(product.to(wide))
+            else:
+                self._products[index] += product
+
+    def _products_with_themselves(self) -> Tensor:
+        return torch.cat([block.diagonal(dim1=-2, dim2=-1) for block in self._products], 1)
+
+    @property
+    def _unit(self) -> Tensor:
+        unit = torch.cat(self._units, 1).squeeze(-1)
+        return unit.to(_wide(unit.device))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every map, `[groups, S / groups]` in float64."""
+        assert self._shift is not None
+        return self._shift.squeeze(-1).to(_wide(self._shift.device)) + self._unit * self._sums / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of every map, `[groups, S / groups]` in float64."""
+        return (self._squares / self.count - (self._sums / self.count) ** 2).clamp_min(0) * self._unit**2
+
+    @property
+    def constant(self) -> Tensor | None:
+        """Which maps are constant over all inputs and positions, or zero where they have a single value; None without.
+
+        A map that is not finite is not constant.
+        """
+        if not self.count:
+            return None
+        mean, variance = self.mean, self.variance
+        return mean == 0 if self.count == 1 else variance <= CONSTANT * (variance + mean**2)
+
+    def correlation(self, alive: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Return the correlation of every two maps that are compared, `[groups, filters, filters]`.
+
+        alive: which of these take part, those that are not constant for None. The diagonal is 1, and 0 for the others,
+        as are their rows and columns. None for a single value of each map, and where a map is not finite.
+        """
+        if self.count < 2:
+            return None
+        if alive is None:
+            assert self.constant is not None
+            alive = ~self.constant
+        means = self._sums / self.count
+        means = means if self._sample is None else means[:, self._sample.to(means.device)]
+        filters = means.shape[1]
+        variances = self._products_with_themselves() / self.count - means**2
+        spread = torch.where(alive & (variances > 0), variances, torch.inf).sqrt()
+        kind = torch.float32 if means.device.type == "mps" else dtype
+        found = torch.empty(self._groups, filters, filters, dtype=kind, device=means.device)
+        for block, start in zip(self._products, range(0, filters, _ROWS), strict=True):
+            rows, later = slice(start, start + _ROWS), slice(start, filters)
+            covariance = block / self.count - means[:, rows, None] * means[:, None, later]
+            pairs = covariance / spread[:, rows, None] / spread[:, None, later]
+            found[:, rows, later], found[:, later, rows] = pairs, pairs.mT
+        found.diagonal(dim1=-2, dim2=-1).copy_(alive)
+        return found if bool(torch.stack(torch.aminmax(found)).isfinite().all()) else None  # no copy
+
+
+def _within(sample: Tensor, rows: slice, device: torch.device) -> Tensor:
+    """The filters of a sorted sample that are among these rows, numbered from the first of the rows."""
+    return (sample[(sample >= rows.start) & (sample < rows.stop)] - rows.start).to(device)
+
+
+class PaperSimilarity:
+    """The paper's figures: mean |cos| and mean squared inner product of two maps on the same input, means left in.
+
+    Pairs are i < j within a group. Dead filters, and maps that are zero on an input, have no direction and take part in
+    no cosine; the inner products are those of all filters. Calls with a single position add no cosines.
+    """
+
+    def __init__(self, groups: int = 1, *, scale: float = 1.0, living: Tensor | None = None) -> None:
         """Start with no inputs.
 
         scale: what the maps were divided by before they are given to `update`. living: which filters take part in
-        cosines `[groups, S / groups]`, all for None. keep_pairs: keep a mean cosine for each pair, up to `MOST_PAIRS`.
+        cosines `[groups, S / groups]`, all for None.
         """
         self._groups, self._scale = groups, scale
         self._living = None if living is None or bool(living.all()) else living
-        self._keep_pairs = keep_pairs
-        self._inputs = 0  # times the number of pairs
+        self._pairs = 0  # of maps, over all inputs
         self._products: Tensor | float = 0.0  # sum of ⟨F_i, F_j⟩²
         self._angles: Tensor | float = 0.0  # how many cosines were added up
         self._cosines: Tensor | float = 0.0  # sum of |cos|
-        self._sums: Tensor | None = None  # signed, above the diagonal: [groups, S / groups, S / groups]
-        self._counts: Tensor | float = 0.0  # how many cosines each of these sums has, but for those of `_recent`
-        self._recent: list[Tensor] = []  # which maps were not zero
-        self.alive: Tensor | None = None
 
     def update(self, maps: Tensor) -> None:
-        """Add maps `[inputs, S, *space]`, the convolution's output without its bias. Waits for no device."""
-        filters = maps.shape[1]
+        """Add maps `[inputs, S, *space]`. Waits for no device."""
         maps = maps.detach().float().unflatten(1, (self._groups, -1)).flatten(3)
-        for part in maps.split(inputs_at_once(filters, self._groups, maps.shape[-1])):
+        for part in maps.split(inputs_at_once(maps.shape[1] * maps.shape[2], self._groups, maps.shape[-1])):
             with full_precision(part.device):
                 self._add(part)
 
@@ -94,70 +256,30 @@ class FeatureMapSimilarity:
     @property
     def fm_inner2(self) -> float | None:
         """Mean over inputs and pairs of ⟨F_i, F_j⟩²; None without a pair, or beyond the range of float64."""
-        return finite(float(self._products) / self._inputs * self._scale**2 * self._scale**2) if self._inputs else None
-
-    def mean_cosines(self) -> Tensor | None:
-        """Return the mean over inputs of cos(F_i, F_j), signed: `[groups, S / groups, S / groups]`.
-
-        The diagonal is 1, and 0 for filters that are not `alive`; two maps that were never both non-zero have 0. None
-        at a single position, without inputs, or where pairs are not kept.
-        """
-        if self._sums is None or self.alive is None:
-            return None
-        upper = self._sums / self._pair_counts().clamp_min(1)
-        mean = upper + upper.mT
-        mean.diagonal(dim1=-2, dim2=-1).copy_(self.alive)
-        return mean
+        return finite(float(self._products) / self._pairs * self._scale**2 * self._scale**2) if self._pairs else None
 
     def _add(self, maps: Tensor) -> None:
         inputs, groups, count, positions = maps.shape
         unit, length, live = _directions(maps)
         if self._living is not None:
             live = live & self._living
-        alive = live.any(0)
-        self.alive = alive if self.alive is None else self.alive | alive
-        self._inputs += inputs * groups * count * (count - 1) // 2
+        self._pairs += inputs * groups * count * (count - 1) // 2
         if positions > 1:
-            self._count(live)
+            pairs = live.sum(-1)
+            self._angles = self._angles + (pairs * (pairs - 1)).sum().to(_wide(live.device)) / 2
         largest = length.amax(dim=(1, 2), keepdim=True)
         share = (length / torch.where(largest > 0, largest, 1)).square().float()
         for start in range(0, count, _ROWS):
             rows = slice(start, start + _ROWS)
             cosines = (unit[:, :, rows] @ unit[:, :, start:].mT).triu_(1)
             if positions > 1:
-                self._add_cosines(cosines, start)
+                counted = cosines
+                if self._living is not None:
+                    counted = cosines * (self._living[:, rows, None] & self._living[:, None, start:])
+                total = torch.linalg.vector_norm(counted, 1, dim=-1).sum(dtype=_wide(maps.device))
+                self._cosines = self._cosines + total
             inner = (cosines.square_() @ share[:, :, start:]) * share[:, :, rows]
             self._products = self._products + (inner.to(length.dtype) * largest**4).sum()
-
-    def _count(self, live: Tensor) -> None:
-        """Count the cosines of maps that are not zero, `[inputs, groups, S / groups]`."""
-        pairs = live.sum(-1)
-        self._angles = self._angles + (pairs * (pairs - 1)).sum().to(_wide(live.device)) / 2
-        _, groups, count = live.shape
-        if not self._keep_pairs or groups * count * count > MOST_PAIRS:
-            return
-        if self._sums is None:
-            self._sums = torch.zeros(groups, count, count, device=live.device)
-        self._recent.append(live)
-        if sum(map(len, self._recent)) >= count:  # by then a matrix takes less memory
-            self._counts, self._recent = self._pair_counts(), []
-
-    def _add_cosines(self, cosines: Tensor, start: int) -> None:
-        """Add cosines `[inputs, groups, rows, columns]` of filters `start` and after, zero up to the diagonal."""
-        rows = slice(start, start + cosines.shape[2])
-        if self._living is not None:
-            cosines = cosines * (self._living[:, rows, None] & self._living[:, None, start:])
-        self._cosines = self._cosines + torch.linalg.vector_norm(cosines, 1, dim=-1).sum(dtype=_wide(cosines.device))
-        if self._sums is not None:
-            self._sums[:, rows, start:] += cosines.sum(0)
-
-    def _pair_counts(self) -> Tensor:
-        counts = self._counts
-        if self._recent:
-            live = torch.cat(self._recent).float()
-            counts = counts + torch.einsum("bgi,bgj->gij", live, live)
-        assert isinstance(counts, Tensor)
-        return counts
 
 
 def finite(value: float) -> float | None:
@@ -167,7 +289,7 @@ def finite(value: float) -> float | None:
 
 def _directions(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return maps `[…, positions]` at unit length, their lengths `[…, 1]` and which of them are not zero `[…]`."""
-    peak = torch.linalg.vector_norm(maps, math.inf, dim=-1, keepdim=True)
+    peak = _peak(maps)
     unit = maps / torch.where(peak > 0, peak, 1)  # squares of very small or large maps leave float32's range
     norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
     unit.div_(torch.where(norm > 0, norm, 1))
@@ -175,51 +297,62 @@ def _directions(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return unit, norm.to(wide) * peak.to(wide), (peak > 0).squeeze(-1)
 
 
+def _peak(maps: Tensor) -> Tensor:
+    """The largest |value| of maps `[…, positions]`: four times as fast as torch's norm of order infinity."""
+    return torch.maximum(maps.amax(-1, keepdim=True), -maps.amin(-1, keepdim=True))
+
+
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class RandomKernels:
-    """The similarity of the maps of random Gaussian kernels of a layer's shape.
+    """The maps of random Gaussian kernels of a layer's shape, drawn once.
 
     A layer with few filters is drawn several times, until it has had `FEWEST` and each group `FEWEST_PER_GROUP`.
     """
 
     def __init__(self, kernel: Kernel, seed: int = 0) -> None:
         each = kernel.filters // kernel.groups
-        self._kernel, self._seed = kernel, seed
-        self._draws = max(ceil(FEWEST_PER_GROUP / each), ceil(FEWEST / kernel.filters))
-        self._each = each if kernel.groups * each**2 <= MOST_PAIRS else min(each, _MOST)
-        self._similarity = FeatureMapSimilarity(kernel.groups, keep_pairs=self._each == each)
+        self.kernel, self._seed = kernel, seed
+        self.draws = max(ceil(FEWEST_PER_GROUP / each), ceil(FEWEST / kernel.filters))
+        self._each = min(each, MOST_FILTERS)
+        self._moments = MapMoments(kernel.groups)
+        self._weights: list[Tensor] = []
 
     @property
     def filters(self) -> int:
         """Number of random filters, over all groups and draws."""
-        return self._draws * self._kernel.filters
+        return self.draws * self.kernel.filters
 
-    def update(self, convolve: Callable[[Tensor], Tensor], like: Tensor) -> None:
-        """Add the maps `[inputs, S, *space]` that `convolve` gives for a weight, once for each draw.
+    def weights(self, like: Tensor) -> list[Tensor]:
+        """Return a weight as stored for each draw, of the type of a tensor and on its device."""
+        if not self._weights:
+            generator = torch.Generator("cpu").manual_seed(self._seed ^ _STREAM)
+            how: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            self._weights = [torch.randn(self.kernel.shape, **how).to(like) for _ in range(self.draws)]
+        return self._weights
 
-        like: a tensor of the weight's type, on its device.
+    def update(self, maps: Sequence[Tensor]) -> None:
+        """Add the maps `[inputs, S, *space]` of each draw."""
+        kept = [part.unflatten(1, (self.kernel.groups, -1))[:, :, : self._each] for part in maps]
+        self._moments.update(torch.cat(kept, dim=2).flatten(1, 2))
+
+    def fm_corr(self) -> float | None:
+        """Return the mean |correlation| over pairs, those between draws included: see `LayerMaps.fm_corr`."""
+        correlation = self._moments.correlation()
+        return None if correlation is None else mean_correlation(correlation)
+
+    def fm_rank(self, filters: Sequence[int]) -> float | None:
+        """Return the effective rank of as many random maps of each group as it has living filters, mean over draws.
+
+        filters: their number, by group; groups without any are left out, as in `effective_rank`.
         """
-        maps = [convolve(weight).unflatten(1, (self._kernel.groups, -1)) for weight in self._weights(like)]
-        kept = [part[:, :, : self._each] for part in maps]
-        self._similarity.update(torch.cat(kept, dim=2).flatten(1, 2))
-
-    @property
-    def fm_cos(self) -> float | None:
-        """Mean |cos| over inputs and pairs, those between draws included."""
-        return self._similarity.fm_cos
-
-    def fm_rank(self) -> float | None:
-        """Return the effective rank of the maps of one draw, the mean over draws; None where pairs are not kept."""
-        mean = self._similarity.mean_cosines()
-        if mean is None:
+        correlation = self._moments.correlation()
+        if correlation is None:
             return None
-        draws = mean.unflatten(2, (self._draws, -1)).unflatten(1, (self._draws, -1)).diagonal(dim1=1, dim2=3)
-        return effective_rank(draws.movedim(-1, 1).flatten(0, 1))
-
-    def _weights(self, like: Tensor) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self._seed ^ _STREAM)
-        for _ in range(self._draws):
-            yield torch.randn(self._kernel.shape, generator=generator).to(like)
+        draws = correlation.unflatten(2, (self.draws, -1)).unflatten(1, (self.draws, -1)).diagonal(dim1=1, dim2=3)
+        draws = draws.movedim(-1, 1)  # [groups, draws, S / groups, S / groups]
+        ranks = [effective_rank(group[:, :count, :count]) for group, count in zip(draws, filters, strict=True) if count]
+        known = [rank for rank in ranks if rank is not None]
+        return sum(known) / len(known) if known else None

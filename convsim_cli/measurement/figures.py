@@ -19,7 +19,8 @@ from convsim_cli.errors import InputError, did_you_mean
 Record = dict[str, Any]  # what is known of one layer: which it is, and its figures
 Report = dict[str, Any]
 _NAMED = 3  # layers, at most
-_ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_cos and up to which its fm_rank stand out
+_ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_corr and up to which its fm_rank stand out
+LAST = 9  # `Figure.keep` of the columns that every table has
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Figure:
 
     key: its name in JSON and in tables; meaning: one line for help texts and the README; unit: empty where it is
     dimensionless; moves_with_scale: whether scaling a layer's weights changes it; shown: whether tables have a column
-    for it (JSON has every figure); compared: whether several checkpoints also get its change, under `KEY_change`; keep:
-    on a terminal that is too narrow for all columns, those with a lower number go first.
+    for it (JSON has every figure), wide: whether only with `--wide`; compared: whether several checkpoints also get its
+    change, under `KEY_change`; keep: on a terminal that is too narrow for all columns, those with a lower number go
+    first.
     """
 
     key: str
@@ -37,49 +39,67 @@ class Figure:
     unit: str = ""
     moves_with_scale: bool = False
     shown: bool = True
+    wide: bool = False
     compared: bool = False
     keep: int = 0
 
 
 FIGURES: tuple[Figure, ...] = (
-    Figure("cs", "L_CS, Eq. 10 of the paper", "weight⁴", moves_with_scale=True, keep=5),
+    Figure("cs", "L_CS, Eq. 10 of the paper", "weight⁴", moves_with_scale=True, keep=4),
     Figure(
         "ncs",
-        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 filters share the spectrum, above 1 they crowd the same frequencies",
+        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 where filters share the spectrum, above 1 where they overlap in "
+        "frequency; comparable between layers of one number of filters",
         compared=True,
         keep=3,
     ),
     Figure("kernel_cos", "mean abs cosine between filters", keep=1),
-    Figure("fm_cos", "mean abs cosine between feature maps", compared=True, keep=9),
-    Figure("fm_cos_random", "fm_cos of random kernels on the same inputs", keep=8),
+    Figure(
+        "fm_corr", "mean abs correlation between feature maps, over all inputs and positions", compared=True, keep=7
+    ),
+    Figure("fm_corr_random", "fm_corr of random kernels on the same inputs", keep=6),
     Figure(
         "fm_rank",
-        "effective rank of the feature maps: how many of them say something of their own",
+        "effective rank of the feature maps' correlation matrix: number of effectively independent maps",
         "filters",
         compared=True,
-        keep=7,
+        keep=LAST,
     ),
-    Figure("fm_rank_random", "fm_rank of random kernels on the same inputs", "filters", keep=6),
-    Figure("fm_inner2", "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²", "map⁴", moves_with_scale=True),
-    Figure("norm", "‖W‖ of the layer", "weight", moves_with_scale=True, keep=4),
     Figure(
-        "dead",
-        "filters whose norm is below 1e-6 of the layer's largest, or whose map is zero on every input",
-        "filters",
-        keep=2,
+        "fm_rank_random", "fm_rank of as many random kernels as living ones on the same inputs", "filters", keep=LAST
     ),
-    Figure("redundant", "filters with a partner whose mean cosine exceeds the threshold", "filters", keep=2),
+    Figure("redundant", "filters with a partner whose correlation exceeds the threshold", "filters", keep=2),
     Figure(
         "opposite",
-        "filters with a partner whose mean cosine is below minus the threshold: complementary after a rectifier",
+        "filters with a partner whose correlation is below minus the threshold: complementary after a rectifier",
         "filters",
     ),
-    Figure("removable", "filters that could go while each cluster of duplicates keeps one", "filters", keep=6),
+    Figure(
+        "removable",
+        "filters that could go while each cluster of duplicates keeps one: a lower bound, as combinations do not count",
+        "filters",
+        keep=LAST,
+    ),
     Figure(
         "clusters",
         "the clusters of duplicates, in which every two filters exceed the threshold: lists of filter indices",
         "filters",
         shown=False,
+    ),
+    Figure("fm_cos", "the paper's mean abs cosine between feature maps on the same input, means included", wide=True),
+    Figure(
+        "fm_inner2",
+        "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²",
+        "map⁴",
+        moves_with_scale=True,
+        wide=True,
+    ),
+    Figure("norm", "‖W‖ of the layer", "weight", moves_with_scale=True, keep=3),
+    Figure(
+        "dead",
+        "filters whose norm is below 1e-6 of the layer's largest, or whose map is constant on all inputs",
+        "filters",
+        keep=5,
     ),
 )
 
@@ -92,12 +112,17 @@ def compared_keys() -> list[str]:
 def least_important_keys() -> list[str]:
     """Return the columns of tables in the order in which a narrow terminal does without them, with their changes."""
     figures = sorted((figure for figure in FIGURES if figure.shown), key=lambda figure: figure.keep)
-    return [key for figure in figures[:-1] for key in (figure.key, f"{figure.key}_change")]
+    return [
+        key
+        for figure in figures
+        for key in (figure.key, f"{figure.key}_change")
+        if figure.keep < LAST or key != figure.key
+    ]
 
 
-def shown_keys() -> list[str]:
-    """Return the keys that are columns of tables."""
-    return [figure.key for figure in FIGURES if figure.shown]
+def shown_keys(wide: bool = True) -> list[str]:
+    """Return the keys that are columns of tables. wide: also those that are left to the widest tables."""
+    return [figure.key for figure in FIGURES if figure.shown and (wide or not figure.wide)]
 
 
 def add_changes(reports: Sequence[Report]) -> list[str]:
@@ -153,12 +178,12 @@ def _common(names: Iterable[str]) -> int:
 
 
 def what_stands_out(layers: Sequence[Record]) -> str:
-    """Return one line: the layers whose maps are most alike against chance, the lowest rank, and removable filters."""
-    alike = sorted(_against_chance(layers, "fm_cos"), key=lambda found: -found[0])
+    """Return one line: the maps that are most correlated against chance, the lowest rank, and removable filters."""
+    alike = sorted(_against_chance(layers, "fm_corr"), key=lambda found: -found[0])
     ranks = sorted(_against_chance(layers, "fm_rank"), key=lambda found: found[0])
     removable = sum(layer["removable"] or 0 for layer in layers)
     listed = [f"{layer['name']} ({ratio:.1f} times)" for ratio, layer in alike[:_NAMED] if ratio >= _ALIKE]
-    said = [f"maps most alike against chance: {', '.join(listed)}"] if listed else []
+    said = [f"maps most correlated against chance: {', '.join(listed)}"] if listed else []
     if ranks and ranks[0][0] <= _LOW:
         layer = ranks[0][1]
         said.append(f"lowest rank: {layer['name']} ({layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f})")

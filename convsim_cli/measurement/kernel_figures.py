@@ -11,7 +11,7 @@ from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, living_filters
 from convsim_cli.measurement.feature_maps import LayerMaps, finite
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, opposite, redundant
+from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, mean_correlation, opposite, redundant
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import similarity_of_filters
 
@@ -21,28 +21,32 @@ _ROWS = 256  # filters whose cosines with all later ones are computed at once
 def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: float = THRESHOLD) -> Record:
     """Return the record of a layer: which it is, and every figure of `FIGURES`, None where no number can be given.
 
-    weight: as stored. threshold: mean cosine above which two filters are duplicates. Raises InputError for NaN or Inf.
+    weight: as stored. threshold: correlation above which two filters are duplicates. A layer with too many filters for
+    every pair has `sampled`, the number of filters that are compared. Raises InputError for NaN or Inf.
     """
-    alive = maps.living if maps.similarity.alive is None else maps.similarity.alive
-    mean = maps.similarity.mean_cosines()
-    duplicates = None if mean is None else clusters(mean, threshold)
+    alive, correlation, chance, paper = maps.alive, maps.correlation(), maps.chance, maps.paper
+    every = None if maps.sample is not None else correlation  # what is said of single filters is said of all
+    duplicates = None if every is None else clusters(every, threshold)
     alone = measure_weight(kernel, weight, maps.living)
     return {
         **describe(kernel),
+        "filters": kernel.filters,
+        **({} if maps.sample is None else {"sampled": len(maps.sample)}),
         "cs": alone["cs"],
         "ncs": alone["ncs"],
         "kernel_cos": kernel_cosine(kernel, weight, maps.living),
-        "fm_cos": maps.similarity.fm_cos,
-        "fm_cos_random": maps.chance and maps.chance.fm_cos,
-        "fm_rank": None if mean is None else effective_rank(mean),
-        "fm_rank_random": maps.chance and maps.chance.fm_rank(),
-        "fm_inner2": maps.similarity.fm_inner2,
-        "norm": alone["norm"],
-        "dead": int((~alive).sum()),
-        "redundant": None if mean is None else redundant(mean, threshold),
-        "opposite": None if mean is None else opposite(mean, threshold),
+        "fm_corr": None if correlation is None else mean_correlation(correlation),
+        "fm_corr_random": chance and chance.fm_corr(),
+        "fm_rank": None if correlation is None else effective_rank(correlation),
+        "fm_rank_random": chance and chance.fm_rank(maps.compared.sum(-1).tolist()),
+        "redundant": None if every is None else redundant(every, threshold),
+        "opposite": None if every is None else opposite(every, threshold),
         "removable": None if duplicates is None else sum(len(cluster) - 1 for cluster in duplicates),
         "clusters": duplicates,
+        "fm_cos": paper and paper.fm_cos,
+        "fm_inner2": paper and paper.fm_inner2,
+        "norm": alone["norm"],
+        "dead": int((~alive).sum()),
     }
 
 

@@ -39,7 +39,7 @@ def measure(
 
     images: one batch `[B, C, …]`, or an iterable of batches, such as a loader: images, `(images, labels)` or
     `{"pixel_values": images}`; they are moved to the model's device. include, exclude: globs over the names of weights
-    (`layer1.*`). threshold: mean cosine, in (0, 1], above which two filters are duplicates. bn_statistics: `stored`
+    (`layer1.*`). threshold: correlation, in (0, 1], above which two filters are duplicates. bn_statistics: `stored`
     batch-norm statistics, those of the `inputs`, or `auto`: of the inputs where the stored ones do not belong to the
     kernels, as in a fresh network; the model keeps its own in any case. seed: of the random kernels that chance is
     measured with.
@@ -68,15 +68,15 @@ def measure(
     ]
 
 
-def fm_cos_by_layer(model: nn.Module, images: Tensor, kernels_changed: bool = False) -> dict[str, float | None]:
-    """Return `fm_cos` of every convolution on one batch, on the model's device: a fraction of the cost of `measure`.
+def fm_corr_by_layer(model: nn.Module, images: Tensor, kernels_changed: bool = False) -> dict[str, float | None]:
+    """Return `fm_corr` of every convolution on one batch, on the model's device: a fraction of the cost of `measure`.
 
     kernels_changed: whether the kernels were changed after the batch-norm statistics were stored.
     """
     kernels = module_kernels(model, parametrized=True).kernels
     statistics = choose_statistics(model, kernels_changed=kernels_changed)
     maps = record_feature_maps(model, kernels, [images], bn_statistics=statistics, whole=False)
-    return {name: layer.similarity.fm_cos for name, layer in maps.items()}
+    return {name: layer.fm_corr() for name, layer in maps.items()}
 
 
 def record_feature_maps(
@@ -93,7 +93,7 @@ def record_feature_maps(
 
     batches: on the model's device. names: the model's name of a tensor → the kernel's, where they differ.
     bn_statistics: `inputs` to re-estimate batch-norm statistics on the batches first, which are then taken twice.
-    whole: measure chance and keep pairs. The network is left as it was. One layer's maps are held at a time.
+    whole: take chance and the paper's figures too. The network is left as it was. One layer's maps are held at a time.
     """
     maps: dict[str, LayerMaps] = {}
     with side_effect_free(model), ExitStack() as hooks:
@@ -121,7 +121,7 @@ def _record(
     maps.calls += 1
     weight, output = layer.weight, output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
     if layer.bias is None:
-        maps.similarity.update(output)
+        maps.update(output)
     filters = kernel.filters if maps.chance is None else maps.chance.filters
     images: Tensor = inputs[0] if inputs else options["input"]
     batched = images.ndim == len(kernel.shape)  # not an image without an axis for the batch
@@ -129,9 +129,9 @@ def _record(
     for part in images.split(size) if batched else [images]:
         inputs, options = ((part, *inputs[1:]), options) if inputs else ((), {**options, "input": part})
         if layer.bias is not None:  # subtracting it would leave rounding in maps that are small beside it
-            maps.similarity.update(convolve_with(layer, weight, inputs, options))
+            maps.update(convolve_with(layer, weight, inputs, options))
         if maps.chance is not None:
-            maps.chance.update(partial(convolve_with, layer, inputs=inputs, options=options), weight)
+            maps.chance.update([convolve_with(layer, drawn, inputs, options) for drawn in maps.chance.weights(weight)])
 
 
 class Batches:

@@ -1,9 +1,10 @@
-"""What the mean signed cosine of each pair of feature maps says: duplicates, opposites, clusters, rank and order.
+"""Figures of the correlation of every two feature maps: its mean, rank, duplicates, opposites, clusters and order.
 
-The figures take `FeatureMapSimilarity.mean_cosines`, `[groups, S / groups, S / groups]`, and number filters from 0 over
-the whole layer. Filters are clustered agglomeratively: by complete linkage into duplicates, by average linkage into an
-order. Two clusters that are each other's nearest are merged, as chains of nearest neighbors find them (the NN-chain
-algorithm): for both linkages this gives the tree of merging the closest two first, in quadratic time.
+They take `MapMoments.correlation`, `[groups, S / groups, S / groups]`, whose diagonal is 1 for living filters and 0 for
+dead ones, and number filters from 0 over the whole layer. Filters are clustered agglomeratively: by complete linkage
+into duplicates, by average linkage into an order. Two clusters that are each other's nearest are merged, as chains of
+nearest neighbors find them (the NN-chain algorithm): for both linkages this gives the tree of merging the closest two
+first, in quadratic time.
 """
 
 from __future__ import annotations
@@ -16,73 +17,86 @@ import torch
 from torch import Tensor
 
 MOST_CELLS = 128  # along each axis of a heat map; of more filters, a cell shows the strongest of several pairs
-THRESHOLD = 0.95  # signed mean cosine above which one of two filters could go
+THRESHOLD = 0.95  # correlation above which one of two filters could go
+
+_FLOAT64_FILTERS = 2048  # up to which eigenvalues are taken in float64: a matrix of 4,096 takes 134 MB, its copy too
 
 Linkage = Literal["complete", "average"]
 
 
-def redundant(mean: Tensor, threshold: float = THRESHOLD) -> int:
-    """Return how many filters have a partner whose mean cosine exceeds the threshold."""
-    return int((_without_diagonal(mean).amax(-1) > threshold).sum())
+def mean_correlation(correlation: Tensor) -> float | None:
+    """Return the mean |correlation| over pairs of living filters; None without a pair."""
+    living = correlation.diagonal(dim1=-2, dim2=-1).sum(-1)
+    pairs = (living * (living - 1)).sum().item() / 2
+    total = torch.linalg.vector_norm(correlation.triu(1), 1, dim=-1).sum().item()
+    return total / pairs if pairs else None
 
 
-def opposite(mean: Tensor, threshold: float = THRESHOLD) -> int:
-    """Return how many filters have a partner whose mean cosine is below minus the threshold."""
-    return int((_without_diagonal(mean).amin(-1) < -threshold).sum())
+def redundant(correlation: Tensor, threshold: float = THRESHOLD) -> int:
+    """Return how many filters have a partner whose correlation exceeds the threshold."""
+    return int((_without_diagonal(correlation).amax(-1) > threshold).sum())
 
 
-def clusters(mean: Tensor, threshold: float = THRESHOLD) -> list[list[int]]:
+def opposite(correlation: Tensor, threshold: float = THRESHOLD) -> int:
+    """Return how many filters have a partner whose correlation is below minus the threshold."""
+    return int((_without_diagonal(correlation).amin(-1) < -threshold).sum())
+
+
+def clusters(correlation: Tensor, threshold: float = THRESHOLD) -> list[list[int]]:
     """Return the clusters of duplicates: in each, every two filters exceed the threshold (complete linkage)."""
     found = []
-    for group, similarity in enumerate(_without_diagonal(mean)):
+    for group, similarity in enumerate(_without_diagonal(correlation)):
         candidates = (similarity.amax(-1) > threshold).nonzero().flatten()
         largest: dict[int, list[int]] = {}
         for merge in agglomerate(similarity[candidates][:, candidates], "complete"):
             if merge.similarity > threshold:
                 whole = merge.left + merge.right
                 largest |= dict.fromkeys(whole, whole)
-        offset = group * mean.shape[-1]
+        offset = group * correlation.shape[-1]
         unique = {id(cluster): cluster for cluster in largest.values()}.values()
         found += [sorted(offset + int(candidates[index]) for index in cluster) for cluster in unique]
     return sorted(found)
 
 
-def effective_rank(mean: Tensor) -> float | None:
+def effective_rank(correlation: Tensor) -> float | None:
     """Return exp of the entropy of the eigenvalues, clamped at 0 and divided by their sum: the mean over groups.
 
-    From 1, where all maps say the same, to the number of living filters. Dead filters have no diagonal and add nothing;
-    a group of them is left out. None where every filter is dead, or a cosine is not finite. Source: Roy & Vetterli
-    2007.
+    From 1, where all maps are equal, to the number of living filters. Dead filters have no diagonal and add nothing;
+    a group of them is left out. None where every filter is dead, or a correlation is not finite. Source: Roy &
+    Vetterli 2007.
     """
-    mean = mean.cpu() if mean.device.type == "mps" else mean  # mps has neither float64 nor eigenvalues
-    mean = mean[mean.diagonal(dim1=-2, dim2=-1).any(-1)].double()
-    if not len(mean) or not mean.isfinite().all():
+    correlation = correlation.cpu() if correlation.device.type == "mps" else correlation  # mps has no eigenvalues
+    living = correlation.diagonal(dim1=-2, dim2=-1).any(-1)
+    if not living.any() or not torch.stack(torch.aminmax(correlation)).isfinite().all():
         return None
-    eigenvalues = torch.linalg.eigvalsh(mean).clamp_min(0)
+    correlation = correlation if living.all() else correlation[living]
+    if correlation.shape[-1] <= _FLOAT64_FILTERS:
+        correlation = correlation.double()
+    eigenvalues = torch.linalg.eigvalsh(correlation).clamp_min(0).double()
     shares = eigenvalues / eigenvalues.sum(-1, keepdim=True)
     return torch.special.entr(shares).sum(-1).exp().mean().item()
 
 
-def strongest_pairs(mean: Tensor, count: int) -> list[dict[str, Any]]:
-    """Return the pairs with the largest |mean cosine|, the largest first: `{"filters": [i, j], "cos": signed}`."""
-    upper = mean.triu(1)
+def strongest_pairs(correlation: Tensor, count: int) -> list[dict[str, Any]]:
+    """Return the pairs with the largest |correlation|, the largest first: `{"filters": [i, j], "corr": signed}`."""
+    upper = correlation.triu(1)
     places = upper.abs().flatten().topk(min(count, upper.numel())).indices
-    each = mean.shape[-1]
+    each = correlation.shape[-1]
     found = []
     for value, place in zip(upper.flatten()[places].tolist(), places.tolist(), strict=True):
         group, pair = divmod(place, each * each)
         if value != 0:
-            found.append({"filters": [group * each + pair // each, group * each + pair % each], "cos": value})
+            found.append({"filters": [group * each + pair // each, group * each + pair % each], "corr": value})
     return found
 
 
-def similarity_order(mean: Tensor) -> Tensor:
+def similarity_order(correlation: Tensor) -> Tensor:
     """Return each group's filters in the order of average linkage, dead ones last: indices `[groups, S / groups]`.
 
     Filters with similar maps are neighbors in it, so that clusters of duplicates become blocks.
     """
     orders = []
-    for group in mean:
+    for group in correlation:
         alive = group.diagonal() > 0
         living, dead = alive.nonzero().flatten(), (~alive).nonzero().flatten()
         merges = agglomerate(group[living][:, living], "average")
@@ -91,13 +105,13 @@ def similarity_order(mean: Tensor) -> Tensor:
     return torch.stack(orders)
 
 
-def _without_diagonal(mean: Tensor) -> Tensor:
-    return mean - torch.diag_embed(mean.diagonal(dim1=-2, dim2=-1))
+def _without_diagonal(correlation: Tensor) -> Tensor:
+    return correlation - torch.diag_embed(correlation.diagonal(dim1=-2, dim2=-1))
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The mean signed cosine of every pair of a layer's maps, as it is drawn.
+    """The correlation of every pair of a layer's maps, as it is drawn.
 
     cells: `[n, n]`, NaN where two filters form no pair; labels: the filter that each row begins with; pooled: whether a
     cell stands for several pairs.
@@ -108,34 +122,33 @@ class HeatMap:
     pooled: bool
 
 
-def make_heat_map(mean: Tensor) -> HeatMap:
-    """Return the heat map of mean cosines `[groups, S / groups, S / groups]`, groups as blocks along its diagonal.
+def make_heat_map(correlation: Tensor) -> HeatMap:
+    """Return the heat map of correlations `[groups, S / groups, S / groups]`, groups as blocks along its diagonal.
 
     Filters stand in `similarity_order` within their group. Dead filters form no pairs.
     """
-    mean = mean.cpu()
-    groups, each, _ = mean.shape
-    order = similarity_order(mean)
+    correlation = correlation.cpu()
+    groups, each, _ = correlation.shape
+    order = similarity_order(correlation)
     side = min(each, max(1, MOST_CELLS // groups))
-    cells = torch.full((groups * side, groups * side), torch.nan)
+    cells = torch.full((groups * side, groups * side), torch.nan, device="cpu")
     for group in range(groups):
         block = slice(group * side, (group + 1) * side)
-        cells[block, block] = _pooled(_without_dead(mean[group])[order[group]][:, order[group]], side)
-    starts = torch.arange(side) * each // side
-    labels = (torch.arange(groups)[:, None] * each + order[:, starts]).flatten().tolist()
+        cells[block, block] = _pooled(_without_dead(correlation[group])[order[group]][:, order[group]], side)
+    labels = [group * each + int(order[group, cell * each // side]) for group in range(groups) for cell in range(side)]
     return HeatMap(cells, labels, side < each)
 
 
-def _without_dead(mean: Tensor) -> Tensor:
-    alive = mean.diagonal() > 0
-    return torch.where(alive[:, None] & alive[None, :], mean, torch.nan)
+def _without_dead(correlation: Tensor) -> Tensor:
+    alive = correlation.diagonal() > 0
+    return torch.where(alive[:, None] & alive[None, :], correlation, torch.nan)
 
 
-def _pooled(mean: Tensor, side: int) -> Tensor:
+def _pooled(correlation: Tensor, side: int) -> Tensor:
     """Keep the strongest pair of those that share a cell, with its sign; NaN where no pair is alive."""
-    if side == len(mean):
-        return mean
-    pairs = mean.clone().fill_diagonal_(torch.nan)  # a filter is no partner of its own
+    if side == len(correlation):
+        return correlation
+    pairs = correlation.clone().fill_diagonal_(torch.nan)  # a filter is no partner of its own
     highest = _pool(torch.where(pairs.isnan(), -torch.inf, pairs), side)
     lowest = -_pool(torch.where(pairs.isnan(), -torch.inf, -pairs), side)
     strongest = torch.where(highest >= -lowest, highest, lowest)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, LayerMaps, inputs_at_once
+from convsim_cli.kernels import Kernel
+from convsim_cli.measurement.feature_maps import LayerMaps, RandomKernels, inputs_at_once
 from convsim_cli.precision import full_precision
 
 ProbeName = Literal["white", "uniform", "natural"]
 PROBES: tuple[str, ...] = get_args(ProbeName)
 SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
 CPU = torch.device("cpu")
+_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": CPU}  # whatever torch's defaults are
 _CONVOLUTIONS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 _FILTERED_AT_ONCE = 1 << 21  # values; spectra take twice the memory of what is filtered
 
@@ -35,7 +35,7 @@ def make_inputs(
     if probe not in PROBES:
         raise InputError(f"unknown input {probe!r}: {did_you_mean(probe, PROBES)}")
     draw = torch.rand if probe == "uniform" else torch.randn
-    noise = draw((samples, channels, *space), generator=torch.Generator().manual_seed(seed)).to(device)
+    noise = draw((samples, channels, *space), generator=torch.Generator(CPU).manual_seed(seed), **_FLOAT32).to(device)
     if probe == "natural":
         amplitude, axes = _amplitude(space).to(device), tuple(range(2, noise.ndim))
         for part in noise.split(max(1, _FILTERED_AT_ONCE // (channels * prod(space)))):
@@ -47,13 +47,13 @@ def make_inputs(
 
 def _amplitude(space: tuple[int, ...]) -> Tensor:
     """1/f over the half spectrum of real images, scaled so that images of this amplitude have unit variance."""
-    frequency = torch.zeros(())
+    frequency = torch.zeros((), **_FLOAT32)
     for axis, side in enumerate(space):
-        steps = torch.fft.rfftfreq(side) if axis == len(space) - 1 else torch.fft.fftfreq(side)
+        steps = (torch.fft.rfftfreq if axis == len(space) - 1 else torch.fft.fftfreq)(side, **_FLOAT32)
         frequency = frequency.unsqueeze(-1) + steps.square()
     amplitude = frequency.sqrt().reciprocal()
     amplitude[(0,) * len(space)] = 0  # zero mean
-    both_halves = torch.full((space[-1] // 2 + 1,), 2.0)
+    both_halves = torch.full((space[-1] // 2 + 1,), 2.0, **_FLOAT32)
     both_halves[0] = 1
     if space[-1] % 2 == 0:
         both_halves[-1] = 1
@@ -66,31 +66,48 @@ class LayerProbe:
 
     name: `white`, `uniform` or `natural`; samples: number of inputs; side: pixels along each axis, 32 for 2-D kernels
     unless given; seed: of the inputs, and of the random kernels that chance is measured with. Inputs are kept until a
-    layer needs others, so that measuring a layer again, or the next one like it, takes the same ones.
+    layer needs others, so that measuring a layer again, or the next one like it, takes the same ones, and the same
+    chance.
     """
 
     def __init__(self, name: str = "white", samples: int = 16, side: int | None = None, seed: int = 0) -> None:
         self.name, self.samples, self.side, self.seed = name, samples, side, seed
         self._kept: tuple[object, Tensor] | None = None
+        self._chances: dict[object, RandomKernels] = {}  # on the inputs that are kept
 
     def look(self, kernel: Kernel, weight: Tensor) -> LayerMaps:
         """Return a layer's maps, chance included. weight: as stored, on the device to compute on."""
-        filters, scale = _scaled(kernel, weight)
-        maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed)
+        maps = self._run(kernel, weight)
         assert maps.chance is not None
-        for images in self._batches(kernel, weight.device, max(kernel.filters, maps.chance.filters)):
-            maps.similarity.update(_convolve(kernel, images, filters))
-            maps.chance.update(partial(_convolve_stored, kernel, images), filters)
+        key = kernel.shape, kernel.groups, kernel.transposed
+        if key in self._chances:  # as for thousands of layers of one shape
+            maps.chance = self._chances[key]
+            return maps
+        drawn = [kernel.to_convolution(weight) for weight in maps.chance.weights(weight.float())]
+        at_once = drawn if kernel.groups > 1 else [torch.cat(drawn)]
+        for images in self._batches(kernel, weight.device, maps.chance.filters):
+            found = [_convolve(kernel, images, filters) for filters in at_once]
+            maps.chance.update(found if kernel.groups > 1 else found[0].chunk(len(drawn), 1))
+        self._chances[key] = maps.chance
         return maps
 
-    def fm_cos(self, kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
-        """Return the mean |cos| of a layer's maps alone. living: which filters take part, by their norms for None."""
-        filters, scale = _scaled(kernel, weight)
-        living = living_filters(kernel.to_filters(weight)) if living is None else living
-        similarity = FeatureMapSimilarity(kernel.groups, scale=scale, living=living, keep_pairs=False)
+    def fm_corr(self, kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
+        """Return the mean |correlation| of a layer's maps alone.
+
+        living: which filters take part, by their norms for None.
+        """
+        maps = self._run(kernel, weight, whole=False)
+        maps.living = maps.living if living is None else living
+        return maps.fm_corr()
+
+    def _run(self, kernel: Kernel, weight: Tensor, whole: bool = True) -> LayerMaps:
+        """Return the maps of a layer's own filters."""
+        scale = weight.abs().amax().double().item() or 1.0  # other maps could leave the range of float32
+        filters = (kernel.to_convolution(weight) / scale).float()
+        maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed, whole=whole)
         for images in self._batches(kernel, weight.device, kernel.filters):
-            similarity.update(_convolve(kernel, images, filters))
-        return similarity.fm_cos
+            maps.update(_convolve(kernel, images, filters))
+        return maps
 
     def _batches(self, kernel: Kernel, device: torch.device, filters: int) -> Iterator[Tensor]:
         """The inputs, so many at a time that the maps of `filters` filters take bounded memory."""
@@ -99,15 +116,9 @@ class LayerProbe:
         positions = prod(side + k - 1 for side, k in zip(space, kernel.taps, strict=True))
         key = (kernel.channels, space, device)
         if self._kept is None or self._kept[0] != key:
-            self._kept = None  # before others are made: one layer's inputs at a time
+            self._kept, self._chances = None, {}  # before others are made: one layer's inputs at a time
             self._kept = key, make_inputs(self.name, self.samples, kernel.channels, space, self.seed, device)
         yield from self._kept[1].split(inputs_at_once(filters, kernel.groups, positions))
-
-
-def _scaled(kernel: Kernel, weight: Tensor) -> tuple[Tensor, float]:
-    """Return the filters divided by their largest value, and that: other maps could leave the range of float32."""
-    peak = weight.abs().amax().double().item() or 1.0
-    return (kernel.to_convolution(weight) / peak).float(), peak
 
 
 def _convolve(kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
@@ -115,7 +126,3 @@ def _convolve(kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
     convolution = _CONVOLUTIONS[len(kernel.taps) - 1]
     with full_precision(images.device), torch.inference_mode():
         return convolution(images, filters, padding=padding, groups=kernel.groups)
-
-
-def _convolve_stored(kernel: Kernel, images: Tensor, weight: Tensor) -> Tensor:
-    return _convolve(kernel, images, kernel.to_convolution(weight))

@@ -32,7 +32,7 @@ from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, wr
 from convsim_cli.device import Progress, unreported
 from convsim_cli.errors import BusyError, CheckpointError, ConvsimWarning, InputError, WriteError
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.measurement.network import fm_cos_by_layer
+from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, names_code
 from convsim_cli.training.config import MODES, Arguments, make_arguments
 from convsim_cli.training.distributed import ALONE, Processes
@@ -52,10 +52,10 @@ LAYERS_FILE = "layers.csv"
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")  # of results.csv
 LAYER_COLUMNS = ("epoch", "layer", "norm", "turn_per_step", "turned")  # of layers.csv; angles in degrees
 LAST_EPOCHS = 5  # that the mean of the last test accuracies is over
-FEATURE_MAP_IMAGES = 16  # the first test images, over which `fm_cos` is taken
+FEATURE_MAP_IMAGES = 16  # the first test images, over which `fm_corr` is taken
 
 Row = dict[str, Any]  # of results.csv, by column
-Log = dict[str, Any]  # "history": the rows so far; "fm_cos_start": `fm_cos` per layer, before training
+Log = dict[str, Any]  # "history": the rows so far; "fm_corr_start": `fm_corr` per layer, before training
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def _start(
         with report.progress("init", count_steps(model, arguments)) as advance:
             processes.on_rank_zero(lambda: prepare_(model, arguments, lambda: first_images(data, device), advance))
     trainer = Trainer(model, data, arguments, device, processes)
-    cosines = feature_map_cosines(model, data, device, prepared) if processes.is_rank_zero else {}
-    log: Log = {"history": [], "fm_cos_start": cosines}
+    start = feature_map_correlations(model, data, device, prepared) if processes.is_rank_zero else {}
+    log: Log = {"history": [], "fm_corr_start": start}
     save_state(run, trainer, log)
     return trainer, log
 
@@ -173,15 +173,15 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
     return trainer
 
 
-def feature_map_cosines(
+def feature_map_correlations(
     model: nn.Module, dataset: Dataset, device: torch.device, kernels_changed: bool = False
 ) -> dict[str, float | None]:
-    """Return `fm_cos` per layer on the first test images.
+    """Return `fm_corr` per layer on the first test images.
 
     kernels_changed: since the batch-norm statistics were stored, so that those of the images serve instead.
     """
     images = dataset.normalize(dataset.test.images[:FEATURE_MAP_IMAGES].to(device))
-    return fm_cos_by_layer(model, images, kernels_changed)
+    return fm_corr_by_layer(model, images, kernels_changed)
 
 
 def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
@@ -200,9 +200,9 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
         **accuracies,
         "cs": history[-1]["cs"],
         "beta": trainer.beta if trainer.mode.regularizes else None,
-        "fm_cos": {
-            "start": log["fm_cos_start"],
-            "end": feature_map_cosines(trainer.model, trainer.dataset, trainer.device),
+        "fm_corr": {
+            "start": log.get("fm_corr_start", {}),  # a state of convsim 0.2 has `fm_cos_start`, another figure
+            "end": feature_map_correlations(trainer.model, trainer.dataset, trainer.device),
         },
         "classes": trainer.dataset.images_of_classes(),
         "parameters": count_parameters(trainer.model),

@@ -19,8 +19,9 @@ from convsim_cli.networks.accuracy import evaluation_totals
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.plots import draw_heat
 
-LAYER = ("name", "shape", "groups", "assumed", "cs", "ncs", "kernel_cos", "fm_cos", "fm_cos_random", "fm_rank")
-LAYER += ("fm_rank_random", "fm_inner2", "norm", "dead", "redundant", "opposite", "removable", "clusters")
+LAYER = ("name", "shape", "groups", "assumed", "filters", "cs", "ncs", "kernel_cos", "fm_corr", "fm_corr_random")
+LAYER += ("fm_rank", "fm_rank_random", "redundant", "opposite", "removable", "clusters", "fm_cos", "fm_inner2", "norm")
+LAYER += ("dead",)
 
 
 def make(path: Path) -> None:
@@ -32,7 +33,7 @@ def test_the_json_document_has_its_keys_in_their_order(tmp_path: Path, convsim: 
     document = convsim("measure", tmp_path / "m.safetensors", "--json").document
     keys = ("schema", "command", "source", "input", "bn_statistics", "layers", "skipped", "total", "version")
     assert tuple(document) == keys
-    assert document["input"] == "white"
+    assert (document["schema"], document["input"]) == (2, "white")
     assert all(tuple(layer) == LAYER for layer in document["layers"])
     assert document["total"]["cs"] == pytest.approx(sum(layer["cs"] for layer in document["layers"]))
 
@@ -111,7 +112,9 @@ def test_kernels_at_the_ends_of_float32_are_measured_in_valid_json(
 ) -> None:
     save_file({"a": torch.rand(4, 3, 3, 3) * scale}, tmp_path / "m.safetensors")
     document = convsim("measure", tmp_path / "m.safetensors", "--json").document
-    assert all(document["layers"][0][key] is not None for key in ("cs", "ncs", "kernel_cos", "fm_cos", "norm"))
+    assert all(
+        document["layers"][0][key] is not None for key in ("cs", "ncs", "kernel_cos", "fm_corr", "fm_cos", "norm")
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,17 +174,21 @@ class ResNet20(nn.Module):
 """
 
 
-def test_a_users_trained_network_has_its_published_accuracy(
+def test_a_users_trained_network_has_its_published_accuracy_and_centred_figures(
     checkpoint_dir: Path, data_dir: Path, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "their_resnet.py").write_text(RESNET20)
-    how = ("--arch", "their_resnet:ResNet20", "--input", "cifar10", "--data-dir", data_dir, "--json")
+    how = ("--arch", "their_resnet:ResNet20", "--input", "cifar10", "--data-dir", data_dir, "--samples", 256, "--json")
     normal = ("--mean", "0.485 0.456 0.406", "--std", "0.229,0.224,0.225")
     document = convsim("measure", checkpoint_dir / "resnet20_cifar10.th", *how, *normal).document
     assert round(document["total"]["accuracy"], 2) == 91.73
     assert len(document["layers"]) == 19
-    assert all(layer["name"].startswith("module.") and layer["calls"] == 1 for layer in document["layers"])
+    assert all(layer["name"].startswith("module.") for layer in document["layers"])
+    layers = {layer["name"].removeprefix("module."): layer for layer in document["layers"]}
+    centred = {name: layers[f"{name}.weight"] for name in ("layer1.0.conv1", "layer2.2.conv1")}
+    assert [round(layer["fm_cos"], 3) for layer in centred.values()] == [0.569, 0.505]  # the means of the maps alone
+    assert [round(layer["fm_corr"], 3) for layer in centred.values()] == [0.2, 0.141]
 
 
 def test_a_stream_holds_one_table_or_one_document(tmp_path: Path, convsim: Convsim) -> None:
@@ -190,7 +197,7 @@ def test_a_stream_holds_one_table_or_one_document(tmp_path: Path, convsim: Convs
     both = convsim("measure", tmp_path / "m.safetensors", "--csv", "--json")
     assert (both.code, both.out) == (2, "")
     assert "--csv and --json exclude each other" in both.error
-    columns = ["name", "filter", "most_similar_to", "cos"]
+    columns = ["name", "filter", "most_similar_to", "corr"]
     for options, delimiter in (((), "\t"), (("--csv",), ",")):
         found = convsim("measure", tmp_path / "m.safetensors", "--top", 3, *options)
         header, *rows = csv.reader(io.StringIO(found.out), delimiter=delimiter)
@@ -201,7 +208,9 @@ def test_a_stream_holds_one_table_or_one_document(tmp_path: Path, convsim: Convs
         assert nothing.out == delimiter.join(columns) + "\n"
 
 
-def test_the_strongest_pairs_are_a_table_of_their_own_with_signed_cosines(tmp_path: Path, convsim: Convsim) -> None:
+def test_the_strongest_pairs_are_a_table_of_their_own_with_signed_correlations(
+    tmp_path: Path, convsim: Convsim
+) -> None:
     weight = torch.randn(6, 3, 3, 3)
     weight[5] = -2 * weight[3]
     weight[4] = 3 * weight[0] + 0.1 * weight[1]
@@ -218,8 +227,8 @@ def test_the_strongest_pairs_are_a_table_of_their_own_with_signed_cosines(tmp_pa
     document = convsim("measure", tmp_path / "m.safetensors", "--top", 2, "--json").document
     layer = document["layers"][0]
     assert (layer["redundant"], layer["opposite"], layer["removable"], layer["clusters"]) == (2, 2, 1, [[0, 4]])
-    assert layer["top"][0] == {"filters": [3, 5], "cos": pytest.approx(-1, abs=1e-5)}
-    assert layer["top"][1] == {"filters": [0, 4], "cos": pytest.approx(1, abs=1e-2)}
+    assert layer["top"][0] == {"filters": [3, 5], "corr": pytest.approx(-1, abs=1e-5)}
+    assert layer["top"][1] == {"filters": [0, 4], "corr": pytest.approx(1, abs=1e-2)}
     document = convsim("measure", tmp_path / "m.safetensors", "--threshold", 1, "--json").document
     assert (document["layers"][0]["redundant"], document["layers"][0]["clusters"]) == (0, [])
 
@@ -229,10 +238,10 @@ def test_the_second_of_two_checkpoints_is_shown_with_its_change(tmp_path: Path, 
     make(paths[0])
     convsim("init", paths[0], "-o", paths[1], "--preserve-norm", "--iterations", 50)
     rows = convsim("measure", *paths).rows
-    assert [row["fm_cos_change"] for row in rows[::2]] == ["", ""]
+    assert [row["fm_corr_change"] for row in rows[::2]] == ["", ""]
     for before, after in zip(rows[::2], rows[1::2], strict=True):
-        change = float(after["fm_cos"]) - float(before["fm_cos"])
-        assert float(after["fm_cos_change"]) == pytest.approx(change, abs=1e-5)
+        change = float(after["fm_corr"]) - float(before["fm_corr"])
+        assert float(after["fm_corr_change"]) == pytest.approx(change, abs=1e-5)
     assert float(rows[1]["ncs_change"]) < 0
 
 
@@ -373,7 +382,7 @@ def test_csv_with_the_most_similar_pairs_is_one_table_of_them(tmp_path: Path, co
     make(tmp_path / "m.safetensors")
     found = list(csv.DictReader(io.StringIO(convsim("measure", tmp_path / "m.safetensors", "--csv", "--top", 2).out)))
     assert [row["name"] for row in found] == ["a.weight", "a.weight", "b.weight", "b.weight"]
-    assert set(found[0]) == {"name", "filter", "most_similar_to", "cos"}
+    assert set(found[0]) == {"name", "filter", "most_similar_to", "corr"}
 
 
 def test_a_heat_map_of_many_filters_keeps_its_similar_pairs(
@@ -437,10 +446,10 @@ def test_json_has_the_changes_of_the_table(tmp_path: Path, convsim: Convsim) -> 
     for report, shown in ((first, rows[::2]), (second, rows[1::2])):
         for layer, row in zip(report["layers"], shown, strict=True):
             changes = {key: value for key, value in layer.items() if key.endswith("_change")}
-            assert set(changes) == {key for key in row if key.endswith("_change")} >= {"ncs_change", "fm_cos_change"}
+            assert set(changes) == {key for key in row if key.endswith("_change")} >= {"ncs_change", "fm_corr_change"}
             for key, value in changes.items():
                 assert row[key] == ("" if value is None else f"{value:.6g}")
-    assert all(layer["fm_cos_change"] is None for layer in first["layers"])
+    assert all(layer["fm_corr_change"] is None for layer in first["layers"])
 
 
 def test_the_batch_norm_statistics_that_count_are_said(convsim: Convsim, tmp_path: Path) -> None:
@@ -497,7 +506,7 @@ def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -
     weight[1:6] = weight[0]
     save_file({"a": weight, "b": torch.randn(8, 3, 3, 3)}, tmp_path / "m.safetensors")
     err = convsim("measure", tmp_path / "m.safetensors").err
-    assert "m.safetensors: maps most alike against chance: a (" in err
+    assert "m.safetensors: maps most correlated against chance: a (" in err
     assert "lowest rank: a (" in err
     assert "5 filters removable" in err
 
@@ -510,7 +519,7 @@ def test_real_vanished_filters_are_counted_as_dead(checkpoint_dir: Path, convsim
 def test_real_opposite_filters_are_no_duplicates(checkpoint_dir: Path, convsim: Convsim) -> None:
     how = ("--include", "*conv1.conv.weight", "--input", "natural", "--top", 4, "--json")
     layer = convsim("measure", checkpoint_dir / "minifasnet_v2.pth", *how).document["layers"][0]
-    pairs = {tuple(pair["filters"]): pair["cos"] for pair in layer["top"]}
+    pairs = {tuple(pair["filters"]): pair["corr"] for pair in layer["top"]}
     assert pairs[20, 28] < -0.95
     assert all(not {20, 28} <= set(cluster) for cluster in layer["clusters"])
     assert any({20, 30} <= set(cluster) for cluster in layer["clusters"])

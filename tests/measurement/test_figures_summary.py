@@ -9,14 +9,14 @@ from convsim_cli.measurement.figures import sort_layers, what_stands_out
 
 
 def record(name: str, cos: float | None, rank: float | None, removable: int | None = 0) -> dict[str, Any]:
-    chance = {"fm_cos_random": 0.1 if cos else None, "fm_rank_random": 20.0 if rank else None}
-    return {"name": name, "fm_cos": cos, "fm_rank": rank, "removable": removable, **chance}
+    chance = {"fm_corr_random": 0.1 if cos else None, "fm_rank_random": 20.0 if rank else None}
+    return {"name": name, "fm_corr": cos, "fm_rank": rank, "removable": removable, **chance}
 
 
 def test_what_stands_out_is_named() -> None:
     layers = [record("a", 0.2, 18.0), record("b", 0.4, 6.0, 3), record("c", 0.12, 19.0), record("d", None, None, None)]
     assert what_stands_out(layers) == (
-        "maps most alike against chance: b (4.0 times), a (2.0 times); lowest rank: b (6.0, chance 20.0); "
+        "maps most correlated against chance: b (4.0 times), a (2.0 times); lowest rank: b (6.0, chance 20.0); "
         "3 filters removable"
     )
 
@@ -32,9 +32,9 @@ def test_at_most_three_layers_that_stand_out_are_named() -> None:
 
 def test_layers_are_sorted_by_a_figure_with_null_last() -> None:
     layers = [record("a", 0.2, 18.0), record("b", None, None), record("c", 0.4, 6.0)]
-    sort_layers(layers, "fm_cos")
+    sort_layers(layers, "fm_corr")
     assert [layer["name"] for layer in layers] == ["c", "a", "b"]
-    sort_layers(layers, "-fm_cos")
+    sort_layers(layers, "-fm_corr")
     assert [layer["name"] for layer in layers] == ["a", "c", "b"]
 
 

@@ -100,4 +100,4 @@ def test_a_record_has_every_figure_in_the_order_of_the_table() -> None:
     kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.randn(4, 2, 3, 3)
     for maps in (LayerMaps(kernel, weight), LayerProbe(samples=1).look(kernel, weight)):
         record = measure_layer(kernel, weight, maps)
-        assert list(record) == ["name", "shape", "groups", "assumed", *(figure.key for figure in FIGURES)]
+        assert list(record) == ["name", "shape", "groups", "assumed", "filters", *(figure.key for figure in FIGURES)]

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune
+from references import literal_correlation, literal_effective_rank, literal_fm_corr
 from torch import nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, module_kernels
 from convsim_cli.measurement import feature_maps
-from convsim_cli.measurement.feature_maps import FeatureMapSimilarity, RandomKernels
+from convsim_cli.measurement.feature_maps import PaperSimilarity, RandomKernels
 from convsim_cli.measurement.figures import FIGURES
-from convsim_cli.measurement.network import fm_cos_by_layer, measure, record_feature_maps
+from convsim_cli.measurement.network import fm_corr_by_layer, measure, record_feature_maps
 from convsim_cli.minimize import minimize_
 
 
@@ -46,7 +47,7 @@ def test_with_a_network_each_convolutions_real_output_counts() -> None:
     records = measure(model, images, bn_statistics="stored")
     assert [record["name"] for record in records] == ["0.weight", "3.weight", "4.weight"]
     for record, expected, groups in zip(records, maps, (1, 2, 1), strict=True):
-        reference = FeatureMapSimilarity(groups)
+        reference = PaperSimilarity(groups)
         reference.update(expected)
         assert record["fm_cos"] == pytest.approx(reference.fm_cos, rel=1e-4)
         assert tuple(record)[-len(FIGURES) :] == tuple(figure.key for figure in FIGURES)
@@ -91,7 +92,7 @@ def test_a_dead_filter_behind_a_bias_is_seen_as_dead() -> None:
 def test_a_shared_weight_sees_the_maps_of_both_its_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
     model[1].weight = model[0].weight
-    both = FeatureMapSimilarity()
+    both = PaperSimilarity()
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         first = model[0](images)
@@ -151,10 +152,10 @@ def test_autocast_outside_does_not_reach_the_measurement() -> None:
     plain = record_feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"]
     with torch.autocast("cpu", torch.bfloat16):
         found = record_feature_maps(model, [Kernel("0.weight", (6, 3, 3, 3))], [images])["0.weight"]
-    assert found.similarity.fm_cos == plain.similarity.fm_cos
+    assert found.fm_corr() == plain.fm_corr()
     assert found.chance is not None
     assert plain.chance is not None
-    assert found.chance.fm_cos == plain.chance.fm_cos
+    assert found.chance.fm_corr() == plain.chance.fm_corr()
 
 
 def test_single_images_without_a_batch_axis_are_measured_as_one_batch() -> None:
@@ -168,7 +169,7 @@ def test_single_images_without_a_batch_axis_are_measured_as_one_batch() -> None:
 
     model, images = Single(), torch.randn(4, 3, 8, 8)
     found, expected = measure(model, images)[0], measure(model.layer, images)[0]
-    for key in ("fm_cos", "fm_cos_random", "fm_inner2"):
+    for key in ("fm_cos", "fm_corr_random", "fm_inner2"):
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
 
 
@@ -238,7 +239,7 @@ def test_parametrized_layers_are_measured_by_their_computed_weight(kind: str) ->
     parameters, attributes, family = list(layer.named_parameters()), set(vars(layer)), type(layer)
     (found,), (expected,) = measure(nn.Sequential(layer), images), measure(nn.Sequential(plain), images)
     assert found == nearly(expected)
-    assert found["fm_cos_random"] is not None
+    assert found["fm_corr_random"] is not None
     assert type(layer) is family
     assert set(vars(layer)) == attributes
     assert [(name, id(value)) for name, value in layer.named_parameters()] == [(n, id(v)) for n, v in parameters]
@@ -274,9 +275,11 @@ def test_chance_is_measured_under_the_layers_own_settings() -> None:
             with torch.no_grad():
                 return twin(images)
 
-        expected.update(convolve, layer.weight)
-        assert record["fm_cos_random"] == pytest.approx(expected.fm_cos, rel=1e-5)
-        assert record["fm_rank_random"] == pytest.approx(expected.fm_rank(), rel=1e-5)
+        expected.update([convolve(weight) for weight in expected.weights(layer.weight)])
+        assert record["fm_corr_random"] == pytest.approx(expected.fm_corr(), rel=1e-5)
+        assert record["fm_rank_random"] == pytest.approx(
+            expected.fm_rank([kernel.filters // kernel.groups] * kernel.groups), rel=1e-5
+        )
 
 
 def test_chance_is_what_the_layers_own_forward_gives_for_random_kernels() -> None:
@@ -288,7 +291,7 @@ def test_chance_is_what_the_layers_own_forward_gives_for_random_kernels() -> Non
 
     images = torch.randn(2, 3, 8, 8)
     (found,), (expected,) = measure(Same(3, 8, 3), images), measure(nn.Conv2d(3, 8, 3, padding=3), images)
-    assert found["fm_cos_random"] == pytest.approx(expected["fm_cos_random"], rel=1e-5)
+    assert found["fm_corr_random"] == pytest.approx(expected["fm_corr_random"], rel=1e-5)
 
 
 def test_images_are_convolved_again_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +338,36 @@ def test_batches_of_another_form_are_named(images: Any, said: str) -> None:
         measure(nn.Sequential(nn.Conv2d(3, 4, 3)), images)
 
 
+def test_the_mean_of_inputs_is_no_similarity() -> None:
+    layer, noise = nn.Conv2d(3, 16, 3), torch.randn(8, 3, 24, 24)
+    plain = measure(layer, 0.3 * noise)[0]
+    for inputs in (3 + 0.3 * noise, 100 + noise):
+        (record,) = measure(layer, inputs)
+        with torch.no_grad():
+            maps = nn.functional.conv2d(inputs.double(), layer.weight.double())
+        expected = literal_correlation(maps)
+        assert record["fm_corr"] == pytest.approx(literal_fm_corr(maps), rel=1e-3)
+        assert record["fm_rank"] == pytest.approx(literal_effective_rank(expected), rel=1e-3)
+        assert record["fm_corr"] == pytest.approx(plain["fm_corr"], rel=1e-2)
+        assert (record["removable"], record["redundant"], record["dead"]) == (0, 0, 0)
+        assert record["fm_cos"] > 0.8  # the paper's figure sees the means alone
+
+
+def test_a_constant_on_a_bias_and_a_factor_on_filters_move_no_figure_of_maps() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3)), None
+    images = torch.randn(4, 3, 12, 12) + 1
+    before = measure(model, images, bn_statistics="inputs")
+    with torch.no_grad():
+        model[0].bias += torch.arange(6.0)
+        model[0].weight *= torch.logspace(-0.3, 0.3, 6).reshape(-1, 1, 1, 1)
+        model[3].bias -= 50
+    moved = [figure.key for figure in FIGURES if figure.moves_with_scale]
+    for record, former in zip(measure(model, images, bn_statistics="inputs"), before, strict=True):
+        kept = {key: value for key, value in former.items() if key not in moved}
+        found = {key: record[key] for key in kept}
+        assert found == {k: pytest.approx(v, rel=2e-3) if isinstance(v, float) else v for k, v in kept.items()}
+
+
 def test_only_the_layers_that_patterns_choose_are_measured() -> None:
     model, images = network(), torch.randn(2, 3, 16, 16)
     assert [record["name"] for record in measure(model, images, exclude=["0.*"])] == ["3.weight", "4.weight"]
@@ -345,4 +378,4 @@ def test_only_the_layers_that_patterns_choose_are_measured() -> None:
 
 def test_the_figure_alone_is_that_of_measure() -> None:
     model, images = network(), torch.randn(2, 3, 16, 16)
-    assert fm_cos_by_layer(model, images) == {r["name"]: r["fm_cos"] for r in measure(model, images)}
+    assert fm_corr_by_layer(model, images) == {r["name"]: r["fm_corr"] for r in measure(model, images)}

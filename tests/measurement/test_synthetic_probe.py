@@ -22,32 +22,33 @@ def test_a_layer_alone_is_probed_under_full_padding(
     with torch.no_grad():
         expected = literal_map_figures(layer(inputs), groups)
     monkeypatch.setattr(feature_maps, "_MAP_ELEMENTS", 6 * 400)  # several chunks
-    found = LayerProbe("white", side=8, seed=3).look(kernel, layer.weight.detach()).similarity
+    found = LayerProbe("white", side=8, seed=3).look(kernel, layer.weight.detach()).paper
     assert (found.fm_cos, found.fm_inner2) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e38), (torch.float32, 1e-38), (torch.float64, 1e-60)])
 def test_a_layer_of_any_scale_is_probed(dtype: torch.dtype, scale: float) -> None:
     kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3, dtype=dtype)
-    exact, found = (LayerProbe().look(kernel, w).similarity for w in (weight, weight * scale))
-    assert found.fm_cos == pytest.approx(exact.fm_cos, rel=1e-5)
+    exact, found = (LayerProbe().look(kernel, w) for w in (weight, weight * scale))
+    assert found.paper.fm_cos == pytest.approx(exact.paper.fm_cos, rel=1e-5)
+    assert found.fm_corr() == pytest.approx(exact.fm_corr(), rel=1e-5)
     assert found.alive.all()
-    assert found.fm_inner2 == pytest.approx(exact.fm_inner2 * scale**4, rel=1e-4)
+    assert found.paper.fm_inner2 == pytest.approx(exact.paper.fm_inner2 * scale**4, rel=1e-4)
 
 
-def test_a_single_pixel_of_natural_input_gives_no_angle() -> None:
-    assert LayerProbe("natural", side=1).fm_cos(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3)) is None
+def test_inputs_of_a_single_natural_pixel_are_zero_and_give_null() -> None:
+    assert LayerProbe("natural", side=1).fm_corr(Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3)) is None
 
 
-def test_fm_cos_alone_is_that_of_the_whole_record() -> None:
+def test_fm_corr_alone_is_that_of_the_whole_record() -> None:
     kernel, weight = Kernel("k", (6, 2, 3, 3)), torch.randn(6, 2, 3, 3)
     weight[1] *= 1e-9
     probe = LayerProbe("natural", samples=3)
-    assert probe.fm_cos(kernel, weight) == probe.look(kernel, weight).similarity.fm_cos
+    assert probe.fm_corr(kernel, weight) == probe.look(kernel, weight).fm_corr()
     alive = weight.clone()
     alive[1] = torch.randn(2, 3, 3)
     living = torch.tensor([[True, False, True, True, True, True]])
-    assert probe.fm_cos(kernel, alive, living) == pytest.approx(probe.fm_cos(kernel, weight), rel=1e-5)
+    assert probe.fm_corr(kernel, alive, living) == pytest.approx(probe.fm_corr(kernel, weight), rel=1e-5)
 
 
 def test_inputs_are_made_once_for_layers_that_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +57,6 @@ def test_inputs_are_made_once_for_layers_that_take_the_same(monkeypatch: pytest.
     probe = LayerProbe("natural", samples=1, side=4)
     for channels in (2, 2, 3):
         kernel = Kernel("k", (4, channels, 3, 3))
-        probe.fm_cos(kernel, torch.randn(kernel.shape))
+        probe.fm_corr(kernel, torch.randn(kernel.shape))
         probe.look(kernel, torch.randn(kernel.shape))
     assert made == [2, 3]

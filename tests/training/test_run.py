@@ -56,7 +56,7 @@ def test_a_run_writes_every_file_of_the_design(tmp_path: Path) -> None:
     assert summary == json.loads((run.folder / "summary.json").read_text())
     assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in rows)
     assert summary["last_test_accuracy"] == rows[-1]["test_accuracy"]
-    assert set(summary["fm_cos"]["start"]) == set(summary["fm_cos"]["end"]) == {f"{i}.weight" for i in (0, 4, 8, 12)}
+    assert set(summary["fm_corr"]["start"]) == set(summary["fm_corr"]["end"]) == {f"{i}.weight" for i in (0, 4, 8, 12)}
 
 
 def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:
     run = create_run(replace(SMALL, mode="init"), tmp_path, "one")
     with pytest.raises(KeyboardInterrupt):
         train_run(run, stopping(15))
-    assert len(train_run(open_run(run.folder, epochs=4))["fm_cos"]["start"]) == 4
+    assert len(train_run(open_run(run.folder, epochs=4))["fm_corr"]["start"]) == 4
     assert open_run(run.folder).arguments.epochs == 4
 
 
