@@ -172,7 +172,7 @@ def _describe(source: ModelCheckpoint, probe: LayerProbe | None) -> list[Record]
         weight = source.checkpoint.load(kernel.name)
         records.append({**describe(kernel), "before": measure_weight(kernel, weight)})
         if probe:
-            records[-1]["before"]["fm_cos"] = probe.fm_cos(kernel, weight)
+            records[-1]["before"]["fm_corr"] = probe.fm_corr(kernel, weight)
     return records
 
 
@@ -211,7 +211,7 @@ def _write(
     """Change the selected kernels and write the checkpoint; return a record per layer, and the backup.
 
     Large layers are in memory one at a time; everything but the selected kernels stays bit-identical. A kernel is
-    written under each of its names. probe: adds `fm_cos` to `before` and `after`. The target is unchanged after any
+    written under each of its names. probe: adds `fm_corr` to `before` and `after`. The target is unchanged after any
     error.
     """
     checkpoint, kernels = source.checkpoint, source.selection.kernels
@@ -224,7 +224,7 @@ def _write(
                 former = checkpoint.load(kernel.name).to(device)
                 living = living_filters(kernel.to_filters(former))
                 for moment, tensor in (("before", former), ("after", weight)):
-                    record[moment]["fm_cos"] = probe.fm_cos(kernel, tensor, living)
+                    record[moment]["fm_corr"] = probe.fm_corr(kernel, tensor, living)
                 del former, tensor
             records.append(record)
             changed = weight.cpu()

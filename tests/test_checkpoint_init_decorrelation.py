@@ -34,7 +34,7 @@ def test_orthogonal_is_the_closed_form_of_the_library_on_any_checkpoint(tmp_path
     ).document
     assert (document["method"], document["iterations"], document["lr"]) == ("orthogonal", 0, None)
     assert document["preserve_norm"] is True
-    assert "fm_cos" in document["layers"][0]["after"]
+    assert "fm_corr" in document["layers"][0]["after"]
     records = orthogonalize_(model)
     found = load_file(tmp_path / "m.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())

@@ -111,7 +111,7 @@ def _least(preserve_norm: bool, probed: bool) -> list[str | tuple[str, ...]]:
 
 def _show(content: dict[str, Any], console: Console) -> None:
     layers, when = content["layers"], list(content["total"])
-    keys = [key for key in ("cs", "ncs", "norm", "fm_cos") if any(key in layer["before"] for layer in layers)]
+    keys = [key for key in ("cs", "ncs", "norm", "fm_corr") if any(key in layer["before"] for layer in layers)]
     columns = ["name", "shape", "groups", "assumed", *(f"{key}_{moment}" for key in keys for moment in when)]
     rows = [
         [
@@ -123,7 +123,7 @@ def _show(content: dict[str, Any], console: Console) -> None:
         ]
         for layer in layers
     ]
-    show_layers(columns, rows, _least(content["preserve_norm"], "fm_cos" in keys), console)
+    show_layers(columns, rows, _least(content["preserve_norm"], "fm_corr" in keys), console)
     show_skipped(content["skipped"], len(layers), "can be optimized", console)
     total = content["total"]
     if "after" not in total:

@@ -85,7 +85,7 @@ def test_the_json_document_tells_every_layer_in_full_precision(tmp_path: Path, c
     assert [layer["name"] for layer in document["layers"]] == ["point.weight", "stem.weight"]
     for layer in document["layers"]:
         assert tuple(layer) == ("name", "shape", "groups", "assumed", "before", "after")
-        assert tuple(layer["before"]) == tuple(layer["after"]) == ("cs", "ncs", "norm", "fm_cos")
+        assert tuple(layer["before"]) == tuple(layer["after"]) == ("cs", "ncs", "norm", "fm_corr")
         for moment, state in (("before", before), ("after", after)):
             weight = state[layer["name"]].double()
             assert layer[moment]["cs"] == pytest.approx(literal_similarity(weight).item(), rel=1e-12)
