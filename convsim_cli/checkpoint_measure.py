@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from os import PathLike
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch import Tensor
 from convsim_cli.device import Progress, resolve_device, unreported
 from convsim_cli.kernels import Kernel, Patterns, effective_weight
 from convsim_cli.measurement.feature_maps import LayerMaps
-from convsim_cli.measurement.figures import Record, add_changes
+from convsim_cli.measurement.figures import Record, add_changes, partners_of
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
 from convsim_cli.measurement.synthetic import LayerProbe
 from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
 from convsim_cli.networks.probe import Probe, running_on
+from convsim_cli.rotation import filter_angles, median_angle
 from convsim_cli.settings import MeasureOptions, with_signature_of
 
 MAP_BATCH = 32  # images that a network runs on at once
@@ -114,7 +115,22 @@ def measure_checkpoints(
     reports = [_measure(source, probe, device, progress) for source in sources]
     if len(reports) > 1:
         reports[0].warnings += add_changes([report.document() for report in reports])
+        for source, report in zip(sources[1:], reports[1:], strict=True):
+            _add_turns(sources[0], reports[0], source, report)
     return reports
+
+
+def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheckpoint, report: MeasureReport) -> None:
+    """Add `turned` to the layers of a report whose partner in the first has filters of the same shape."""
+    partners = partners_of(before.document(), report.document())
+    former = {kernel.name: kernel for kernel in first.selection.kernels}
+    for kernel, layer in zip(source.selection.kernels, report.layers, strict=True):
+        own = former.get(partners[kernel.name]["name"]) if kernel.name in partners else None
+        stored = own is not None and own.name in first.checkpoint.tensors and kernel.name in source.checkpoint.tensors
+        if own is None or not stored or replace(own, name=kernel.name, assumed=kernel.assumed) != kernel:
+            continue
+        weights = source.checkpoint.load(kernel.name), first.checkpoint.load(own.name)
+        layer["turned"] = median_angle(filter_angles(kernel, *weights))
 
 
 def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress) -> MeasureReport:

@@ -93,8 +93,8 @@ class TurnMonitor:
                 {
                     "layer": kernel.name,
                     "norm": norms.mean().item() if len(norms) else None,
-                    "turn_per_step": _median(torch.cat(turns)) if turns else None,
-                    "turned": None if start is None else _median(self._angles(kernel, weight, start)),
+                    "turn_per_step": median_angle(torch.cat(turns)) if turns else None,
+                    "turned": None if start is None else median_angle(self._angles(kernel, weight, start)),
                 }
             )
         self._steps, self._before = 0, self._copies()
@@ -102,7 +102,7 @@ class TurnMonitor:
 
     def last_turns(self) -> dict[str, float | None]:
         """Return each layer's median turn in the last step that was looked at, in degrees. Waits for the device."""
-        return {name: _median(turns[-1]) for name, turns in self._turns.items()}
+        return {name: median_angle(turns[-1]) for name, turns in self._turns.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return the kernels of the start, by name, to save with a run."""
@@ -125,7 +125,7 @@ class TurnMonitor:
         return {kernel.name: weight_of(self._model, kernel).detach().clone() for kernel in self._kernels}
 
 
-def _median(angles: Tensor) -> float | None:
-    """The median of the angles of living filters, None where there are none."""
+def median_angle(angles: Tensor) -> float | None:
+    """Return the median of angles, leaving out NaN; None where nothing is left."""
     found = angles.nanmedian().item()
     return found if found == found else None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,19 @@ def test_a_network_with_nan_is_named_before_it_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nan.safetensors: w \[4, 3, 3, 3\]: 108 of 108 values are NaN or Inf"):
         measure_checkpoint(tmp_path / "nan.safetensors")
     del model
+
+
+def test_filters_are_compared_with_those_of_the_first_checkpoint(tmp_path: Path, convsim: Convsim) -> None:
+    before, noise = torch.randn(2, 8, 3, 3, 3)
+    after = 5 * (before + 0.3 * noise)
+    save_file({"w.weight": before, "b.weight": before.clone()}, tmp_path / "a.safetensors")
+    save_file({"w.weight": after, "b.weight": before[:4].contiguous()}, tmp_path / "b.safetensors")
+    document = convsim("measure", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json").document
+    first, second = ({layer["name"]: layer["turned"] for layer in each["layers"]} for each in document["checkpoints"])
+    cosines = torch.cosine_similarity(before.double().flatten(1), after.double().flatten(1)).sort().values
+    assert first == {"b.weight": None, "w.weight": None}
+    assert second["w.weight"] == pytest.approx(math.degrees(math.acos(cosines[4])), rel=1e-5)  # the lower of two
+    assert second["b.weight"] is None  # of another shape
+    outcome = convsim("measure", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert "turned" in outcome.out.splitlines()[0].split("\t")
+    assert "turned" not in convsim("measure", tmp_path / "a.safetensors").out

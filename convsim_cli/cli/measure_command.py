@@ -192,7 +192,7 @@ def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -
 
 def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
     several = len(reports) > 1
-    figures = [*shown_keys(console.wide), *(f"{key}_change" for key in compared_keys() if several)]
+    figures = [*shown_keys(console.wide, several), *(f"{key}_change" for key in compared_keys() if several)]
     columns = ["name", *(["source"] if several else []), "filters", "shape", "groups", "assumed", *figures]
     rows: list[list[Any]] = [
         [

@@ -101,6 +101,12 @@ FIGURES: tuple[Figure, ...] = (
         "filters",
         keep=5,
     ),
+    Figure(
+        "turned",
+        "with several checkpoints: median angle between a filter and the same filter in the first checkpoint",
+        "degrees",
+        keep=8,
+    ),
 )
 
 
@@ -120,9 +126,13 @@ def least_important_keys() -> list[str]:
     ]
 
 
-def shown_keys(wide: bool = True) -> list[str]:
-    """Return the keys that are columns of tables. wide: also those that are left to the widest tables."""
-    return [figure.key for figure in FIGURES if figure.shown and (wide or not figure.wide)]
+def shown_keys(wide: bool = True, several: bool = True) -> list[str]:
+    """Return the keys that are columns of tables.
+
+    wide: also those that are left to the widest tables; several: also those that need several checkpoints.
+    """
+    shown = [figure.key for figure in FIGURES if figure.shown and (wide or not figure.wide)]
+    return [key for key in shown if several or key != "turned"]
 
 
 def add_changes(reports: Sequence[Report]) -> list[str]:
@@ -133,7 +143,7 @@ def add_changes(reports: Sequence[Report]) -> list[str]:
     """
     warnings = []
     for report in reports:
-        partners = _partners(reports[0], report)
+        partners = partners_of(reports[0], report)
         if not partners:
             warnings.append(f"{report['source']}: has no layer in common with {reports[0]['source']}")
         for layer in report["layers"]:
@@ -149,7 +159,7 @@ def side_by_side(reports: Sequence[Report]) -> list[tuple[Report, Record]]:
     places: dict[str, int] = {}
     rows = []
     for report in reports:
-        partners = _partners(reports[0], report)
+        partners = partners_of(reports[0], report)
         for layer in report["layers"]:
             name = partners[layer["name"]]["name"] if layer["name"] in partners else layer["name"]
             rows.append((places.setdefault(name, len(places)), report, layer))
@@ -157,8 +167,8 @@ def side_by_side(reports: Sequence[Report]) -> list[tuple[Report, Record]]:
     return [(report, layer) for _, report, layer in rows]
 
 
-def _partners(first: Report, report: Report) -> dict[str, Record]:
-    """Which layer of the first report each layer of another one is, by name.
+def partners_of(first: Report, report: Report) -> dict[str, Record]:
+    """Return which layer of the first report each layer of another one is, by name.
 
     Where no two names are equal, what all names of a checkpoint begin with, such as `module.`, is left out.
     """

@@ -47,6 +47,7 @@ def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: fl
         "fm_inner2": paper and paper.fm_inner2,
         "norm": alone["norm"],
         "dead": int((~alive).sum()),
+        "turned": None,
     }
 
 

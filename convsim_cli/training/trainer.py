@@ -337,7 +337,7 @@ def make_optimizer(model: nn.Module, arguments: Arguments) -> torch.optim.Optimi
         }
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for parameter in parameters:
-            kind = parameter in kernels, arguments.decay == "all" or parameter.ndim > 1
+            kind = parameter in kernels, not decay or arguments.decay == "all" or parameter.ndim > 1
             groups.setdefault(kind, []).append(parameter)
         parameters = []
         for (is_kernel, decays), members in groups.items():
