@@ -72,8 +72,8 @@ class LayerMaps:
         return self._sampled(self.alive)
 
     def correlation(self) -> Tensor | None:
-        """Return the correlation of the maps that are compared: see `MapMoments.correlation`."""
-        return self.moments.correlation(self.compared)
+        """Return the correlation of the maps that are compared: see `MapMoments.correlation`. Of a sample, once."""
+        return self.moments.correlation(self.compared, last=self.sample is not None)
 
     def fm_corr(self) -> float | None:
         """Return the mean |correlation| over pairs; None without a pair, and for a single value of each map."""
@@ -188,11 +188,14 @@ class MapMoments:
         mean, variance = self.mean, self.variance
         return mean == 0 if self.count == 1 else variance <= CONSTANT * (variance + mean**2)
 
-    def correlation(self, alive: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    def correlation(
+        self, alive: Tensor | None = None, dtype: torch.dtype = torch.float32, *, last: bool = False
+    ) -> Tensor | None:
         """Return the correlation of every two maps that are compared, `[groups, filters, filters]`.
 
         alive: which of these take part, those that are not constant for None. The diagonal is 1, and 0 for the others,
-        as are their rows and columns. None for a single value of each map, and where a map is not finite.
+        as are their rows and columns. None for a single value of each map, and where a map is not finite. last: give up
+        the products for it, to have the memory.
         """
         if self.count < 2:
             return None
@@ -206,11 +209,13 @@ class MapMoments:
         spread = torch.where(alive & (variances > 0), variances, torch.inf).sqrt()
         kind = torch.float32 if means.device.type == "mps" else dtype
         found = torch.empty(self._groups, filters, filters, dtype=kind, device=means.device)
-        for block, start in zip(self._products, range(0, filters, _ROWS), strict=True):
+        for index, start in enumerate(range(0, filters, _ROWS)):
             rows, later = slice(start, start + _ROWS), slice(start, filters)
-            covariance = block / self.count - means[:, rows, None] * means[:, None, later]
+            covariance = self._products[index] / self.count - means[:, rows, None] * means[:, None, later]
             pairs = covariance / spread[:, rows, None] / spread[:, None, later]
             found[:, rows, later], found[:, later, rows] = pairs, pairs.mT
+            if last:
+                self._products[index] = pairs[:0]
         found.diagonal(dim1=-2, dim2=-1).copy_(alive)
         return found if bool(torch.stack(torch.aminmax(found)).isfinite().all()) else None  # no copy
 
@@ -338,21 +343,18 @@ class RandomKernels:
         kept = [part.unflatten(1, (self.kernel.groups, -1))[:, :, : self._each] for part in maps]
         self._moments.update(torch.cat(kept, dim=2).flatten(1, 2))
 
-    def fm_corr(self) -> float | None:
-        """Return the mean |correlation| over pairs, those between draws included: see `LayerMaps.fm_corr`."""
-        correlation = self._moments.correlation()
-        return None if correlation is None else mean_correlation(correlation)
+    def figures(self, filters: Sequence[int]) -> tuple[float | None, float | None]:
+        """Return `fm_corr_random` and `fm_rank_random`, None for a single value of each map.
 
-    def fm_rank(self, filters: Sequence[int]) -> float | None:
-        """Return the effective rank of as many random maps of each group as it has living filters, mean over draws.
-
-        filters: their number, by group; groups without any are left out, as in `effective_rank`.
+        filters: the number of living filters by group. The mean |correlation| is that of all pairs, those between draws
+        included; the effective rank is that of as many random maps of each group, the mean over draws and over the
+        groups that have any.
         """
-        correlation = self._moments.correlation()
+        correlation = self._moments.correlation(last=self.kernel.filters > self._each * self.kernel.groups)
         if correlation is None:
-            return None
+            return None, None
         draws = correlation.unflatten(2, (self.draws, -1)).unflatten(1, (self.draws, -1)).diagonal(dim1=1, dim2=3)
         draws = draws.movedim(-1, 1)  # [groups, draws, S / groups, S / groups]
         ranks = [effective_rank(group[:, :count, :count]) for group, count in zip(draws, filters, strict=True) if count]
         known = [rank for rank in ranks if rank is not None]
-        return sum(known) / len(known) if known else None
+        return mean_correlation(correlation), sum(known) / len(known) if known else None

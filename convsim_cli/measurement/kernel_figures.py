@@ -15,7 +15,7 @@ from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, m
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import similarity_of_filters
 
-_ROWS = 256  # filters whose cosines with all later ones are computed at once
+_COSINES = 1 << 21  # that are computed at once
 
 
 def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: float = THRESHOLD) -> Record:
@@ -25,8 +25,15 @@ def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: fl
     every pair has `sampled`, the number of filters that are compared. Raises InputError for NaN or Inf.
     """
     alive, correlation, chance, paper = maps.alive, maps.correlation(), maps.chance, maps.paper
-    every = None if maps.sample is not None else correlation  # what is said of single filters is said of all
-    duplicates = None if every is None else clusters(every, threshold)
+    of_maps: Record = dict.fromkeys(("fm_corr", "fm_rank", "redundant", "opposite", "removable", "clusters"))
+    if correlation is not None:
+        of_maps |= {"fm_corr": mean_correlation(correlation), "fm_rank": effective_rank(correlation)}
+    if correlation is not None and maps.sample is None:  # single filters are told of only where all are compared
+        duplicates = clusters(correlation, threshold)
+        of_maps["redundant"], of_maps["opposite"] = redundant(correlation, threshold), opposite(correlation, threshold)
+        of_maps["removable"], of_maps["clusters"] = sum(len(cluster) - 1 for cluster in duplicates), duplicates
+    del correlation  # before those of the random kernels are made: of 4,096 filters they take 67 MB
+    by_chance = (None, None) if chance is None else chance.figures(maps.compared.sum(-1).tolist())
     alone = measure_weight(kernel, weight, maps.living)
     return {
         **describe(kernel),
@@ -35,14 +42,14 @@ def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: fl
         "cs": alone["cs"],
         "ncs": alone["ncs"],
         "kernel_cos": kernel_cosine(kernel, weight, maps.living),
-        "fm_corr": None if correlation is None else mean_correlation(correlation),
-        "fm_corr_random": chance and chance.fm_corr(),
-        "fm_rank": None if correlation is None else effective_rank(correlation),
-        "fm_rank_random": chance and chance.fm_rank(maps.compared.sum(-1).tolist()),
-        "redundant": None if every is None else redundant(every, threshold),
-        "opposite": None if every is None else opposite(every, threshold),
-        "removable": None if duplicates is None else sum(len(cluster) - 1 for cluster in duplicates),
-        "clusters": duplicates,
+        "fm_corr": of_maps["fm_corr"],
+        "fm_corr_random": by_chance[0],
+        "fm_rank": of_maps["fm_rank"],
+        "fm_rank_random": by_chance[1],
+        "redundant": of_maps["redundant"],
+        "opposite": of_maps["opposite"],
+        "removable": of_maps["removable"],
+        "clusters": of_maps["clusters"],
         "fm_cos": paper and paper.fm_cos,
         "fm_inner2": paper and paper.fm_inner2,
         "norm": alone["norm"],
@@ -94,8 +101,9 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
     unit = _directions_(filters, norms, living).flatten(2)
     total = torch.zeros((), dtype=unit.dtype, device=unit.device)
     with full_precision(unit.device):
-        for start in range(0, unit.shape[1], _ROWS):
-            cosines = (unit[:, start : start + _ROWS] @ unit[:, start:].mT).triu_(1)
+        rows = max(1, _COSINES // (unit.shape[0] * unit.shape[1]))
+        for start in range(0, unit.shape[1], rows):
+            cosines = (unit[:, start : start + rows] @ unit[:, start:].mT).triu_(1)
             total += torch.linalg.vector_norm(cosines, 1)
     return total.item() / pairs if pairs else None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.kernels import Kernel
-from convsim_cli.measurement.feature_maps import LayerMaps, RandomKernels, inputs_at_once
+from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps, RandomKernels, inputs_at_once
 from convsim_cli.precision import full_precision
 
 ProbeName = Literal["white", "uniform", "natural"]
@@ -84,11 +84,14 @@ class LayerProbe:
             maps.chance = self._chances[key]
             return maps
         drawn = [kernel.to_convolution(weight) for weight in maps.chance.weights(weight.float())]
+        if maps.sample is not None:  # of very many filters, only those whose maps are kept are run
+            drawn = [filters.unflatten(0, (kernel.groups, -1))[:, :MOST_FILTERS].flatten(0, 1) for filters in drawn]
         at_once = drawn if kernel.groups > 1 else [torch.cat(drawn)]
         for images in self._batches(kernel, weight.device, maps.chance.filters):
             found = [_convolve(kernel, images, filters) for filters in at_once]
             maps.chance.update(found if kernel.groups > 1 else found[0].chunk(len(drawn), 1))
-        self._chances[key] = maps.chance
+        if maps.sample is None:
+            self._chances[key] = maps.chance
         return maps
 
     def fm_corr(self, kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:

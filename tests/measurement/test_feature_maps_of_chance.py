@@ -38,14 +38,14 @@ def test_chance_has_the_layers_shape_and_inputs(
     each = [draw.unflatten(1, (groups, -1)) for draw in maps]
     assert len(each) == draws
     joined = torch.cat(each, 2).flatten(1, 2)
-    assert chance.fm_corr() == pytest.approx(literal_fm_corr(joined, groups), rel=1e-4)
+    assert chance.figures([1] * groups)[0] == pytest.approx(literal_fm_corr(joined, groups), rel=1e-4)
     living = [filters // groups - group for group in range(groups)]  # as many random filters as living ones
     ranks = [
         literal_effective_rank(literal_correlation(draw[:, group, :count]))
         for draw in each
         for group, count in enumerate(living)
     ]
-    assert chance.fm_rank(living) == pytest.approx(mean(ranks), rel=1e-4)
+    assert chance.figures(living)[1] == pytest.approx(mean(ranks), rel=1e-4)
 
 
 def test_the_seed_decides_and_the_kernels_are_not_the_values_of_the_inputs() -> None:
@@ -73,7 +73,7 @@ def test_a_fresh_layer_is_as_similar_as_chance(shape: tuple[int, ...], inputs: s
 def test_the_formula_for_white_maps_is_not_the_chance_of_natural_inputs() -> None:
     kernel, weight = Kernel("k", (64, 64, 3, 3)), nn.Conv2d(64, 64, 3).weight.detach()
     formula = (2 / (torch.pi * 16 * 34 * 34)) ** 0.5
-    found = LayerProbe("natural").look(kernel, weight).chance.fm_corr()
+    found = LayerProbe("natural").look(kernel, weight).chance.figures([64])[0]
     assert found is not None
     assert found > 4 * formula
 
@@ -83,7 +83,7 @@ def test_random_kernels_are_drawn_once_and_a_dead_layer_keeps_the_rank_of_none()
     first, again = chance.weights(torch.zeros(())), chance.weights(torch.zeros(()))
     assert all(one is other for one, other in zip(first, again, strict=True))
     chance.update([torch.randn(2, 8, 4, 4) for _ in first])
-    assert chance.fm_rank([0]) is None
+    assert chance.figures([0])[1] is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -105,6 +105,8 @@ def test_chance_is_taken_once_for_layers_of_one_shape(monkeypatch: pytest.Monkey
     kernel, probe, updates = Kernel("k", (8, 2, 3, 3)), LayerProbe("natural", samples=2), []
     update = RandomKernels.update
     monkeypatch.setattr(RandomKernels, "update", lambda self, maps: updates.append(1) or update(self, maps))
-    first, second = (probe.look(kernel, torch.randn(8, 2, 3, 3)).chance.fm_corr() for _ in range(2))
-    assert first == second == LayerProbe("natural", samples=2).look(kernel, torch.randn(8, 2, 3, 3)).chance.fm_corr()
+    first, second = (probe.look(kernel, torch.randn(8, 2, 3, 3)).chance.figures([8])[0] for _ in range(2))
+    assert (
+        first == second == LayerProbe("natural", samples=2).look(kernel, torch.randn(8, 2, 3, 3)).chance.figures([8])[0]
+    )
     assert len(updates) == 2

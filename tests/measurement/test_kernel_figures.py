@@ -83,7 +83,7 @@ def test_the_filters_that_count_can_be_those_of_another_moment() -> None:
 def test_cosines_of_many_filters_are_taken_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, weight = Kernel("k", (10, 2, 3, 3), 2), torch.randn(10, 2, 3, 3)
     whole = kernel_cosine(kernel, weight)
-    monkeypatch.setattr(module, "_ROWS", 2)
+    monkeypatch.setattr(module, "_COSINES", 20)
     assert kernel_cosine(kernel, weight) == pytest.approx(whole, rel=1e-12)
 
 
