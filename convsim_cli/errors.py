@@ -40,7 +40,7 @@ class DivergedError(ConvsimError):
     """A loss is no longer finite."""
 
 
-class FollowedError(ConvsimError):
+class RankZeroFailedError(ConvsimError):
     """Rank 0 failed and reports why; this process exits silently with the same code."""
 
     def __init__(self, exit_code: int = 1) -> None:

@@ -23,7 +23,7 @@ from convsim_cli.cli.options import GroupedCommand, explain_usage, with_options
 from convsim_cli.cli.plot_command import plot
 from convsim_cli.cli.reproduce_command import reproduce
 from convsim_cli.cli.train_command import train
-from convsim_cli.errors import ConvsimError, ConvsimWarning, FollowedError
+from convsim_cli.errors import ConvsimError, ConvsimWarning, RankZeroFailedError
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -114,7 +114,7 @@ def run(arguments: list[str]) -> int:
                 code, message = error.exit_code, str(error)
             elif hasattr(error, "format_message"):  # a usage error of the parser
                 code, message = 2, explain_usage(error, arguments) or "see convsim --help"
-            if not isinstance(error, FollowedError):  # which rank 0 reports
+            if not isinstance(error, RankZeroFailedError):  # which rank 0 reports
                 _show("error", message, arguments)
         if code == 130:  # the parser turns some interruptions into this code by itself
             say("convsim: interrupted")

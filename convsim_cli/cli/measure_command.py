@@ -27,7 +27,7 @@ from convsim_cli.cli.options import (
 from convsim_cli.errors import InputError
 from convsim_cli.measurement.figures import (
     FIGURES,
-    Report,
+    ReportDocument,
     compared_keys,
     least_important_keys,
     shown_keys,
@@ -178,7 +178,7 @@ def _draw(report: MeasureReport, page: Path) -> None:
     save_figure(draw_heat(report.heat, captions, title), page)
 
 
-def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -> None:
+def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int) -> None:
     if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
     if top:
@@ -190,7 +190,7 @@ def _show(reports: Sequence[Report], console: Console, as_csv: bool, top: int) -
         console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
 
 
-def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
+def _show_layers(reports: Sequence[ReportDocument], console: Console, as_csv: bool) -> None:
     several = len(reports) > 1
     figures = [*shown_keys(console.wide, several), *(f"{key}_change" for key in compared_keys() if several)]
     columns = ["name", *(["source"] if several else []), "filters", "shape", "groups", "assumed", *figures]
@@ -211,7 +211,7 @@ def _show_layers(reports: Sequence[Report], console: Console, as_csv: bool) -> N
     console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, least, console)
 
 
-def _show_pairs(reports: Sequence[Report], console: Console, as_csv: bool) -> None:
+def _show_pairs(reports: Sequence[ReportDocument], console: Console, as_csv: bool) -> None:
     rows = [
         [layer["name"], *([report["source"]] if len(reports) > 1 else []), *pair["filters"], pair["corr"]]
         for report in reports

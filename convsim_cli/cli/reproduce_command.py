@@ -168,7 +168,7 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
 
 def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.device import keep_freed_memory
-    from convsim_cli.reproduction.campaign import CampaignReport
+    from convsim_cli.reproduction.campaign import CampaignCallbacks
     from convsim_cli.reproduction.experiments import find_experiment, run_experiment
     from convsim_cli.training.run import write_json
 
@@ -184,7 +184,7 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
     with ExitStack() as bar:
         screen = CampaignScreen(console, name, bar)
-        report = CampaignReport(screen.begin, screen.progress, screen.epoch, screen.plan, screen.end, screen.wait)
+        report = CampaignCallbacks(screen.begin, screen.progress, screen.epoch, screen.plan, screen.end, screen.wait)
         content = run_experiment(experiment, choices, given["run_dir"], report)
     write_json(given["run_dir"] / f"{name}.json", console.document("reproduce", content))
     if is_figure:

@@ -67,21 +67,21 @@ def train(
     """
     from convsim_cli.training.distributed import is_rank_zero
     from convsim_cli.training.launch import open_to_resume, resume_run, start_runs
-    from convsim_cli.training.run import Report, train_command
+    from convsim_cli.training.run import RunCallbacks, train_command
 
     console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero(), wide)
     screen = RunScreen(console)
-    report = Report(screen.begin, screen.progress, screen.epoch)
+    callbacks = RunCallbacks(screen.begin, screen.progress, screen.epoch)
     given = typed(context)
     try:
         if resume is not None:
             shown = ("resume", "wide", "as_json", "quiet")
             run = open_to_resume(resume, {name: value for name, value in given.items() if name not in shown})
             _choose_device(run.arguments.device, console)
-            finished = resume_run(run, report)
+            finished = resume_run(run, callbacks)
         else:
             chosen = _arguments({**arguments, "device": device}, config, given, console)
-            finished = start_runs(chosen, run_dir, name, seeds, report)
+            finished = start_runs(chosen, run_dir, name, seeds, callbacks)
     except KeyboardInterrupt:  # here the bar has ended, which would break a long line
         if is_rank_zero() and screen.runs:
             run = screen.runs[-1]

@@ -17,7 +17,7 @@ from typing import Any
 from convsim_cli.errors import InputError, did_you_mean
 
 Record = dict[str, Any]  # what is known of one layer: which it is, and its figures
-Report = dict[str, Any]
+ReportDocument = dict[str, Any]
 _NAMED = 3  # layers, at most
 _ALIKE, _LOW = 1.5, 2 / 3  # times chance, from which a layer's fm_corr and up to which its fm_rank stand out
 LAST = 9  # `Figure.keep` of the columns that every table has
@@ -135,7 +135,7 @@ def shown_keys(wide: bool = True, several: bool = True) -> list[str]:
     return [key for key in shown if several or key != "turned"]
 
 
-def add_changes(reports: Sequence[Report]) -> list[str]:
+def add_changes(reports: Sequence[ReportDocument]) -> list[str]:
     """Add `KEY_change` to every layer, for each figure that is compared, and return warnings.
 
     A change is the difference from the first report; None in the first report itself, where a layer has no partner
@@ -154,7 +154,7 @@ def add_changes(reports: Sequence[Report]) -> list[str]:
     return warnings
 
 
-def side_by_side(reports: Sequence[Report]) -> list[tuple[Report, Record]]:
+def side_by_side(reports: Sequence[ReportDocument]) -> list[tuple[ReportDocument, Record]]:
     """Return the layers of all reports, those that belong together next to each other, each with its report."""
     places: dict[str, int] = {}
     rows = []
@@ -167,7 +167,7 @@ def side_by_side(reports: Sequence[Report]) -> list[tuple[Report, Record]]:
     return [(report, layer) for _, report, layer in rows]
 
 
-def partners_of(first: Report, report: Report) -> dict[str, Record]:
+def partners_of(first: ReportDocument, report: ReportDocument) -> dict[str, Record]:
     """Return which layer of the first report each layer of another one is, by name.
 
     Where no two names are equal, what all names of a checkpoint begin with, such as `module.`, is left out.

@@ -11,7 +11,7 @@ from convsim_cli.errors import BusyError, DivergedError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import find_or_create_run, find_run, is_finished
-from convsim_cli.training.run import Report, Row, Run, check_resumable, epochs_done, read_results, train_run
+from convsim_cli.training.run import Row, Run, RunCallbacks, check_resumable, epochs_done, read_results, train_run
 
 POLL = 2.0  # seconds between checks on a run that another process is working on
 
@@ -34,7 +34,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class CampaignReport(Report):
+class CampaignCallbacks(RunCallbacks):
     """Callbacks of a campaign, besides those of each run.
 
     plan: takes the number of runs, of those that are finished, and of the epochs that the others need. end: takes a run
@@ -47,7 +47,7 @@ class CampaignReport(Report):
     wait: Callable[[str], object] = lambda name: None
 
 
-def run_all(jobs: Sequence[Job], run_dir: Path, dataset: Dataset, report: CampaignReport) -> list[Outcome]:
+def run_all(jobs: Sequence[Job], run_dir: Path, dataset: Dataset, report: CampaignCallbacks) -> list[Outcome]:
     """Train the requested runs that are not finished, and return the outcomes in the order of the jobs.
 
     A run that another process is working on is skipped, and waited for once nothing else is left. A run that diverges
@@ -87,7 +87,7 @@ def epochs_left(job: Job, run_dir: Path) -> int:
     return max(1, epochs - epochs_done(run.folder))
 
 
-def _run_job(job: Job, run_dir: Path, dataset: Dataset, report: CampaignReport) -> Outcome:
+def _run_job(job: Job, run_dir: Path, dataset: Dataset, report: CampaignCallbacks) -> Outcome:
     run = find_or_create_run(job.arguments, run_dir, job.stem)
     epochs, diverged = job.arguments.epochs, None
     if not is_finished(run, epochs):

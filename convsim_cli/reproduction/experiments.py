@@ -14,7 +14,7 @@ from typing import Any
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import published as paper
-from convsim_cli.reproduction.campaign import CampaignReport, Job, Outcome, run_all
+from convsim_cli.reproduction.campaign import CampaignCallbacks, Job, Outcome, run_all
 from convsim_cli.reproduction.published import ARMS, CURVES, arms_of, choose_arms
 from convsim_cli.training.comparison import epochs_to
 from convsim_cli.training.config import Arguments
@@ -66,7 +66,9 @@ class Experiment:
     rows: Callable[[Found], list[dict[str, Any]]]
 
 
-def run_experiment(experiment: Experiment, choices: Choices, run_dir: Path, report: CampaignReport) -> dict[str, Any]:
+def run_experiment(
+    experiment: Experiment, choices: Choices, run_dir: Path, report: CampaignCallbacks
+) -> dict[str, Any]:
     """Train what an experiment needs, reuse what is there, and return the content of its JSON.
 
     Raises InputError, before any folder is created, for choices that do not apply to it, and for data or a network that

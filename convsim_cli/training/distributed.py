@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from convsim_cli.errors import ConvsimError, FollowedError, InputError
+from convsim_cli.errors import ConvsimError, InputError, RankZeroFailedError
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Processes:
     def on_rank_zero(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0 only and return its result on every rank.
 
-        Raises on rank 0 what the function raises, and FollowedError elsewhere.
+        Raises on rank 0 what the function raises, and RankZeroFailedError elsewhere.
         """
         result, failure = None, None
         if self.is_rank_zero:
@@ -94,7 +94,7 @@ class Processes:
         if failure is not None:
             raise failure
         if code is not None:
-            raise FollowedError(code)
+            raise RankZeroFailedError(code)
         return cast(T, result)
 
     def rank_zero_first(self, function: Callable[[], T]) -> T:

@@ -26,8 +26,8 @@ from convsim_cli.training.distributed import Processes, join_processes
 from convsim_cli.training.prepare import build_with_weights, check_network, identified, load_data
 from convsim_cli.training.run import (
     ARGUMENTS_FILE,
-    Report,
     Run,
+    RunCallbacks,
     epochs_done,
     import_summary_writer,
     locked,
@@ -40,7 +40,7 @@ from convsim_cli.training.run import (
 
 
 def start_runs(
-    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, report: Report
+    arguments: Arguments, run_dir: Path, name: str | None, seeds: int | None, callbacks: RunCallbacks
 ) -> list[tuple[Run, dict[str, Any]]]:
     """Train new runs and return them with their summaries; on other ranks than 0, nothing.
 
@@ -56,7 +56,7 @@ def start_runs(
         for run in _new_runs(arguments, run_dir, name, seeds, processes):
             model = None if finished else checked  # the next seed has a network of its own
             try:
-                finished.append((run, train_run(run, report, data, processes, model)))
+                finished.append((run, train_run(run, callbacks, data, processes, model)))
             except Exception:  # an interrupted run is kept
                 if processes.is_rank_zero:
                     remove_unsaved(run, run_dir_existed)
@@ -64,13 +64,13 @@ def start_runs(
     return finished if processes.is_rank_zero else []
 
 
-def resume_run(run: Run, report: Report) -> list[tuple[Run, dict[str, Any]]]:
+def resume_run(run: Run, callbacks: RunCallbacks) -> list[tuple[Run, dict[str, Any]]]:
     """Train an interrupted or extended run to its number of epochs; on other ranks than 0, return nothing.
 
     Raises as `train_run`.
     """
     with join_processes(torch.device(run.arguments.device)) as processes:
-        finished = run, train_run(run, report, None, processes)
+        finished = run, train_run(run, callbacks, None, processes)
     return [finished] if processes.is_rank_zero else []
 
 

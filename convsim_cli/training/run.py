@@ -71,7 +71,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Report:
+class RunCallbacks:
     """Callbacks of a run in training; each does nothing by default.
 
     begin: takes the run and the images that it uses, before it starts or resumes. progress: takes a phase (`init`, then
@@ -83,12 +83,12 @@ class Report:
     epoch: Callable[[Row], object] = lambda row: None
 
 
-SILENT = Report()
+SILENT = RunCallbacks()
 
 
 def train_run(
     run: Run,
-    report: Report = SILENT,
+    callbacks: RunCallbacks = SILENT,
     dataset: Dataset | None = None,
     processes: Processes = ALONE,
     model: nn.Module | None = None,
@@ -111,11 +111,11 @@ def train_run(
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
         state = processes.on_rank_zero(lambda: read_state(run))  # refused before a data set is downloaded
         data = used_images(arguments, dataset or load_data(arguments))
-        report.begin(run, data)
+        callbacks.begin(run, data)
         if state:
             trainer, log = _resume(run, data, state, processes), state["progress"]
         else:
-            trainer, log = _start(run, data, model, processes, report)
+            trainer, log = _start(run, data, model, processes, callbacks)
         if processes.is_rank_zero:
             if open_run(run.folder).arguments != arguments:
                 write_json(run.folder / ARGUMENTS_FILE, asdict(arguments))
@@ -123,13 +123,13 @@ def train_run(
                 (run.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
         log_row = held.enter_context(tensorboard_log(run, trainer))
         while trainer.epoch < arguments.epochs:
-            with report.progress(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps) as advance:
+            with callbacks.progress(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps) as advance:
                 row = trainer.run_epoch(advance)
             log["history"].append(row)
             log.setdefault("layers", []).extend({"epoch": row["epoch"], **layer} for layer in trainer.turned.rows())
             log_row(row)
             save_state(run, trainer, log)
-            report.epoch(row)
+            callbacks.epoch(row)
         if not processes.is_rank_zero:
             return {}
         summary = summarize_run(trainer, log)
@@ -138,7 +138,7 @@ def train_run(
 
 
 def _start(
-    run: Run, data: Dataset, model: nn.Module | None, processes: Processes, report: Report
+    run: Run, data: Dataset, model: nn.Module | None, processes: Processes, callbacks: RunCallbacks
 ) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, torch.device(run.arguments.device)
     lowered = arguments.keeps_norms or arguments.preserve_norm or arguments.weights
@@ -153,7 +153,7 @@ def _start(
     torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
     prepared = MODES[arguments.mode].initializes or MODES[arguments.mode].scales
     if prepared:  # on rank 0 only: the other processes receive its weights
-        with report.progress("init", count_steps(model, arguments)) as advance:
+        with callbacks.progress("init", count_steps(model, arguments)) as advance:
             processes.on_rank_zero(lambda: prepare_(model, arguments, lambda: first_images(data, device), advance))
     trainer = Trainer(model, data, arguments, device, processes)
     start = feature_map_correlations(model, data, device, prepared) if processes.is_rank_zero else {}

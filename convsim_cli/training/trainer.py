@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
 from convsim_cli.device import Advance, synchronize
-from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, FollowedError
+from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, RankZeroFailedError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import is_convolution
 from convsim_cli.networks.accuracy import evaluation_totals
@@ -112,7 +112,7 @@ class Trainer:
         }
         if not all(map(math.isfinite, row.values())):
             if not self.processes.is_rank_zero:
-                raise FollowedError
+                raise RankZeroFailedError
             losses = f"the loss is {loss:g} in training and {test_loss:g} in testing"
             losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
             raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
@@ -219,7 +219,7 @@ class Trainer:
         beta = AUTO_BETA * self.processes.sum(ratio).item() / self.processes.size
         if not 0 < beta < math.inf:
             if not self.processes.is_rank_zero:
-                raise FollowedError
+                raise RankZeroFailedError
             raise DivergedError(
                 f"`beta` auto: the task's gradient is {beta / AUTO_BETA:g} times the objective's at the first batch; "
                 "give `beta` as a number"

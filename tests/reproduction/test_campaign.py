@@ -11,10 +11,10 @@ from convsim_cli.errors import BusyError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import campaign
-from convsim_cli.reproduction.campaign import CampaignReport, Job, Outcome, epochs_left, run_all
+from convsim_cli.reproduction.campaign import CampaignCallbacks, Job, Outcome, epochs_left, run_all
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run, find_run
-from convsim_cli.training.run import Report, epochs_done, open_run, read_results, train_run
+from convsim_cli.training.run import RunCallbacks, epochs_done, open_run, read_results, train_run
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=2, batch_size=20, iterations=5, limit_train=60, limit_test=30)
 JOBS = [Job("base", SMALL), Job("init", replace(SMALL, mode="init"))]
@@ -26,7 +26,7 @@ class Notes:
     def __init__(self, stop_at: Callable[[], bool] = lambda: False) -> None:
         self.said: list[Any] = []
         self.epochs: tuple[int, int] = (0, 0)  # planned, and ended
-        self.report = CampaignReport(
+        self.report = CampaignCallbacks(
             begin=lambda run, data: self.said.append(run.name),
             epoch=lambda row: stop() if stop_at() else None,
             plan=self._plan,
@@ -71,20 +71,20 @@ def test_finished_runs_are_reused_whatever_their_name_and_data_dir(tmp_path: Pat
 def test_a_longer_run_is_reused_for_its_first_epochs_and_not_changed(tmp_path: Path, digits: Dataset) -> None:
     longer = create_run(replace(SMALL, epochs=3), tmp_path, "longer")
     with pytest.raises(KeyboardInterrupt):
-        train_run(longer, Report(epoch=lambda row: stop() if row["epoch"] == 2 else None), digits)
-    (outcome,) = run_all(JOBS[:1], tmp_path, digits, CampaignReport())
+        train_run(longer, RunCallbacks(epoch=lambda row: stop() if row["epoch"] == 2 else None), digits)
+    (outcome,) = run_all(JOBS[:1], tmp_path, digits, CampaignCallbacks())
     assert outcome.run.folder == longer.folder
     assert [row["epoch"] for row in outcome.rows] == [1, 2]
     assert epochs_done(longer.folder) == 2
-    (alone,) = run_all(JOBS[:1], tmp_path / "alone", digits, CampaignReport())
+    (alone,) = run_all(JOBS[:1], tmp_path / "alone", digits, CampaignCallbacks())
     assert accuracies([outcome]) == accuracies([alone])
 
 
 def test_a_shorter_run_is_resumed_to_the_requested_epochs(tmp_path: Path, digits: Dataset) -> None:
     shorter = create_run(replace(SMALL, epochs=1), tmp_path, "shorter")
     train_run(shorter, dataset=digits)
-    (outcome,) = run_all(JOBS[:1], tmp_path, digits, CampaignReport())
-    (alone,) = run_all(JOBS[:1], tmp_path / "alone", digits, CampaignReport())
+    (outcome,) = run_all(JOBS[:1], tmp_path, digits, CampaignCallbacks())
+    (alone,) = run_all(JOBS[:1], tmp_path / "alone", digits, CampaignCallbacks())
     assert outcome.run.folder == shorter.folder
     assert accuracies([outcome]) == accuracies([alone])
     assert open_run(shorter.folder).arguments == SMALL
@@ -104,7 +104,7 @@ def test_an_interrupted_campaign_resumes_where_it_stopped(tmp_path: Path, digits
     notes = Notes()
     outcomes = run_all(JOBS, tmp_path / "part", digits, notes.report)
     assert notes.epochs == (3, 3)
-    assert accuracies(outcomes) == accuracies(run_all(JOBS, tmp_path / "whole", digits, CampaignReport()))
+    assert accuracies(outcomes) == accuracies(run_all(JOBS, tmp_path / "whole", digits, CampaignCallbacks()))
     assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["base", "init"]
 
 
@@ -137,16 +137,16 @@ def test_a_diverged_run_is_reported_and_the_others_are_trained(tmp_path: Path, d
 
 
 def test_a_run_that_has_lost_its_state_is_reused_only_if_finished(tmp_path: Path, digits: Dataset) -> None:
-    run_all(JOBS, tmp_path, digits, CampaignReport())
+    run_all(JOBS, tmp_path, digits, CampaignCallbacks())
     unfinished = tmp_path / "init"
     for path in tmp_path.glob("*/state.pt"):
         path.unlink()
-    finished = run_all(JOBS, tmp_path, digits, CampaignReport())
+    finished = run_all(JOBS, tmp_path, digits, CampaignCallbacks())
     assert [outcome.run.name for outcome in finished] == ["base", "init"]
     (unfinished / "summary.json").unlink()
     before = {path.name: path.read_bytes() for path in unfinished.iterdir()}
     new = Job("new", replace(SMALL, seed=7))
     with pytest.raises(InputError, match=r"init/state\.pt: missing, so the run cannot be resumed"):
-        run_all([new, *JOBS], tmp_path, digits, CampaignReport())
+        run_all([new, *JOBS], tmp_path, digits, CampaignCallbacks())
     assert {path.name: path.read_bytes() for path in unfinished.iterdir()} == before
     assert not (tmp_path / "new").exists()  # refused before any other run was trained

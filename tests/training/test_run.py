@@ -21,13 +21,13 @@ from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import MODES, Arguments
 from convsim_cli.training.launch import create_run, find_or_create_run, is_finished
-from convsim_cli.training.run import COLUMNS, Report, Run, open_run, read_results, train_run
+from convsim_cli.training.run import COLUMNS, Run, RunCallbacks, open_run, read_results, train_run
 from convsim_cli.training.trainer import Trainer
 
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
 
 
-def stopping(step: int) -> Report:
+def stopping(step: int) -> RunCallbacks:
     """Stop a run inside an epoch, as Ctrl-C would: after so many steps of it and of its preparation."""
     left = step
 
@@ -37,7 +37,7 @@ def stopping(step: int) -> Report:
         if left < 0:
             raise KeyboardInterrupt
 
-    return Report(progress=lambda phase, steps: nullcontext(advance))
+    return RunCallbacks(progress=lambda phase, steps: nullcontext(advance))
 
 
 def results(run: Run) -> list[dict[str, Any]]:
@@ -256,7 +256,7 @@ def test_one_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another process"):
             train_run(run)
 
-    train_run(run, Report(begin=intrude, epoch=intrude))
+    train_run(run, RunCallbacks(begin=intrude, epoch=intrude))
 
 
 def train_until_the_disk_is_full(folder: Path, arguments: list[str]) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from convsim_cli.networks.architectures import build_network
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments, make_arguments
 from convsim_cli.training.launch import create_run, find_or_create_run, find_run, open_to_resume
-from convsim_cli.training.run import COLUMNS, Report, best_row, open_run, read_results, train_run
+from convsim_cli.training.run import COLUMNS, RunCallbacks, best_row, open_run, read_results, train_run
 from convsim_cli.training.trainer import VALIDATION_COLUMNS, FlipCrop, Trainer, learning_rate, permutation
 
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ def test_a_run_without_an_epoch_has_the_header_of_its_results(tmp_path: Path) ->
 
     run = create_run(replace(SMALL, validation=15), tmp_path, "run")
     with pytest.raises(KeyboardInterrupt):
-        train_run(run, Report(progress=stop))
+        train_run(run, RunCallbacks(progress=stop))
     assert (run.folder / "results.csv").read_text() == ",".join(COLUMNS + VALIDATION_COLUMNS) + "\n"
 
 
