@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convsim_cli.device import Progress, resolve_device, unreported
+from convsim_cli.device import Progress, resolve_device, return_freed_memory, unreported
 from convsim_cli.kernels import Kernel, Patterns, effective_weight
-from convsim_cli.measurement.feature_maps import LayerMaps
+from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes, partners_of
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
@@ -138,6 +138,8 @@ def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progre
     report = MeasureReport(str(source.checkpoint.path), probe.input, skipped=skipped)
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.path}:")
+    if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
+        return_freed_memory()  # it takes time, and halves what such layers need
     if source.model is None:
         _measure_layers(report, source, probe, device, progress)
     else:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,26 @@ def test_layers_of_which_a_sample_of_filters_is_compared_are_named(file: Path, m
         "too many filters to compare all maps, so a sample is compared, and redundant, opposite, removable and "
         "clusters are null: a.weight (5 per group)"
     ]
+
+
+MEASURE = """
+import resource, sys
+from convsim_cli.checkpoint_measure import measure_checkpoint
+
+measure_checkpoint(sys.argv[1], include=["small"], samples=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(layer,) = measure_checkpoint(sys.argv[1], include=["large"], samples=1)["layers"]
+print(layer["sampled"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_layer_of_21843_filters_takes_less_than_300_mb(tmp_path: Path) -> None:
+    weights = {"small": torch.randn(8, 8, 3, 3), "large": torch.randn(21843, 16, 1, 1)}
+    save_file(weights, tmp_path / "m.safetensors")
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path / "m.safetensors")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert found[0] == "4096"
+    assert float(found[1]) < 300
 
 
 def test_a_layer_whose_filters_vanish_is_measured(tmp_path: Path) -> None:
