@@ -63,9 +63,9 @@ def reestimate_statistics(
 ) -> None:
     """Replace the running statistics of a network's batch-norm layers, in place, by those of the given batches.
 
-    batches: inputs of the network `[B, C, …]`, on its device. Each layer's mean and unbiased variance become the plain
-    averages over batches (cumulative averages), so batches should be of equal size. layers: the layers to re-estimate,
-    all that keep statistics for None. Without such layers no batch is taken.
+    batches: inputs of the network `[B, C, …]`, on its device. Each layer's mean and unbiased variance become averages
+    over batches, weighted by their number of values. layers: the layers to re-estimate, all that keep statistics for
+    None. Without such layers no batch is taken.
 
     Nothing else in the network changes (`side_effect_free`): `num_batches_tracked` keeps counting training batches. A
     layer that sees a single value per channel, or is never called, keeps its statistics; so do all after an exception.
@@ -79,17 +79,18 @@ def reestimate_statistics(
     layers = batch_norm_layers(model) if layers is None else layers
     if not layers:
         return
-    calls: Counter[nn.Module] = Counter()
+    seen: Counter[nn.Module] = Counter()  # values of each channel
 
     def average(layer: _BatchNorm, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Let the k-th call count 1/k. torch's own average (`momentum=None`) waits for the device at every call."""
+        """Let a call count by its share of the values. torch's plain average (`momentum=None`) waits for the device."""
         images: Tensor = (*inputs, *options.values())[0]
         layer.training = images.numel() > images.shape[1]  # of one value per channel there is no variance
         if layer.training:
-            if not calls[layer]:
+            if not seen[layer]:
                 layer.reset_running_stats()  # a NaN would outlive a factor of 0
-            calls[layer] += 1
-            layer.momentum = 1 / calls[layer]
+            values = images.numel() // images.shape[1]
+            seen[layer] += values
+            layer.momentum = values / seen[layer]
 
     momenta = [layer.momentum for layer in layers]
     try:
@@ -98,7 +99,7 @@ def reestimate_statistics(
                 hooks.enter_context(layer.register_forward_pre_hook(average, with_kwargs=True))
             for images in batches:
                 model(images)
-            found = {layer: dict(layer.named_buffers(recurse=False)) for layer in layers if calls[layer]}
+            found = {layer: dict(layer.named_buffers(recurse=False)) for layer in layers if seen[layer]}
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

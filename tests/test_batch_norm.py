@@ -57,6 +57,19 @@ def test_statistics_are_the_plain_averages_over_batches(model: nn.Sequential, ba
             torch.testing.assert_close(model[i].get_buffer(buffer).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_batches_count_by_their_number_of_values() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(60, 3, 6, 6)
+    images[-1] *= 5
+    with torch.no_grad():
+        maps = model[0](images).double()
+    for sizes in ([60], [59, 1], [20, 39, 1]):
+        reestimate_statistics(model, images.split(sizes))
+        parts = [part.transpose(0, 1).flatten(1) for part in maps.split(sizes)]
+        variance = sum(part.var(1) * size for part, size in zip(parts, sizes, strict=True)) / 60
+        torch.testing.assert_close(model[1].running_mean.double(), maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model[1].running_var.double(), variance, rtol=1e-4, atol=1e-6)
+
+
 def test_without_dropout_they_are_those_of_torchs_update_bn(batches: list[Tensor]) -> None:
     ours = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     theirs = nn.Sequential(*(type(layer)(*arguments) for layer, arguments in zip(ours, _ARGUMENTS, strict=True)))
