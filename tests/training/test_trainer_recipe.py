@@ -242,7 +242,7 @@ def test_arguments_of_before_mean_the_defaults(tmp_path: Path) -> None:
         ({"optimizer": "adamw", "nesterov": True}, "`nesterov` goes with `optimizer` sgd, got `optimizer` adamw"),
         ({"warmup": 4}, "`warmup` 4: expected no more than the run's `epochs` 3"),
         ({"label_smoothing": 1.5}, "`label_smoothing` 1.5: expected a number from 0 to 1"),
-        ({"validation": 0}, "`validation` 0: expected a number above 0"),
+        ({"validation": 0}, "`validation` 0: expected a whole number above 0"),
         ({"optimizer": "adam"}, "`optimizer` adam: expected sgd or adamw"),
     ],
 )
