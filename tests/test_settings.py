@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 import torch
@@ -57,8 +58,9 @@ def test_the_library_call_has_the_options_of_the_command(call: Call) -> None:
         assert option.help.startswith(one.help.partition(". ")[0].rstrip("."))
         assert option.default == one.default or (option.default, one.default) in (([], ()), ([], None))
         kind = shown[one.name].annotation.__origin__
-        kinds = {get_origin(kind) or kind, *get_args(kind)}
-        assert kinds & {*one.types, *(TEXT if {Sequence, Mapping, tuple} & {*one.types} else ()), Literal}, one.name
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        text = TEXT if {Sequence, Mapping, tuple} & {*one.types} else ()
+        assert {get_origin(kind) or kind for kind in kinds} <= {*one.types, *text, Literal, NoneType}, one.name
         assert option.multiple == bool({Sequence, Mapping} & {*one.types})
 
 
