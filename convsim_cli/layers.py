@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,14 +19,37 @@ from convsim_cli.kernels import Kernel, evaluation_mode, is_convolution, own_wei
 def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Let a model run in evaluation mode, without gradients and not compiled, so that hooks added later are called.
 
-    On leaving, its modes, its buffers and the states of the random number generators are as they were. Precision and
-    autocast are those of the caller.
+    On leaving, its modes, its buffers and the random number generators, also Python's and numpy's, are as they were.
+    Precision and autocast are those of the caller.
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     # loading torch.compile takes seconds: where it has not been loaded, nothing is compiled
     uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.random.fork_rng(list(devices)), torch.no_grad(), uncompiled, evaluation_mode(model), _own_buffers(model):
+    with (
+        torch.random.fork_rng(list(devices)),
+        _other_generators(),
+        torch.no_grad(),
+        uncompiled,
+        evaluation_mode(model),
+        _own_buffers(model),
+    ):
         yield
+
+
+@contextmanager
+def _other_generators() -> Iterator[None]:
+    """Put back the states of Python's and numpy's generators, and of an Apple GPU's, on leaving."""
+    numpy = sys.modules.get("numpy.random")  # not loaded, it draws nothing
+    state, theirs = random.getstate(), numpy and numpy.get_state()
+    apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.set_state(theirs)
+        if apple is not None:
+            torch.mps.set_rng_state(apple)
 
 
 @contextmanager

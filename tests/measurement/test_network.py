@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -124,13 +126,15 @@ def test_measuring_draws_no_random_numbers_and_keeps_no_buffer() -> None:
             self.register_buffer("calls", torch.zeros(1))
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            self.calls += torch.rand(1)
+            self.calls += torch.rand(1) + random.random() + np.random.rand()
             return super().forward(images)  # type: ignore[no-any-return]
 
     model, images = Counting(), torch.randn(2, 3, 8, 8)
-    random = torch.get_rng_state()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     measure(model, images)
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
     assert not model.calls.any()
 
 
