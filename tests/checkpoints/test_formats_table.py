@@ -54,7 +54,7 @@ def test_one_entry_makes_a_format_known_to_open_write_back_errors_and_help(tmp_p
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     help_text, *ends = done.stdout.split("=>")
     assert [end.split()[0] for end in ends] == ["0", "0", "0", "0", "2", "2", "2"]
-    assert "A .safetensors, .pt, .pth, .th, .bin, .ckpt or .lines file." in " ".join(help_text.split())
+    assert "A .safetensors, .pt, .pth, .th, .bin, .ckpt or .lines file" in " ".join(help_text.split())
     assert done.stdout.count("12.weight") == 3  # init, measure, init
     assert (tmp_path / "made.lines").read_text().startswith("LINES")
     assert (tmp_path / "made.lines.bak").read_text().startswith("LINES")
