@@ -11,8 +11,10 @@ in training mode: dropout then draws random numbers and frozen layers thaw, and 
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
@@ -107,6 +109,35 @@ def reestimate_statistics(
         for layer, buffers in found.items():
             for name in ("running_mean", "running_var"):
                 layer.get_buffer(name).copy_(buffers[name])
+
+
+def batch_norms_before(shapes: Mapping[str, Sequence[int]], channels: Mapping[str, int]) -> dict[str, str]:
+    """Return the batch norm before each kernel of a file that has one: the kernel's name → the layer's.
+
+    shapes: of all tensors of the file, in its order. channels: kernel → number of channels that it takes, over all
+    groups, in any order, for every tensor that may be a kernel. A kernel's batch norm is the last one of that many
+    channels between it and the kernel before it. Files that list their tensors alphabetically, as safetensors does,
+    have lost the order of the layers, and `_layer_order` stands in for it.
+    """
+    names, found, between = list(shapes), dict[str, str](), dict[int, str]()
+    for name in sorted(names, key=_layer_order) if names == sorted(names) else names:
+        if name in channels:
+            if channels[name] in between:
+                found[name] = between[channels[name]]
+            between = {}
+        elif name.endswith(".running_var"):
+            between[shapes[name][0]] = name.removesuffix(".running_var")
+    return found
+
+
+def _layer_order(name: str) -> list[tuple[float, int, str]]:
+    """Sort modules by their numbers, of one number convolutions first: conv1, bn1, layer1, conv2, bn2, downsample."""
+    order = []
+    for part in name.split("."):
+        number = re.search(r"\d+", part)
+        kind = 0 if "conv" in part else 1 if re.match("bn|.*norm", part) else 2
+        order.append((int(number[0]) if number else math.inf, kind, part))
+    return order
 
 
 @contextmanager

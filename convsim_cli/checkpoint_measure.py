@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convsim_cli.batch_norm import INPUTS, batch_norms_before, choose_statistics
+from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.device import Progress, resolve_device, return_freed_memory, unreported
 from convsim_cli.kernels import Kernel, Patterns, effective_weight
 from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes, partners_of
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
-from convsim_cli.measurement.synthetic import LayerProbe
+from convsim_cli.measurement.synthetic import BatchNormBefore, LayerProbe
 from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
 from convsim_cli.networks.probe import Probe, running_on
 from convsim_cli.rotation import filter_angles, median_angle
@@ -158,17 +160,28 @@ def _measure_layers(
     for kernel in kernels:  # before any work is done
         check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
     layer_probe = LayerProbe(probe.input, probe.samples, probe.side, probe.seed)
+    channels = {skipped.name: 0 for skipped in source.selection.skipped}  # no kernels to look at, but between others
+    channels |= {kernel.name: kernel.channels for kernel in kernels}
+    norms = batch_norms_before({name: info.shape for name, info in checkpoint.tensors.items()}, channels)
     with progress(f"measure {checkpoint.path}", len(kernels)) as advance:
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)
-            _add(report, probe, kernel, weight, layer_probe.look(kernel, weight))
+            norm = _load_norm(checkpoint, norms[kernel.name], device) if kernel.name in norms else None
+            _add(report, probe, kernel, weight, layer_probe.look(kernel, weight, norm))
             advance(1)
+
+
+def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> BatchNormBefore:
+    """γ and β of a batch norm, 1 and 0 where it has none."""
+    likewise = torch.zeros_like(checkpoint.load(f"{name}.running_var"), dtype=torch.float32, device=device)
+    stored = [f"{name}.{part}" if f"{name}.{part}" in checkpoint.tensors else None for part in ("weight", "bias")]
+    gain, shift = (None if part is None else checkpoint.load(part).to(device, torch.float32) for part in stored)
+    return likewise + 1 if gain is None else gain, likewise if shift is None else shift
 
 
 def _measure_network(
     report: MeasureReport, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
 ) -> None:
-    from convsim_cli.batch_norm import INPUTS, choose_statistics
     from convsim_cli.layers import layers_of
     from convsim_cli.measurement.network import Batches, record_feature_maps
     from convsim_cli.networks.accuracy import measure_accuracy

@@ -8,7 +8,7 @@ from conftest import same_bits
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
+from convsim_cli.batch_norm import batch_norm_layers, batch_norms_before, batch_statistics, reestimate_statistics
 
 
 def network() -> nn.Sequential:
@@ -169,3 +169,34 @@ def test_batch_statistics_leave_the_running_ones(batches: list[Tensor]) -> None:
         raise KeyboardInterrupt
     assert isinstance(model[1], _BatchNorm)
     assert model[1].running_mean is not None
+
+
+RESNET = {
+    "conv1.weight": (16, 3, 3, 3),
+    "bn1": 16,
+    "layer1.0.conv1.weight": (16, 16, 3, 3),
+    "layer1.0.bn1": 16,
+    "layer1.0.conv2.weight": (32, 16, 3, 3),
+    "layer1.0.bn2": 32,
+    "layer1.0.downsample.0.weight": (32, 16, 1, 1),
+    "layer1.0.downsample.1": 32,
+    "layer2.0.conv1.weight": (8, 32, 3, 3),
+    "layer10.0.conv1.weight": (8, 8, 3, 3),
+}
+
+
+@pytest.mark.parametrize("alphabetical", [False, True])
+def test_a_files_batch_norm_before_a_layer_is_found_in_either_order(alphabetical: bool) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in RESNET.items():
+        if isinstance(shape, tuple):
+            shapes[name] = shape
+        else:
+            shapes |= {f"{name}.{part}": (shape,) for part in ("weight", "bias", "running_mean", "running_var")}
+    channels = {name: shape[1] for name, shape in shapes.items() if len(shape) == 4}
+    shapes = dict(sorted(shapes.items())) if alphabetical else shapes
+    assert batch_norms_before(shapes, channels) == {
+        "layer1.0.conv1.weight": "bn1",
+        "layer1.0.conv2.weight": "layer1.0.bn1",
+        "layer2.0.conv1.weight": "layer1.0.downsample.1",
+    }  # none for the downsampling layer, whose input has 16 channels: the batch norm before it has 32

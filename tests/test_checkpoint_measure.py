@@ -151,3 +151,25 @@ def test_filters_are_compared_with_those_of_the_first_checkpoint(tmp_path: Path,
     outcome = convsim("measure", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert "turned" in outcome.out.splitlines()[0].split("\t")
     assert "turned" not in convsim("measure", tmp_path / "a.safetensors").out
+
+
+def test_features_of_a_file_take_the_batch_norm_before_the_layer(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3))
+    with torch.no_grad():
+        model[1].bias += 3 * torch.randn(6)
+    torch.save(model.state_dict(), tmp_path / "normalized.pt")
+    torch.save({k: v for k, v in model.state_dict().items() if k[0] != "1"}, tmp_path / "plain.pt")
+    found, plain = (
+        measure_checkpoint(tmp_path / name, input="features").layers for name in ("normalized.pt", "plain.pt")
+    )
+    assert found[0] == plain[0]
+    assert found[1]["fm_corr"] != plain[1]["fm_corr"]
+    model[1].affine, model[1].weight, model[1].bias = False, None, None
+    torch.save(model.state_dict(), tmp_path / "without.pt")
+    without = measure_checkpoint(tmp_path / "without.pt", input="features").layers
+    assert without[1]["fm_corr"] == pytest.approx(plain[1]["fm_corr"], rel=1e-6)
+
+
+def test_features_are_refused_with_a_network() -> None:
+    with pytest.raises(InputError, match="`input` features stands in for what a layer of a file alone sees"):
+        measure_checkpoint(arch="cnn:4", input="features")

@@ -30,8 +30,8 @@ class Figure:
     key: its name in JSON and in tables; meaning: one line for help texts and the README; unit: empty where it is
     dimensionless; moves_with_scale: whether scaling a layer's weights changes it; shown: whether tables have a column
     for it (JSON has every figure), wide: whether only with `--wide`; compared: whether several checkpoints also get its
-    change, under `KEY_change`; keep: on a terminal that is too narrow for all columns, those with a lower number go
-    first.
+    change, under `KEY_change`; several: whether only they have it; keep: on a terminal that is too narrow for all
+    columns, those with a lower number go first.
     """
 
     key: str
@@ -41,6 +41,7 @@ class Figure:
     shown: bool = True
     wide: bool = False
     compared: bool = False
+    several: bool = False
     keep: int = 0
 
 
@@ -105,6 +106,7 @@ FIGURES: tuple[Figure, ...] = (
         "turned",
         "with several checkpoints: median angle between a filter and the same filter in the first checkpoint",
         "degrees",
+        several=True,
         keep=8,
     ),
 )
@@ -127,12 +129,8 @@ def least_important_keys() -> list[str]:
 
 
 def shown_keys(wide: bool = True, several: bool = True) -> list[str]:
-    """Return the keys that are columns of tables.
-
-    wide: also those that are left to the widest tables; several: also those that need several checkpoints.
-    """
-    shown = [figure.key for figure in FIGURES if figure.shown and (wide or not figure.wide)]
-    return [key for key in shown if several or key != "turned"]
+    """Return the keys that are columns of tables, those for `wide` ones and for `several` checkpoints included."""
+    return [figure.key for figure in FIGURES if figure.shown and wide >= figure.wide and several >= figure.several]
 
 
 def add_changes(reports: Sequence[ReportDocument]) -> list[str]:

@@ -16,6 +16,10 @@ from convsim_cli.precision import full_precision
 
 ProbeName = Literal["white", "uniform", "natural"]
 PROBES: tuple[str, ...] = get_args(ProbeName)
+FEATURES = "features"  # what a layer inside a network sees: of a file alone, layer by layer
+LAYER_PROBES = (*PROBES, FEATURES)
+IMAGE_CHANNELS = (1, 3)  # of a network's first layers
+IMAGE_CORRELATION = 0.85  # of the channels of photographs; those of CIFAR-10: 0.79 to 0.91
 SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, by its number of axes
 CPU = torch.device("cpu")
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": CPU}  # whatever torch's defaults are
@@ -61,36 +65,47 @@ def _amplitude(space: tuple[int, ...]) -> Tensor:
     return amplitude / variance.sqrt() if variance > 0 else amplitude
 
 
+BatchNormBefore = tuple[Tensor, Tensor]  # γ and β
+
+
 class LayerProbe:
     """Synthetic inputs of a layer's own channels, run through its kernels at stride 1 under full padding.
 
-    name: `white`, `uniform` or `natural`; samples: number of inputs; side: pixels along each axis, 32 for 2-D kernels
+    name: one of `LAYER_PROBES`. `features` resembles what a layer sees: 1/f noise with the correlated channels of
+    photographs for layers of 1 or 3 channels, else relu(β + γ·noise) with β and γ of the batch norm before the layer,
+    relu(noise) without one; under padding that keeps the size, since full padding of positive inputs makes the border a
+    signal that all maps share. samples: number of inputs; side: pixels along each axis, 32 for 2-D kernels
     unless given; seed: of the inputs, and of the random kernels that chance is measured with. Inputs are kept until a
     layer needs others, so that measuring a layer again, or the next one like it, takes the same ones, and the same
     chance.
     """
 
     def __init__(self, name: str = "white", samples: int = 16, side: int | None = None, seed: int = 0) -> None:
+        if name not in LAYER_PROBES:
+            raise InputError(f"unknown input {name!r}: {did_you_mean(name, LAYER_PROBES)}")
         self.name, self.samples, self.side, self.seed = name, samples, side, seed
         self._kept: tuple[object, Tensor] | None = None
         self._chances: dict[object, RandomKernels] = {}  # on the inputs that are kept
 
-    def look(self, kernel: Kernel, weight: Tensor) -> LayerMaps:
-        """Return a layer's maps, chance included. weight: as stored, on the device to compute on."""
-        maps = self._run(kernel, weight)
+    def look(self, kernel: Kernel, weight: Tensor, norm: BatchNormBefore | None = None) -> LayerMaps:
+        """Return a layer's maps, chance included.
+
+        weight: as stored, on the device to compute on. norm: γ and β of the batch norm before it, for `features`.
+        """
+        maps = self._run(kernel, weight, norm)
         assert maps.chance is not None
         key = kernel.shape, kernel.groups, kernel.transposed
-        if key in self._chances:  # as for thousands of layers of one shape
+        if norm is None and key in self._chances:  # as for thousands of layers of one shape
             maps.chance = self._chances[key]
             return maps
         drawn = [kernel.to_convolution(weight) for weight in maps.chance.weights(weight.float())]
         if maps.sample is not None:  # of very many filters, only those whose maps are kept are run
             drawn = [filters.unflatten(0, (kernel.groups, -1))[:, :MOST_FILTERS].flatten(0, 1) for filters in drawn]
         at_once = drawn if kernel.groups > 1 else [torch.cat(drawn)]
-        for images in self._batches(kernel, weight.device, maps.chance.filters):
-            found = [_convolve(kernel, images, filters) for filters in at_once]
+        for images in self._batches(kernel, weight.device, maps.chance.filters, norm):
+            found = [self._convolve(kernel, images, filters) for filters in at_once]
             maps.chance.update(found if kernel.groups > 1 else found[0].chunk(len(drawn), 1))
-        if maps.sample is None:
+        if maps.sample is None and norm is None:
             self._chances[key] = maps.chance
         return maps
 
@@ -99,20 +114,22 @@ class LayerProbe:
 
         living: which filters take part, by their norms for None.
         """
-        maps = self._run(kernel, weight, whole=False)
+        maps = self._run(kernel, weight, None, whole=False)
         maps.living = maps.living if living is None else living
         return maps.fm_corr()
 
-    def _run(self, kernel: Kernel, weight: Tensor, whole: bool = True) -> LayerMaps:
+    def _run(self, kernel: Kernel, weight: Tensor, norm: BatchNormBefore | None, whole: bool = True) -> LayerMaps:
         """Return the maps of a layer's own filters."""
         scale = weight.abs().amax().double().item() or 1.0  # other maps could leave the range of float32
         filters = (kernel.to_convolution(weight) / scale).float()
         maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed, whole=whole)
-        for images in self._batches(kernel, weight.device, kernel.filters):
-            maps.update(_convolve(kernel, images, filters))
+        for images in self._batches(kernel, weight.device, kernel.filters, norm):
+            maps.update(self._convolve(kernel, images, filters))
         return maps
 
-    def _batches(self, kernel: Kernel, device: torch.device, filters: int) -> Iterator[Tensor]:
+    def _batches(
+        self, kernel: Kernel, device: torch.device, filters: int, norm: BatchNormBefore | None
+    ) -> Iterator[Tensor]:
         """The inputs, so many at a time that the maps of `filters` filters take bounded memory."""
         axes = len(kernel.taps)
         space = (self.side or SIDE[axes],) * axes
@@ -120,12 +137,29 @@ class LayerProbe:
         key = (kernel.channels, space, device)
         if self._kept is None or self._kept[0] != key:
             self._kept, self._chances = None, {}  # before others are made: one layer's inputs at a time
-            self._kept = key, make_inputs(self.name, self.samples, kernel.channels, space, self.seed, device)
-        yield from self._kept[1].split(inputs_at_once(filters, kernel.groups, positions))
+            self._kept = key, self._make_inputs(kernel.channels, space, device)
+        for images in self._kept[1].split(inputs_at_once(filters, kernel.groups, positions)):
+            if self.name != FEATURES or kernel.channels in IMAGE_CHANNELS:
+                yield images
+            elif norm is None:
+                yield images.relu()
+            else:
+                gain, shift = (values.reshape(-1, *(1,) * axes) for values in norm)
+                yield (images * gain).add_(shift).relu_()
 
+    def _make_inputs(self, channels: int, space: tuple[int, ...], device: torch.device) -> Tensor:
+        if self.name != FEATURES:
+            return make_inputs(self.name, self.samples, channels, space, self.seed, device)
+        if channels not in IMAGE_CHANNELS:
+            return make_inputs("natural", self.samples, channels, space, self.seed, device)
+        shared, own = make_inputs("natural", self.samples, channels + 1, space, self.seed, device).split(
+            (1, channels), 1
+        )
+        return shared * IMAGE_CORRELATION**0.5 + own * (1 - IMAGE_CORRELATION) ** 0.5
 
-def _convolve(kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
-    padding = tuple(k - 1 for k in kernel.taps)
-    convolution = _CONVOLUTIONS[len(kernel.taps) - 1]
-    with full_precision(images.device), torch.inference_mode():
-        return convolution(images, filters, padding=padding, groups=kernel.groups)
+    def _convolve(self, kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
+        padding = "same" if self.name == FEATURES else tuple(k - 1 for k in kernel.taps)
+        convolution: Any = _CONVOLUTIONS[len(kernel.taps) - 1]
+        with full_precision(images.device), torch.inference_mode():
+            found: Tensor = convolution(images, filters, padding=padding, groups=kernel.groups)
+        return found

@@ -22,7 +22,7 @@ from convsim_cli.inputs.images import Channels, Dataset, resize
 from convsim_cli.kernels import is_convolution
 from convsim_cli.layers import side_effect_free
 from convsim_cli.measurement.pairs import THRESHOLD
-from convsim_cli.measurement.synthetic import PROBES, SIDE, make_inputs
+from convsim_cli.measurement.synthetic import FEATURES, LAYER_PROBES, PROBES, SIDE, make_inputs
 from convsim_cli.networks.architectures import usual_side
 
 USUAL = (3, 1)  # channels of images
@@ -62,9 +62,9 @@ class Probe:
             raise InputError(f"`threshold` is {self.threshold}; expected a cosine above 0, up to 1")
         if self.channels is not None and self.channels < 1:
             raise InputError(f"`input_channels` is {self.channels}; expected at least 1")
-        if self.channels not in (None, 3) and self.input not in PROBES:
+        if self.channels not in (None, 3) and self.input not in LAYER_PROBES:
             raise InputError(f"`input_channels` goes with synthetic inputs: the images of `input` {self.input} have 3")
-        if self.input in PROBES and (self.mean, self.std) != (None, None):
+        if self.input in LAYER_PROBES and (self.mean, self.std) != (None, None):
             raise InputError(
                 f"`mean` and `std` normalize images: `input` {self.input} has none; name a data set or folder"
             )
@@ -73,9 +73,10 @@ class Probe:
         """Raise InputError for what needs a network to run through: images, or inputs of another number of channels."""
         if self.channels is not None:
             raise InputError("`input_channels` requires `arch`: each layer is probed with as many channels as it takes")
-        if self.input not in PROBES:
+        if self.input not in LAYER_PROBES:
             hint = "needs `arch`: a checkpoint alone is probed layer by layer" if self._is_known() else None
-            raise InputError(f"`input` {self.input}: {hint or did_you_mean(self.input, (*PROBES, *datasets.NAMES))}")
+            known = (*LAYER_PROBES, *datasets.NAMES)
+            raise InputError(f"`input` {self.input}: {hint or did_you_mean(self.input, known)}")
 
     def load(self, model: nn.Module, arch: str, training: bool = False) -> tuple[Tensor, Dataset | None]:
         """Return the inputs `[samples, C, …]` of a network, and the data set that they are from where they have labels.
@@ -86,6 +87,11 @@ class Probe:
             channels, axes = find_input(model, lambda axes: self._side(arch, axes), self.channels)
             space = (self._side(arch, axes),) * axes
             return make_inputs(self.input, self.samples, channels, space, self.seed), None
+        if self.input == FEATURES:
+            raise InputError(
+                f"`input` {FEATURES} stands in for what a layer of a file alone sees; with `arch` the network's own "
+                "layers see it: name white, natural, a data set or a folder"
+            )
         if not self._is_known():
             hint = did_you_mean(self.input, (*PROBES, *datasets.NAMES))
             raise InputError(f"`input` {self.input!r}: {hint}, or a folder")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import literal_map_figures
+from references import literal_fm_corr, literal_map_figures
 from torch import nn
 
 from convsim_cli.kernels import Kernel
@@ -60,3 +60,32 @@ def test_inputs_are_made_once_for_layers_that_take_the_same(monkeypatch: pytest.
         probe.fm_corr(kernel, torch.randn(kernel.shape))
         probe.look(kernel, torch.randn(kernel.shape))
     assert made == [2, 3]
+
+
+def test_features_are_rectified_and_scaled_by_the_batch_norm_before() -> None:
+    weight = torch.randn(10, 4, 3, 3)
+    kernel, noise = Kernel("k", (10, 4, 3, 3), 2), make_inputs("natural", 3, 8, (12, 12), seed=1)
+    gain, shift = torch.rand(8) + 0.5, torch.randn(8)
+    probe = LayerProbe("features", samples=3, side=12, seed=1)
+    for norm, inputs in (
+        (None, noise.relu()),
+        ((gain, shift), (noise * gain.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)).relu()),
+    ):
+        maps = nn.functional.conv2d(inputs, weight, padding=1, groups=2)
+        assert probe.look(kernel, weight, norm).fm_corr() == pytest.approx(literal_fm_corr(maps, 2), rel=1e-4)
+
+
+def test_the_first_layers_features_are_noise_with_the_channels_of_photographs() -> None:
+    kernel, weight = Kernel("k", (3, 3, 1, 1)), torch.eye(3).reshape(3, 3, 1, 1)
+    found = LayerProbe("features", samples=64).look(kernel, weight).correlation()[0]
+    assert found[~torch.eye(3, dtype=torch.bool)].mean() == pytest.approx(0.85, abs=0.01)
+    gray = LayerProbe("features", samples=64).look(Kernel("k", (2, 1, 1, 1)), torch.ones(2, 1, 1, 1))
+    assert gray.moments.mean.abs().max() < 1e-3 < 0.9 < gray.moments.variance.min()
+
+
+def test_chance_is_that_of_the_batch_norm_before_each_layer() -> None:
+    kernel, probe = Kernel("k", (8, 8, 3, 3)), LayerProbe("features", samples=2)
+    norms = (torch.ones(8), torch.zeros(8)), (torch.ones(8), torch.linspace(-4, 4, 8))
+    first, second = (probe.look(kernel, torch.randn(8, 8, 3, 3), norm).chance.figures([8]) for norm in norms)
+    assert first != second
+    assert first == probe.look(kernel, torch.randn(8, 8, 3, 3)).chance.figures([8])
