@@ -31,7 +31,13 @@ from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Layer, Minimization, minimize_kernels
-from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
+from convsim_cli.networks.load import (
+    ModelCheckpoint,
+    check_inputs,
+    explain_failure,
+    load_inputs,
+    open_model_checkpoint,
+)
 from convsim_cli.settings import InitOptions, with_signature_of
 
 if TYPE_CHECKING:  # what most calls do not need
@@ -248,31 +254,20 @@ def _change_network(source: ModelCheckpoint, options: InitOptions, device: torch
     Layers that the network never calls leave the selection, with the reason. Raises InputError for a network that does
     not run on such inputs, and for NaN or Inf in a kernel or a map.
     """
-    from convsim_cli.networks.probe import Probe, running_on
-
     assert source.model is not None
     assert source.arch is not None
     method = METHODS[options.method]
     assert method.of_maps is not None
-    inputs = Probe(
-        options.input or "",
-        options.samples,
-        options.input_size,
-        Path(options.data_dir),
-        options.seed,
-        options.mean,
-        options.std,
-        channels=options.input_channels,
-    )
+    check_inputs(options)
     own = {file: name for name, file in reversed((source.names or {}).items())}
     kernels = [replace(kernel, name=own.get(kernel.name, kernel.name)) for kernel in source.selection.kernels]
     with redirect_stdout(sys.stderr):  # what a user's network prints is no data
-        images = inputs.load(source.model, source.arch, training=True)[0].to(device)
+        images = load_inputs(options, options.seed, source.model, source.arch, training=True)[0].to(device)
         model = copy.deepcopy(source.model).to(device)
         weights = [weight_of(model, kernel).detach() for kernel in kernels]
         former = [weight.clone() for weight in weights]
         advice = "try another `input_size`"
-        with progress(method.name, len(kernels)) as advance, running_on(images.shape, source.arch, advice):
+        with progress(method.name, len(kernels)) as advance, explain_failure(images.shape, source.arch, advice):
             called = {record["name"] for record in method.of_maps(model, kernels, images, advance)}
     kept = Selection(skipped=list(source.selection.skipped))
     found = {}

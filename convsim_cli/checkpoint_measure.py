@@ -24,8 +24,14 @@ from convsim_cli.measurement.figures import Record, add_changes, partners_of
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
 from convsim_cli.measurement.synthetic import BatchNormBefore, LayerProbe
-from convsim_cli.networks.load import ModelCheckpoint, open_model_checkpoint
-from convsim_cli.networks.probe import Probe, running_on
+from convsim_cli.networks.load import (
+    ModelCheckpoint,
+    check_inputs,
+    explain_failure,
+    load_inputs,
+    open_model_checkpoint,
+    require_layer_inputs,
+)
 from convsim_cli.rotation import filter_angles, median_angle
 from convsim_cli.settings import MeasureOptions, with_signature_of
 
@@ -50,7 +56,7 @@ class MeasureReport:
     total: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    heat: dict[str, HeatMap] = field(default_factory=dict)
+    heat: dict[str, HeatMap] | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the content of the JSON document of `convsim measure`."""
@@ -85,20 +91,7 @@ def measure_checkpoints(
     Opens all of them before it measures the first. heat: whether to make heat maps. Errors as `measure_checkpoint`.
     """
     options.check()
-    probe = Probe(
-        options.input,
-        options.samples,
-        options.input_size,
-        Path(options.data_dir),
-        options.seed,
-        options.mean,
-        options.std,
-        options.threshold,
-        options.bn_statistics,
-        options.top,
-        heat,
-        options.input_channels,
-    )
+    check_inputs(options)
     device = resolve_device(options.device)
     patterns = Patterns(options.include, options.exclude, list((options.groups or {}).items()), options.transposed)
     sources = [
@@ -114,7 +107,7 @@ def measure_checkpoints(
         )
         for path in paths
     ]
-    reports = [_measure(source, probe, device, progress) for source in sources]
+    reports = [_measure(source, options, heat, device, progress) for source in sources]
     if len(reports) > 1:
         reports[0].warnings += add_changes([report.document() for report in reports])
         for source, report in zip(sources[1:], reports[1:], strict=True):
@@ -135,31 +128,33 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
         layer["turned"] = median_angle(filter_angles(kernel, *weights))
 
 
-def _measure(source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress) -> MeasureReport:
+def _measure(
+    source: ModelCheckpoint, options: MeasureOptions, heat: bool, device: torch.device, progress: Progress
+) -> MeasureReport:
     skipped = [entry.record() for entry in source.selection.skipped]
-    report = MeasureReport(str(source.checkpoint.path), probe.input, skipped=skipped)
+    report = MeasureReport(str(source.checkpoint.path), options.input, skipped=skipped, heat={} if heat else None)
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.path}:")
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
         return_freed_memory()  # it takes time, and halves what such layers need
     if source.model is None:
-        _measure_layers(report, source, probe, device, progress)
+        _measure_layers(report, source, options, device, progress)
     else:
         with redirect_stdout(sys.stderr):  # what a user's network prints is no data
-            _measure_network(report, source, probe, device, progress)
+            _measure_network(report, source, options, device, progress)
     report.notes += _sample_notes(report.layers)
     report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
     return report
 
 
 def _measure_layers(
-    report: MeasureReport, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+    report: MeasureReport, source: ModelCheckpoint, options: MeasureOptions, device: torch.device, progress: Progress
 ) -> None:
-    probe.require_synthetic()
+    require_layer_inputs(options)
     checkpoint, kernels = source.checkpoint, source.selection.kernels
     for kernel in kernels:  # before any work is done
         check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
-    layer_probe = LayerProbe(probe.input, probe.samples, probe.side, probe.seed)
+    layer_probe = LayerProbe(options.input, options.samples, options.input_size, options.seed)
     channels = {skipped.name: 0 for skipped in source.selection.skipped}  # no kernels to look at, but between others
     channels |= {kernel.name: kernel.channels for kernel in kernels}
     norms = batch_norms_before({name: info.shape for name, info in checkpoint.tensors.items()}, channels)
@@ -167,7 +162,7 @@ def _measure_layers(
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)
             norm = _load_norm(checkpoint, norms[kernel.name], device) if kernel.name in norms else None
-            _add(report, probe, kernel, weight, layer_probe.look(kernel, weight, norm))
+            _add(report, options, kernel, weight, layer_probe.look(kernel, weight, norm))
             advance(1)
 
 
@@ -180,7 +175,7 @@ def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> Batch
 
 
 def _measure_network(
-    report: MeasureReport, source: ModelCheckpoint, probe: Probe, device: torch.device, progress: Progress
+    report: MeasureReport, source: ModelCheckpoint, options: MeasureOptions, device: torch.device, progress: Progress
 ) -> None:
     from convsim_cli.layers import layers_of
     from convsim_cli.measurement.network import Batches, record_feature_maps
@@ -194,40 +189,40 @@ def _measure_network(
     weights = {name: weight.detach() for name, weight in found.items() if weight is not None}
     for kernel in kernels:
         check_finite(kernel, weights[kernel.name], path)
-    images, data = probe.load(model, arch)
-    report.bn_statistics = chosen = choose_statistics(model, probe.bn_statistics, source.kernels_changed)
+    images, data = load_inputs(options, options.seed, model, arch)
+    report.bn_statistics = chosen = choose_statistics(model, options.bn_statistics, source.kernels_changed)
     if chosen == INPUTS:
-        why = "" if probe.bn_statistics == INPUTS else ": the stored ones do not belong to these kernels"
+        why = "" if options.bn_statistics == INPUTS else ": the stored ones do not belong to these kernels"
         report.notes.append(f"batch-norm statistics are re-estimated on the inputs{why}")
     count = ceil(len(images) / MAP_BATCH)
     advice = "try another `input_size`, `input` or `input_channels`"
     with (
-        running_on(images.shape, arch, advice),
+        explain_failure(images.shape, arch, advice),
         progress(f"feature maps of {path}", len(images) * (2 if chosen == INPUTS else 1)) as advance,
     ):
         batches = Batches(images.tensor_split(count), device, advance)
-        maps = record_feature_maps(model, kernels, batches, source.names, bn_statistics=chosen, seed=probe.seed)
+        maps = record_feature_maps(model, kernels, batches, source.names, bn_statistics=chosen, seed=options.seed)
     with progress(f"measure {path}", len(kernels)) as advance:
         for kernel in kernels:
             of_layer = maps.pop(kernel.name)
-            _add(report, probe, kernel, weights[kernel.name], of_layer)
+            _add(report, options, kernel, weights[kernel.name], of_layer)
             report.layers[-1]["calls"] = of_layer.calls // count
             advance(1)
     report.notes += _call_notes(report.layers)
     if data is not None:
         with progress(f"test accuracy of {path}", len(data.test)) as advance:
-            accuracy, notes = measure_accuracy(model, data, device, probe.side, advance)
+            accuracy, notes = measure_accuracy(model, data, device, options.input_size, advance)
         report.notes += notes
         if accuracy is not None:
             report.total["accuracy"] = accuracy
 
 
-def _add(report: MeasureReport, probe: Probe, kernel: Kernel, weight: Tensor, maps: LayerMaps) -> None:
-    record = measure_layer(kernel, weight, maps, probe.threshold)
-    correlation = maps.correlation() if (probe.top or probe.heat) and maps.sample is None else None
-    if probe.top:
-        record["top"] = [] if correlation is None else strongest_pairs(correlation, probe.top)
-    if probe.heat and correlation is not None:
+def _add(report: MeasureReport, options: MeasureOptions, kernel: Kernel, weight: Tensor, maps: LayerMaps) -> None:
+    record = measure_layer(kernel, weight, maps, options.threshold)
+    correlation = maps.correlation() if maps.sample is None and (options.top or report.heat is not None) else None
+    if options.top:
+        record["top"] = [] if correlation is None else strongest_pairs(correlation, options.top)
+    if report.heat is not None and correlation is not None:
         report.heat[kernel.name] = make_heat_map(correlation)
     report.layers.append(record)
 

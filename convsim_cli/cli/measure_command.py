@@ -169,13 +169,12 @@ def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) ->
 
 
 def _draw(report: MeasureReport, page: Path) -> None:
-    captions = {
-        layer["name"]: f"fm_corr {layer['fm_corr']:.3g}" for layer in report.layers if layer["name"] in report.heat
-    }
+    heat = report.heat or {}
+    captions = {layer["name"]: f"fm_corr {layer['fm_corr']:.3g}" for layer in report.layers if layer["name"] in heat}
     title = f"{report.source}: correlation of feature maps, filter by filter ({report.input} inputs)"
-    if any(heat.pooled for heat in report.heat.values()):
+    if any(map_.pooled for map_ in heat.values()):
         title += "; in large layers a cell shows the strongest of several pairs"
-    save_figure(draw_heat(report.heat, captions, title), page)
+    save_figure(draw_heat(heat, captions, title), page)
 
 
 def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int) -> None:

@@ -1,29 +1,40 @@
-"""Open a checkpoint alone, a checkpoint with the network that it belongs to, or a new network.
+"""Open a checkpoint alone, a checkpoint with the network that it belongs to, or a new network; and what it runs on.
 
 A checkpoint's tensors are matched with a network's by their names, whatever prefix or wrapper these have in the file. A
 parameter that a network holds under several names is changed under each of them.
+
+The inputs that a network takes are found by a dry run, since a network may define its layers in any order.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from convsim_cli.checkpoints.base import Checkpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
-from convsim_cli.errors import InputError
-from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, module_kernels
+from convsim_cli.errors import ConvsimError, InputError, did_you_mean
+from convsim_cli.inputs import datasets
+from convsim_cli.inputs.datasets import load_dataset, load_images
+from convsim_cli.inputs.images import Dataset, resize
+from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, is_convolution, module_kernels
 from convsim_cli.kernels.guess import WRAPPERS, is_averaged, is_optimizer_state
-from convsim_cli.networks.architectures import build_network, warn_of_random_weights
+from convsim_cli.layers import side_effect_free
+from convsim_cli.measurement.synthetic import FEATURES, LAYER_PROBES, PROBES, SIDE, make_inputs
+from convsim_cli.networks.architectures import build_network, usual_side, warn_of_random_weights
+from convsim_cli.settings import InputOptions
 
 _USUAL = ("", "model.")  # prefixes
 _WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
+USUAL = (3, 1)  # channels of images
 _COUNTER = "num_batches_tracked"  # of batch normalization: optional in files
 
 
@@ -244,3 +255,121 @@ def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
         place = storage_extent(tensor)
         groups.setdefault((place, tensor.shape, tensor.stride()) if place else name, []).append(name)
     return list(groups.values())
+
+
+def check_inputs(options: InputOptions) -> None:
+    """Raise InputError for options that the inputs have no use for."""
+    if options.input_channels not in (None, 3) and options.input not in LAYER_PROBES:
+        raise InputError(f"`input_channels` goes with synthetic inputs: the images of `input` {options.input} have 3")
+    if options.input in LAYER_PROBES and (options.mean, options.std) != (None, None):
+        raise InputError(
+            f"`mean` and `std` normalize images: `input` {options.input} has none; name a data set or folder"
+        )
+
+
+def require_layer_inputs(options: InputOptions) -> None:
+    """Raise InputError for what needs a network to run through: images, or inputs of another number of channels."""
+    if options.input_channels is not None:
+        raise InputError("`input_channels` requires `arch`: each layer is probed with as many channels as it takes")
+    name = str(options.input)
+    if name not in LAYER_PROBES:
+        is_known = _is_labeled(name) or Path(name).is_dir()
+        hint = did_you_mean(name, (*LAYER_PROBES, *datasets.NAMES))
+        what = "needs `arch`: a checkpoint alone is probed layer by layer" if is_known else hint
+        raise InputError(f"`input` {name}: {what}")
+
+
+def load_inputs(
+    options: InputOptions, seed: int, model: nn.Module, arch: str, training: bool = False
+) -> tuple[Tensor, Dataset | None]:
+    """Return the inputs `[samples, C, …]` of a network, and the data set that they are from where they have labels.
+
+    seed: of synthetic inputs. training: take the first training images of a data set, in place of its test images.
+    Raises InputError.
+    """
+
+    def length(axes: int) -> int:
+        return options.input_size or (usual_side(arch) if axes == 2 else SIDE[axes])
+
+    name = str(options.input)
+    if name in PROBES:
+        channels, axes = find_input(model, length, options.input_channels)
+        return make_inputs(name, options.samples, channels, (length(axes),) * axes, seed), None
+    if name == FEATURES:
+        raise InputError(
+            f"`input` {FEATURES} stands in for what a layer of a file alone sees; with `arch` the network's own layers "
+            "see it: name white, natural, a data set or a folder"
+        )
+    if not _is_labeled(name):
+        if not Path(name).is_dir():
+            raise InputError(f"`input` {name!r}: {did_you_mean(name, (*PROBES, *datasets.NAMES))}, or a folder")
+        return load_images(Path(name), options.samples, length(2), options.mean, options.std), None
+    folder = Path(options.data_dir)
+    data = load_dataset(name, folder, length(2), options.mean, options.std, test_only=not training)
+    split = data.train if training else data.test
+    return resize(data.normalize(split.images[: options.samples]), options.input_size), data
+
+
+def _is_labeled(name: str) -> bool:
+    return name in datasets.NAMES or name.startswith("folder:")
+
+
+@contextmanager
+def explain_failure(shape: Sequence[int], arch: str, advice: str) -> Iterator[None]:
+    """Raise InputError where the code of a network raises in the block: it does not run on inputs of this shape."""
+    try:
+        yield
+    except ConvsimError:
+        raise
+    except Exception as error:  # whatever a network's own code raises
+        raise InputError(
+            f"`arch` {arch}: does not run on inputs {list(shape)} "
+            f"({' '.join(str(error).split())[:160] or type(error).__name__}); {advice}"
+        ) from error
+
+
+def find_input(model: nn.Module, side: Callable[[int], int], channels: int | None = None) -> tuple[int, int]:
+    """Return the number of channels that a network takes, and of the axes that follow them (2 for images).
+
+    An input of zeros is tried with 3 channels, with 1, and with those of each convolution; the first convolution that
+    runs on it decides. The network stays as it was. side: number of axes → length of each. channels: their number, if
+    it is known. A network that takes none of these gets what its first convolution is defined with.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if is_convolution(layer)]
+    axes = [axes for axes, _ in Counter(len(layer.kernel_size) for layer in layers).most_common()]
+    usual = [(number, count) for count in axes for number in (USUAL if channels is None else (channels,))]
+    own = [(layer.in_channels, len(layer.kernel_size)) for layer in layers if channels is None]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        with side_effect_free(model), ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(_stop))
+            for number, count in dict.fromkeys(usual + own):
+                if _accepts(model, number, (side(count),) * count):
+                    return number, count
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+    return own[0] if own else usual[0]
+
+
+class _Accepted(BaseException):  # no Exception: a network may catch those
+    """A convolution has run."""
+
+
+def _accepts(model: nn.Module, channels: int, sides: tuple[int, ...]) -> bool:
+    """Return whether a convolution runs on an input of zeros, before anything fails."""
+    parameter = next(model.parameters())
+    try:
+        model(torch.zeros(1, channels, *sides, device=parameter.device))
+    except _Accepted:
+        return True
+    except Exception:  # whatever a network's own code raises for an input that it does not take
+        return False
+    return False
+
+
+def _stop(*_: object) -> NoReturn:
+    raise _Accepted

@@ -11,7 +11,7 @@ from conftest import Convsim, same_bits
 from torch import Tensor, nn
 
 from convsim_cli.networks.architectures import build_network
-from convsim_cli.networks.probe import find_input
+from convsim_cli.networks.load import find_input
 
 
 class BodyFirst(nn.Module):
