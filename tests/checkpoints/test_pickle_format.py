@@ -138,18 +138,18 @@ DISGUISED = {
 
 
 @pytest.mark.parametrize("kind", DISGUISED)
-def test_a_disguised_stand_in_reaches_no_numpy_and_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+def test_a_disguised_stand_in_reaches_no_numpy_and_is_refused_in_one_line(
+    kind: str, tmp_path: Path, convsim: Convsim
+) -> None:
     made, path = io.BytesIO(), tmp_path / "model.pt"
     torch.save({"a.weight": KERNEL, "other": 7}, made)
     with zipfile.ZipFile(made) as source, zipfile.ZipFile(path, "w") as target:
         for name in source.namelist():
             target.writestr(name, source.read(name).replace(b"K\x07", DISGUISED[kind]))
     before = path.read_bytes()
-    command = [sys.executable, "-m", "convsim_cli", "init", str(path), "--iterations", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "is no plain data" in done.stderr
-    assert "Traceback" not in done.stderr
+    outcome = convsim("init", path, "--iterations", 1)
+    assert outcome.code == 2, outcome.err
+    assert "is no plain data" in outcome.error
     assert path.read_bytes() == before
 
 
