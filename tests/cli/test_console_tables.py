@@ -168,10 +168,30 @@ def test_a_row_that_no_choice_of_columns_fits_is_stacked(
     terminal: Terminal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = terminal(80)
-    Console().table(["run", "accuracy"], [["r" * 70, 79.16], ["short", 1.5]])
-    first = [f"run       {'r' * 70}", "accuracy  79.16", ""]
-    assert lines() == [*first, "run       short", "accuracy  1.5", ""]
+    Console().table(["run", "arguments"], [["r" * 70, "a" * 90], ["short", "b"]])
+    first = [f"run        {'r' * 70}", f"arguments  {'a' * 90}", ""]
+    assert lines() == [*first, "run        short", "arguments  b", ""]
     assert "a line per figure" in capsys.readouterr().err
+
+
+def test_a_name_that_leaves_no_room_stands_on_a_line_of_its_own(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = terminal(80)
+    Console().table(["run", "epochs", "accuracy"], [["r" * 70, 30, 79.16], ["short", 5, 1.5]], ["epochs"])
+    header, rule, *rows = (line.rstrip() for line in lines() if line.strip())
+    assert (header.split(), set(rule.strip())) == (["epochs", "accuracy"], {"─"})  # there is room for both again
+    assert [row.split() for row in rows] == [["r" * 70], ["30", "79.16"], ["short"], ["5", "1.5"]]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_main_figures_are_the_last_that_a_narrow_terminal_shows(
+    files: tuple[Path, Path], terminal: Terminal
+) -> None:
+    lines = terminal(60)
+    assert run(["measure", str(files[0]), "--samples", "1"]) == 0
+    text = " ".join(lines())
+    assert all(word in text for word in ("filters", "fm_rank", "random", "removable", "stage.layer1.0.conv1.weight"))
 
 
 @given(some.lists(some.integers(1, 40), min_size=1, max_size=9), some.integers(10, 200), some.data())
