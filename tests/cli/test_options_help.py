@@ -12,6 +12,7 @@ from typer.main import get_command
 from convsim_cli.cli import COMMANDS, app
 from convsim_cli.measurement.figures import FIGURES
 from convsim_cli.methods import METHODS, OBJECTIVE_NAMES
+from convsim_cli.reproduction.published import ARMS
 from convsim_cli.training.config import MODES
 
 NAMES = [command.__name__ for command in COMMANDS]
@@ -60,6 +61,11 @@ def test_help_all_explains_every_method_and_mode(command: str, convsim: Convsim)
     for table in [METHODS, MODES] if command == "train" else [METHODS]:
         assert all(f"{name} {words(entry.meaning)}" in text for name, entry in table.items())
     assert command == "init" or f"One of {', '.join(OBJECTIVE_NAMES)}." in text
+
+
+def test_help_all_lists_the_arms_and_breaks_no_name_at_a_hyphen(convsim: Convsim) -> None:
+    text = convsim("reproduce", "--help-all").out
+    assert all(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) for name in ARMS)
 
 
 def test_figures_are_explained_with_their_units(convsim: Convsim) -> None:
