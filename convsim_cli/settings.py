@@ -232,12 +232,12 @@ class MeasureOptions(InputOptions, CheckpointOptions):
 
     input: str = setting(
         "white",
-        "What the layers are probed with. white, uniform or natural; with --arch also cifar10, cifar100, digits, "
-        "folder:PATH, or a folder of images.",
+        "What the layers are probed with. white, uniform or natural; without --arch also features, with it also cifar10, "
+        "cifar100, digits, folder:PATH, or a folder of images.",
         "Inputs",
         metavar="INPUT",
         common=True,
-        known=INPUTS,
+        known=(*INPUTS, "features"),
     )
     bn_statistics: Literal["auto", "stored", "inputs"] = setting(
         "auto",
