@@ -232,8 +232,8 @@ class MeasureOptions(InputOptions, CheckpointOptions):
 
     input: str = setting(
         "white",
-        "What the layers are probed with. white, uniform or natural; without --arch also features, with it also cifar10, "
-        "cifar100, digits, folder:PATH, or a folder of images.",
+        "What the layers are probed with. white, uniform or natural; without --arch also features, with it also "
+        "cifar10, cifar100, digits, folder:PATH, or a folder of images.",
         "Inputs",
         metavar="INPUT",
         common=True,
