@@ -102,7 +102,9 @@ class TurnMonitor:
 
     def last_turns(self) -> dict[str, float | None]:
         """Return each layer's median turn in the last step that was looked at, in degrees. Waits for the device."""
-        return {name: median_angle(turns[-1]) for name, turns in self._turns.items()}
+        medians = [turns[-1].nanmedian() for turns in self._turns.values()]
+        found = torch.stack([median.to(medians[0]) for median in medians]).tolist() if medians else []
+        return {name: turn if turn == turn else None for name, turn in zip(self._turns, found, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
         """Return the kernels of the start, by name, to save with a run."""

@@ -100,7 +100,7 @@ from convsim_cli.checkpoint_measure import measure_checkpoint
 
 measure_checkpoint(sys.argv[1], include=["small"], samples=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-(layer,) = measure_checkpoint(sys.argv[1], include=["large"], samples=1)["layers"]
+(layer,) = measure_checkpoint(sys.argv[1], include=["large"], samples=1).layers
 print(layer["sampled"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

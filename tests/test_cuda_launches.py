@@ -126,7 +126,9 @@ def test_training_waits_once_an_epoch_however_many_steps_that_has(mode: str, mor
         waits.append(trace.waits)
         launches.append(trace.launches.total())
     assert waits[0] == waits[1]
-    assert waits[0].total() <= 4, waits  # the sums of the loss and of correct predictions
+    assert waits[0].total() <= 5, (
+        waits
+    )  # sums of the loss and of correct predictions; in the first epoch the first turn
     assert (launches[1] - launches[0]) / 4 <= 90
 
 
@@ -151,7 +153,7 @@ def test_feature_map_statistics_wait_no_more_for_more_inputs() -> None:
     with Trace():
         seen = LayerMaps(kernel, weight)
     maps = torch.randn(8, 64, 34, 34, device=CUDA)
-    assert not traced(lambda: seen.similarity.update(maps)).waits
+    assert not traced(lambda: seen.update(maps)).waits
 
 
 @pytest.mark.parametrize(

@@ -444,9 +444,3 @@ def test_layers_that_cannot_be_minimized_are_named_in_one_warning() -> None:
         assert [record["name"] for record in minimize_(model, 1)] == ["0.weight"]
     assert len(caught) == 1
     assert caught[0].filename == __file__
-
-
-def test_reports_name_the_objective_or_raw_or_norm_preserving() -> None:
-    assert Minimization().label == "raw"
-    assert Minimization(preserve_norm=True).label == "norm-preserving"
-    assert Minimization(objective="kernel", preserve_norm=True).label == "kernel"

@@ -126,7 +126,7 @@ def _init(given: argparse.Namespace, name: str, preserve_norm: bool, aim: str) -
     list(minimize_kernels(layers, Minimization(5, preserve_norm=preserve_norm)))  # what is created once
     seconds = _seconds(lambda: list(minimize_kernels(layers, how)), given.device)
     moved = iterations * BYTES * sum(weight.numel() for _, weight in layers)
-    what = f"init {name}, {iterations} iterations, {how.label}"
+    what = f"init {name}, {iterations} iterations, {'norm-preserving' if preserve_norm else 'raw'}"
     yield what, seconds, "s", aim
     yield f"{what}: at least", moved / seconds / 1e9, "GB/s", ""
 

@@ -200,6 +200,15 @@ def _decorrelate(device: torch.device) -> Figures:
     return numbers(library.decorrelate_(model, images().to(device, torch.float64))) | convolutions(model)
 
 
+@entry("library: TurnMonitor", FLOAT64)
+def _turns(device: torch.device) -> Figures:
+    model = network(device)
+    turned = library.TurnMonitor(model)
+    library.minimize_(model, 5, preserve_norm=True)
+    turned()
+    return numbers(turned.rows())
+
+
 @entry("library: measure", FLOAT64)
 def _measure(device: torch.device) -> Figures:
     return numbers(library.measure(network(device), images(8).to(device, torch.float64)))

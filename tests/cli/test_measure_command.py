@@ -21,7 +21,7 @@ from convsim_cli.plots import draw_heat
 
 LAYER = ("name", "shape", "groups", "assumed", "filters", "cs", "ncs", "kernel_cos", "fm_corr", "fm_corr_random")
 LAYER += ("fm_rank", "fm_rank_random", "redundant", "opposite", "removable", "clusters", "fm_cos", "fm_inner2", "norm")
-LAYER += ("dead",)
+LAYER += ("dead", "turned")
 
 
 def make(path: Path) -> None:

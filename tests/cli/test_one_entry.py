@@ -30,7 +30,7 @@ def halve(kernel, weight):
 
 methods.METHODS["halve"] = methods.Method("halve", "half of every weight", of_kernel=halve)
 objectives.OBJECTIVES["square"] = objectives.Objective(
-    "square", "half of the squared norm",
+    "square",
     lambda filters, _: filters.square().sum() / 2,
     lambda filters, _, out: filters.clone() if out is None else out.copy_(filters), True
 )
@@ -114,13 +114,12 @@ def test_an_objective_serves_the_library_init_and_train(
 ) -> None:
     half_square = Objective(
         "square",
-        "half of the squared norm",
         lambda filters, _: filters.square().sum() / 2,
         lambda filters, _, out: filters.clone() if out is None else out.copy_(filters),
         norm_only_pointwise=True,
     )
     monkeypatch.setitem(OBJECTIVES, "square", half_square)
-    monkeypatch.setitem(METHODS, "square", Method("square", half_square.meaning))
+    monkeypatch.setitem(METHODS, "square", Method("square", "half of the squared norm"))
     weight = torch.nn.Conv2d(3, 4, 3)
     former = weight.weight.detach().clone()
     assert ConvSimPenalty(weight, objective="square")().item() == pytest.approx(former.square().sum().item() / 2)
@@ -134,9 +133,9 @@ def test_an_objective_serves_the_library_init_and_train(
     small = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", 20, "--limit-test", 10, "--epochs", 1)
     trained = ("train", "--mode", "reg", "--beta", 1, "--lr", 1e-9, *small, "--run-dir", tmp_path, "-q")
     ended = with_entries(("train", "--help-all"), (*trained, "--objective", "square"), (*trained, "--objective", "nay"))
-    assert "One of cs, neighbours, kernel, ocnn, srip, orthoreg, square." in " ".join(ended.stdout.split())
+    assert "One of cs, neighbours, kernel, expected, ocnn, srip, orthoreg, square." in " ".join(ended.stdout.split())
     assert (tmp_path / "cnn4-reg-square-s0" / "summary.json").exists()
-    assert "--objective nay: expected cs, neighbours, kernel, ocnn, srip, orthoreg or square" in ended.stderr
+    assert "--objective nay: expected cs, neighbours, kernel, expected, ocnn, srip, orthoreg or square" in ended.stderr
 
 
 def test_a_method_is_seen_by_init_train_help_completion_and_json(
@@ -154,7 +153,7 @@ def test_a_method_is_seen_by_init_train_help_completion_and_json(
         ("init", "--arch", "cnn:4", "-o", tmp_path / "x.safetensors", "--method", "halvf"),
     )
     text = " ".join(ended.stdout.split())
-    assert text.count("orthogonal, decorrelate, halve, square [cs]") == 2  # the help of init and of train
+    assert text.count("dct, decorrelate, halve, square [cs]") == 2  # the help of init and of train
     assert "halve half of every weight" in text
     document = json.loads("{" + ended.stdout.partition("\n{")[2].partition("\n}\n")[0] + "}")
     assert (document["method"], document["preserve_norm"]) == ("halve", True)

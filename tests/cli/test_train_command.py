@@ -40,7 +40,7 @@ def test_json_gives_the_summaries_and_seeds_give_runs_of_their_own(tmp_path: Pat
         "train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "x", "--seeds", 2, "--json", "-q"
     )
     document = outcome.document
-    assert (document["schema"], document["command"]) == (1, "train")
+    assert (document["schema"], document["command"]) == (2, "train")
     assert [run["run"] for run in document["runs"]] == [str(tmp_path / "x-s0"), str(tmp_path / "x-s1")]
     accuracies = [run["best_test_accuracy"] for run in document["runs"]]
     assert document["mean"]["best_test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)

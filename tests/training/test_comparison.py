@@ -209,7 +209,7 @@ def test_a_pipe_gets_every_figure_and_json_one_document(runs: Path, convsim: Con
     assert (init["best_test_accuracy_difference"], init["best_test_accuracy_difference_low"]) == ("11", "11")
     assert "differences from mode=baseline, paired by seed" in outcome.err
     document = convsim("compare", runs, "--json", "-q").document
-    assert (document["schema"], document["command"]) == (1, "compare")
+    assert (document["schema"], document["command"]) == (2, "compare")
     assert document["version"]
     refused = convsim("compare", runs, "--baseline", "mode=inti")
     assert (refused.code, refused.error.startswith("convsim: error: --baseline 'mode=inti'")) == (2, True)
