@@ -188,9 +188,12 @@ def _number_or_word(text: str) -> float | str:
 
 def parse_options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the options that the parser gives as text in the types of their declarations. Raises InputError."""
-    from convsim_cli.inputs.images import parse_channels
+    parsed: dict[str, Any] = {}
+    for name in ("mean", "std"):
+        if arguments[name] is not None:
+            from convsim_cli.inputs.images import parse_channels
 
-    parsed = {name: parse_channels(name, arguments[name]) for name in ("mean", "std")}
+            parsed[name] = parse_channels(name, arguments[name])
     return {**arguments, **parsed, "groups": parse_groups(arguments["groups"])}
 
 

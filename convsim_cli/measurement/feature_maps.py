@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.pairs import effective_rank, mean_correlation
+from convsim_cli.measurement.pairs import effective_rank
 from convsim_cli.precision import full_precision
 
 MOST_FILTERS = 4096  # of a group, up to which every pair counts; of more, the maps of so many are compared
@@ -285,6 +285,15 @@ class PaperSimilarity:
                 self._cosines = self._cosines + total
             inner = (cosines.square_() @ share[:, :, start:]) * share[:, :, rows]
             self._products = self._products + (inner.to(length.dtype) * largest**4).sum()
+
+
+def mean_correlation(correlation: Tensor) -> float | None:
+    """Return the mean |correlation| over pairs of living filters; None without a pair."""
+    living = correlation.diagonal(dim1=-2, dim2=-1).sum(-1)
+    pairs = (living * (living - 1)).sum().item()
+    wide = torch.float32 if correlation.device.type == "mps" else torch.float64  # beside the diagonal all may be small
+    total = sum(torch.linalg.vector_norm(rows, 1, dtype=wide).item() for rows in correlation.split(_ROWS, dim=-2))
+    return (total - living.sum().item()) / pairs if pairs else None
 
 
 def finite(value: float) -> float | None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, living_filters
-from convsim_cli.measurement.feature_maps import LayerMaps, finite
+from convsim_cli.measurement.feature_maps import LayerMaps, finite, mean_correlation
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, mean_correlation, opposite, redundant
+from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, opposite, redundant
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import similarity_of_filters
 

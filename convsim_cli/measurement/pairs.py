@@ -19,19 +19,9 @@ from torch import Tensor
 MOST_CELLS = 128  # along each axis of a heat map; of more filters, a cell shows the strongest of several pairs
 THRESHOLD = 0.95  # correlation above which one of two filters could go
 
-_ROWS = 256  # of a matrix that are converted at once
 _FLOAT64_FILTERS = 2048  # up to which eigenvalues are taken in float64: a matrix of 4,096 takes 134 MB, its copy too
 
 Linkage = Literal["complete", "average"]
-
-
-def mean_correlation(correlation: Tensor) -> float | None:
-    """Return the mean |correlation| over pairs of living filters; None without a pair."""
-    living = correlation.diagonal(dim1=-2, dim2=-1).sum(-1)
-    pairs = (living * (living - 1)).sum().item()
-    wide = torch.float32 if correlation.device.type == "mps" else torch.float64  # beside the diagonal all may be small
-    total = sum(torch.linalg.vector_norm(rows, 1, dtype=wide).item() for rows in correlation.split(_ROWS, dim=-2))
-    return (total - living.sum().item()) / pairs if pairs else None
 
 
 def redundant(correlation: Tensor, threshold: float = THRESHOLD) -> int:

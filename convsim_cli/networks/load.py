@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.base import Checkpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.errors import ConvsimError, InputError, did_you_mean
-from convsim_cli.inputs import datasets
-from convsim_cli.inputs.datasets import load_dataset, load_images
-from convsim_cli.inputs.images import Dataset, resize
 from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, is_convolution, module_kernels
 from convsim_cli.kernels.guess import WRAPPERS, is_averaged, is_optimizer_state
 from convsim_cli.layers import side_effect_free
-from convsim_cli.measurement.synthetic import FEATURES, LAYER_PROBES, PROBES, SIDE, make_inputs
 from convsim_cli.networks.architectures import build_network, usual_side, warn_of_random_weights
 from convsim_cli.settings import InputOptions
+
+if TYPE_CHECKING:
+    from convsim_cli.inputs.images import Dataset
 
 _USUAL = ("", "model.")  # prefixes
 _WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
@@ -259,6 +258,8 @@ def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def check_inputs(options: InputOptions) -> None:
     """Raise InputError for options that the inputs have no use for."""
+    from convsim_cli.measurement.synthetic import LAYER_PROBES
+
     if options.input_channels not in (None, 3) and options.input not in LAYER_PROBES:
         raise InputError(f"`input_channels` goes with synthetic inputs: the images of `input` {options.input} have 3")
     if options.input in LAYER_PROBES and (options.mean, options.std) != (None, None):
@@ -269,12 +270,15 @@ def check_inputs(options: InputOptions) -> None:
 
 def require_layer_inputs(options: InputOptions) -> None:
     """Raise InputError for what needs a network to run through: images, or inputs of another number of channels."""
+    from convsim_cli.inputs.datasets import NAMES
+    from convsim_cli.measurement.synthetic import LAYER_PROBES
+
     if options.input_channels is not None:
         raise InputError("`input_channels` requires `arch`: each layer is probed with as many channels as it takes")
     name = str(options.input)
     if name not in LAYER_PROBES:
         is_known = _is_labeled(name) or Path(name).is_dir()
-        hint = did_you_mean(name, (*LAYER_PROBES, *datasets.NAMES))
+        hint = did_you_mean(name, (*LAYER_PROBES, *NAMES))
         what = "needs `arch`: a checkpoint alone is probed layer by layer" if is_known else hint
         raise InputError(f"`input` {name}: {what}")
 
@@ -287,6 +291,9 @@ def load_inputs(
     seed: of synthetic inputs. training: take the first training images of a data set, in place of its test images.
     Raises InputError.
     """
+    from convsim_cli.inputs.datasets import NAMES, load_dataset, load_images
+    from convsim_cli.inputs.images import resize
+    from convsim_cli.measurement.synthetic import FEATURES, PROBES, SIDE, make_inputs
 
     def length(axes: int) -> int:
         return options.input_size or (usual_side(arch) if axes == 2 else SIDE[axes])
@@ -302,7 +309,7 @@ def load_inputs(
         )
     if not _is_labeled(name):
         if not Path(name).is_dir():
-            raise InputError(f"`input` {name!r}: {did_you_mean(name, (*PROBES, *datasets.NAMES))}, or a folder")
+            raise InputError(f"`input` {name!r}: {did_you_mean(name, (*PROBES, *NAMES))}, or a folder")
         return load_images(Path(name), options.samples, length(2), options.mean, options.std), None
     folder = Path(options.data_dir)
     data = load_dataset(name, folder, length(2), options.mean, options.std, test_only=not training)
@@ -311,7 +318,9 @@ def load_inputs(
 
 
 def _is_labeled(name: str) -> bool:
-    return name in datasets.NAMES or name.startswith("folder:")
+    from convsim_cli.inputs.datasets import NAMES
+
+    return name in NAMES or name.startswith("folder:")
 
 
 @contextmanager

@@ -204,7 +204,7 @@ class Arguments:
 
     def check(self) -> None:
         """Raise InputError for a value out of range, and for arguments that contradict each other."""
-        if self.mode in METHODS:
+        if self.mode in ("orthogonal", "decorrelate"):  # modes of version 0.2
             raise InputError(f"`mode` {self.mode} was replaced by `mode` init with `method` {self.mode}")
         for name, declaration in declarations(Arguments).items():
             declaration.check(getattr(self, name))

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement import feature_maps
-from convsim_cli.measurement.feature_maps import LayerMaps, MapMoments, PaperSimilarity
+from convsim_cli.measurement.feature_maps import LayerMaps, MapMoments, PaperSimilarity, mean_correlation
 from convsim_cli.measurement.kernel_figures import measure_layer
-from convsim_cli.measurement.pairs import effective_rank, mean_correlation
+from convsim_cli.measurement.pairs import effective_rank
 
 
 def moments_of(*parts: Tensor, groups: int = 1) -> MapMoments:
