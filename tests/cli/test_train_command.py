@@ -142,7 +142,7 @@ def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, c
         (["--dataset", "cifra10"], "did you mean 'cifar10'"),
         (["--dataset", "digits", "--weights", "nothing.pt"], "no such file"),
         (["--rescale"], "--rescale goes with"),
-        (["--mode", "reg", "--method", "dct"], "--method dct: expected cs, "),
+        (["--mode", "init", "--method", "dtc"], "--method dtc: expected cs, "),
         (["--mode", "reg", "--method", "kernel"], "--method goes with --mode init, init+reg, got --mode reg"),
         (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
         (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number of 0 or above"),

@@ -16,6 +16,8 @@ from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run, find_run
 from convsim_cli.training.run import RunCallbacks, epochs_done, open_run, read_results, train_run
 
+pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")  # at rates that make a short run learn
+
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=2, batch_size=20, iterations=5, limit_train=60, limit_test=30)
 JOBS = [Job("base", SMALL), Job("init", replace(SMALL, mode="init"))]
 

@@ -17,6 +17,8 @@ from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run
 from convsim_cli.training.run import Run, open_run, read_results, train_run
 
+pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")  # at rates that make a short run learn
+
 
 @cache
 def first_images(data_dir: Path) -> Dataset:

@@ -24,6 +24,8 @@ from convsim_cli.training.launch import create_run, find_or_create_run, is_finis
 from convsim_cli.training.run import COLUMNS, Run, RunCallbacks, open_run, read_results, train_run
 from convsim_cli.training.trainer import Trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")  # at rates that make a short run learn
+
 SMALL = Arguments(arch="cnn:4", dataset="digits", epochs=3, batch_size=20, iterations=10, limit_train=60, limit_test=30)
 
 
@@ -48,7 +50,15 @@ def test_a_run_writes_every_file_of_the_design(tmp_path: Path) -> None:
     run = create_run(SMALL, tmp_path, "one")
     summary = train_run(run)
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"args.json", "results.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json"}
+    assert names == {
+        "args.json",
+        "results.csv",
+        "layers.csv",
+        "best.safetensors",
+        "last.safetensors",
+        "state.pt",
+        "summary.json",
+    }
     assert json.loads((run.folder / "args.json").read_text()) == asdict(SMALL)
     assert (run.folder / "results.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     rows = read_results(run.folder)

@@ -21,6 +21,8 @@ from convsim_cli.training.prepare import count_steps, first_images
 from convsim_cli.training.prepare import prepare_ as prepare_network_
 from convsim_cli.training.trainer import Trainer, choose_algorithms, compile_network, permutation
 
+pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")  # at rates that make a short run learn
+
 CPU = torch.device("cpu")
 
 
