@@ -129,9 +129,7 @@ def test_training_waits_once_an_epoch_however_many_steps_that_has(
         waits.append(trace.waits)
         launches.append(trace.launches.total())
     assert waits[0] == waits[1]
-    assert waits[0].total() <= 6, (
-        waits
-    )  # numbers: the loss, the correct predictions, and the first turn of each layer  # sums of the loss and of correct predictions; in the first epoch the first turn
+    assert waits[0].total() <= 6, waits  # numbers: loss, correct predictions, and each layer's first turn
     assert (launches[1] - launches[0]) / 4 <= 90
 
 
