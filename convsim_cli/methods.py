@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
         Method("ocnn", "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags"),
         Method("srip", "spectral norm of K Kᵀ − I, by two power iterations (Bansal et al. 2018)"),
         Method("orthoreg", "cosines of all pairs of filters, similar ones most (Rodríguez et al. 2017)"),
-        Method("orthogonal", "orthogonal filters without a mean", of_kernel=_closed_form("orthogonalize_kernel")),
+        Method("orthogonal", "zero-mean orthogonal filters", of_kernel=_closed_form("orthogonalize_kernel")),
         Method(
             "dct",
             "one pattern of the discrete cosine transform per filter, orthogonal channel weights",

@@ -119,10 +119,10 @@ class CheckpointOptions:
     arch: str | None = setting(None, ARCH_HELP, "Network", metavar="NAME", common=True)
     pretrained: bool = setting(False, "With --arch: the weights that torchvision or timm publishes.", "Network")
     num_classes: int | None = setting(
-        None, "Classes of the --arch network; its own number unless given.", "Network", metavar="N", above=0
+        None, "Number of classes. Default: that of the --arch network.", "Network", metavar="N", above=0
     )
     key: str | None = setting(
-        None, "Which of a pickle's nested dictionaries to take, such as ema.state_dict.", "Network", metavar="KEY"
+        None, "Nested dictionary to load from a pickle, such as ema.state_dict.", "Network", metavar="KEY"
     )
     include: Sequence[str] = setting(
         (), "Only tensors matching GLOB. Required for 5-D tensors, and for 3-D beside 4-D.", "Layers", metavar="GLOB"
@@ -152,7 +152,7 @@ class InputOptions:
     samples: int = setting(16, "Number of inputs.", "Inputs", metavar="N", above=0)
     input_size: int | None = setting(
         None,
-        "Pixels along each axis of an input. Unless given 32, or 224 with an --arch that is not built in.",
+        "Pixels along each axis of an input. Default: 32, or 224 if --arch is not built in.",
         "Inputs",
         metavar="N",
         above=0,
@@ -180,15 +180,15 @@ class InputOptions:
 class InitOptions(InputOptions, CheckpointOptions):
     """What `init` can be told: a method, its settings, and what is saved."""
 
-    method: str = setting("cs", "What to do to the kernels.", "Method", metavar="NAME", common=True, choices=METHODS)
-    preserve_norm: bool = setting(False, "Hold every filter at its own L2 norm.", "Method", common=True)
+    method: str = setting("cs", "How to change the kernels.", "Method", metavar="NAME", common=True, choices=METHODS)
+    preserve_norm: bool = setting(False, "Keep each filter's L2 norm fixed.", "Method", common=True)
     iterations: int = setting(500, "Iterations of Algorithm 1 per layer.", "Method", metavar="N", common=True)
     lr: float = setting(0.001, "Step size of Algorithm 1.", "Method", metavar="X", common=True, above=0)
     optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer of Algorithm 1.", "Method")
     input: str | None = setting(
         None,
-        "What the network runs on, with --arch. white, uniform or natural; training images of cifar10, cifar100, "
-        "digits or folder:PATH; or a folder of images.",
+        "Images for decorrelate: cifar10, folder:PATH, …. With --arch; training images of cifar10, cifar100, digits or "
+        "folder:PATH, a folder of images, or white, uniform or natural noise.",
         "Inputs",
         metavar="INPUT",
         common=True,
@@ -197,7 +197,7 @@ class InitOptions(InputOptions, CheckpointOptions):
     samples: int = setting(256, "Number of inputs.", "Inputs", metavar="N", above=0)
     probe: Literal["white", "uniform", "natural"] | None = setting(
         None,
-        "Also measure the feature maps before and after. On white, uniform or natural inputs.",
+        "Measure before and after on white, uniform or natural. Adds fm_corr of synthetic inputs of that kind.",
         "Figures",
         metavar="INPUT",
         common=True,
@@ -232,8 +232,8 @@ class MeasureOptions(InputOptions, CheckpointOptions):
 
     input: str = setting(
         "white",
-        "What the layers are probed with. white, uniform or natural; without --arch also features, with it also "
-        "cifar10, cifar100, digits, folder:PATH, or a folder of images.",
+        "white, uniform, natural; --arch: cifar10, DIR, …. White or uniform noise, or noise with the 1/f spectrum of "
+        "photographs; without --arch also features, with it also cifar10, cifar100, digits, folder:PATH, or a folder.",
         "Inputs",
         metavar="INPUT",
         common=True,
@@ -248,7 +248,7 @@ class MeasureOptions(InputOptions, CheckpointOptions):
     threshold: float = setting(
         0.95, "Correlation above which two filters are duplicates.", "Figures", metavar="X", above=0, most=1
     )
-    top: int = setting(0, "List each layer's N strongest pairs.", "Figures", metavar="N", common=True)
+    top: int = setting(0, "List each layer's N most correlated filter pairs.", "Figures", metavar="N", common=True)
 
 
 def with_signature_of(options: type) -> Callable[[Call], Call]:

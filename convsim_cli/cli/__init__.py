@@ -31,7 +31,7 @@ app = typer.Typer(
     context_settings=SETTINGS,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Measure how similar a convolutional network's feature maps are, and lower it by acting on the kernels alone.",
+    help="Measure the similarity of a convolutional network's feature maps, and reduce it by changing the kernels.",
     epilog="""\b
 Examples:
  # a fresh network whose feature maps are less similar, in seconds
@@ -65,7 +65,7 @@ def root(
 
 
 COMMANDS: dict[Callable[..., None], str] = {
-    init: "Minimize L_CS of a checkpoint's kernels.",
+    init: "Make a network's kernels less similar.",
     measure: "Measure similarity, per layer.",
     train: "Train a network, and keep its results.",
     compare: "Compare runs, over their seeds.",

@@ -28,7 +28,7 @@ Examples:
  # a fresh network: less similar feature maps, every filter at its norm
  convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors
  convsim init model.safetensors              # the paper's; keeps a .bak
- convsim init model.pth -o new.pth --method orthogonal   # in an instant
+ convsim init model.pth -o new.pth --method orthogonal   # no iterations
  convsim init --arch cnn1 -o new.pth --method decorrelate --input cifar10
  convsim init model.pth --dry-run            # what would be changed
  convsim init a.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
@@ -44,7 +44,7 @@ def init(
             "-o",
             "--output",
             metavar="FILE",
-            help="Write there instead of over CHECKPOINT.",
+            help="Output file; without it, CHECKPOINT is overwritten.",
             show_default=False,
             rich_help_panel="Saving",
         ),
@@ -62,10 +62,10 @@ def init(
     quiet: QuietOption = False,
     **arguments: Any,
 ) -> None:
-    """Lower the similarity of a network's feature maps by its kernels alone, before training (Algorithm 1).
+    """Reduce the similarity of a network's feature maps by changing its kernels, before training (Algorithm 1).
 
     The paper's objective, cs, mostly shrinks the filters; with --preserve-norm every filter keeps its norm. A trained
-    network loses its training.
+    network loses its accuracy.
     """
     from convsim_cli.checkpoint_init import init_checkpoint
     from convsim_cli.device import return_freed_memory

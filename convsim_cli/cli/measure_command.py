@@ -47,7 +47,7 @@ Examples:
  convsim measure model.safetensors           # layer by layer
  convsim measure a.pth b.pth                 # side by side, with changes
  convsim measure model.pth --sort -fm_rank   # the lowest rank first
- convsim measure model.pth --top 3           # the three strongest pairs
+ convsim measure model.pth --top 3           # the three most correlated pairs
  convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
  convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
  convsim measure --figures                   # what the columns mean"""
@@ -67,7 +67,7 @@ def measure(
         str | None,
         typer.Option(
             metavar="[-]KEY",
-            help="Sort layers by a figure. The largest first; -KEY: the smallest first.",
+            help="Sort by a column, largest first. -KEY: smallest first.",
             autocompletion=completer([f"{sign}{figure.key}" for figure in FIGURES for sign in ("", "-")]),
             rich_help_panel=OUTPUT,
         ),
@@ -82,7 +82,7 @@ def measure(
         ),
     ] = None,
     figures: Annotated[
-        bool, typer.Option("--figures", help="Explain the figures and exit.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--figures", help="Explain the table's columns and exit.", rich_help_panel=OUTPUT)
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.", rich_help_panel=OUTPUT)] = False,
     wide: WideOption = False,
@@ -92,8 +92,7 @@ def measure(
 ) -> None:
     """Measure how similar the filters and the feature maps of each layer are.
 
-    From a checkpoint alone, each layer is probed by itself. With --arch the network runs, and each convolution's real
-    output counts.
+    Without --arch, each layer is given synthetic inputs on its own. With --arch, the whole network runs on --input.
     """
     if figures:
         typer.echo(_explain_figures())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
  convsim train --dataset digits --epochs 5       # needs no download
- convsim train --mode init --data-dir data       # the paper's best arm
+ convsim train --mode init --data-dir data       # the paper's best mode
  convsim train --mode reg --beta auto --epochs 20 --name reg20
  convsim train --resume runs/reg20 --epochs 40
  convsim train --arch resnet18 --epochs 50 --lr 0.1 --momentum 0.9 \\
@@ -37,7 +37,7 @@ def train(
     context: typer.Context,
     *,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="N runs NAME-s0, NAME-s1, … from --seed.", min=1, **_RUN)
+        int | None, typer.Option(metavar="N", help="Train N runs, seeded from --seed: NAME-s0, …", min=1, **_RUN)
     ] = None,
     run_dir: Annotated[
         Path,

@@ -49,14 +49,17 @@ FIGURES: tuple[Figure, ...] = (
     Figure("cs", "L_CS, Eq. 10 of the paper", "weight⁴", moves_with_scale=True, keep=4),
     Figure(
         "ncs",
-        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 where filters share the spectrum, above 1 where they overlap in "
-        "frequency; comparable between layers of one number of filters",
+        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 where filters use different frequencies, above 1 where they use the "
+        "same; compare layers of equal filter counts only",
         compared=True,
         keep=3,
     ),
-    Figure("kernel_cos", "mean abs cosine between filters", keep=1),
+    Figure("kernel_cos", "mean abs cosine between filters, 0 to 1", keep=1),
     Figure(
-        "fm_corr", "mean abs correlation between feature maps, over all inputs and positions", compared=True, keep=7
+        "fm_corr",
+        "mean abs correlation between feature maps over all inputs and positions, 0 to 1; lower is less similar",
+        compared=True,
+        keep=7,
     ),
     Figure("fm_corr_random", "fm_corr of random kernels on the same inputs", keep=6),
     Figure(
@@ -67,17 +70,20 @@ FIGURES: tuple[Figure, ...] = (
         keep=LAST,
     ),
     Figure(
-        "fm_rank_random", "fm_rank of as many random kernels as living ones on the same inputs", "filters", keep=LAST
+        "fm_rank_random",
+        "fm_rank of random kernels, one per filter that is not dead, on the same inputs",
+        "filters",
+        keep=LAST,
     ),
     Figure("redundant", "filters with a partner whose correlation exceeds the threshold", "filters", keep=2),
     Figure(
         "opposite",
-        "filters with a partner whose correlation is below minus the threshold: complementary after a rectifier",
+        "filters with a partner whose correlation is below minus the threshold: complementary after a ReLU",
         "filters",
     ),
     Figure(
         "removable",
-        "filters that could go while each cluster of duplicates keeps one: a lower bound, as combinations do not count",
+        "filters that could go while each cluster of duplicates keeps one; a lower bound, without linear combinations",
         "filters",
         keep=LAST,
     ),
@@ -87,7 +93,9 @@ FIGURES: tuple[Figure, ...] = (
         "filters",
         shown=False,
     ),
-    Figure("fm_cos", "the paper's mean abs cosine between feature maps on the same input, means included", wide=True),
+    Figure(
+        "fm_cos", "the paper's mean abs cosine between feature maps on the same input, not mean-centered", wide=True
+    ),
     Figure(
         "fm_inner2",
         "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²",

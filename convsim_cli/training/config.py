@@ -78,14 +78,14 @@ class Arguments:
     iterations: int = setting(500, "Iterations of Algorithm 1, before training.", "Method", metavar="N")
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1.", "Method", metavar="X", above=0)
     rescale: bool = setting(
-        False, "Scale the filters to the norms that raw cs would give, after a method that keeps norms.", "Method"
+        False, "After a method that keeps norms, scale the filters to the norms of raw cs.", "Method"
     )
     factor: float | None = setting(
         None, "Scale every filter by this factor, without Algorithm 1.", "Method", metavar="F", above=0
     )
     objective: str = setting(
         "cs",
-        f"What reg penalizes. One of {', '.join(OBJECTIVE_NAMES)}.",
+        f"Penalty of reg. One of {', '.join(OBJECTIVE_NAMES)}.",
         "Method",
         metavar="NAME",
         common=True,
@@ -93,7 +93,7 @@ class Arguments:
     )
     beta: float | Literal["auto"] = setting(
         0.001,
-        "Weight of the penalty, or auto. With auto, its gradient is 1 % of the task's at the first batch.",
+        "Weight of the penalty; auto: set on batch 1. With auto, its gradient is 1 % of the task's there.",
         "Method",
         metavar="X|auto",
         common=True,
@@ -103,7 +103,7 @@ class Arguments:
     )
     preserve_norm: bool = setting(
         False,
-        "Do not shrink the filters. init holds every norm; the penalty's gradient has no part along a filter.",
+        "Keep init and reg from shrinking the filters. init holds every norm; reg drops the gradient along each filter.",
         "Method",
         common=True,
     )
@@ -196,7 +196,7 @@ class Arguments:
         above=0,
     )
     folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, independent of its path.")
-    deterministic: bool = setting(False, "Bit-exact on CUDA too; the CPU always is.", "Run")
+    deterministic: bool = setting(False, "Bitwise reproducible on CUDA (the CPU always is).", "Run")
     tensorboard: bool = setting(False, "Write each epoch's results for TensorBoard too (extra: tensorboard).", "Run")
     seed: int = setting(0, "Random seed.", "Run", metavar="N", most=(1 << 32) - 1)
     device: str = setting("cpu", "Where the run computes.")
