@@ -232,7 +232,7 @@ class MeasureOptions(InputOptions, CheckpointOptions):
 
     input: str = setting(
         "white",
-        "white, uniform, natural; --arch: cifar10, DIR, …. White or uniform noise, or noise with the 1/f spectrum of "
+        "white, uniform, natural, cifar10, folder:PATH, …. White or uniform noise, or noise with the 1/f spectrum of "
         "photographs; without --arch also features, with it also cifar10, cifar100, digits, folder:PATH, or a folder.",
         "Inputs",
         metavar="INPUT",

@@ -103,7 +103,7 @@ class Arguments:
     )
     preserve_norm: bool = setting(
         False,
-        "Keep init and reg from shrinking the filters. init holds every norm; reg drops the gradient along each filter.",
+        "Keep init and reg from shrinking filters. init holds every norm; reg drops the gradient along each filter.",
         "Method",
         common=True,
     )
