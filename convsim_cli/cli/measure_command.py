@@ -92,7 +92,7 @@ def measure(
 ) -> None:
     """Measure how similar the filters and the feature maps of each layer are.
 
-    From a file alone, each layer is given synthetic inputs on its own. With --arch, the whole network runs on --input.
+    From a file alone, each layer is given inputs of its own. With --arch the whole network runs on --input.
     """
     if figures:
         typer.echo(_explain_figures())
