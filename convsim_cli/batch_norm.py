@@ -67,7 +67,7 @@ def reestimate_statistics(
 
     batches: inputs of the network `[B, C, …]`, on its device. Each layer's mean and unbiased variance become averages
     over batches, weighted by their number of values. layers: the layers to re-estimate, all that keep statistics for
-    None. Without such layers no batch is taken.
+    None. Without such layers, the batches are not used.
 
     Nothing else in the network changes (`side_effect_free`): `num_batches_tracked` keeps counting training batches. A
     layer that sees a single value per channel, or is never called, keeps its statistics; so do all after an exception.

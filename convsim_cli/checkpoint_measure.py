@@ -136,7 +136,7 @@ def _measure(
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.path}:")
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
-        return_freed_memory()  # it takes time, and halves what such layers need
+        return_freed_memory()  # slower, but such layers then need half the memory
     if source.model is None:
         _measure_layers(report, source, options, device, progress)
     else:
@@ -192,7 +192,7 @@ def _measure_network(
     images, data = load_inputs(options, options.seed, model, arch)
     report.bn_statistics = chosen = choose_statistics(model, options.bn_statistics, source.kernels_changed)
     if chosen == INPUTS:
-        why = "" if options.bn_statistics == INPUTS else ": the stored ones do not belong to these kernels"
+        why = "" if options.bn_statistics == INPUTS else ": the stored ones no longer match these kernels"
         report.notes.append(f"batch-norm statistics are re-estimated on the inputs{why}")
     count = ceil(len(images) / MAP_BATCH)
     advice = "try another `input_size`, `input` or `input_channels`"

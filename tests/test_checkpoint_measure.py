@@ -38,7 +38,7 @@ def test_a_fresh_network_is_measured_by_name() -> None:
     assert report.bn_statistics == "inputs"
     assert [layer["calls"] for layer in report.layers] == [1] * 4
     assert report.notes == [
-        "batch-norm statistics are re-estimated on the inputs: the stored ones do not belong to these kernels"
+        "batch-norm statistics are re-estimated on the inputs: the stored ones no longer match these kernels"
     ]
 
 

@@ -29,7 +29,7 @@ def literal(name: str, groups: int = 2) -> Function:
     return lambda weight: LITERAL[name](weight, groups)
 
 
-def same(found: Tensor, expected: Tensor) -> None:
+def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -45,26 +45,28 @@ Case = tuple[Function, Function, Tensor]
 
 def test_grad_and_vmap_give_what_the_literal_equation_gives(case: Case) -> None:
     found, expected, weights = case
-    same(grad(found)(weights[0]), grad(expected)(weights[0]))
-    same(vmap(found)(weights), torch.stack([expected(weight) for weight in weights]))
-    same(vmap(grad(found))(weights), torch.stack([grad(expected)(weight) for weight in weights]))
+    assert_same(grad(found)(weights[0]), grad(expected)(weights[0]))
+    assert_same(vmap(found)(weights), torch.stack([expected(weight) for weight in weights]))
+    assert_same(vmap(grad(found))(weights), torch.stack([grad(expected)(weight) for weight in weights]))
 
 
 def test_jvp_gives_what_the_literal_equation_gives(case: Case) -> None:
     found, expected, weights = case
     for ours, theirs in zip(*(jvp(f, (weights[0],), (weights[1],)) for f in (found, expected)), strict=True):
-        same(ours, theirs)
+        assert_same(ours, theirs)
     tangents = vmap(lambda w, t: jvp(found, (w,), (t,))[1])(weights, weights.flip(0))
-    same(tangents, torch.stack([jvp(expected, (w,), (t,))[1] for w, t in zip(weights, weights.flip(0), strict=True)]))
+    assert_same(
+        tangents, torch.stack([jvp(expected, (w,), (t,))[1] for w, t in zip(weights, weights.flip(0), strict=True)])
+    )
 
 
 def test_hessians_of_every_kind_give_what_the_literal_equation_gives(case: Case) -> None:
     found, expected, weights = case
     wanted = hessian(expected)(weights[0])
-    same(hessian(found)(weights[0]), wanted)
-    same(jacfwd(jacfwd(found))(weights[0]), wanted)  # torch gives 0 for a Function whose jvp does not take care
-    same(jacrev(jacrev(found))(weights[0]), wanted)
-    same(torch.autograd.functional.hessian(found, weights[0], vectorize=True), wanted)
+    assert_same(hessian(found)(weights[0]), wanted)
+    assert_same(jacfwd(jacfwd(found))(weights[0]), wanted)  # torch gives 0 for a Function whose jvp does not take care
+    assert_same(jacrev(jacrev(found))(weights[0]), wanted)
+    assert_same(torch.autograd.functional.hessian(found, weights[0], vectorize=True), wanted)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -72,7 +74,7 @@ def test_third_derivatives_are_right_in_every_mixture_of_modes(name: str) -> Non
     weight = torch.randn(3, 1, 3, dtype=torch.float64)
     wanted = jacrev(jacrev(grad(literal(name, 1))))(weight)
     for outer, middle, inner in product((jacrev, jacfwd), repeat=3):
-        same(outer(middle(inner(objective(name, 1))))(weight), wanted)
+        assert_same(outer(middle(inner(objective(name, 1))))(weight), wanted)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -157,7 +159,7 @@ def test_a_default_device_and_a_transform_leave_nothing_behind(taps: tuple[int, 
         convolutional_similarity(weight)
     vmap(convolutional_similarity)(weight[None])
     leaf = weight.clone().requires_grad_()
-    same(torch.autograd.grad(convolutional_similarity(leaf), leaf)[0], expected)
+    assert_same(torch.autograd.grad(convolutional_similarity(leaf), leaf)[0], expected)
 
 
 def test_meta_tensors_give_a_meta_scalar() -> None:

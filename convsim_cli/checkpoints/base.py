@@ -63,7 +63,7 @@ class Checkpoint(ABC):
     def check_suffix(self, target: Path) -> None:
         """Raise InputError for a name that says another format than the one that is written.
 
-        The checkpoint's own suffix will do, whatever it is.
+        The checkpoint's own suffix is always accepted.
         """
         own = target.suffix.lower() == self.path.suffix.lower() or self.is_in_place(target)
         if self.suffixes and not own and not target.name.lower().endswith(self.suffixes):

@@ -226,7 +226,7 @@ def test_a_save_that_cannot_be_completed_here_is_one_line(folder: Path, monkeypa
     assert everything(folder) == before
 
 
-def is_left_alone(folder: Path, reason: str, convsim: Convsim) -> None:
+def assert_left_alone(folder: Path, reason: str, convsim: Convsim) -> None:
     """Reading warns and goes on, writing one file too, --recover refuses, and the journal and all beside it stay."""
     before = everything(folder)
     measured = convsim("measure", folder / SHARDS[0], "--samples", 1)
@@ -249,14 +249,14 @@ def test_a_forged_journal_replaces_nothing(folder: Path, convsim: Convsim) -> No
     place.mkdir()
     (place / ".bashrc").write_text("theirs")
     shutil.copy(folder / SHARDS[0], place)
-    is_left_alone(folder, "it has no manifest", convsim)
+    assert_left_alone(folder, "it has no manifest", convsim)
 
 
 def test_a_journal_from_an_archive_replaces_nothing(folder: Path, tmp_path: Path, convsim: Convsim) -> None:
     interrupt(folder)
     shutil.make_archive(str(tmp_path / "archive"), "tar", folder)
     shutil.unpack_archive(tmp_path / "archive.tar", tmp_path / "unpacked")
-    is_left_alone(tmp_path / "unpacked", "it was made in another place and copied here", convsim)
+    assert_left_alone(tmp_path / "unpacked", "it was made in another place and copied here", convsim)
 
 
 def test_a_journal_that_was_moved_to_another_folder_replaces_nothing(folder: Path, convsim: Convsim) -> None:
@@ -264,7 +264,7 @@ def test_a_journal_that_was_moved_to_another_folder_replaces_nothing(folder: Pat
     other = folder.parent / "other"
     save_new(other, 5.0)
     (folder / ".convsim-journal").rename(other / ".convsim-journal")
-    is_left_alone(other, "it was made in another place and copied here", convsim)
+    assert_left_alone(other, "it was made in another place and copied here", convsim)
 
 
 def rewrite_manifest(folder: Path, /, **changes: object) -> None:
@@ -351,7 +351,7 @@ def test_a_journal_with_anything_strange_in_it_is_left_alone(case: str, folder: 
     interrupt(folder)
     tamper, reason = INSIDE[case]
     tamper(folder / ".convsim-journal")
-    is_left_alone(folder, reason, convsim)
+    assert_left_alone(folder, reason, convsim)
 
 
 @pytest.mark.parametrize("case", OUTSIDE)
@@ -359,7 +359,7 @@ def test_a_journal_that_does_not_fit_its_manifest_is_left_alone(case: str, folde
     interrupt(folder)
     tamper, reason = OUTSIDE[case]
     tamper(folder)
-    is_left_alone(folder, reason, convsim)
+    assert_left_alone(folder, reason, convsim)
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "FIFO"])
@@ -373,7 +373,7 @@ def test_what_is_no_folder_is_no_journal_and_is_not_opened(kind: str, folder: Pa
         place.touch()
     else:
         os.mkfifo(place)
-    is_left_alone(folder, "it is not a folder that you may open", convsim)
+    assert_left_alone(folder, "it is not a folder that you may open", convsim)
     with pytest.raises(WriteError, match=r"not a folder that you may open .*; the former file is intact"):
         save_both(folder)
     assert values(folder) == [2.0, 1.0]
@@ -389,7 +389,7 @@ def test_another_user_s_journal_in_a_sticky_folder_is_left_alone(folder: Path, c
     interrupt(folder)
     folder.chmod(0o1777)
     os.chown(folder / ".convsim-journal", 1001, -1)
-    is_left_alone(folder, "it belongs to another user (uid 1001)", convsim)
+    assert_left_alone(folder, "it belongs to another user (uid 1001)", convsim)
 
 
 def test_a_save_of_several_files_replaces_only_checkpoint_files(folder: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ class ResNet20(nn.Module):
 """
 
 
-def test_a_users_trained_network_has_its_published_accuracy_and_centred_figures(
+def test_a_users_network_has_its_published_accuracy_and_centred_figures(
     checkpoint_dir: Path, data_dir: Path, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -208,9 +208,7 @@ def test_a_stream_holds_one_table_or_one_document(tmp_path: Path, convsim: Convs
         assert nothing.out == delimiter.join(columns) + "\n"
 
 
-def test_the_strongest_pairs_are_a_table_of_their_own_with_signed_correlations(
-    tmp_path: Path, convsim: Convsim
-) -> None:
+def test_the_strongest_pairs_are_a_table_with_signed_correlations(tmp_path: Path, convsim: Convsim) -> None:
     weight = torch.randn(6, 3, 3, 3)
     weight[5] = -2 * weight[3]
     weight[4] = 3 * weight[0] + 0.1 * weight[1]
@@ -455,7 +453,7 @@ def test_json_has_the_changes_of_the_table(tmp_path: Path, convsim: Convsim) -> 
 def test_the_batch_norm_statistics_that_count_are_said(convsim: Convsim, tmp_path: Path) -> None:
     fresh = convsim("measure", "--arch", "cnn:4", "--json")
     assert fresh.document["bn_statistics"] == "inputs"
-    said = "batch-norm statistics are re-estimated on the inputs: the stored ones do not belong to these kernels"
+    said = "batch-norm statistics are re-estimated on the inputs: the stored ones no longer match these kernels"
     assert f"cnn:4: {said}" in fresh.err
     stored = convsim("measure", "--arch", "cnn:4", "--bn-statistics", "stored", "--json")
     assert stored.document["bn_statistics"] == "stored"

@@ -158,7 +158,7 @@ def mutated(whole: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def read_mutations(whole: bytes, path: Path, seeds: range) -> None:
+def assert_read_or_refused(whole: bytes, path: Path, seeds: range) -> None:
     """Read a file with accidents, one seed after the other: what is refused is refused in one line."""
     for seed in seeds:
         path.write_bytes(mutated(whole, random.Random(seed)))
@@ -169,14 +169,14 @@ def read_mutations(whole: bytes, path: Path, seeds: range) -> None:
 
 
 def test_mutated_safetensors_files_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
-    read_mutations(WHOLE, tmp_path / "model.safetensors", cases(2000))
+    assert_read_or_refused(WHOLE, tmp_path / "model.safetensors", cases(2000))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_mutated_pickles_are_read_or_refused_in_one_line(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "model.pt"
     torch.save({"state_dict": {"a.weight": torch.randn(4, 3, 3, 3)}}, path, _use_new_zipfile_serialization=zipped)
-    read_mutations(path.read_bytes(), path, cases(300))
+    assert_read_or_refused(path.read_bytes(), path, cases(300))
 
 
 def test_a_zip_that_only_python_would_refuse_is_read_as_torch_reads_it(tmp_path: Path) -> None:

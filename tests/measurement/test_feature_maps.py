@@ -117,7 +117,7 @@ def layer_maps(weight: Tensor, *parts: Tensor) -> tuple[Kernel, LayerMaps]:
     return kernel, maps
 
 
-def test_a_map_that_is_constant_on_every_input_is_dead_and_a_vanished_one_too() -> None:
+def test_a_map_that_is_constant_on_every_input_or_vanished_is_dead() -> None:
     weight, maps = torch.randn(5, 3, 3, 3), torch.randn(3, 5, 6, 6)
     weight[1] = 0
     maps[:, 2], maps[:, 3] = 0, 5 + 1e-7 * torch.randn(3, 6, 6)

@@ -78,7 +78,7 @@ def test_the_formula_for_white_maps_is_not_the_chance_of_natural_inputs() -> Non
     assert found > 4 * formula
 
 
-def test_random_kernels_are_drawn_once_and_a_dead_layer_keeps_the_rank_of_none() -> None:
+def test_random_kernels_are_drawn_once_and_a_dead_layer_has_no_rank() -> None:
     chance = RandomKernels(Kernel("k", (8, 2, 3, 3)))
     first, again = chance.weights(torch.zeros(())), chance.weights(torch.zeros(()))
     assert all(one is other for one, other in zip(first, again, strict=True))

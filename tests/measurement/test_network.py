@@ -356,7 +356,7 @@ def test_the_mean_of_inputs_is_no_similarity() -> None:
         assert record["fm_cos"] > 0.8  # the paper's figure sees the means alone
 
 
-def test_a_constant_on_a_bias_and_a_factor_on_filters_move_no_figure_of_maps() -> None:
+def test_constants_on_biases_and_scaled_filters_move_no_figure_of_maps() -> None:
     model, images = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3)), None
     images = torch.randn(4, 3, 12, 12) + 1
     before = measure(model, images, bn_statistics="inputs")

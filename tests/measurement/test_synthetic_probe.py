@@ -75,7 +75,7 @@ def test_features_are_rectified_and_scaled_by_the_batch_norm_before() -> None:
         assert probe.look(kernel, weight, norm).fm_corr() == pytest.approx(literal_fm_corr(maps, 2), rel=1e-4)
 
 
-def test_the_first_layers_features_are_noise_with_the_channels_of_photographs() -> None:
+def test_first_layers_features_have_the_correlated_channels_of_photographs() -> None:
     kernel, weight = Kernel("k", (3, 3, 1, 1)), torch.eye(3).reshape(3, 3, 1, 1)
     found = LayerProbe("features", samples=64).look(kernel, weight).correlation()[0]
     assert found[~torch.eye(3, dtype=torch.bool)].mean() == pytest.approx(0.85, abs=0.01)

@@ -169,7 +169,7 @@ def test_kernels_keep_their_share_of_a_scheduled_rate() -> None:
     assert seen[0][1] > seen[2][1]
 
 
-def test_arguments_without_decay_mean_all_and_are_told_apart_only_with_decay() -> None:
+def test_arguments_without_decay_mean_all_and_differ_only_with_decay() -> None:
     old = {name: value for name, value in asdict(replace(SMALL, weight_decay=0.1)).items() if name != "decay"}
     read = make_arguments(old, Path("args.json"))
     assert read.decay == "all"
