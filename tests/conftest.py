@@ -6,7 +6,8 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import pytest
 import torch
 from forks import Program
 from torch import Tensor
+
+from convsim_cli.inputs.datasets import DATASETS
+from convsim_cli.inputs.images import Dataset
+from convsim_cli.reproduction import published
 
 # Tests share the cores among processes (pytest-xdist), each of one thread, in what they start as in themselves.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
@@ -57,6 +62,26 @@ def data_dir() -> Path:
     """The folder that holds the real CIFAR-10."""
     _skip_without(CIFAR10, "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz")
     return CIFAR10.parent
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the real CIFAR-10 once a process: its checksums take two seconds."""
+    read = DATASETS["cifar10"]
+    monkeypatch.setitem(DATASETS, "cifar10", lambda path: _cifar10(read) if path == CIFAR10.parent else read(path))
+
+
+@cache
+def _cifar10(read: Callable[[Path], Dataset]) -> Dataset:
+    return read(CIFAR10.parent)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every row of the numerical tables end after 20 iterations, for tests of what is around them."""
+    for table in (published.FITTED, published.TABLE_9):
+        for key, settings in table.items():
+            monkeypatch.setitem(table, key, replace(settings, iterations=20))
 
 
 @pytest.fixture

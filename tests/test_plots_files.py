@@ -115,6 +115,7 @@ def test_the_commands_draw_pdf_and_svg(tmp_path: Path, convsim: Convsim) -> None
     assert b"</svg>" in (tmp_path / "x.svg").read_bytes()
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("content", ["[1]", '{"mine": 1}', '{"command": "measure"}', "no json"])
 def test_reproduce_replaces_no_document_but_its_own(content: str, tmp_path: Path, convsim: Convsim) -> None:
     (tmp_path / "table2.json").write_text(content)

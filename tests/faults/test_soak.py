@@ -17,7 +17,7 @@ def resident() -> int:
 def test_memory_stays_flat_over_many_commands_in_one_process(tmp_path: Path, convsim: Convsim) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.randn(16, 8, 3, 3), "b.weight": torch.randn(16, 16, 3, 3)}, path)
-    rounds = cases(30)
+    rounds = cases(20)
     settled = 0
     for number in rounds:
         assert convsim("init", path, "--iterations", 2, "-q").code == 0

@@ -55,31 +55,56 @@ def test_small_angles_keep_their_digits_in_float32(degrees: float) -> None:
     assert found == pytest.approx(degrees, rel=1e-4)
 
 
-def test_scale_turns_nothing_and_a_dead_filter_counts_nowhere() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with torch.no_grad():
-        model[0].weight[1] = 0
+def at_degrees(*angles: float) -> Tensor:
+    """Filters of one tap and two channels, `[S, 2, 1]`, at these angles from the first axis."""
+    turns = torch.tensor(angles).deg2rad()
+    return torch.stack([turns.cos(), turns.sin()], dim=1).unsqueeze(-1)
+
+
+def test_scale_turns_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3))
     turned = TurnMonitor(model)
     with torch.no_grad():
-        model[0].weight.mul_(torch.tensor([2.0, 1, 3, 0.5]).view(4, 1, 1, 1))
-        model[0].weight[1] = 1
+        model[0].weight.mul_(torch.tensor([2.0, 3, 0.5]).view(3, 1, 1, 1))
     turned()
     (row,) = turned.rows()
-    assert row["turn_per_step"] == pytest.approx(0, abs=1e-4)
-    assert row["turned"] == pytest.approx(0, abs=1e-4)
-    assert row["norm"] == pytest.approx(model[0].weight[[0, 2, 3]].flatten(1).norm(dim=1).mean().item())
+    assert (row["turn_per_step"], row["turned"]) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
+
+
+def test_a_filter_that_is_dead_at_the_start_counts_nowhere() -> None:
+    model, size = nn.Sequential(nn.Conv1d(2, 4, 1)), torch.tensor([1.0, 1e-9, 2.0, 3.0]).view(4, 1, 1)
+    with torch.no_grad():
+        model[0].weight.copy_(size * at_degrees(0, 0, 0, 0))
+        turned = TurnMonitor(model)
+        model[0].weight.copy_(size * at_degrees(10, 0, 20, 30))
+    turned()
+    (row,) = turned.rows()
+    assert (row["turn_per_step"], row["turned"]) == (pytest.approx(20, rel=1e-4), pytest.approx(20, rel=1e-4))
+    assert row["norm"] == pytest.approx(2)
+
+
+def test_the_first_step_after_rows_is_looked_at() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(at_degrees(0, 0))
+    turned = TurnMonitor(model, every=3)
+    for degrees in (5, 12):
+        with torch.no_grad():
+            model[0].weight.copy_(at_degrees(degrees, degrees))
+        turned()
+        (row,) = turned.rows()
+    assert (row["turn_per_step"], row["turned"]) == (pytest.approx(7, rel=1e-4), pytest.approx(12, rel=1e-4))
 
 
 def test_every_kth_step_is_looked_at_from_the_first_on() -> None:
     model = nn.Sequential(nn.Conv1d(2, 2, 1))
-    turned, angle = TurnMonitor(model, every=3), 0.0
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 0.0]] * 2)[..., None])
-    turned = TurnMonitor(model, every=3)
+        model[0].weight.copy_(at_degrees(0, 0))
+    turned, angle = TurnMonitor(model, every=3), 0
     for degrees in (2, 40, 40, 5, 40, 40, 9):  # every third step is seen: the median of 2, 5 and 9
-        angle += math.radians(degrees)
+        angle += degrees
         with torch.no_grad():
-            model[0].weight.copy_(torch.tensor([[math.cos(angle), math.sin(angle)]] * 2)[..., None])
+            model[0].weight.copy_(at_degrees(angle, angle))
         turned()
     (row,) = turned.rows()
     assert row["turn_per_step"] == pytest.approx(5, rel=1e-4)
@@ -198,6 +223,20 @@ def test_a_run_keeps_how_far_its_filters_turned(tmp_path: Path) -> None:
         assert 0 < row["turn_per_step"] < row["turned"]
         norms = last[kernel.name].flatten(1).norm(dim=1)
         assert row["norm"] == pytest.approx(norms.mean().item(), rel=1e-5)
+
+
+def test_a_turn_per_step_is_taken_over_four_steps_of_an_epoch() -> None:
+    data = load_dataset("digits", Path()).limited(240, 10)
+    trainer = Trainer(build_network("cnn:4"), data, replace(SMALL, lr=0.1, momentum=0.9), CPU)
+    (kernel, *_) = module_kernels(trainer.model).kernels
+    weights = [weight_of(trainer.model, kernel).detach().clone()]
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: weights.append(weight_of(trainer.model, kernel).detach().clone())
+    )
+    trainer.train_batches(None)
+    assert len(weights) == 13
+    turns = torch.cat([filter_angles(kernel, weights[step + 1], weights[step]) for step in (0, 3, 6, 9)])
+    assert trainer.turned.rows()[0]["turn_per_step"] == pytest.approx(turns.median().item(), rel=1e-5)
 
 
 def test_a_resumed_run_has_the_same_layers_and_drops_rows_beyond_it(tmp_path: Path) -> None:
