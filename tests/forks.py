@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any, TextIO, TypeVar
 
-import convsim_cli
+import convsim_cli.cli
 
 Result = TypeVar("Result")
 Stream = int | str | None  # a file descriptor, subprocess.PIPE, a file's path, "closed", or None for the tests' own
@@ -68,6 +68,14 @@ def _deliver(sender: Connection, function: Callable[..., object], arguments: tup
         sender.send((False, traceback.format_exc()))
 
 
+def run_code(code: str, *arguments: object, environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """Run `python -c CODE ARGUMENTS` to its end; return its exit code and what it wrote to stdout and stderr."""
+    program = Program(*arguments, stdout=subprocess.PIPE, environment=environment, code=code)
+    out, err = program.communicate()
+    program.close()
+    return program.wait(), out, err
+
+
 class Descriptor(int):
     """A file descriptor that keeps its meaning on the way into a fork."""
 
@@ -80,7 +88,10 @@ def _received(duplicate: Any) -> int:
 
 
 class Program:
-    """`python -m convsim_cli ARGUMENTS` in a fork, with the methods of `subprocess.Popen` that the tests need."""
+    """`python -m convsim_cli ARGUMENTS` in a fork, with the methods of `subprocess.Popen` that the tests need.
+
+    code: run this instead, as `python -c CODE ARGUMENTS` does: it imports convsim anew, and may change tables first.
+    """
 
     def __init__(
         self,
@@ -88,11 +99,12 @@ class Program:
         stdout: Stream = None,
         stderr: Stream = subprocess.PIPE,
         environment: Mapping[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
         self.stdout, out = _ends(stdout, 1)
         self.stderr, err = _ends(stderr, 2)
         settings = {**os.environ, **(environment or {})}
-        self._process = fork(_run_program, [*map(str, arguments)], settings, str(Path.cwd()), out, err)
+        self._process = fork(_run_program, [*map(str, arguments)], settings, str(Path.cwd()), out, err, code)
         for stream, end in ((stdout, out), (stderr, err)):
             if end is not None and end not in (1, 2, stream):
                 os.close(end)  # the fork has its own
@@ -147,11 +159,14 @@ def _ends(stream: Stream, own: int) -> tuple[TextIO | None, Descriptor | None]:
 
 
 def _run_program(
-    arguments: list[str], environment: Mapping[str, str], folder: str, out: int | None, err: int | None
+    arguments: list[str],
+    environment: Mapping[str, str],
+    folder: str,
+    out: int | None,
+    err: int | None,
+    program: str | None,
 ) -> None:
-    """What a new interpreter does with its streams, then `convsim_cli.cli.main`, then the interpreter's end."""
-    from convsim_cli.cli import main
-
+    """What a new interpreter does with its streams, then the program, then the interpreter's end."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -160,9 +175,17 @@ def _run_program(
     sys.argv = ["convsim", *arguments]
     code = 0
     try:
-        main()
+        if program is None:
+            convsim_cli.cli.main()
+        else:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "convsim_cli"]:
+                del sys.modules[name]
+            exec(program, {"__name__": "__main__"})
     except SystemExit as end:
         code = int(end.code or 0)
+    except Exception:  # as an interpreter shows it
+        traceback.print_exc()
+        code = 1
     _end(code)
 
 

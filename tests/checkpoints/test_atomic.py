@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import stat
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 import torch
-from conftest import IRREGULAR
-from forks import call_in_fork
+from conftest import IRREGULAR, Start
+from forks import call_in_fork, run_code
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.journal import Scratch
@@ -90,10 +89,9 @@ for case in range(20):
 """
 
 
-def test_processes_that_save_at_once_keep_every_file(tmp_path: Path) -> None:
+def test_processes_that_save_at_once_keep_every_file(tmp_path: Path, start: Start) -> None:
     (tmp_path / "file").write_bytes(b"first")
-    command = [sys.executable, "-c", REPLACE_OFTEN, str(tmp_path)]
-    children = [subprocess.Popen([*command, str(number)]) for number in range(4)]
+    children = [start(tmp_path, number, code=REPLACE_OFTEN) for number in range(4)]
     assert [child.wait() for child in children] == [0] * 4
     kept = [path.read_bytes() for path in tmp_path.iterdir()]
     assert len(names(tmp_path)) == 81
@@ -279,7 +277,7 @@ def test_the_group_is_kept_where_the_owner_cannot_be(
         path.write_bytes(b"old")
         os.chown(path, owner, group)
         path.chmod(mode)
-        subprocess.run([sys.executable, "-c", REPLACE, str(path)], check=True)
+        assert run_code(REPLACE, path) == (0, "", "")
         found = path.stat()
         assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == kept
         assert path.read_bytes() == b"new"

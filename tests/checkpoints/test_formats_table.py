@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Convsim
+from forks import run_code
 
 ADDED = """
 import io, json, sys
@@ -47,18 +46,20 @@ for command in (
 """
 
 
-def test_one_entry_makes_a_format_known_to_open_write_back_errors_and_help(tmp_path: Path) -> None:
+def test_one_entry_makes_a_format_known_to_open_write_back_errors_and_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "unknown").write_bytes(b"unknown")
-    script = tmp_path / "script.py"
-    script.write_text(ADDED)
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    help_text, *ends = done.stdout.split("=>")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_code(ADDED)
+    assert code == 0, err
+    help_text, *ends = out.split("=>")
     assert [end.split()[0] for end in ends] == ["0", "0", "0", "0", "2", "2", "2"]
     assert "A .safetensors, .pt, .pth, .th, .bin, .ckpt or .lines file" in " ".join(help_text.split())
-    assert done.stdout.count("12.weight") == 3  # init, measure, init
+    assert out.count("12.weight") == 3  # init, measure, init
     assert (tmp_path / "made.lines").read_text().startswith("LINES")
     assert (tmp_path / "made.lines.bak").read_text().startswith("LINES")
-    [suffix, unknown, key] = [line for line in done.stderr.splitlines() if "error" in line]
+    [suffix, unknown, key] = [line for line in err.splitlines() if "error" in line]
     assert "x.h5: unknown suffix .h5; name it .safetensors, .pt, .pth, .th, .bin, .ckpt or .lines" in suffix
     assert "not a checkpoint (.safetensors, .pt, .pth, .th, .bin, .ckpt or .lines)" in unknown
     assert "--key applies only to pickled checkpoints; made.lines is a file of lines" in key

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from forks import run_code
 
 from convsim_cli.cli.options import complete_arch
 from convsim_cli.cli.reproduce_command import complete_arms, complete_experiment
@@ -22,9 +19,9 @@ def completed(words: str) -> list[str]:
     """What bash offers at the end of a command line."""
     position = str(len(words.split(" ")) - 1)
     line = {"_CONVSIM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
-    command = [sys.executable, "-c", "from convsim_cli.cli import app; app(prog_name='convsim')"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **line})
-    return ended.stdout.splitlines()
+    code, out, _ = run_code("from convsim_cli.cli import app; app(prog_name='convsim')", environment=line)
+    assert code == 0
+    return out.splitlines()
 
 
 @pytest.mark.parametrize(

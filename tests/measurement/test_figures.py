@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from conftest import Convsim
+from forks import run_code
 from safetensors.torch import save_file
 
 from convsim_cli.measurement.figures import FIGURES
@@ -37,8 +38,8 @@ def test_a_figure_that_is_added_to_the_table_is_seen_everywhere(tmp_path: Path) 
     for path, factor in zip(paths, (1.0, 2.0), strict=True):
         save_file({"a.weight": factor * weight}, path)
     commands = [["measure", *paths, "--json"], ["measure", *paths, "--sort", "largest"], ["measure", "--figures"]]
-    command = [sys.executable, "-c", ADD_ONE, json.dumps(commands)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, out, err = run_code(ADD_ONE, json.dumps(commands))
+    assert code == 0, err
     document, table, help_, _ = out.split("----\n")
     largest = weight.abs().max().item()
     first, second = (report["layers"][0] for report in json.loads(document)["checkpoints"])
