@@ -159,13 +159,13 @@ def neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
 
 def neighbours_gradient(filters: Tensor, power: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
     """Return the gradient: as for Eq. 10, with A_{i−1}[c] + A_{i+1}[c], of each channel by itself, in place of R_i."""
-    return convolve(spectra(filters, taps), _beside(power), taps, out)
+    return convolve(spectra(filters, taps), _beside(power), taps, out, 2.0)
 
 
 def neighbours_gradient_alone(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
     """Return the gradient without a value: one spectrum serves both of its uses."""
     spectrum = spectra(filters, taps)
-    return convolve(spectrum, _beside(power_spectra(spectrum, taps)), taps, out)
+    return convolve(spectrum, _beside(power_spectra(spectrum, taps)), taps, out, 2.0)
 
 
 def _beside(power: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def kernel_orthogonality_gradient(filters: Tensor, products: Tensor, _: Taps, ou
 
 
 def expected(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
-    """Return P Σ_{i<j} ⟨K_i, K_j⟩² + L_CS; and, side by side along the last axis, ⟨K_i, K_j⟩ (0 for i = j) and R_i."""
+    """Return P Σ_{i<j} ⟨K_i, K_j⟩² + L_CS; and, side by side along the last axis, ⟨K_i, K_j⟩ (0 for i = j) and 2 R_i."""
     orthogonality, products = kernel_orthogonality(filters, taps)
     similarity, others = similarity_and_others(filters, taps)
     return POSITIONS * orthogonality + similarity, torch.cat([products, others], -1)

@@ -8,8 +8,8 @@ R_i = Σ_{j≠i} A_j within the group:
 
 Cost: two batched matrix products of N·N·C per filter (N taps, C channels) and S·N² of extra memory. Where FFTs are
 cheaper, A_i is never computed: its power spectrum Σ_c |FFT(K_i[c])|² has the same inner products (Parseval), and one
-FFT leads there and one back. 1×1 kernels need no case of their own: L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖². Stride, dilation and
-padding do not enter. Where Eq. 10 is exact for feature maps: stride 1, full padding (Eq. 3).
+FFT leads there and one back. For 1×1 kernels, L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖². Stride, dilation and padding do not enter.
+Where Eq. 10 is exact for feature maps: stride 1, full padding (Eq. 3).
 
 Lags are kept in FFT order: entry d of an axis is lag d for d < k and lag d − (2k − 1) above.
 
@@ -87,18 +87,18 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
     out: a contiguous tensor like filters to write to, outside of any graph: a loop then takes no memory.
     """
     spectrum = spectrum_if_cheaper(filters, taps)
-    return _gradient(filters, sum_of_others(autocorrelation(filters, taps, spectrum)), taps, out, spectrum)
+    return _gradient(filters, twice_the_others(autocorrelation(filters, taps, spectrum)), taps, out, spectrum)
 
 
 def similarity_and_others(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
-    """Return L_CS = ½ Σ_i ⟨A_i, R_i⟩, as it is in the precision at hand; and R_i, which its gradient needs as well."""
+    """Return L_CS = ½ Σ_i ⟨A_i, R_i⟩, as it is in the precision at hand; and 2 R_i, which its gradient needs as well."""
     autocorrelations = autocorrelation(filters, taps, spectrum_if_cheaper(filters, taps))
-    others = sum_of_others(autocorrelations)
-    return inner_product(autocorrelations, others) / 2, others
+    others = twice_the_others(autocorrelations)
+    return inner_product(autocorrelations, others) / 4, others
 
 
 def gradient_from_others(filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
-    """Return ∂L_CS/∂filters from the R_i that `similarity_and_others` returned. out: as `similarity_gradient`."""
+    """Return ∂L_CS/∂filters from the 2 R_i that `similarity_and_others` returned. out: as `similarity_gradient`."""
     return _gradient(filters, others, taps, out, spectrum_if_cheaper(filters, taps))
 
 
@@ -124,7 +124,7 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor | None = None, o
             spectrum.mul_(scale.reshape(*scale.shape[:2], *[1] * (spectrum.ndim - 2)))
         autocorrelations.mul_(quotient)
         squares = wanted
-    others = sum_of_others(autocorrelations)
+    others = twice_the_others(autocorrelations)
     along = (autocorrelations * others).sum(-1, keepdim=True).div_(squares)
     _subtract_at_lag_zero_(others, along, impulse)
     return _gradient(filters, others, taps, out, spectrum)
@@ -143,7 +143,7 @@ def normalized_gradient(filters: Tensor, taps: Taps, vanished: float) -> Tensor:
     living = squares >= (vanished**2 * squares.amax()).clamp_min(torch.finfo(filters.dtype).tiny)
     inverse = torch.where(living, 1 / torch.where(living, squares, 1), 0)
     autocorrelations = autocorrelations * inverse
-    others = sum_of_others(autocorrelations)
+    others = twice_the_others(autocorrelations)
     along = (autocorrelations * others).sum(-1, keepdim=True)
     _subtract_at_lag_zero_(others, along, impulse)  # the part along K_i, as in `tangent_gradient`
     return _gradient(filters, others * inverse, taps, None, spectrum)
@@ -163,40 +163,42 @@ def autocorrelation(filters: Tensor, taps: Taps, spectrum: Tensor | None = None)
         return power_spectra(spectrum, taps).sum(-1)
     groups, each, size, _ = filters.shape
     gram = (filters @ filters.mT).reshape(groups, each, size * size)
+    if size == 1:
+        return gram
     if _folds_by_matrix(taps, filters.device):
         return gram @ lag_matrix(filters, taps)
     return gram.new_zeros(groups, each, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
 
 
-def sum_of_others(autocorrelations: Tensor) -> Tensor:
-    """Return R_i = Σ_{j≠i} A_j within each group, of the same shape.
+def twice_the_others(autocorrelations: Tensor) -> Tensor:
+    """Return 2 R_i, R_i = Σ_{j≠i} A_j within each group, of the same shape: what the gradient multiplies by.
 
     Total − A_i would cancel where one filter dominates. A few filters are summed by a matrix that has zeros on its
     diagonal, which is one product; many as exclusive prefix plus exclusive suffix, which is linear in their number.
     """
     few = FEW_FILTERS if autocorrelations.is_cpu else FEW_FILTERS_ELSEWHERE
     if autocorrelations.shape[1] <= few:
-        return _all_but_one(autocorrelations, autocorrelations.shape[1]) @ autocorrelations
+        return _twos_but_one(autocorrelations, autocorrelations.shape[1]) @ autocorrelations
     zero = torch.zeros_like(autocorrelations[:, :1])
     before = torch.cat([zero, autocorrelations[:, :-1]], dim=1).cumsum(1)
     after = torch.cat([autocorrelations[:, 1:], zero], dim=1).flip(1).cumsum(1).flip(1)
-    return before + after
+    return 2 * (before + after)
 
 
 def _gradient(
     filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None, spectrum: Tensor | None = None
 ) -> Tensor:
-    """2 Σ_m K_i[c][m] · R_i[m − n]: each filter times the symmetric Toeplitz matrix of its R_i."""
+    """2 Σ_m K_i[c][m] · R_i[m − n] from 2 R_i: each filter times the symmetric Toeplitz matrix of its 2 R_i."""
     size = filters.shape[2]
     if spectrum is not None:
         return convolve(spectrum, others.unsqueeze(-1), taps, out)
     if size == 1:
-        return torch.mul(2 * others.unsqueeze(-1), filters, out=out)
+        return torch.mul(others.unsqueeze(-1), filters, out=out)
     if _folds_by_matrix(taps, filters.device):
-        toeplitz = others @ lag_matrix(filters, taps, 2.0).mT
+        toeplitz = others @ lag_matrix(filters, taps).mT
     else:
         index = _lag_index(filters, taps).expand(*others.shape[:2], -1)
-        toeplitz = (2 * others).gather(-1, index)
+        toeplitz = others.gather(-1, index)
     flat = None if out is None else out.flatten(0, 1)
     return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
 
@@ -262,16 +264,16 @@ def _lag_index(like: Tensor, taps: Taps) -> Tensor:
 
 
 @constant
-def lag_matrix(like: Tensor, taps: Taps, value: float = 1.0) -> Tensor:
-    """Return `[N², lags]`, `value` where the pair of taps has the lag: it folds a Gram product onto lags."""
+def lag_matrix(like: Tensor, taps: Taps) -> Tensor:
+    """Return `[N², lags]`, 1 where the pair of taps has the lag: it folds a Gram product onto lags."""
     lags = torch.arange(prod(_lag_shape(taps)), device=like.device)
-    return value * (_lag_index(like, taps)[:, None] == lags).to(like.dtype)
+    return (_lag_index(like, taps)[:, None] == lags).to(like.dtype)
 
 
 @constant
-def _all_but_one(like: Tensor, count: int) -> Tensor:
-    """`[count, count]`, one everywhere but on the diagonal."""
-    return 1 - torch.eye(count, device=like.device, dtype=like.dtype)
+def _twos_but_one(like: Tensor, count: int) -> Tensor:
+    """`[count, count]`, 2 everywhere but on the diagonal."""
+    return 2 - 2 * torch.eye(count, device=like.device, dtype=like.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -295,12 +297,12 @@ def power_spectra(spectrum: Tensor, taps: Taps) -> Tensor:
     return power * unit_impulse(power, taps).unsqueeze(-1)
 
 
-def convolve(spectrum: Tensor, power: Tensor, taps: Taps, out: Tensor | None = None) -> Tensor:
-    """Return 2 Σ_m K_i[c][m] · R_i[c][m − n], in the layout of filters.
+def convolve(spectrum: Tensor, power: Tensor, taps: Taps, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Return scale · Σ_m K_i[c][m] · R_i[c][m − n], in the layout of filters.
 
     spectrum: that of K; power: that of R, scaled as `power_spectra`, with C channels or with one for all.
     """
-    weights = power * (2 / unit_impulse(power, taps)).unsqueeze(-1)
+    weights = power * (scale / unit_impulse(power, taps)).unsqueeze(-1)
     product = weights.reshape(*spectrum.shape[:-1], -1) * spectrum
     full = torch.fft.irfftn(product, s=fft_shape(taps), dim=_tap_axes(taps))
     inner = full[(..., *(slice(k) for k in taps), slice(None))].flatten(2, -2)

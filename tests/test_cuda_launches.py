@@ -80,6 +80,14 @@ def test_an_iteration_launches_per_shape_not_per_layer(preserve_norm: bool) -> N
     assert trace.launches.total() <= ((HELD if preserve_norm else RAW) - 2) * len(stacks) + 2, trace.launches
 
 
+def test_an_iteration_of_resnet50_takes_72_launches_and_of_1x1_kernels_3() -> None:
+    model, how = real_network("torchvision:resnet50").to(CUDA), Minimization()
+    layers = [(kernel, weight_of(model, kernel).detach()) for kernel in how.select(module_kernels(model)).kernels]
+    stacks = [Stack(*zip(*group, strict=True)) for group in group_by_shape(layers)]
+    assert iteration(stacks, how).launches.total() - 2 <= 72  # two are the optimizer's
+    assert iteration([stack(256, 64, 1, 1, count=3)], how).launches.total() - 2 <= 3
+
+
 @pytest.mark.parametrize("preserve_norm", [False, True])
 def test_a_minimization_waits_only_to_read_its_losses(preserve_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descent, "LOOK_EVERY", 8)

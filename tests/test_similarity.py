@@ -154,8 +154,10 @@ def test_the_sums_of_others_are_the_same_by_matrix_and_by_cumulative_sums(
     found = []
     for few in (0, count):
         monkeypatch.setattr(similarity, "FEW_FILTERS", few)
-        found.append(similarity.sum_of_others(autocorrelations))
+        found.append(similarity.twice_the_others(autocorrelations))
     torch.testing.assert_close(*found, rtol=1e-13, atol=0)
+    literal = 2 * (autocorrelations.sum(1, keepdim=True) - autocorrelations)
+    torch.testing.assert_close(found[0], literal, rtol=1e-10, atol=1e-12)
 
 
 def test_folding_by_a_matrix_as_accelerators_do_matches_folding_by_index() -> None:
