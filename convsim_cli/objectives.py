@@ -188,7 +188,7 @@ def kernel_orthogonality_gradient(filters: Tensor, products: Tensor, _: Taps, ou
 
 
 def expected(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
-    """Return P Σ_{i<j} ⟨K_i, K_j⟩² + L_CS; and, side by side along the last axis, ⟨K_i, K_j⟩ (0 for i = j) and 2 R_i."""
+    """Return P Σ_{i<j} ⟨K_i, K_j⟩² + L_CS; and along the last axis ⟨K_i, K_j⟩ (0 for i = j) beside 2 R_i."""
     orthogonality, products = kernel_orthogonality(filters, taps)
     similarity, others = similarity_and_others(filters, taps)
     return POSITIONS * orthogonality + similarity, torch.cat([products, others], -1)

@@ -91,7 +91,7 @@ def similarity_gradient(filters: Tensor, taps: Taps, out: Tensor | None = None) 
 
 
 def similarity_and_others(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
-    """Return L_CS = ½ Σ_i ⟨A_i, R_i⟩, as it is in the precision at hand; and 2 R_i, which its gradient needs as well."""
+    """Return L_CS = ½ Σ_i ⟨A_i, R_i⟩, as it is in the precision at hand; and 2 R_i, which its gradient needs too."""
     autocorrelations = autocorrelation(filters, taps, spectrum_if_cheaper(filters, taps))
     others = twice_the_others(autocorrelations)
     return inner_product(autocorrelations, others) / 4, others

@@ -1,4 +1,4 @@
-"""Several processes of one run, over gloo: started by torchrun, or forked with what torchrun tells them."""
+"""Several processes of one run, over gloo: forked, with what torchrun tells them (benchmarks/parity.py starts it)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,13 +41,6 @@ def environments() -> list[dict[str, str]]:
 def ranks(start: Start) -> Ranks:
     """Start the command line in two processes of one run: `ranks("train", "--arch", "cnn1")`."""
     return lambda *arguments: [start(*arguments, environment=environment) for environment in environments()]
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "convsim_cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_others_wait_for_rank_0_as_long_as_it_prepares_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,12 +85,16 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_only_rank_zero_writes_and_logs_and_a_run_can_be_resumed(tmp_path: Path, ranks: Ranks) -> None:
+def test_only_rank_zero_writes_and_logs_and_a_run_can_be_resumed(tmp_path: Path, ranks: Ranks, start: Start) -> None:
     train = ("train", *SMALL, "--mode", "init", "--iterations", 5, "--run-dir", tmp_path)
-    part = torchrun(*train, "--name", "part", "--epochs", 1, "--json")
-    assert part.returncode == 0, part.stderr
-    assert json.loads(part.stdout)["runs"][0]["epochs"] == 1
-    assert [line.startswith("epoch 1/1") for line in part.stderr.splitlines() if line.startswith("epoch")] == [True]
+    part = [
+        start(*train, "--name", "part", "--epochs", 1, "--json", stdout=subprocess.PIPE, environment=told)
+        for told in environments()
+    ]
+    (out, err), (other_out, other_err) = (process.communicate() for process in part)
+    assert json.loads(out)["runs"][0]["epochs"] == 1
+    assert [line.startswith("epoch 1/1") for line in err.splitlines() if line.startswith("epoch")] == [True]
+    assert (other_out, "epoch" in other_err) == ("", False)
     resumed = ranks("train", "--resume", tmp_path / "part", "--epochs", 2, "-q")
     assert [process.wait() for process in resumed] == [0, 0]
     assert [process.wait() for process in ranks(*train, "--name", "whole", "--epochs", 2, "-q")] == [0, 0]
