@@ -105,7 +105,8 @@ def init_checkpoint(
     """
     chosen = InitOptions(**options)
     chosen.check()
-    patterns = Patterns(chosen.include, chosen.exclude, list((chosen.groups or {}).items()), chosen.transposed)
+    groups = list((chosen.groups or {}).items())
+    patterns = Patterns(chosen.include, chosen.exclude, groups, chosen.transposed, chosen.layout)
     if path is None and chosen.arch is not None and output is not None:
         StateDict(Path(chosen.arch), {}).target_for(Path(output))  # refused before pretrained weights are downloaded
     source = open_model_checkpoint(
@@ -136,7 +137,7 @@ def init_checkpoint(
     began = time.perf_counter()
     keeps_backup = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))
     kept = checkpoint.backup_for(target) if target and keeps_backup else None
-    _warn(checkpoint, kept)
+    _warn(checkpoint, None if chosen.dry_run else kept)
     source.selection.require_kernels(f"{checkpoint.path}:")
     for kernel in source.selection.kernels:  # all of them before anything is written
         check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
@@ -291,7 +292,7 @@ def looks_trained(checkpoint: Checkpoint) -> bool:
         return any(_is_nonzero(checkpoint.load(name)) for name in statistics)
     if "convsim.layers" in checkpoint.metadata:
         return False
-    kernels = file_kernels(checkpoint.tensors, unfit=checkpoint.unfit).kernels
+    kernels = file_kernels(checkpoint.tensors, Patterns(layout="torch"), checkpoint.unfit).kernels
     spreads = [
         spread for kernel in kernels if (spread := norm_spread(kernel, checkpoint.load(kernel.name))) is not None
     ]

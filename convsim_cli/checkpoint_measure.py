@@ -93,7 +93,8 @@ def measure_checkpoints(
     options.check()
     check_inputs(options)
     device = resolve_device(options.device)
-    patterns = Patterns(options.include, options.exclude, list((options.groups or {}).items()), options.transposed)
+    groups = list((options.groups or {}).items())
+    patterns = Patterns(options.include, options.exclude, groups, options.transposed, options.layout)
     sources = [
         open_model_checkpoint(
             path,

@@ -134,6 +134,12 @@ class CheckpointOptions:
     transposed: Sequence[str] = setting(
         (), "Layers matching GLOB are transposed convolutions.", "Layers", metavar="GLOB"
     )
+    layout: Literal["torch", "hwio", "ohwi"] | None = setting(
+        None,
+        "How the file stores its kernels. torch: out, in, taps; hwio: taps, in, out; ohwi: out, taps, in, each also "
+        "for 1-D and 3-D kernels. Without it a file that looks to be of another framework is refused.",
+        "Layers",
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", "Run", metavar="NAME")
     seed: int = setting(0, "Random seed.", "Run", metavar="N", most=(1 << 32) - 1)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -83,6 +84,60 @@ class Checkpoint(ABC):
     def backup_for(self, target: Path) -> Path:
         """Return the name under which a backup of `target` would be kept now."""
         return free_names([target.with_name(f"{target.name}.bak")])[0]
+
+
+class LaidOutCheckpoint(Checkpoint):
+    """A checkpoint whose kernels are stored as another framework stores them, seen and written as if in torch's order.
+
+    layout: `hwio` for `[*taps, in, out]`, `ohwi` for `[out, *taps, in]`; of every tensor with three axes or more.
+    """
+
+    def __init__(self, stored: Checkpoint, layout: str) -> None:
+        self._stored, self._layout = stored, layout
+        tensors = {
+            name: replace(info, shape=tuple(info.shape[axis] for axis in self._axes(len(info.shape))))
+            for name, info in stored.tensors.items()
+        }
+        super().__init__(stored.path, tensors)
+        self.unfit, self.notes, self.metadata = stored.unfit, stored.notes, stored.metadata
+        self.suffixes = stored.suffixes
+
+    def _axes(self, count: int) -> list[int]:
+        """Return the stored axes in torch's order: out, in, taps."""
+        if count < 3:
+            return list(range(count))
+        taps = range(count - 2) if self._layout == "hwio" else range(1, count - 1)
+        return [*((count - 1, count - 2) if self._layout == "hwio" else (0, count - 1)), *taps]
+
+    def load(self, name: str) -> Tensor:
+        stored = self._stored.load(name)
+        return stored.permute(self._axes(stored.ndim)).contiguous()
+
+    def write(
+        self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
+    ) -> Path | None:
+        def stored() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in changes:
+                axes = self._axes(tensor.ndim)
+                yield name, tensor.permute([axes.index(axis) for axis in range(tensor.ndim)]).contiguous()
+                del tensor  # one layer less in memory while the next one is changed
+
+        return self._stored.write(target, stored(), record, backup=backup)
+
+    def target_for(self, output: Path) -> Path:
+        return self._stored.target_for(output)
+
+    def check_suffix(self, target: Path) -> None:
+        self._stored.check_suffix(target)
+
+    def is_in_place(self, target: Path) -> bool:
+        return self._stored.is_in_place(target)
+
+    def replaced_by(self, target: Path) -> list[Path]:
+        return self._stored.replaced_by(target)
+
+    def backup_for(self, target: Path) -> Path:
+        return self._stored.backup_for(target)
 
 
 def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

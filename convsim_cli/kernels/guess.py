@@ -1,10 +1,16 @@
 """What a file tells of its tensors: which are kernels, how their filters pair, and which belong to training.
 
-A file holds only names and shapes. A floating-point 4-D tensor is taken for a Conv2d kernel, and a 3-D one for a Conv1d
-kernel if there are no 4-D kernels. Kernels with one input channel are depthwise if at least two of them have several
-filters and several taps, and dense otherwise; other groups are invisible. A tensor with evidence against it is skipped
-unless a pattern asks for it (`_evidence_against`). The user's patterns correct the guesses, and `guess_warnings` names
-the layers whose guess is uncertain.
+A file holds only names and shapes, but those are evidence of several kinds:
+
+- names: of weights, of statistics and embeddings, of factors of another weight, of other frameworks' kernels;
+- the bias of a layer has one value per output channel, and so has the batch norm that follows it: they decide between
+  ordinary and transposed kernels, and show other layouts;
+- the neighbours in the file, which give and take channels, tell the number of groups (`_channels_near`).
+
+From these one decision follows per tensor: a kernel with its groups and its transposition, perhaps with a doubt, or a
+tensor that is skipped, with the reason. A file in another framework's layout is refused (`_refuse_other_layouts`). A
+floating-point 4-D tensor is a Conv2d kernel unless something speaks against it, a 3-D one a Conv1d kernel if there are
+no 4-D kernels. The user's patterns correct all of it.
 
 A name is split at dots and slashes into parts, and a part into words: `conv.RelativePosition_bias2` has the parts conv
 and RelativePosition_bias2, and the latter the words relative, position and bias.
@@ -14,17 +20,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import pairwise
 from math import prod
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, matches
+from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, in_layer_order, matches
 
+MOST_HEAD_TAPS = 16  # of a 3-D projection in attention
 MOST_TAPS = 1024  # of a 3-D tensor that is taken for a kernel; the stacked experts of a mixture have more
 NAMED = 3  # layers in a warning
+WIDEST = 11  # taps along an axis of the kernels of another layout
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts that wrappers add
 
 _WEIGHT = re.compile(r"weights?|kernels?|w")  # the last word of a kernel's name, where it has any of these
@@ -36,11 +45,28 @@ _FIXED = re.compile(  # a word anywhere in the name of a filter that no training
     r"blur|blurpool|antialias|gauss|gaussian|sobel|laplace|laplacian|scharr|prewitt|gabor|sift|toeplitz|haar|i?dwt|"
     r"wavelet|i?dct|i?stft|hann|hamming|srm|ssim|smoothing|binomial|lowpass|highpass|filt|fir"
 )
-_TRANSPOSED = re.compile(  # anywhere in a part
-    r"(?<![a-z])(de|up|t|trans|transposed?)_?conv|deconv|conv\w*_?transposed?|conv_?t(?![a-z])"
+_UPDATE = re.compile(  # a part that names a factor of an adapter's update
+    r"(lora|lokr|loha|locon|lycoris|hada|oft|coft|boft|ia3|dora|glora|vera|dylora|adalora)(_.*|\d*|[AB])|"
+    r"diff(_b)?|.*_lora(_.*|[AB])?|.*(lora|dora)_(magnitude_vector|scale)"
 )
-_UPWARD = re.compile(r"ups?([_\d]\w*)?|up_?sampl\w*|\w+_up")  # the name of the layer itself
-_FACTORS = ("_g", "_v", "_orig", "_mask", ".original", ".original0", ".original1")  # ends of parametrized weights
+_NO_CONV1D = re.compile(  # a part of a 3-D weight's name: stacked matrices, one per expert or head
+    r"(?i)(.*_)?(experts?|moe|switch_mlp|mlp_experts)(_.*)?|bilinear"
+)
+_PROJECTION = re.compile(
+    r"(?i)(.*_)?(attn|attention|self_?attn|mha|[qkvo]|qkv|q_?kv?|query|key|value|proj|projection)(_.*)?"
+)
+_SQUEEZE = re.compile(r"(?i)(.*_)?(se|squeeze\w*|excit\w*|attn|attention|ca|gate)(_.*|\d*)")
+_TRANSPOSED = re.compile(  # anywhere in a part
+    r"(?<![a-z])(de|up|t|trans|transposed?)_?conv|deconv|conv\w*_?transposed?|conv_?t(?:r|rans)?(?![a-z])"
+)
+_UPWARD = re.compile(r"ups?([_\d]\w*)?|up_?(sampl|scal)\w*|\w+_up(scal\w*)?")  # the name of the layer itself
+_PARAMETRIZED = re.compile(r"(.+)_(g|v|u|orig|mask|bar|sn)|original\d*")  # the last part of a weight's factors
+_DOWNWARD = re.compile(r"(?i)(.*_)?(sr|down\w*|reduc\w*|patch\w*|pool\w*|stem|embed\w*|proj\w*|merg\w*)(_.*|\d*)")
+_SHORTCUT = re.compile(r"(?i)shortcut\d*|skip\w*|identity|residual|project")  # beside other layers of its block
+_GROUPED = re.compile(r"dw|depthwise|grouped|group|grp")  # a word in a layer's own part
+_SPLIT = re.compile(r"(?i)paths?\d*|branch(es)?\d*|splits?\d*")  # a part of layers that may share out their input
+_FRAMEWORKS = {"flax": "hwio", "jax": "hwio", "tf": "hwio", "tensorflow": "hwio", "keras": "hwio", "mlx": "ohwi"}
+_SPARSE = (8, 27, 64, 125, 343)  # taps of 2³ to 7³, the first axis of a sparse convolution's kernel
 
 _OPTIMIZER = re.compile(
     r"(?i:optimi[sz]er|(?<![a-z])optims?(?![a-z])|(?<![a-z])opt_(states?|state_dict|dict)(?![a-z]))|optim(?=[A-Z])|"
@@ -72,67 +98,290 @@ Infos = Mapping[str, TensorInfo]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def file_kernels(tensors: Infos, patterns: Patterns | None = None, unfit: Mapping[str, str] | None = None) -> Selection:
+def file_kernels(
+    tensors: Infos,
+    patterns: Patterns | None = None,
+    unfit: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Selection:
     """Return the kernels of a state dict, from names and shapes.
 
-    tensors: name → dtype and shape. unfit: name → why the tensor cannot be worked on by itself, such as memory that it
-    shares with one before it. A tensor whose name or shape is not that of a kernel is taken where a pattern of
-    `include` matches no others. Raises InputError for a pattern that matches nothing and for a number of groups that
-    does not divide the filters.
+    tensors: name → dtype and shape, in the file's order. unfit: name → why the tensor cannot be worked on by itself,
+    such as memory that it shares with one before it. metadata: what the file holds beside tensors. A tensor whose name
+    or shape is not that of a kernel is taken where a pattern of `include` matches no others. Raises InputError for a
+    pattern that matches nothing, for a number of groups that does not divide the filters, and for a file whose kernels
+    look stored in another layout, unless `patterns.layout` says which one.
     """
-    unfit = unfit or {}
-    candidates = {name: info for name, info in tensors.items() if 3 <= len(info.shape) <= 5}
-    patterns = (patterns or Patterns()).resolved(candidates)
+    unfit, patterns = unfit or {}, patterns or Patterns()
+    tensors = {name: tensors[name] for name in in_layer_order(tensors)}
+    candidates = {name: info for name, info in tensors.items() if len(info.shape) >= 3 or _is_bank(name, tensors)}
+    patterns = patterns.resolved(candidates)
     left_out = _evidence_against(candidates)
     for name in patterns.forced(candidates, left_out):
         del left_out[name]
     for name, info in candidates.items():
-        if reason := unfit.get(name) or _unusable(name, info):
+        if reason := unfit.get(name) or _unusable(name, info, tensors):
             left_out[name] = reason
+    if patterns.layout is None:
+        usable = {name: info.shape for name, info in candidates.items() if name not in left_out}
+        left_out |= _of_other_layouts(usable, tensors, metadata or {})
     if not patterns.include:
         left_out |= _of_other_axes({name: info.shape for name, info in candidates.items() if name not in left_out})
-    depthwise = _depthwise({name: info.shape for name, info in candidates.items() if name not in left_out}, patterns)
+    usable = {name: info.shape for name, info in candidates.items() if name not in left_out}
+    kernels, doubts = _guess(usable, tensors, patterns)
     selection = Selection()
     for name, info in candidates.items():
-        filters, channels = info.shape[:2]
-        transposed = matches([name], patterns.transposed)
-        given = [groups for glob, groups in patterns.groups if fnmatchcase(name, glob)]
-        groups = given[-1] if given else filters if name in depthwise and not transposed else 1
-        if groups < 1 or filters % groups:
-            raise InputError(
-                f"`groups`: {groups} groups do not divide the {filters} filters of {name} {list(info.shape)}"
-            )
+        kernel = kernels.get(name, Kernel(name, info.shape, assumed=True))
         reason = unfit.get(name) or patterns.refusal(name) or left_out.get(name)
-        if not reason and not given and not transposed and channels == 1 < filters and says_transposed(name):
+        single = kernel.assumed and not kernel.transposed and info.shape[1] == 1 < info.shape[0]
+        if not reason and single and says_transposed(name):
             reason = (
                 "one channel, and named like a transposed convolution: with one output or depthwise it has no pairs"
             )
-        selection.add(Kernel(name, info.shape, groups, transposed, assumed=not given), reason)
-    selection.guess_warnings = guess_warnings(selection, depthwise)
+        selection.add(kernel, reason)
+    selection.guess_warnings = guess_warnings(selection, kernels, doubts)
     return selection
 
 
-def _unusable(name: str, info: TensorInfo) -> str | None:
+def _unusable(name: str, info: TensorInfo, tensors: Infos) -> str | None:
     """Return why a tensor cannot be worked on, whatever the patterns say."""
     if info.dtype not in FLOATING:
         return f"its type {info.dtype} cannot be optimized"
     if 0 in info.shape:
         return "empty"
-    if name.endswith(_FACTORS):
+    if len(info.shape) == 2:
+        return "2-D: perhaps a bank of flattened kernels (CondConv), from which the layer computes its own"
+    if len(info.shape) > 5:
+        return f"{len(info.shape)}-D: perhaps of a locally connected layer, whose kernels differ from place to place"
+    *before, last = _parts(name)
+    factor = _PARAMETRIZED.fullmatch(last)
+    pair = factor and factor[1] and any(f"{name.removesuffix(last)}{factor[1]}_{end}" in tensors for end in "gu")
+    if "parametrizations" in before or (factor and (not factor[1] or pair or _WEIGHT.fullmatch(factor[1].lower()))):
         return "a part of a parametrized weight (weight_norm, spectral_norm, pruning), not the kernel itself"
     return None
+
+
+def _is_bank(name: str, tensors: Infos) -> bool:
+    """Return whether a 2-D tensor may be a bank of kernels: named like a convolution, or with a bank of biases."""
+    info, bias = tensors[name], tensors.get(_bias_of(name))
+    if len(info.shape) != 2 or info.dtype not in FLOATING or not _weight_word(name):
+        return False
+    own = (["", *_layer_parts(name)])[-1].lower()
+    banked = bias is not None and len(bias.shape) == 2 and bias.shape[0] == info.shape[0]
+    return "conv" in own or (banked and info.shape[1] % max(bias.shape[1] if bias else 1, 1) == 0)
 
 
 def _of_other_axes(usable: Shapes) -> dict[str, str]:
     """Return the tensors that are not 4-D, name → reason, without the 3-D ones that are taken for Conv1d kernels."""
     images = any(len(shape) == 4 and shape[0] > 1 for shape in usable.values())
-    named = any(len(shape) == 3 and _weight_word(name) for name, shape in usable.items())
-    return {
-        name: f"{len(shape)}-D: taken for a kernel only by `include` '*'"
-        for name, shape in usable.items()
-        if len(shape) != 4
-        if len(shape) == 5 or images or shape[2] > MOST_TAPS or (named and not _weight_word(name))
+    found = {}
+    for name, shape in usable.items():
+        heads = shape[2] > MOST_HEAD_TAPS and any(map(_PROJECTION.fullmatch, _layer_parts(name)[-2:]))
+        if len(shape) == 3 and (not _weight_word(name) or heads or any(map(_NO_CONV1D.fullmatch, _parts(name)))):
+            found[name] = "3-D, perhaps stacked matrices of experts or heads: taken for a kernel only by `include`"
+        elif len(shape) == 3 and shape[0] in _SPARSE and _parts(name)[-1] == "kernel":
+            found[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, which has lost its axes"
+        elif len(shape) == 5 or (len(shape) == 3 and (images or shape[2] > MOST_TAPS)):
+            found[name] = f"{len(shape)}-D: taken for a kernel only by `include` '*'"
+    return found
+
+
+def _guess(usable: Shapes, tensors: Infos, patterns: Patterns) -> tuple[dict[str, Kernel], dict[str, str]]:
+    """Return each usable tensor as a kernel, and the doubts about some: name → which."""
+    kernels, doubts = {}, {}
+    depthwise = _depthwise(usable, patterns)
+    chain = [
+        name
+        for name, info in tensors.items()
+        if name in usable or (len(info.shape) == 2 and info.dtype in FLOATING and _weight_word(name))
+    ]
+    for place, name in enumerate(chain):
+        if name not in usable:
+            continue
+        shape = usable[name]
+        around = [tensors[other].shape for other in chain[max(place - 1, 0) : place] + chain[place + 1 : place + 2]]
+        asked = matches([name], patterns.transposed)
+        is_transposed, groups, doubt = _transposition(name, tensors, around if 0 < place < len(chain) - 1 else [])
+        if asked:
+            is_transposed, groups = True, groups if is_transposed else 1
+        elif doubt:
+            doubts[name] = doubt
+        if name in depthwise and not is_transposed:
+            groups = shape[0]
+        given = [number for glob, number in patterns.groups if fnmatchcase(name, glob)]
+        if given:
+            groups = given[-1]
+            doubts.pop(name, None)
+        if groups < 1 or shape[0] % groups:
+            raise InputError(f"`groups`: {groups} groups do not divide the {shape[0]} filters of {name} {list(shape)}")
+        kernels[name] = Kernel(name, shape, groups, is_transposed, assumed=not given)
+    for name, (groups, doubt) in _grouping(chain, kernels, tensors).items():
+        if kernels[name].assumed and name not in doubts and not kernels[name].transposed:
+            kernels[name] = Kernel(name, kernels[name].shape, groups, assumed=True)
+            if doubt:
+                doubts[name] = doubt
+    return kernels, doubts
+
+
+NAMED_TRANSPOSED = "perhaps transposed, by their names"
+PERHAPS_TRANSPOSED = "perhaps transposed, by the channels of the layers around them"
+PERHAPS_EVEN = "perhaps transposed, by their even kernels"
+PERHAPS_MULTIPLIED = "perhaps depthwise with several filters per channel"
+PERHAPS_GROUPED = "perhaps grouped, by the channels of the layers around them"
+
+
+def _transposition(name: str, tensors: Infos, around: Sequence[Sequence[int]]) -> tuple[bool, int, str]:
+    """Return whether a kernel is transposed, its number of groups if it is, and a doubt. around: the layers beside."""
+    first, second = tensors[name].shape[:2]
+    outputs = _outputs(name, tensors)
+    if outputs is not None and first != second:
+        groups = outputs // second
+        if outputs == first:
+            return False, 1, ""
+        if outputs == groups * second and first % groups == 0:
+            return True, groups, ""
+    before, after = (around[0][0], around[1][1]) if len(around) == 2 else (0, 0)
+    is_pointwise = prod(tensors[name].shape[2:]) == 1
+    if says_transposed(name):
+        refuted = first != second == before and after == first
+        return False, 1, "" if refuted or is_pointwise else NAMED_TRANSPOSED
+    even = first == second == before and set(tensors[name].shape[2:]) in ({2}, {4})
+    if even and not _says(_DOWNWARD, name):
+        return False, 1, PERHAPS_EVEN
+    chained = before == first and after == second and second not in (before, 1) and after != first
+    return False, 1, PERHAPS_TRANSPOSED if chained and not is_pointwise else ""
+
+
+def _outputs(name: str, tensors: Infos) -> int | None:
+    """Return a layer's number of output channels, from its bias, or the batch norm behind it in a Sequential."""
+    *path, number, _ = ["", *_parts(name)]
+    following = ".".join([*path[1:], str(int(number) + 1)]) if number.isdecimal() else ""
+    for other in (_bias_of(name), f"{following}.running_mean" if following else ""):
+        if other in tensors and len(tensors[other].shape) == 1:
+            return tensors[other].shape[0]
+    return None
+
+
+def _bias_of(name: str) -> str:
+    """Return the name of the bias of the same layer: `conv.weight` → `conv.bias`, `kernel:0` → `bias:0`."""
+    return re.sub(r"(weights?|kernels?|(?<![a-zA-Z])w)(:\d+)?$", r"bias\2", name)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A layer in the chain: what it gives and takes, its block, and whether a squeeze keeps its output to itself."""
+
+    name: str
+    gives: int
+    takes: int
+    block: str
+    inner: bool = False
+
+
+def _grouping(chain: Sequence[str], kernels: Mapping[str, Kernel], tensors: Infos) -> dict[str, tuple[int, str]]:
+    """Return the number of groups of kernels that are not dense, or perhaps not: name → groups, doubt.
+
+    A kernel is dense if the layer before it gives its channels, and grouped if that gives a multiple, which the kernel
+    keeps, and no layer nearby gives so few. Where something speaks for both, it is in doubt.
+    """
+    sizes = Counter(prefix for name in chain for prefix in _prefixes(name))
+    links = []
+    for name in chain:
+        shape, kernel = tensors[name].shape, kernels.get(name)
+        gives, takes = (kernel.filters, kernel.channels) if kernel else shape[:2]
+        block = next((prefix for prefix in _prefixes(name) if sizes[prefix] > 1), "")
+        links.append(_Link(name, gives, takes, block))
+    links = _mark_squeezes(links, kernels)
+    nearby: dict[str, Counter[int]] = defaultdict(Counter)  # a module → what its layers give
+    for link in links:
+        for prefix in ("", *_prefixes(link.name)) if not link.inner else ():
+            nearby[prefix][link.gives] += 1
+    squeezed = {(link.block, link.gives) for link in links if link.inner}
+    takers = Counter((link.block, link.takes) for link in links)
+    widened = {
+        (link.block, link.gives) for link in links if link.takes < link.gives and not _says(_SHORTCUT, link.name)
     }
+    channels = [link.takes for link in links if link.name in kernels and kernels[link.name].groups == 1]
+    images = next((usual for usual in (3, 1) if usual in channels), channels[0] if channels else 0)
+    starts: dict[str, int] = {}  # a module → what comes in: the output of the layer before its first
+    inputs: dict[str, set[int]] = defaultdict(set)  # a block → what its dense layers take, so far
+    found: dict[str, tuple[int, str]] = {}
+    certain: set[str] = set()  # layers that take what the last one gives
+    before = 0  # what the last layer gives
+    for link in links:
+        kernel, few, filters = kernels.get(link.name), link.takes, link.gives
+        around = ["", *reversed(_prefixes(link.name))]  # from the file to the layer itself
+        for prefix in around:
+            starts.setdefault(prefix, before)
+        if few == before:
+            certain.add(link.name)
+        elif kernel and kernel.groups == filters > 1 == kernel.shape[1]:
+            expands = (link.block, filters) in widened and not _says(_DOWNWARD, link.name)
+            if filters in (2 * before, 4 * before) and filters != starts[link.block] and not expands:
+                found[link.name] = filters, PERHAPS_MULTIPLIED
+        elif (
+            kernel
+            and kernel.groups == 1
+            and (few != images or (filters == before and starts[link.block]))
+            and not (kernel.transposed or link.inner or (link.block, few) in squeezed)
+        ):
+            wide, groups = not kernel.pointwise, _divided(before, link)
+            outer = around[max(around.index(link.block) - 1, 0)] if wide or groups else ""
+            known = few == starts[link.block] or few in inputs[link.block]
+            near = known or nearby[outer][few] > (few == filters)  # given by others than itself
+            keeps = groups > 0 and filters == before and min(kernel.taps) > 1
+            elsewhere = any(_divided(many, link) for many in (starts[link.block], *nearby[link.block]))
+            if keeps and not near and few not in (1, images) and not _says(_SPLIT, link.name):
+                found[link.name] = groups, ""
+            elif (
+                (not near and (groups or elsewhere))
+                or (wide and groups and (keeps or (not known and (filters > before or few not in nearby[""]))))
+                or (wide and any(map(_GROUPED.fullmatch, _words(link.name.rpartition(".")[0].rpartition(".")[2]))))
+            ):
+                found[link.name] = 1, PERHAPS_GROUPED
+        if link.name not in found and not link.inner:
+            inputs[link.block].add(few)
+        parallel = takers[link.block, few] > 1 and "downsample" in link.name
+        if not (link.inner or parallel or _says(_SHORTCUT, link.name) or (link.block, few) in squeezed):
+            before = filters
+    alike = {(link.block, kernels[link.name].shape[:2]) for link in links if link.name in found}
+    for link in links:  # parallel layers, such as the 1×1 beside the 3×3 of a RepVGG block
+        if link.name in kernels.keys() - certain and (link.block, kernels[link.name].shape[:2]) in alike:
+            found.setdefault(link.name, (kernels[link.name].groups, PERHAPS_GROUPED))
+    return found
+
+
+def _divided(many: int, link: _Link) -> int:
+    """Return the number of groups in which a layer takes `many` channels, 0 if it cannot."""
+    groups = many // link.takes
+    return groups if groups > 1 and many % link.takes == 0 == link.gives % groups else 0
+
+
+def _says(pattern: re.Pattern[str], name: str) -> bool:
+    """Return whether a part of a layer's name is of a kind."""
+    return any(map(pattern.fullmatch, _layer_parts(name)))
+
+
+@cache
+def _prefixes(name: str) -> tuple[str, ...]:
+    """Return the modules around a tensor, the innermost first."""
+    outer = name[: max(name.rfind("."), name.rfind("/"), 0)]
+    return (outer, *_prefixes(outer)) if outer else ()
+
+
+def _mark_squeezes(links: Sequence[_Link], kernels: Mapping[str, Kernel]) -> list[_Link]:
+    """Mark the narrow layer of a squeeze, wide → narrow → wide: its output reaches only its partner."""
+    marked = list(links)
+    for place, (one, two) in enumerate(pairwise(links)):
+        pointwise = all(link.name not in kernels or kernels[link.name].pointwise for link in (one, two))
+        if not pointwise or one.block != two.block or (one.gives, one.takes) != (two.takes, two.gives):
+            continue
+        named = any(map(_SQUEEZE.fullmatch, _parts(one.block)[-1:]))
+        if one.gives < one.takes:
+            marked[place] = _Link(one.name, one.gives, one.takes, one.block, inner=True)
+        elif named and two.gives < two.takes:
+            marked[place + 1] = _Link(two.name, two.gives, two.takes, two.block, inner=True)
+    return marked
 
 
 def _depthwise(usable: Shapes, patterns: Patterns) -> list[str]:
@@ -158,15 +407,62 @@ def _evidence_against(candidates: Infos) -> dict[str, str]:
         parts, is_single_channel = _parts(name), info.shape[1] == 1 < info.shape[0]
         if name in reasons:
             continue
-        if not _weight_word(name) and any(map(_NO_KERNEL.fullmatch, _words(parts[-1]))):
-            reasons[name] = "named like a statistic, a gain or an embedding, not a kernel"
+        if any(map(_UPDATE.fullmatch, parts)):
+            reasons[name] = "a factor of an adapter's update (LoRA, LoKr and others), not a kernel"
+        elif not _weight_word(name) and any(map(_NO_KERNEL.fullmatch, _words(parts[-1]))):
+            reasons[name] = "named like a statistic, a mask, a gain or an embedding, not a kernel"
         elif is_single_channel and prod(info.shape[2:]) == 1:
-            reasons[name] = "one value per filter: a gain or a statistic, not a kernel"
+            reasons[name] = "one value per filter: a gain or a statistic, or a depthwise 1×1 layer"
         elif is_single_channel and any(_FIXED.fullmatch(word) for part in parts for word in _words(part)):
             reasons[name] = "one channel, and named like a filter that no training changes"
         elif is_single_channel and usual and _weight_word(name) not in usual:
             reasons[name] = "one channel, and not named as other kernels are: a filter that no training changes"
     return reasons
+
+
+def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the tensors that are stored like another framework's kernels: name → reason.
+
+    Raises InputError where the metadata, or most of the kernels, say so.
+    """
+    marks = [(key, _FRAMEWORKS[text.lower()]) for key, text in metadata.items() if text.lower() in _FRAMEWORKS]
+    looks = {name: _layout_of(name, shape, tensors) for name, shape in usable.items()}
+    others = {name: layout for name, layout in looks.items() if layout not in ("torch", None)}
+    if usable and (marks or len(others) > sum(layout == "torch" for layout in looks.values())):
+        name = next(iter(others or usable))
+        layout = marks[0][1] if marks else others[name]
+        why = f" (metadata {marks[0][0]}: {metadata[marks[0][0]]})" if marks else ""
+        order = {"hwio": "[taps, in, out]", "ohwi": "[out, taps, in]"}[layout]
+        raise InputError(
+            f"{name} {list(tensors[name].shape)}: the file's kernels look stored as {order}{why}; say so by `layout` "
+            f"{layout}, or `layout` torch if they are [out, in, taps]"
+        )
+    return {
+        name: f"stored like another framework's kernel; if it is one, name the file's `layout`, {layout} for instance"
+        for name, layout in others.items()
+    }
+
+
+def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:
+    """Return the layout that a kernel's bias, name and shape speak for, None where they do not tell."""
+    if len(shape) == 3 and shape[0] in _SPARSE and _parts(name)[-1] == "kernel":
+        return None
+    first, last, axes = shape[0], shape[-1], len(shape) - 2
+    bias = tensors.get(_bias_of(name))
+    if bias is not None and bias.shape == (last,) and first != last != shape[1]:
+        return "hwio"
+    taps = shape[2:]
+    like_torch = len(set(taps)) == 1 and taps[0] <= min(WIDEST, *shape[:2])
+    if re.search(r"(^|[./_])kernel$|:\d+$", name) and not like_torch:
+        return "hwio"
+    if axes < 2:
+        return None
+    front, middle = shape[:axes], shape[1:-1]
+    if len(set(front)) == 1 and 1 < first <= WIDEST and last >= 8 and not (first >= 8 and like_torch):
+        return "hwio" if shape[-2] != last or last > WIDEST else None
+    if len(set(middle)) == 1 and 1 < middle[0] <= WIDEST and last != middle[0] and (last >= 8 or last in (3, 4)):
+        return "ohwi"
+    return "torch" if prod(taps) > 1 and max(taps) <= 31 else None
 
 
 def says_transposed(name: str) -> bool:
@@ -199,6 +495,11 @@ def _weight_word(name: str) -> str | None:
     return words[-1] if words and _WEIGHT.fullmatch(words[-1]) else None
 
 
+def _layer_parts(name: str) -> list[str]:
+    """Return the parts of a name that name layers: neither numbers nor the weight's own."""
+    return [part for part in _parts(name)[:-1] if not part.isdecimal()]
+
+
 def _parts(name: str) -> list[str]:
     return re.split(r"[./]", name)
 
@@ -209,25 +510,26 @@ def _words(part: str) -> tuple[str, ...]:
     return tuple(word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", part))
 
 
-def guess_warnings(selection: Selection, depthwise: Sequence[str]) -> list[str]:
+def guess_warnings(selection: Selection, kernels: Mapping[str, Kernel], doubts: Mapping[str, str]) -> list[str]:
     """Return a line for each kind of uncertain guess, with the layers that it is about.
 
-    depthwise: the tensors that are taken for depthwise kernels, in the order of the file.
+    kernels: every usable tensor as it is taken, by name; doubts: name → which.
     """
+    of_groups = dict.fromkeys((PERHAPS_MULTIPLIED, PERHAPS_GROUPED), "`groups` or `arch` sets the number of groups")
+    transposed = (NAMED_TRANSPOSED, PERHAPS_TRANSPOSED, PERHAPS_EVEN)
+    advice = dict.fromkeys(transposed, "if so, use `transposed` or `arch`") | of_groups
+    left_out = {entry.name for entry in selection.skipped if not entry.reason.startswith("depthwise")}
+    selection.doubts = {name: doubt for name, doubt in doubts.items() if name not in left_out}
+    lines = [
+        f"{doubt}: {_listed(doubted)}; {what}"
+        for doubt, what in advice.items()
+        if (doubted := [kernels[name] for name, found in selection.doubts.items() if found == doubt])
+    ]
     guessed = [kernel for kernel in selection.kernels if kernel.assumed and not kernel.transposed]
-    transposed = [kernel for kernel in guessed if says_transposed(kernel.name) and not kernel.pointwise]
-    others = [kernel for kernel in guessed if kernel not in transposed]
-    given = {kernel.filters for kernel in selection.kernels} | {skipped.shape[0] for skipped in selection.skipped}
-    lines = []
-    if transposed:
-        lines.append(f"perhaps transposed, by their names: {_listed(transposed)}; if so, use `transposed` or `arch`")
-    if grouped := _perhaps_grouped(others, given):
-        lines.append(
-            f"perhaps grouped, as no layer gives so many channels: {_listed(grouped)}; "
-            "`groups` or `arch` sets the number of groups"
-        )
-    first = [kernel for kernel in selection.skipped if kernel.name in depthwise[:1]]
-    if first and guessed and {kernel.shape[1] for kernel in guessed} <= given:
+    given = {kernel.filters for kernel in kernels.values()}
+    depthwise = {name for name, kernel in kernels.items() if kernel.shape[1] == 1 and kernel.groups == kernel.shape[0]}
+    first = [kernel for kernel in selection.skipped if kernel.name in depthwise][:1]
+    if first and guessed and {kernel.channels for kernel in guessed} <= given:
         lines.append(
             f"{first[0].name} {list(first[0].shape)} is taken for depthwise, but no other layer takes the images: "
             f"perhaps it is the first layer; if so, use `groups` '{first[0].name}=1' or `arch`"
@@ -235,24 +537,11 @@ def guess_warnings(selection: Selection, depthwise: Sequence[str]) -> list[str]:
     return lines
 
 
-def _perhaps_grouped(kernels: Sequence[Kernel], given: Set[int]) -> list[Kernel]:
-    """Return the kernels with fewer channels than any layer outputs (`given`), if a layer outputs a multiple of them.
-
-    Layers that take the images are exempt: those with three channels, else one, else as many as the first layer.
-    """
-    channels = [kernel.shape[1] for kernel in kernels]
-    images = next((usual for usual in (3, 1) if usual in channels), channels[0] if channels else 0)
-    return [
-        kernel
-        for kernel, few in zip(kernels, channels, strict=True)
-        if few not in given and few != images
-        if any(many > few and many % few == 0 and kernel.shape[0] % (many // few) == 0 for many in given)
-    ]
-
-
 def _listed(kernels: Sequence[Kernel]) -> str:
-    more = f" and {len(kernels) - NAMED} more" if len(kernels) > NAMED else ""
-    return ", ".join(f"{kernel.name} {list(kernel.shape)}" for kernel in kernels[:NAMED]) + more
+    """Name the kernels: the first by themselves, of others those together whose names differ in numbers alone."""
+    rest = Counter(re.sub(r"\d+", "*", kernel.name) for kernel in kernels[NAMED:])
+    more = [f"{glob} ({count} more)" for glob, count in rest.items()]
+    return ", ".join([*(f"{kernel.name} {list(kernel.shape)}" for kernel in kernels[:NAMED]), *more])
 
 
 def non_model_tensors(tensors: Infos) -> dict[str, str]:

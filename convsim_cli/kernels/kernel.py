@@ -5,9 +5,12 @@ A selection holds the kernels of a model or a file, what is left out and why; th
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from glob import escape
 from math import prod
 from typing import Any
@@ -115,14 +118,16 @@ class Patterns:
     """The user's corrections, as globs over full tensor names (`layer1.*`).
 
     include: only these, and of these also 3-D and 5-D tensors; exclude: not these; groups: (glob, number of groups);
-    transposed: these are kernels of transposed convolutions. A pattern that equals a tensor's name matches only that
-    tensor, whatever characters it contains. Raises InputError for a string in place of a list.
+    transposed: these are kernels of transposed convolutions; layout: how a file stores its kernels, guessed for None. A
+    pattern that equals a tensor's name matches only that tensor, whatever characters it contains. Raises InputError for
+    a string in place of a list.
     """
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     groups: Sequence[tuple[str, int]] = ()
     transposed: Sequence[str] = ()
+    layout: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "transposed"):
@@ -140,7 +145,7 @@ class Patterns:
             return [_resolved(pattern, names) for pattern in patterns]
 
         groups = [(_resolved(pattern, names), count) for pattern, count in self.groups]
-        return Patterns(resolve(self.include), resolve(self.exclude), groups, resolve(self.transposed))
+        return Patterns(resolve(self.include), resolve(self.exclude), groups, resolve(self.transposed), self.layout)
 
     def forced(self, names: Collection[str], left_out: Container[str]) -> set[str]:
         """Return the left-out names that `include` asks for explicitly: by a pattern that matches nothing else.
@@ -161,17 +166,21 @@ class Patterns:
 class Selection:
     """The kernels to work on, in their order, and what is left out.
 
-    guess_warnings: a line for each kind of uncertain guess, with the names of the layers.
+    doubts: layers of a file whose guess is uncertain: name → what it may be instead. guess_warnings: a line for each
+    kind of doubt, with the names of the layers.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    doubts: dict[str, str] = field(default_factory=dict)
     guess_warnings: list[str] = field(default_factory=list)
 
     def require_kernels(self, subject: str) -> None:
         """Raise InputError, with what is left out, where nothing is selected. subject: "the model has", or "FILE:"."""
         if not self.kernels:
-            left_out = ", ".join(f"{skipped.name} ({skipped.reason})" for skipped in self.skipped[:3])
+            own = ("not matched by", "matched by")  # the user's patterns: known, so they come last
+            skipped = sorted(self.skipped, key=lambda entry: entry.reason.startswith(own))
+            left_out = ", ".join(f"{entry.name} ({entry.reason})" for entry in skipped[:3])
             raise InputError(
                 f"{subject} no convolution kernels that form pairs" + (f"; left out: {left_out}" if left_out else "")
             )
@@ -204,3 +213,27 @@ def _resolved(pattern: str, names: Collection[str]) -> str:
     some = [name for name, _ in zip(names, range(3), strict=False)]
     like = f"names look like {', '.join(some)}" if some else "there are no kernels to match"
     raise InputError(f"the pattern {pattern!r} matches no tensor; {like}")
+
+
+def in_layer_order(names: Iterable[str]) -> list[str]:
+    """Return the names of a file in their order, or where that is the alphabet's, in what may be the layers' order."""
+    listed = list(names)
+    if listed == sorted(listed) or listed == sorted(listed, key=_natural):
+        return sorted(listed, key=lambda name: [_part_order(part) for part in name.split(".")])
+    return listed
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+@cache
+def _part_order(part: str) -> tuple[float, int, str]:
+    """Sort modules by their numbers, of one number convolutions first: conv1, bn1, layer1, conv2, bn2."""
+    if re.match("(conv_)?(stem|first)|patch_embed|downsample|pool", part):
+        return -math.inf, 0, part
+    if re.match("(conv_)?(head|last|final)|fc|classifier|shortcut", part):
+        return math.inf, 3, part
+    number = re.search(r"\d+", part)
+    kind = 0 if "conv" in part else 1 if re.match("bn|.*norm", part) else 2
+    return int(number[0]) if number else math.inf, kind, part

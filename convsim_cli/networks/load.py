@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.checkpoints.base import Checkpoint, storage_extent
+from convsim_cli.checkpoints.base import Checkpoint, LaidOutCheckpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.errors import ConvsimError, InputError, did_you_mean
 from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, is_convolution, module_kernels
@@ -89,11 +89,15 @@ def open_model_checkpoint(
     if arch is None:
         assert path is not None
         checkpoint: Checkpoint = open_checkpoint(path, key, for_writing=for_writing)
-        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit)
+        if patterns.layout in ("hwio", "ohwi"):
+            checkpoint = LaidOutCheckpoint(checkpoint, patterns.layout)
+        selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit, checkpoint.metadata)
         checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.guess_warnings]
         return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
+    if patterns.layout:
+        raise InputError("`layout` applies only without `arch`, whose tensors are all stored as torch does")
     model = build_network(arch, classes, seed, pretrained)
     if path is None:
         if not pretrained:

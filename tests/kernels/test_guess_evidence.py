@@ -1,0 +1,186 @@
+"""What a file's biases, neighbours, names and metadata say of its kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Convsim, same_bits
+from safetensors.torch import load_file, save_file
+
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import Patterns, Selection, TensorInfo, file_kernels
+from convsim_cli.minimize import minimize_weight_
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def select(
+    shapes: Shapes, patterns: Patterns | None = None, metadata: dict[str, str] | None = None
+) -> dict[str, tuple[int, bool]]:
+    found = selection(shapes, patterns, metadata)
+    return {kernel.name: (kernel.groups, kernel.transposed) for kernel in found.kernels}
+
+
+def selection(shapes: Shapes, patterns: Patterns | None = None, metadata: dict[str, str] | None = None) -> Selection:
+    return file_kernels({name: TensorInfo("float32", s) for name, s in shapes.items()}, patterns, metadata=metadata)
+
+
+def layer(name: str, *shape: int, bias: int) -> Shapes:
+    return {f"{name}.weight": shape, f"{name}.bias": (bias,)}
+
+
+@pytest.mark.parametrize("name", ["decoder.0", "upscale_conv", "output_upscaling.0", "convtr", "conv"])
+@pytest.mark.parametrize("taps", [(3,), (3, 3), (2, 2, 2)])
+def test_a_bias_as_long_as_the_second_axis_proves_a_transposed_layer(name: str, taps: tuple[int, ...]) -> None:
+    shapes = layer("e", 16, 3, *taps, bias=16) | layer(name, 16, 64, *taps, bias=64)
+    found = selection(shapes, Patterns(include=["*"]))
+    kernel = next(kernel for kernel in found.kernels if kernel.name == f"{name}.weight")
+    assert (kernel.transposed, kernel.filters) == (True, 64)
+    assert not found.guess_warnings
+
+
+def test_the_bias_tells_the_groups_of_a_transposed_layer() -> None:
+    shapes = layer("e", 32, 3, 3, 3, bias=32) | layer("u", 32, 4, 4, 4, bias=16)
+    assert select(shapes)["u.weight"] == (4, True)
+
+
+def test_batch_norm_behind_a_layer_of_a_sequential_proves_it_too() -> None:
+    shapes: Shapes = {"e.weight": (16, 3, 3, 3), "d.0.weight": (16, 64, 3, 3), "d.1.running_mean": (64,)}
+    assert select(shapes)["d.0.weight"] == (1, True)
+
+
+@pytest.mark.parametrize("name", ["upsampler.0", "deconv", "up"])
+def test_a_bias_as_long_as_the_first_axis_refutes_a_name(name: str) -> None:
+    found = selection(layer("e", 50, 3, 3, 3, bias=50) | layer(name, 48, 50, 3, 3, bias=48))
+    assert not found.guess_warnings
+    assert not any(kernel.transposed for kernel in found.kernels)
+
+
+def bottleneck(prefix: str, width: int, per_group: int, squeeze: int) -> Shapes:
+    return {
+        f"{prefix}.conv1.weight": (width, width, 1, 1),
+        f"{prefix}.conv2.weight": (width, per_group, 3, 3),
+        f"{prefix}.se.fc1.weight": (squeeze, width, 1, 1),
+        f"{prefix}.se.fc2.weight": (width, squeeze, 1, 1),
+        f"{prefix}.conv3.weight": (width, width, 1, 1),
+    }
+
+
+@pytest.mark.parametrize("alphabetical", [False, True], ids=["in order", "in the alphabet's"])
+def test_groups_follow_from_the_layer_before_not_from_a_squeeze_elsewhere(alphabetical: bool) -> None:
+    shapes = {"stem.weight": (32, 3, 3, 3), "in.weight": (64, 32, 1, 1)} | bottleneck("b1", 64, 16, 16)
+    shapes |= bottleneck("b2", 64, 16, 16)
+    found = select(dict(sorted(shapes.items())) if alphabetical else shapes)
+    assert {name for name, (groups, _) in found.items() if groups == 4} == {"b1.conv2.weight", "b2.conv2.weight"}
+    assert {groups for groups, _ in found.values()} == {1, 4}
+
+
+def test_a_layer_that_neighbours_do_not_decide_is_doubted_by_name() -> None:
+    shapes: Shapes = {"a.weight": (32, 3, 3, 3), "b.c1.weight": (64, 32, 1, 1), "b.c2.weight": (64, 32, 3, 3)}
+    found = selection(shapes)
+    assert list(found.doubts) == ["b.c2.weight"]
+    assert "perhaps grouped" in found.guess_warnings[0]
+    assert "b.c2.weight [64, 32, 3, 3]" in found.guess_warnings[0]
+
+
+def test_depthwise_layers_of_several_filters_per_channel_are_doubted() -> None:
+    shapes: Shapes = {"a.weight": (32, 3, 3, 3), "b.dw.weight": (32, 1, 3, 3), "b.pw.weight": (32, 32, 1, 1)}
+    shapes |= {"c.dw.weight": (64, 1, 3, 3), "c.pw.weight": (64, 64, 1, 1)}
+    assert list(selection(shapes).doubts) == ["c.dw.weight"]
+
+
+FOREIGN: dict[str, tuple[Shapes, dict[str, str], str]] = {
+    "flax": ({"conv.kernel": (3, 3, 16, 32)}, {"format": "flax"}, "hwio"),
+    "keras": ({"conv/kernel": (3, 3, 16, 32)}, {}, "hwio"),
+    "tensorflow": ({"conv/kernel:0": (5, 5, 1, 6)}, {}, "hwio"),
+    "tensorflow, marked": ({"conv.weight": (16, 8, 3, 3)}, {"format": "tf"}, "hwio"),
+    "mlx": ({"conv.weight": (16, 3, 3, 3)}, {"format": "mlx"}, "ohwi"),
+    "mlx, unmarked": ({"a.weight": (16, 7, 7, 3), "b.weight": (32, 3, 3, 16)}, {}, "ohwi"),
+    "shapes": ({"a.weight": (3, 3, 3, 16), "b.weight": (3, 3, 16, 32)}, {}, "hwio"),
+    "one axis, by the bias": (layer("a", 5, 16, 32, bias=32), {}, "hwio"),
+    "one axis, by the name": ({"a.kernel": (5, 16, 32)}, {}, "hwio"),
+    "three axes": ({"a.weight": (32, 3, 3, 3, 16)}, {}, "ohwi"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_of_another_layout_is_refused_with_the_option(kind: str) -> None:
+    shapes, metadata, layout = FOREIGN[kind]
+    with pytest.raises(InputError, match=f"`layout` {layout}"):
+        selection(shapes, metadata=metadata)
+    assert select(shapes, Patterns(include=["*"], layout="torch"), metadata)
+
+
+def test_kernels_of_torch_are_no_other_layout() -> None:
+    shapes: Shapes = {"patch.weight": (192, 3, 16, 16), "c.kernel": (8, 192, 3, 3), "eeg.weight": (8, 1, 1, 64)}
+    shapes |= {"mask.weight": (3, 3, 7, 7), "wide.weight": (32, 8, 3, 9)}
+    assert "patch.weight" in select(shapes, metadata={"format": "pt"})
+    assert "c.kernel" in select(shapes)
+
+
+AXES = {"hwio": [(2, 3, 1, 0), (2, 1, 0), (2, 3, 4, 1, 0)], "ohwi": [(0, 2, 3, 1), (0, 2, 1), (0, 2, 3, 4, 1)]}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("axes", [0, 1, 2], ids=["2-D", "1-D", "3-D"])
+@pytest.mark.parametrize("layout", AXES)
+def test_a_layout_is_read_and_written_back(
+    layout: str, axes: int, suffix: str, tmp_path: Path, convsim: Convsim
+) -> None:
+    kernel = torch.randn(8, 4, *[(3, 3), (5,), (3, 3, 3)][axes])
+    before = {"c.kernel": kernel.permute(AXES[layout][axes]).contiguous(), "c.bias": torch.randn(8)}
+    path, out = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    save_file(before, path, {"format": "flax"}) if suffix == "safetensors" else torch.save(before, path)
+    options = ("--layout", layout, "--include", "*")
+    done = convsim("init", path, "-o", out, "--iterations", 3, *options, "--json").document
+    assert done["layers"][0]["shape"] == list(kernel.shape)
+    after = {name: (load_file(out) if suffix == "safetensors" else torch.load(out))[name] for name in before}
+    minimize_weight_(kernel, iterations=3)
+    assert same_bits(after, before | {"c.kernel": kernel.permute(AXES[layout][axes]).contiguous()})
+
+
+def test_layout_is_for_files_alone(convsim: Convsim) -> None:
+    assert "--layout applies only without --arch" in convsim("measure", "--arch", "cnn:4", "--layout", "hwio").error
+
+
+SKIPPED: dict[str, tuple[Shapes, str]] = {
+    "CondConv": ({"b.conv_pw.weight": (4, 38400), "b.routing_fn.weight": (4, 32)}, "bank of flattened kernels"),
+    "a bank of any name": ({"experts_w.weight": (8, 1152), "experts_w.bias": (8, 16)}, "bank of flattened kernels"),
+    "locally connected": ({"local.weight": (1, 8, 4, 14, 14, 9)}, "locally connected"),
+    "Minkowski": ({"sparse.kernel": (27, 16, 32)}, "sparse convolution"),
+    "spconv": ({"sparse.weight": (32, 3, 3, 3, 16)}, "another framework"),
+    "LoRA": ({"c.lora_A.default.weight": (4, 16, 3, 3)}, "adapter"),
+    "kohya": ({"lora_unet_c.lora_down.weight": (4, 16, 3, 3), "lora_unet_c.lora_mid.weight": (4, 4, 3, 3)}, "adapter"),
+    "LoKr": ({"c.lokr_w2": (40, 40, 3, 3), "c.lokr_t2": (4, 4, 3, 3)}, "adapter"),
+    "LoHa": ({"c.hada_t1": (4, 4, 3, 3)}, "adapter"),
+    "OFT": ({"c.oft_blocks": (4, 8, 8), "c.oft_r": (4, 8, 8)}, "adapter"),
+    "DoRA": ({"c.dora_scale": (1, 16, 1, 1), "c.lora_magnitude_vector.default.weight": (1, 16, 1, 1)}, "adapter"),
+    "spectral norm": (
+        {"c.weight_bar": (16, 8, 3, 3), "c.weight_u": (16,), "c.weight_v": (72,)},
+        "parametrized",
+    ),
+    "any name's weight_norm": ({"c.w_k_v": (16, 8, 3, 3), "c.w_k_g": (16, 1, 1, 1)}, "parametrized"),
+    "parametrizations": ({"c.parametrizations.weight.0.base": (16, 8, 3, 3)}, "parametrized"),
+    "a mask of attention": ({"layers.0.attn_mask": (64, 49, 49)}, "named like a statistic, a mask"),
+}
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_what_is_no_kernel_is_listed_with_its_reason(kind: str) -> None:
+    shapes, reason = SKIPPED[kind]
+    found = selection({"a.weight": (16, 3, 3, 3), "b.weight": (16, 16, 3, 3), "fc.weight": (10, 16)} | shapes)
+    assert [kernel.name for kernel in found.kernels] == ["a.weight", "b.weight"]
+    told = {skipped.name: skipped.reason for skipped in found.skipped}
+    assert reason in told[next(iter(shapes))]
+    assert "fc.weight" not in told
+
+
+@pytest.mark.parametrize(
+    "name", ["experts.down_proj", "moe.experts.weight", "attn.q_proj.weight", "bilinear.weight", "block.qkv.weight"]
+)
+def test_stacked_matrices_are_no_conv1d(name: str) -> None:
+    assert list(select({"conv.weight": (64, 3, 5), name: (8, 64, 32)})) == ["conv.weight"]
+    assert not select({name: (8, 64, 32), "fc.weight": (64, 64)})
+    assert "attn.q_proj.weight" in select({"attn.q_proj.weight": (64, 64, 1)})
