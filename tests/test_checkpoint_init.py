@@ -125,3 +125,18 @@ def test_a_new_network_is_saved_and_opened_by_its_path_as_text(tmp_path: Path) -
     assert made.checkpoint is None
     assert [layer["assumed"] for layer in made.layers] == [False] * 4
     assert "0.weight" in open_checkpoint(str(tmp_path / "new.pt")).tensors
+
+
+def test_an_error_gives_the_reason_of_the_layer_that_was_asked_for(tmp_path: Path) -> None:
+    state = {f"a{number}.weight": torch.randn(8, 8, 3, 3) for number in range(4)}
+    torch.save(state | {"last.weight": torch.randn(8, 8, 1, 1)}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"left out: last.weight \(1×1: its L_CS is pure norm"):
+        init_checkpoint(tmp_path / "m.pt", include=["last.weight"], preserve_norm=True)
+
+
+def test_a_dry_run_speaks_of_no_backup(tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(8, 8, 3, 3), "bn.running_mean": torch.ones(8)}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.warns(ConvsimWarning, match="looks trained") as caught:
+        init_checkpoint(tmp_path / "m.pt", dry_run=True)
+    assert not any(".bak" in str(warning.message) for warning in caught)

@@ -10,6 +10,7 @@ import mmap
 import pickle
 import re
 import shlex
+import tarfile
 import zipfile
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -28,16 +29,16 @@ from convsim_cli.errors import CheckpointError
 _SIGNATURES = (  # how files of other kinds begin, and what they are
     (b"version https://git-lfs", "a git-LFS pointer (run git lfs pull)"),
     (b"\x89HDF", "an HDF5 file (of Keras, for instance)"),
-    (b"\x93NUMPY", "a NumPy array file"),
     (b"GGUF", "a GGUF file"),
-    (b"\x1f\x8b", "a gzip archive; unpack it"),
-    (b"7z\xbc\xaf", "a 7-Zip archive; unpack it"),
-    (b"\xfd7zXZ", "an xz archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard archive; unpack it"),
-    (b"Rar!", "a RAR archive; unpack it"),
+    (b"\x1f\x8b", "a gzip archive (unpack it)"),
+    (b"7z\xbc\xaf", "a 7-Zip archive (unpack it)"),
+    (b"\xfd7zXZ", "an xz archive (unpack it)"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive (unpack it)"),
+    (b"Rar!", "a RAR archive (unpack it)"),
 )
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how the stream of an older torch.save begins, after its protocol
 _LEGACY_PICKLES = 5  # that it begins with: magic number, protocol, system, content and the keys of its storages
+_MEMBERS = 16  # of a tar archive that are looked at
 _LARGEST = 1 << 26  # bytes of the pickles in an archive
 _SHOWN = 3  # globals that a message names
 _WIDEST = 60  # characters of a name in it
@@ -60,6 +61,10 @@ _FROM_NPZ = (
     "import sys, numpy, torch; torch.save({k: torch.as_tensor(v) for k, v in "
     "numpy.load(sys.argv[1], allow_pickle=False).items()}, sys.argv[2])"
 )
+_FROM_NPY = (
+    "import sys, numpy, torch; torch.save({'array': torch.as_tensor(numpy.load(sys.argv[1], allow_pickle=False))}, "
+    "sys.argv[2])"
+)
 _ASK = (
     "ask its author for the weights alone (a safetensors file, or model.state_dict() saved by torch.save); convert it "
     "yourself only if you trust its origin, in the environment it was made in"
@@ -71,16 +76,29 @@ _PROGRAMS = (  # what a zip is that runs code when it is loaded, by a name in it
 )
 
 
-def describe_unknown(start: bytes) -> str:
+def describe_unknown(path: Path, start: bytes) -> str:
     """Return what a file is that begins so, where no format recognizes it."""
+    if start.startswith(b"\x93NUMPY"):
+        return f"a NumPy array without a name (convert it: {_command(_FROM_NPY, path)})"
     for signature, what in _SIGNATURES:
         if start.startswith(signature):
             return what
     if start[257:262] == b"ustar":
-        return "a tar archive; unpack it, or, if an early torch.save wrote it, ask its author for a safetensors file"
+        return _describe_tar(path)
     if start.lstrip()[:1] == b"<":
         return "a web page (download the raw file instead)"
     return "an unknown kind of file"
+
+
+def _describe_tar(path: Path) -> str:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = {member.name.removeprefix("./") for member, _ in zip(archive, range(_MEMBERS), strict=False)}
+    except (tarfile.TarError, OSError):
+        return "a tar archive that is damaged or cut short (fetch it again)"
+    if {"storages", "tensors", "pickle"} <= members:
+        return f"a tar archive that an early torch.save wrote ({_ASK})"
+    return f"a tar archive (unpack it; it holds {', '.join(map(_shown, sorted(members)[:3])) or 'nothing'})"
 
 
 def is_pickle(start: bytes) -> bool:
@@ -137,6 +155,9 @@ def _why_not_archive(path: Path, error: Exception) -> str:
     for pattern, what in _PROGRAMS:
         if any(re.search(pattern, name) for name in names):
             return f"{what}, which runs code when it is loaded; {_ASK}"
+    inner = next((name for name in sorted(names, key="policy.pth".__ne__) if name.lower().endswith(PICKLES)), None)
+    if inner and not any(name.endswith("/data.pkl") for name in names):
+        return f"an archive with a checkpoint inside (as Stable-Baselines3 saves); unzip it and name {_shown(inner)}"
     if pickles:
         return _why_not_pickle(path, error, found, trouble, of_torch=True)
     if any(name.endswith(".npy") for name in names):
@@ -200,6 +221,7 @@ _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # Hugging Face's names; a var
 SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".th", ".bin", ".ckpt")  # suffixes
 _BACKUP = re.compile(r"\.bak(\.\d+)?$")
 _DIGEST = re.compile(r"[0-9a-f]{30,128}")  # how a store names a file; some use the first two digits as the folder
+MERGE_ZERO = "merge them by the zero_to_fp32.py that DeepSpeed saved with them, and name what it writes"
 _LISTED = 6  # names in an error, at most
 
 
@@ -220,15 +242,28 @@ def is_checkpoint_file(name: str) -> bool:
     return "/" not in name and (suffixed or _DIGEST.fullmatch(name) is not None)
 
 
+def describe_distributed(folder: Path) -> str:
+    """Return what a folder of `.distcp` files is, and how to convert it."""
+    target = shlex.quote(f"{folder.resolve()}.pt")
+    return (
+        "a distributed checkpoint; if you trust where it came from, convert it: "
+        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} {target}"
+    )
+
+
 def checkpoint_in(folder: Path, suffixes: Sequence[str]) -> Path:
     """Return the only index of shards in a folder, or without an index its only checkpoint file.
 
     suffixes: of checkpoint files. Raises CheckpointError that names what was found instead.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
+    if any(path.suffix == ".distcp" for path in files):
+        raise CheckpointError(f"{folder}: {describe_distributed(folder)}")
     found = [path for path in files if is_index(path)] or [p for p in files if p.name.lower().endswith(tuple(suffixes))]
     if len(found) == 1:
         return found[0]
+    if not found and any(path.name == "zero_to_fp32.py" for path in files):
+        raise CheckpointError(f"{folder}: a folder of DeepSpeed's shards; {MERGE_ZERO}")
     names = ", ".join(path.name for path in found[:_LISTED]) + (", …" if len(found) > _LISTED else "")
     holds = f"a folder with {len(found)} checkpoints ({names})" if found else "a folder without a checkpoint"
     raise CheckpointError(f"{folder}: {holds}; name a checkpoint file")

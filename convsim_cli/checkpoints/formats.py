@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from convsim_cli.checkpoints.atomic import check_regular, finish_saves, refuse_interrupted, replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
-from convsim_cli.checkpoints.diagnose import PICKLES, SAFETENSORS, checkpoint_in, describe_unknown, is_index, is_pickle
+from convsim_cli.checkpoints.diagnose import (
+    PICKLES,
+    SAFETENSORS,
+    checkpoint_in,
+    describe_distributed,
+    describe_unknown,
+    is_index,
+    is_pickle,
+)
 from convsim_cli.errors import CheckpointError, InputError, one_of
 
 if TYPE_CHECKING:
@@ -89,11 +97,13 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
     if path.is_dir():
         path = checkpoint_in(path, new_suffixes())
     start = _first_bytes(path)
+    if path.suffix == ".distcp":
+        raise CheckpointError(f"{path}: part of {describe_distributed(path.parent)}")
     for format_ in FORMATS:
         if format_.recognizes(path, start):
             break
     else:
-        raise CheckpointError(f"{path}: {describe_unknown(start)}, not a checkpoint ({one_of(new_suffixes())})")
+        raise CheckpointError(f"{path}: {describe_unknown(path, start)}, not a checkpoint ({one_of(new_suffixes())})")
     if key is not None and not format_.keys:
         raise InputError(f"`key` applies only to pickled checkpoints; {path} is {format_.name}")
     checkpoint = format_.open(path, key) if format_.keys else format_.open(path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
-from convsim_cli.checkpoints.diagnose import can_be_mapped, why_not_loaded
+from convsim_cli.checkpoints.diagnose import MERGE_ZERO, can_be_mapped, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
 from convsim_cli.errors import CheckpointError, did_you_mean
@@ -58,6 +58,9 @@ class PickledCheckpoint(Checkpoint):
         empty = next((name for name, tensor in self._state.items() if tensor.is_meta), None)
         if empty is not None:
             raise CheckpointError(f"{path}: {empty} has a shape but no values (device meta); save it with its weights")
+        weights = [t for name, t in self._state.items() if name.endswith(".weight") and t.is_floating_point()]
+        if weights and all(weight.shape == (0,) for weight in weights):
+            raise CheckpointError(f"{path}: its weights are empty: DeepSpeed ZeRO-3 keeps them in shards; {MERGE_ZERO}")
         strided = {name: tensor for name, tensor in self._state.items() if tensor.layout is torch.strided}
         super().__init__(path, tensor_infos(strided))
         if len(found) > 1:
