@@ -1,0 +1,97 @@
+"""What files tell of public networks, compared with their modules: `python tests/benchmarks/zoo.py [EVERY]`.
+
+Builds the networks of timm and torchvision without memory (device meta), and gives names and shapes alone to the guess:
+once in the modules' order, as pickles keep it, and once in the alphabet's, as safetensors files do. Networks whose
+names and shapes all equal those of one before are left out. EVERY: take only each EVERY-th network.
+
+A layer is right where its groups and transposition are the module's, or where it has no pairs and is left out; doubted
+where a warning is about it; wrong in silence otherwise. About ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from convsim_cli.checkpoints.safetensors_format import natural_order
+from convsim_cli.kernels import Kernel, TensorInfo, file_kernels, is_convolution
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Infos = dict[str, TensorInfo]
+
+
+def networks(every: int) -> Iterator[tuple[str, Infos, dict[str, Kernel]]]:
+    """Yield each distinct network: its name, its tensors, and its convolutions as the modules have them."""
+    known: set[tuple[tuple[str, TensorInfo], ...]] = set()
+    names = [f"timm:{name}" for name in timm.list_models()]
+    names += [f"torchvision:{name}" for name in torchvision.models.list_models()]
+    for name in names[::every]:
+        library, _, own = name.partition(":")
+        try:
+            with torch.device("meta"):
+                backbone = {"weights_backbone": None} if "rcnn" in own or own.startswith(DETECTORS) else {}
+                model = (
+                    timm.create_model(own)
+                    if library == "timm"
+                    else torchvision.models.get_model(own, weights=None, **backbone)
+                )
+        except (NotImplementedError, RuntimeError) as error:  # initialization that reads values
+            print(f"{name}: not built ({' '.join(str(error).split())[:60]})", file=sys.stderr)
+            continue
+        state = model.state_dict()
+        infos = {key: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in state.items()}
+        if tuple(infos.items()) in known:
+            continue
+        known.add(tuple(infos.items()))
+        modules = {f"{path}.weight": layer for path, layer in model.named_modules() if is_convolution(layer)}
+        layers = {key: layer for key, layer in modules.items() if key in infos}
+        truth = {k: Kernel(k, infos[k].shape, m.groups, isinstance(m, TRANSPOSED)) for k, m in layers.items()}
+        yield name, infos, truth
+
+
+DETECTORS = ("deeplab", "fcn", "lraspp", "fcos", "retinanet", "ssd")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    rows = {order: dict.fromkeys(ROWS, 0) for order in ("modules", "alphabet")}
+    for name, infos, truth in networks(int(sys.argv[1]) if len(sys.argv) > 1 else 1):
+        for order, row in rows.items():
+            listed = list(infos) if order == "modules" else sorted(infos, key=natural_order)
+            found = file_kernels({key: infos[key] for key in listed})
+            taken = {kernel.name: (kernel.groups, kernel.transposed) for kernel in found.kernels}
+            left_out = {entry.name: entry.reason for entry in found.skipped}
+            right, wrong = 0, []
+            for key, kernel in truth.items():
+                as_module = taken.get(key) == (kernel.groups, kernel.transposed)
+                said = "several axes" if "by `include`" in left_out.get(key, "") else left_out.get(key, "")
+                listed_so = key not in taken and (not kernel.pairs or said == "several axes" or "1×1 layer" in said)
+                if as_module or listed_so:
+                    right += 1
+                elif key not in found.doubts:
+                    wrong.append(key)
+            row["networks"] += 1
+            row["layers right"] += right
+            row["layers doubted"] += len(found.doubts)
+            row["layers wrong in silence"] += len(wrong)
+            row["networks read right"] += right == len(truth)
+            row["of these with a doubt"] += right == len(truth) and bool(found.guess_warnings)
+            if wrong:
+                print(f"{name}, order of the {order}: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+    for title in ROWS:
+        print(f"{title:28}{rows['modules'][title]:>10}{rows['alphabet'][title]:>10}")
+
+
+ROWS = (
+    *("networks", "layers right", "layers doubted", "layers wrong in silence"),
+    *("networks read right", "of these with a doubt"),
+)
+
+if __name__ == "__main__":
+    main()
