@@ -5,7 +5,7 @@ once in the modules' order, as pickles keep it, and once in the alphabet's, as s
 names and shapes all equal those of one before are left out. EVERY: take only each EVERY-th network.
 
 A layer is right where its groups and transposition are the module's, or where it has no pairs and is left out; doubted
-where a warning is about it; wrong in silence otherwise. About ten minutes on one core.
+where a warning is about it; wrong in silence otherwise. A quarter to half an hour on one core.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_real_cifar10_is_learned_within_a_few_steps(data_dir: Path, tmp_path: Pa
             "--lr",
             0.1,
             "--iterations",
-            100,
+            20,
             "--run-dir",
             tmp_path,
             "--json",

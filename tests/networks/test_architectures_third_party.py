@@ -95,7 +95,6 @@ MINE = textwrap.dedent("""
 NAMES = (
     "torchvision:mobilenet_v3_small",
     "torchvision:shufflenet_v2_x0_5",
-    "torchvision:squeezenet1_1",
     "torchvision:regnet_y_400mf",
     "torchvision:lraspp_mobilenet_v3_large",
     "torchvision:googlenet",
