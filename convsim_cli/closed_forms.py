@@ -52,6 +52,7 @@ from convsim_cli.kernels import (
     Selection,
     living_filters,
     module_kernels,
+    unwrapped,
     warn_of_unsupported,
     weight_of,
 )
@@ -225,9 +226,9 @@ def _dct_directions(taps: Taps, photographs: bool, filters: Tensor, living: Tens
 
 def _dct_basis(taps: Taps) -> Tensor:
     """The orthonormal DCT-II basis over the taps as rows `[N, N]`, the mean first."""
-    basis = torch.ones(1, 1, dtype=torch.float64)
+    basis = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for k in taps:
-        steps = torch.arange(k, dtype=torch.float64)
+        steps = torch.arange(k, dtype=torch.float64, device="cpu")
         waves = (math.pi / k * steps[:, None] * (steps + 0.5)).cos()
         basis = torch.kron(basis, normalize(waves, dim=1))
     return basis
@@ -266,7 +267,8 @@ def _orthonormal_rows(rows: Tensor, present: Tensor) -> Tensor:
     empty = present & (rows == 0).all(-1)
     if not (missing.any() or empty.any()):
         return found
-    seeded = torch.randn(rows.shape[-2:], dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    seeded = torch.randn(rows.shape[-2:], dtype=rows.dtype, generator=generator, device="cpu").to(rows.device)
     free = seeded * present.unsqueeze(-1) - found @ (found.mT @ seeded)  # off the rows' span, on both sides
     free = free - (free @ found.mT) @ found
     found = found + _polar(torch.where(missing[..., None, None], free, 0))
@@ -287,8 +289,8 @@ def _spread(rows: Tensor) -> Tensor:
 def _channel_root(power: float) -> Tensor:
     """The power of the correlation matrix of a photograph's channels: 1 on its diagonal, `CHANNEL_CORRELATION` off."""
     apart, common = 1 - CHANNEL_CORRELATION, 1 + (CHANNELS - 1) * CHANNEL_CORRELATION  # its eigenvalues
-    mean = torch.full((CHANNELS, CHANNELS), 1 / CHANNELS, dtype=torch.float64)
-    return apart**power * (torch.eye(CHANNELS, dtype=torch.float64) - mean) + common**power * mean
+    mean = torch.full((CHANNELS, CHANNELS), 1 / CHANNELS, dtype=torch.float64, device="cpu")
+    return apart**power * (torch.eye(CHANNELS, dtype=torch.float64, device="cpu") - mean) + common**power * mean
 
 
 def decorrelate_(
@@ -332,6 +334,7 @@ def decorrelate_kernels_(
     model: nn.Module, kernels: Sequence[Kernel], images: Tensor, advance: Advance | None = None
 ) -> list[Record]:
     """Do to the given kernels of a model what `decorrelate_` does. Those that are never called have no record."""
+    model = unwrapped(model)
     if not len(images):
         raise InputError("`images` is empty; expected a batch of at least one image")
     weights = [weight_of(model, kernel) for kernel in kernels]

@@ -6,28 +6,38 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from convsim_cli.kernels import Kernel, evaluation_mode, is_convolution, own_weight
+from convsim_cli.errors import InputError
+from convsim_cli.kernels import (
+    ConvolutionCall,
+    Kernel,
+    evaluation_mode,
+    is_convolution,
+    own_weight,
+    reach_convolution,
+    unwrapped,
+)
 
 
 @contextmanager
 def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Let a model run in evaluation mode, without gradients and not compiled, so that hooks added later are called.
 
-    On leaving, its modes, its buffers and the random number generators, also Python's and numpy's, are as they were.
-    Precision and autocast are those of the caller.
+    On leaving, its modes, its buffers and the random number generators, also Python's, numpy's and the model's own, are
+    as they were. Precision and autocast are those of the caller.
     """
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    tensors = chain(model.parameters(), model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     # loading torch.compile takes seconds: where it has not been loaded, nothing is compiled
     uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with (
         torch.random.fork_rng(list(devices)),
-        _other_generators(),
+        _other_generators(model),
         torch.no_grad(),
         uncompiled,
         evaluation_mode(model),
@@ -37,11 +47,13 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _other_generators() -> Iterator[None]:
-    """Put back the states of Python's and numpy's generators, and of an Apple GPU's, on leaving."""
+def _other_generators(model: nn.Module) -> Iterator[None]:
+    """Put back the states of Python's and numpy's generators, an Apple GPU's and the model's own, on leaving."""
     numpy = sys.modules.get("numpy.random")  # not loaded, it draws nothing
     state, theirs = random.getstate(), numpy and numpy.get_state()
     apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    attributes = chain.from_iterable(vars(module).values() for module in model.modules())
+    own = {value: value.get_state() for value in attributes if isinstance(value, torch.Generator)}
     try:
         yield
     finally:
@@ -50,6 +62,8 @@ def _other_generators() -> Iterator[None]:
             numpy.set_state(theirs)
         if apple is not None:
             torch.mps.set_rng_state(apple)
+        for generator, was in own.items():
+            generator.set_state(was)
 
 
 @contextmanager
@@ -94,7 +108,7 @@ def layers_of(
     names = names or {}
     known = {kernel.name: kernel for kernel in kernels}
     owners: dict[int, Kernel] = {}
-    for path, layer in model.named_modules():
+    for path, layer in unwrapped(model).named_modules():
         if not is_convolution(layer):
             continue
         name, own = f"{path}.weight".lstrip("."), own_weight(layer)
@@ -108,24 +122,22 @@ def layers_of(
 def convolve_with(layer: nn.Module, weight: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
     """Return the maps `[images, S, *space]` that a convolution gives for another weight and no bias.
 
-    weight: of the shape of the layer's. inputs, options: what its `forward` is called with. Padding, stride and so on
-    are the layer's, whatever its class does around the convolution. Hooks are not called, and on leaving the layer has
-    its own parameters and parametrizations back.
+    weight: of the shape of the layer's. inputs, options: what its `forward` is called with. The maps are those of the
+    convolution itself, with the layer's padding, stride and so on, whatever its class does around it.
     """
-    kind, state, parameters = type(layer), vars(layer), dict(layer._parameters)
-    attributes = {name: value for name, value in state.items() if name in ("weight", "bias")}
-    try:
-        if parametrize.is_parametrized(layer):
-            layer.__class__ = kind.__mro__[1]  # its properties compute the weight, whatever the instance holds
-        for name in ("weight", "bias"):
-            layer._parameters.pop(name, None)
-        state.update(weight=weight, bias=None)
-        maps: Tensor = layer.forward(*inputs, **options)
-    finally:
-        layer.__class__ = kind
-        for name in ("weight", "bias"):
-            state.pop(name, None)
-        state.update(attributes)
-        layer._parameters.clear()
-        layer._parameters.update(parameters)
-    return maps if maps.ndim == weight.ndim else maps.unsqueeze(0)  # a single image without an axis for the batch
+    return find_convolution(layer, tuple(weight.shape), inputs, options).convolve(weight)
+
+
+def find_convolution(
+    layer: nn.Module, shape: tuple[int, ...], inputs: tuple[Any, ...], options: Mapping[str, Any]
+) -> ConvolutionCall:
+    """Return the convolution that a layer calls with a weight of a shape, on a batch. No hook is called.
+
+    Raises InputError where there is none.
+    """
+    call = reach_convolution(layer, shape, inputs, options)
+    if call is None:
+        raise InputError(f"a {type(layer).__name__} convolves with no weight {list(shape)} on these inputs")
+    if call.images.ndim == len(shape):
+        return call
+    return call._replace(images=call.images.unsqueeze(0))  # a single image without an axis for the batch

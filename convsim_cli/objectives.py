@@ -77,6 +77,7 @@ class Objective:
     vanishes_with_filters: whether the gradient of a filter that vanishes does too, also on its sphere. Where it does
     not, set dead filters to zero first: a filter of zeros takes no part in any objective's pairs, and its gradient is
     zero.
+    made_of: the user's function (`make_objective`).
     """
 
     name: str
@@ -85,6 +86,11 @@ class Objective:
     norm_only_pointwise: bool
     tangent: Tangent | None = None
     vanishes_with_filters: bool = True
+    made_of: Value | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., Objective], tuple[object]]:
+        """Pickle what to make it of, since functions made here have no name to be found by."""
+        return (make_objective, (self.made_of,)) if self.made_of else (find_objective, (self.name,))
 
     def tangent_gradient(self, filters: Tensor, taps: Taps, norms: Tensor | None, out: Tensor | None) -> Tensor:
         """Return the gradient while norms are held, written to `out` if given: tangent to each filter's sphere.
@@ -131,7 +137,7 @@ def make_objective(function: Value) -> Objective:
         return found
 
     name = getattr(function, "__name__", type(function).__name__)
-    return Objective(name, value, gradient, norm_only_pointwise=False, vanishes_with_filters=False)
+    return Objective(name, value, gradient, norm_only_pointwise=False, vanishes_with_filters=False, made_of=function)
 
 
 def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:

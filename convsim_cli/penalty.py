@@ -13,6 +13,7 @@ g = 0 is left alone: 1×1 kernels have an ncs of 1 whatever they are.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,10 +28,13 @@ from convsim_cli.kernels import (
     current_kernel,
     living_filters,
     module_kernels,
+    overrides_forward,
     pull_back,
+    refuse_meta,
     warn_of_unsupported,
     weight_of,
 )
+from convsim_cli.layers import layers_of
 from convsim_cli.objectives import OBJECTIVES, Objective, Value, find_objective, make_objective
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import normalized_gradient
@@ -44,14 +48,16 @@ class ConvSimPenalty:
     exclude: globs over names of kernels, such as `layer1.*`.
 
     The penalty selects layers by name when it is created, and looks their weights up at each call: it follows replaced
-    layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It computes a
-    parametrized weight once per call. It does not see layers with new names. A call raises InputError where a selected
-    layer is gone, is no convolution any more, or has a weight that the penalty cannot follow, such as a DTensor
-    (`fully_shard`).
+    and compiled layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It
+    computes a parametrized weight once per call, and so it does a weight that a layer computes in its `forward`, such
+    as timm's StdConv2d: that layer is run on a few zeros, up to its convolution, which torch.compile cannot trace. It
+    does not see layers with new names. A call raises InputError where a selected layer is gone, is no convolution any
+    more, or has a weight that the penalty cannot follow, such as a DTensor (`fully_shard`) or one on the meta device.
 
-    The penalty is not a module: it owns no parameters and does not enter state dicts. Warns of layers that it leaves
-    out because it cannot act on them (lazy layers, unknown types). Raises InputError for an unknown objective, for a
-    pattern that matches nothing, and for a model without kernels that form pairs. Source: Algorithm 2.
+    The penalty is not a module: it owns no parameters and does not enter state dicts. Pickled or copied, it takes its
+    model along. Warns of layers that it leaves out because it cannot act on them (lazy layers, unknown types). Raises
+    InputError for an unknown objective, for a pattern that matches nothing, and for a model without kernels that form
+    pairs. Source: Algorithm 2.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -74,10 +80,21 @@ class ConvSimPenalty:
         warn_of_unsupported(selection)
         selection.require_kernels("the model has")
         self._model, self._kernels = model, selection.kernels
+        layers = (layer for _, layer in layers_of(model, self._kernels))
+        self._runs_layers = any(kernel.computed for kernel in self._kernels) and any(map(overrides_forward, layers))
 
     def __call__(self) -> Tensor:
         """Return the penalty, a scalar ≥ 0, differentiable with respect to the model's parameters."""
-        return self._sum(self._objective)
+        if not self._runs_layers:
+            return self._sum(self._objective)
+        if torch.compiler.is_compiling():
+            raise InputError(
+                "torch.compile cannot trace a penalty on weights that layers compute in their `forward`; call the "
+                "penalty outside of what is compiled with fullgraph"
+            )
+        # loading torch.compile takes seconds: where it has not been loaded, nothing is compiled
+        call = torch.compiler.disable(self._sum) if "torch._dynamo" in sys.modules else self._sum
+        return call(self._objective)
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -94,15 +111,21 @@ class ConvSimPenalty:
         Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step. beta: weight
         of the penalty, dimensionless, finite and ≥ 0. A tensor with one element stays on its device: its value is
         checked on the CPU only, since reading it elsewhere would wait for the device. Frozen parameters are left
-        alone. Half-precision gradients are added to in float32 and rounded once. preserve_norm: leave out of the
+        alone. Half-precision gradients are added to in float32 and rounded once. Gradient hooks of a parameter, also
+        those that run after accumulation, are called with the penalty's gradient. preserve_norm: leave out of the
         gradient, filter by filter, the part along the filter, so that it lowers similarity without shrinking. Raises
         InputError for another beta, and as a call of the penalty; all gradients are then as they were.
         """
         _check_beta(beta)
         own, behind = self._contributions(beta, preserve_norm)
+        for parameter in [kept for kept in own if kept._backward_hooks or kept._post_accumulate_grad_hooks]:
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            torch.autograd.backward([parameter], [(beta * own.pop(parameter)).to(dtype)])
         _accumulate(own, beta)
-        for parameter, gradient in behind:  # which several layers can share
-            _accumulate({parameter: gradient}, 1.0)
+        _accumulate(behind, 1.0)
+        for parameter in behind:  # autograd has called their other hooks
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                hook(parameter)
 
     @torch.no_grad()
     def gradient_ratio(self, preserve_norm: bool = False) -> Tensor:
@@ -112,21 +135,23 @@ class ConvSimPenalty:
         preserve_norm, errors: as `add_gradient_`. ∞ or NaN where the penalty's gradient is zero.
         """
         own, behind = self._contributions(1.0, preserve_norm)
-        added = [*own.items(), *behind]
+        added = [*own.values(), *behind.values()]
         if not added:
-            return torch.tensor(math.nan)
-        held = [parameter.grad for parameter in dict(added) if parameter.grad is not None]
-        like = added[0][1]
-        return _norm(held, like) / _norm([gradient for _, gradient in added], like)
+            return torch.tensor(math.nan, device="cpu")
+        held = [parameter.grad for parameter in own | behind if parameter.grad is not None]
+        return _norm(held, added[0]) / _norm(added, added[0])
 
     def _contributions(
         self, beta: float | Tensor, preserve_norm: bool
-    ) -> tuple[dict[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """The gradients of trainable kernels, still to be multiplied by β, and of parameters behind computed ones."""
         with torch.enable_grad():  # a computed weight leads to its parameters through a graph
             layers = self._layers()
+        for kernel, weight in layers:
+            refuse_meta(kernel.name, weight)
         own: dict[Tensor, Tensor] = {}
-        behind: list[tuple[Tensor, Tensor]] = []
+        computed: list[Tensor] = []
+        gradients: list[Tensor] = []
         with full_precision(layers[0][1].device):
             for kernel, weight in layers:
                 if not weight.requires_grad:
@@ -135,14 +160,18 @@ class ConvSimPenalty:
                 if weight.is_leaf:
                     own[weight] = own[weight] + gradient if weight in own else gradient  # tied since
                 else:
-                    behind += pull_back(weight, beta * gradient)
-        return own, behind
+                    computed.append(weight)
+                    gradients.append(beta * gradient)
+        return own, pull_back(computed, gradients)
 
     def _layers(self) -> list[tuple[Kernel, Tensor]]:
         return [current_kernel(self._model, kernel) for kernel in self._kernels]
 
     def _sum(self, objective: Objective) -> Tensor:
-        values = [objective.value(_filters(objective, *layer), layer[0].taps) for layer in self._layers()]
+        values = []
+        for kernel, weight in self._layers():
+            refuse_meta(kernel.name, weight)
+            values.append(objective.value(_filters(objective, kernel, weight), kernel.taps))
         return torch.stack([value.to(values[0]) for value in values]).sum()
 
     def _gradient(self, kernel: Kernel, weight: Tensor, preserve_norm: bool) -> Tensor:
@@ -177,7 +206,7 @@ def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None
     sums: list[Tensor] = []
     for parameter in gradients:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
         sums.append(parameter.grad)
     if isinstance(factor, Tensor):
         for total, gradient in zip(sums, gradients.values(), strict=True):

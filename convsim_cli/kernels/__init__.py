@@ -7,14 +7,19 @@ one. A module tells exactly (`modules`); a file holds names and shapes only, so 
 from convsim_cli.kernels.guess import TensorInfo, file_kernels
 from convsim_cli.kernels.kernel import FLOATING, VANISHED, Kernel, Patterns, Selection, Skipped, living_filters
 from convsim_cli.kernels.modules import (
+    ConvolutionCall,
     current_kernel,
     effective_weight,
     evaluation_mode,
     is_convolution,
     module_kernels,
+    overrides_forward,
     own_weight,
     pull_back,
+    reach_convolution,
+    refuse_meta,
     refuse_sharded,
+    unwrapped,
     warn_of_unsupported,
     weight_of,
 )
@@ -22,6 +27,7 @@ from convsim_cli.kernels.modules import (
 __all__ = [
     "FLOATING",
     "VANISHED",
+    "ConvolutionCall",
     "Kernel",
     "Patterns",
     "Selection",
@@ -34,9 +40,13 @@ __all__ = [
     "is_convolution",
     "living_filters",
     "module_kernels",
+    "overrides_forward",
     "own_weight",
     "pull_back",
+    "reach_convolution",
+    "refuse_meta",
     "refuse_sharded",
+    "unwrapped",
     "warn_of_unsupported",
     "weight_of",
 ]

@@ -31,7 +31,7 @@ class Kernel:
     """A layer's kernels: the tensor's name and shape as stored, and how its filters pair.
 
     shape: `[S, C, *taps]`, or `[C_in, C_out / groups, *taps]` when `transposed`. `assumed`: guessed from the shape
-    alone.
+    alone. `computed`: the layer computes the weight from other parameters.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Kernel:
     groups: int = 1
     transposed: bool = False
     assumed: bool = False
+    computed: bool = False
 
     @property
     def filters(self) -> int:

@@ -1,32 +1,55 @@
 """The kernels of a module, exactly, and the weights that its layers use at this moment.
 
-A layer uses its own parameter, or a tensor computed from other parameters. `torch.nn.utils.parametrize` computes the
-weight at each access. The older weight_norm, spectral_norm and pruning store a plain tensor as `layer.weight`, which a
-forward pre-hook replaces at each forward pass: between an optimizer step and the next pass it is out of date, and the
-graph behind it may be gone. Here both are recomputed, once per call.
+A layer uses its own parameter, or a tensor computed from other parameters, in one of three ways:
+
+- `torch.nn.utils.parametrize` computes the weight at each access.
+- The older weight_norm, spectral_norm and pruning store a plain tensor as `layer.weight`, which a forward pre-hook
+  replaces at each forward pass: between an optimizer step and the next pass it is out of date, and the graph behind it
+  may be gone.
+- A class with a `forward` of its own (weight standardization, masks, quantization-aware training) may compute anything.
+  What reaches the convolution tells: such a layer is run on a few zeros, up to the convolution itself.
+
+Here all of them are computed anew, once per call.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KNOWN = frozenset[Any](_CONVOLUTIONS + _TRANSPOSED)
+_FORWARDS = frozenset(chain.from_iterable((kind.forward, getattr(kind, "_conv_forward", None)) for kind in _KNOWN))
+_FUNCTIONS = frozenset(
+    getattr(nn.functional, f"{name}{axes}d") for name in ("conv", "conv_transpose") for axes in (1, 2, 3)
+)
 _DTYPES = tuple(getattr(torch, name) for name in FLOATING)
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # names of what is inside
+_UPDATE = re.compile(r"(^|\.)(lora_(A|B|down|up|mid|layer)|lokr_\w+|hada_\w+|b?oft_\w+)(\.|$)")  # of another weight
+_CONVOLVES = re.compile(r"conv\w*[123]d")  # in the code of a class: it calls a convolution by itself
+
+_SCRIPTED = "scripted or traced, which hides what its layers compute; use the module that it was made from"
 
 
 def module_kernels(
@@ -38,47 +61,101 @@ def module_kernels(
 ) -> Selection:
     """Return the kernels of every convolution in a module, exactly; a shared weight counts once.
 
-    Names are those of `model.state_dict()`, or what `names` maps them to. Other layers with a `weight` of the shape of
-    kernels are listed as skipped. parametrized: whether to select layers that compute their weight from other
-    parameters, as `<layer>.weight`; you can read that weight (`weight_of`) but not write it. Raises InputError for a
-    pattern that matches nothing and for sharded weights.
+    Names are those of `state_dict()` of the module, or of the one inside DataParallel, DistributedDataParallel and
+    torch.compile; or what `names` maps them to. Parameters of other layers that might be kernels are listed as skipped.
+    parametrized: whether to select layers that compute their weight from other parameters, as `<layer>.weight`; you can
+    read that weight (`weight_of`) but not write it. Raises InputError for a pattern that matches nothing, for sharded
+    weights and for a module that is scripted as a whole.
     """
-    names = names or {}
+    model, names = unwrapped(model), names or {}
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"the model is {_SCRIPTED}")
     selection = Selection()
     owners: dict[int, str] = {}
-    layers = []
-    for path, layer in model.named_modules():
-        weight = own_weight(layer)
-        has_kernels = is_convolution(layer)
-        if weight is not None and not isinstance(weight, UninitializedParameter):
-            has_kernels |= weight.is_floating_point() and 3 <= weight.ndim <= 5  # such as torchvision's DeformConv2d
-        if has_kernels:
-            layers.append((f"{path}.weight".lstrip("."), layer))
-    patterns = (patterns or Patterns()).resolved([names.get(path, path) for path, _ in layers])
-    for path, layer in layers:
-        name, weight = names.get(path, path), own_weight(layer)
+    found = [
+        (f"{path}.{name}".lstrip("."), layer, parameter)
+        for path, layer in model.named_modules()
+        for name, parameter in _candidates(layer)
+    ]
+    found.sort(key=lambda entry: not is_convolution(entry[1]))  # other modules can hold a layer's weight as well
+    patterns = (patterns or Patterns()).resolved([names.get(path, path) for path, *_ in found])
+    for path, layer, weight in found:
+        name = names.get(path, path)
         refusal = patterns.refusal(name)
+        convolves = is_convolution(layer) and path.rpartition(".")[2] == "weight"
+        shape = _shape(layer) if convolves or weight is None else tuple(weight.shape)
         if weight is not None and id(weight) in owners:
             first = owners[id(weight)]  # a file may hold both under one name
-            selection.skipped.append(Skipped(path if name == first else name, _shape(layer), f"shared with {first}"))
-        elif not is_convolution(layer):
+            selection.skipped.append(Skipped(path if name == first else name, shape, f"shared with {first}"))
+        elif update := _UPDATE.search(path):
+            reason = refusal or f"{update[2]}: an update of another weight; merge it to include it"
+            selection.skipped.append(Skipped(name, shape, reason, unsupported=not refusal))
+        elif not convolves:
             unknown = f"a {type(layer).__name__}, which is no convolution that convsim knows"
-            selection.skipped.append(Skipped(name, _shape(layer), refusal or unknown, unsupported=not refusal))
+            reason = refusal or (_SCRIPTED if isinstance(layer, torch.jit.ScriptModule) else unknown)
+            selection.skipped.append(Skipped(name, shape, reason, unsupported=not refusal))
         else:
             owners[id(weight)] = name
-            if refusal:
-                reason: str | None = refusal
-            elif weight is None and (parametrize.is_parametrized(layer, "weight") or _hooks(layer)):
-                unwritable = "parametrized: no weight of its own; remove the parametrization first"
-                reason = None if parametrized else unwritable
-            else:
-                refuse_sharded(name, weight)
-                reason = _unusable(layer, weight)
-            selection.add(_kernel_of(name, layer, _shape(layer)), reason, unsupported=not refusal)
+            unusable, computed = (None, False) if refusal else _usability(name, layer)
+            if computed and not parametrized and not unusable:
+                unusable = f"computed in the forward of a {type(layer).__name__}, so that convsim cannot write it"
+                if not overrides_forward(layer):
+                    unusable = "parametrized: no weight of its own; remove the parametrization first"
+            kernel = _kernel_of(name, layer, shape, computed)
+            selection.add(kernel, refusal or unusable, unsupported=not refusal)
     return selection
 
 
-def warn_of_unsupported(selection: Selection) -> None:
+def _candidates(layer: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Give what may be kernels among a layer's own tensors: their names, with None for a weight without a parameter."""
+    if isinstance(layer, parametrize.ParametrizationList):
+        return  # its layer has the tensor
+    parameters = dict(layer.named_parameters(recurse=False))
+    if is_convolution(layer):
+        yield "weight", parameters.pop("weight", None)
+        if not overrides_forward(layer) or _hooks(layer):
+            return
+    elif parametrize.is_parametrized(layer):
+        of_name: Any = layer.parametrizations
+        behind = {name: list(tensors.parameters(recurse=False)) for name, tensors in of_name.items()}
+        parameters |= {name: max(found, key=torch.Tensor.numel) for name, found in behind.items() if found}
+    kind: Any = type(layer)
+    convolves = hasattr(layer, "kernel_size") or _calls_convolutions(kind)
+    for name, parameter in parameters.items():
+        if isinstance(parameter, UninitializedParameter) or not parameter.is_floating_point() or name == "bias":
+            continue
+        axes = sum(side > 1 for side in parameter.shape)  # of gains per channel there is one
+        if is_convolution(layer):
+            likely = parameter.ndim >= 3 and axes > 1
+        else:
+            likely = convolves and axes > 1
+            likely |= parameter.ndim > 4 and axes > 1
+            likely |= parameter.ndim == 4 and axes > 1 and len(parameter) > 1  # not a position embedding `[1, C, h, w]`
+            likely |= name == "weight" and 3 <= parameter.ndim <= 5  # such as torchvision's DeformConv2d
+        if likely:
+            yield name, parameter
+
+
+@lru_cache(maxsize=1024)  # classes made on the fly are let go
+def _calls_convolutions(kind: type) -> bool:
+    """Return whether a class convolves by itself, as far as the names in its methods tell."""
+    methods = chain.from_iterable(vars(base).values() for base in kind.__mro__[: kind.__mro__.index(nn.Module)])
+    names = chain.from_iterable(method.__code__.co_names for method in methods if hasattr(method, "__code__"))
+    return any(map(_CONVOLVES.fullmatch, names))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile: running it waits for nobody."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def warn_of_unsupported(selection: Selection, category: type[Warning] = UserWarning) -> None:
     """Warn, once, of all layers that a library call leaves out because convsim cannot act on them."""
     by_reason: dict[str, list[str]] = {}
     for skipped in selection.skipped:
@@ -86,7 +163,7 @@ def warn_of_unsupported(selection: Selection) -> None:
             by_reason.setdefault(skipped.reason, []).append(skipped.name)
     if by_reason:
         listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-        warnings.warn(f"convsim leaves out {listed}", stacklevel=3)
+        warnings.warn(f"convsim leaves out {listed}", category, stacklevel=3)
 
 
 def weight_of(model: nn.Module, kernel: Kernel) -> Tensor:
@@ -103,19 +180,44 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
     """
     layer: Any = model
     for part in kernel.name.split(".")[:-1]:  # `get_submodule` takes seven times as long
-        layer = None if layer is None else layer._modules.get(part)
+        children = layer._modules
+        child = children.get(part) if isinstance(children, dict) else None  # a scripted module has no dictionary
+        layer = _inside(layer, part) if child is None else child
+        if layer is None:
+            break
+    if layer is not None and not is_convolution(layer):
+        layer = _inside(layer) or layer
     if layer is None or not is_convolution(layer):
         found = "is no longer in the model" if layer is None else f"is now a {type(layer).__name__}"
         raise InputError(f"{kernel.name}: this convolution {found}; repeat the call that looked for convolutions")
-    weight = effective_weight(layer)
+    try:  # torch.compile cannot follow what `forward` does with the weight: without `computed`, nothing
+        traced = torch.compiler.is_compiling() and not kernel.computed
+        weight = own_weight(layer) if traced and overrides_forward(layer) else effective_weight(layer)
+    except InputError as error:
+        raise InputError(f"{kernel.name}: {error}") from error
     refuse_sharded(kernel.name, weight)
     reason = _unusable(layer, weight)
     if reason or weight is None:
         raise InputError(f"{kernel.name}: {reason}")
     transposed = isinstance(layer, _TRANSPOSED)
     if (weight.shape, layer.groups, transposed) != (kernel.shape, kernel.groups, kernel.transposed):
-        kernel = _kernel_of(kernel.name, layer, tuple(weight.shape))
+        kernel = _kernel_of(kernel.name, layer, tuple(weight.shape), kernel.computed)
     return kernel, weight
+
+
+def _inside(module: nn.Module, part: str | None = None) -> nn.Module | None:
+    """Return the child `part`, or the convolution for None, of what has been wrapped since: by torch.compile, say."""
+    if part in _WRAPPERS:
+        return module  # unwrapped since
+    while isinstance(module._modules, dict) and len(module._modules) == 1:
+        ((name, inner),) = module._modules.items()
+        if name not in _WRAPPERS or inner is None:
+            return None
+        module = inner
+        found = module if part is None and is_convolution(module) else module._modules.get(part or "")
+        if found is not None:
+            return found
+    return None
 
 
 def refuse_sharded(name: str, weight: Tensor | None) -> None:
@@ -125,6 +227,12 @@ def refuse_sharded(name: str, weight: Tensor | None) -> None:
             f"{name} is a DTensor (fully_shard or tensor parallelism), and convsim needs whole weights; "
             "call convsim before sharding, or train with DistributedDataParallel"
         )
+
+
+def refuse_meta(name: str, weight: Tensor) -> None:
+    """Raise InputError for a weight without values: on the meta device, or offloaded there."""
+    if weight.is_meta:
+        raise InputError(f"{name} is on the meta device and has no values; move the model to a device first")
 
 
 def is_convolution(layer: nn.Module) -> bool:
@@ -137,14 +245,38 @@ def _shape(layer: Any) -> tuple[int, ...]:
     weight = own_weight(layer)
     if weight is not None and not (is_convolution(layer) and _unusable(layer, weight)):
         return tuple(weight.shape)
+    return _defined_shape(layer)
+
+
+def _defined_shape(layer: Any) -> tuple[int, ...]:
     first, second = layer.out_channels, layer.in_channels
     if isinstance(layer, _TRANSPOSED):
         first, second = second, first
     return (first, second // layer.groups, *layer.kernel_size)
 
 
-def _kernel_of(name: str, layer: Any, shape: tuple[int, ...]) -> Kernel:
-    return Kernel(name, shape, layer.groups, isinstance(layer, _TRANSPOSED))
+def _kernel_of(name: str, layer: Any, shape: tuple[int, ...], computed: bool) -> Kernel:
+    return Kernel(name, shape, layer.groups, isinstance(layer, _TRANSPOSED), computed=computed)
+
+
+def _usability(name: str, layer: Any) -> tuple[str | None, bool]:
+    """Return why a convolution's weight cannot be used, or None; and whether the layer computes it from others.
+
+    Raises InputError for a sharded weight.
+    """
+    own = own_weight(layer)
+    refuse_sharded(name, own)
+    own_reason = _unusable(layer, own)
+    if own is not None and (own_reason or not overrides_forward(layer)):
+        return own_reason, False
+    if own is None and not overrides_forward(layer):
+        known = parametrize.is_parametrized(layer, "weight") or _hooks(layer)
+        return (None, True) if known else (own_reason, False)
+    try:
+        with torch.no_grad():
+            return None, effective_weight(layer) is not own
+    except InputError as error:
+        return str(error), True
 
 
 def _unusable(layer: Any, weight: Tensor | None) -> str | None:
@@ -165,24 +297,170 @@ def own_weight(layer: nn.Module) -> Tensor | None:
     return layer._parameters.get("weight")
 
 
+def overrides_forward(layer: nn.Module) -> bool:
+    """Return whether a convolution's class, or the layer itself, has a `forward` other than torch's."""
+    kind = type(layer)
+    if "forward" in layer.__dict__:
+        return True
+    return kind not in _KNOWN and not {kind.forward, getattr(kind, "_conv_forward", None)} <= _FORWARDS
+
+
 def effective_weight(layer: nn.Module) -> Tensor | None:
     """Return the weight that a forward pass would use now, differentiable with respect to the parameters behind it.
 
     A weight that is computed is computed once, as in a forward pass: in training mode this advances the power iteration
     of spectral_norm. Without a graph (`torch.no_grad`) it is read as in evaluation mode: looking changes nothing.
-    Returns None where `weight` is neither a parameter nor computed by a known mechanism.
+    Returns None where `weight` is neither a parameter nor computed by a known mechanism. Raises InputError for a layer
+    with a `forward` of its own that convolves with no weight of the layer's shape.
     """
     own = own_weight(layer)
-    if own is not None:
+    overrides = overrides_forward(layer)
+    if own is not None and not (overrides and type(own) is nn.Parameter):
         return own
     with nullcontext() if torch.is_grad_enabled() else evaluation_mode(layer):
-        if parametrize.is_parametrized(layer, "weight"):
+        if not overrides and parametrize.is_parametrized(layer, "weight"):
             computed: Tensor = layer.parametrizations["weight"]()  # type: ignore[index, operator]
             return computed
         hooks = _hooks(layer)
         for hook in hooks:
             hook(layer, ())
+        if overrides:
+            return own if own is not None and _uses_as_stored(layer, own) else _weight_at_convolution(layer)
     return layer.weight if hooks else None  # type: ignore[return-value]
+
+
+_uses: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()  # what the answer rests on, and it
+
+
+def _uses_as_stored(layer: nn.Module, own: Tensor) -> bool:
+    """Return whether a `forward` convolves with the parameter as it is, as one does that only pads in its own way.
+
+    It is tried with other values: a mask changes nothing of a weight that is masked already. The answer is kept until
+    something in the layer changes that may decide it: a mode, an attribute, a buffer.
+    """
+    modules = list(layer.modules())
+    state = [
+        *chain.from_iterable(map(id, vars(module).values()) for module in modules),
+        *(own.dtype, own.device, own.shape),
+        *(
+            buffer._version
+            for module in modules
+            if not isinstance(module, _NormBase)  # whose statistics change at every step
+            for buffer in module.buffers(recurse=False)
+        ),
+    ]
+    known, answer = _uses.get(layer, (None, False))
+    if known != state:
+        with torch.no_grad():
+            other = torch.linspace(1, 3, own.numel(), dtype=torch.float64, device=own.device)
+            other[::2] *= -1
+            other = other.to(own.dtype).view(own.shape)
+            used = _weight_at_convolution(layer, {"weight": other.clone()})
+        answer = used.is_meta or torch.equal(used, other)
+        _uses[layer] = state, answer
+    return answer
+
+
+def _weight_at_convolution(layer: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return the weight that a layer convolves with, found by running it on zeros. parameters: in place of its own."""
+    if parameters is None:  # a `forward` may write to its parameters, as one does that masks them
+        parameters = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    shape, like = _defined_shape(layer), next(chain(layer.parameters(), layer.buffers()))
+    padding = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
+    sides = [2 * pad + d * (k - 1) + 1 for pad, d, k in zip(padding, layer.dilation, layer.kernel_size, strict=True)]
+    # two inputs: a weight of each input's own has another shape
+    zeros = torch.zeros(2, layer.in_channels, *sides, dtype=like.dtype, device=like.device)
+    try:
+        call = reach_convolution(layer, shape, (zeros,), parameters=parameters)
+    except Exception as error:  # a user's `forward` may raise anything
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(
+            f"a {type(layer).__name__}, whose forward fails on zeros {list(zeros.shape)} ({reason})"
+        ) from error
+    if call is None:
+        raise InputError(f"a {type(layer).__name__}, whose forward convolves with no weight {list(shape)}")
+    return call.weight
+
+
+class ConvolutionCall(NamedTuple):
+    """A call of one of torch's convolution functions, without its bias."""
+
+    function: Callable[..., Tensor]
+    images: Tensor
+    weight: Tensor
+    settings: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def convolve(self, weight: Tensor) -> Tensor:
+        """Return what the call gives for a weight and no bias."""
+        return self.function(self.images, weight, None, *self.settings, **self.options)
+
+
+class _Reached(BaseException):  # no Exception: a network may catch those
+    """The convolution is about to run."""
+
+
+class _UntilConvolution(TorchFunctionMode):
+    """Stops before the first convolution with a weight of a shape, and keeps the call."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self._shape = shape
+        self.call: ConvolutionCall | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if function in _FUNCTIONS:
+            images, weight, _ = (
+                args[index] if index < len(args) else options.pop(name, None)
+                for index, name in enumerate(("input", "weight", "bias"))
+            )
+            if weight.shape == self._shape:
+                self.call = ConvolutionCall(function, images, weight, args[3:], options)
+                raise _Reached
+        return function(*args, **(kwargs or {}))
+
+
+class _Forward(nn.Module):
+    """Calls a layer's `forward` without its hooks, for `functional_call`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.layer.forward(*inputs, **options)
+
+
+def reach_convolution(
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    inputs: tuple[Any, ...],
+    options: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> ConvolutionCall | None:
+    """Run a layer's `forward` up to its first convolution with a weight of a shape, and return the call that it makes.
+
+    Neither hooks nor the convolution itself are called, and buffers are copies. parameters: in place of the layer's
+    own. Returns None where there is no such convolution.
+    """
+    tensors = {name: buffer.clone() for name, buffer in layer.named_buffers()} | dict(parameters or {})
+    attributes = [(vars(module), dict(vars(module))) for module in layer.modules()]
+    mode = _UntilConvolution(shape)
+    try:
+        with mode:
+            functional_call(
+                _Forward(layer), {f"layer.{name}": t for name, t in tensors.items()}, inputs, dict(options or {})
+            )
+    except _Reached:
+        pass
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+    return mode.call
 
 
 @contextmanager
@@ -197,20 +475,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def pull_back(weight: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return each trainable parameter behind a computed weight with its share of the weight's gradient.
+def pull_back(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Return the gradient of each trainable parameter behind computed weights.
 
-    gradient: ∂loss/∂weight, of the weight's shape, in any floating type. No `.grad` changes; the weight's graph is
-    freed.
+    gradients: ∂loss/∂weight, of the weights' shapes, in any floating type. No `.grad` changes; the gradient hooks of
+    the parameters are called, and the weights' graphs freed.
     """
-    leaves = graph_leaves(weight)
-    return list(zip(leaves, torch.autograd.grad(weight, leaves, gradient.to(weight.dtype)), strict=True))
+    leaves = graph_leaves(*weights)
+    if not leaves:
+        return {}
+    likewise = [gradient.to(weight.dtype) for weight, gradient in zip(weights, gradients, strict=True)]
+    return dict(zip(leaves, torch.autograd.grad(weights, leaves, likewise), strict=True))
 
 
-def graph_leaves(tensor: Tensor) -> list[Tensor]:
-    """Return the leaves of the graph behind a tensor, each once."""
+def graph_leaves(*tensors: Tensor) -> list[Tensor]:
+    """Return the leaves of the graph behind tensors, each once."""
     leaves: list[Tensor] = []
-    nodes, seen = [tensor.grad_fn], set()
+    nodes, seen = [tensor.grad_fn for tensor in tensors], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, living_filters
+from convsim_cli.kernels import Kernel, living_filters, refuse_meta
 from convsim_cli.measurement.feature_maps import LayerMaps, finite, mean_correlation
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.pairs import THRESHOLD, clusters, effective_rank, opposite, redundant
@@ -110,8 +110,7 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
 
 def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> None:
     """Raise InputError, naming the tensor and the file it is in, where a kernel holds NaN or Inf, or no values."""
-    if weight.is_meta:
-        raise InputError(f"{kernel.name} is on the meta device and has no values; move the model to a device first")
+    refuse_meta(kernel.name, weight)
     if not is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         file = f"{where}: " if where else ""

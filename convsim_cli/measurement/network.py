@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
 from typing import Any
@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, Patterns, effective_weight, module_kernels, warn_of_unsupported, weight_of
-from convsim_cli.layers import convolve_with, layers_of, side_effect_free
+from convsim_cli.kernels import (
+    Kernel,
+    Patterns,
+    effective_weight,
+    module_kernels,
+    overrides_forward,
+    refuse_meta,
+    unwrapped,
+    warn_of_unsupported,
+    weight_of,
+)
+from convsim_cli.layers import find_convolution, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import LayerMaps, inputs_at_once
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import measure_layer
@@ -53,15 +63,18 @@ def measure(
     >>> record["name"], record["shape"], record["dead"]
     ('0.weight', [8, 3, 3, 3], 0)
     """
+    model = unwrapped(model)
     selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
     warn_of_unsupported(selection)
-    chosen = choose_statistics(model, bn_statistics)
-    if chosen == INPUTS and isinstance(images, Iterator):
-        images = list(images)  # to be taken twice
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    maps = record_feature_maps(model, selection.kernels, Batches(images, device), bn_statistics=chosen, seed=seed)
-    with torch.no_grad():  # computed weights are then read as in evaluation mode
+    with side_effect_free(model):  # computed weights are read as in evaluation mode
         weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
+        for kernel, weight in zip(selection.kernels, weights, strict=True):
+            refuse_meta(kernel.name, weight)
+        chosen = choose_statistics(model, bn_statistics)
+        if chosen == INPUTS and isinstance(images, Iterator):
+            images = list(images)  # to be taken twice
+        maps = record_feature_maps(model, selection.kernels, Batches(images, device), bn_statistics=chosen, seed=seed)
     return [
         measure_layer(kernel, weight, maps[kernel.name], threshold)
         for kernel, weight in zip(selection.kernels, weights, strict=True)
@@ -93,10 +106,12 @@ def record_feature_maps(
 
     batches: on the model's device. names: the model's name of a tensor → the kernel's, where they differ.
     bn_statistics: `inputs` to re-estimate batch-norm statistics on the batches first, which are then taken twice.
-    whole: take chance and the paper's figures too. The network is left as it was. One layer's maps are held at a time.
+    whole: take chance and the paper's figures too. The network is left as it was, parameters included. One layer's maps
+    are held at a time.
     """
     maps: dict[str, LayerMaps] = {}
-    with side_effect_free(model), ExitStack() as hooks:
+    model = unwrapped(model)
+    with side_effect_free(model), _own_parameters(model), ExitStack() as hooks:
         normalized = batch_norm_layers(model) if bn_statistics == INPUTS else []
         if normalized:
             with full_precision(normalized[0].get_buffer("running_mean").device):
@@ -114,13 +129,29 @@ def record_feature_maps(
     return maps
 
 
+@contextmanager
+def _own_parameters(model: nn.Module) -> Iterator[None]:
+    """Put back the parameters that a user's `forward` writes to, as one does that masks its weight."""
+    own = [module for module in model.modules() if not type(module).__module__.startswith("torch.")]
+    kept = [
+        (p, p.data, p.detach().clone()) for module in own for p in dict(module.named_parameters(recurse=False)).values()
+    ]
+    try:
+        yield
+    finally:
+        for parameter, data, was in kept:
+            if parameter.data_ptr() != data.data_ptr() or not torch.equal(parameter, was):
+                parameter.data = data.copy_(was)  # no new version: a graph may hold the parameter
+
+
 def _record(
     kernel: Kernel, maps: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor
 ) -> None:
     """Add the feature maps of one call of a layer, and those that random kernels give in its place."""
     maps.calls += 1
-    weight, output = layer.weight, output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
-    if layer.bias is None:
+    output = output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
+    own = layer.bias is None and not overrides_forward(layer)  # the layer's output is the convolution's
+    if own:
         maps.update(output)
     filters = kernel.filters if maps.chance is None else maps.chance.filters
     images: Tensor = inputs[0] if inputs else options["input"]
@@ -128,10 +159,11 @@ def _record(
     size = inputs_at_once(filters, kernel.groups, prod(output.shape[2:]))
     for part in images.split(size) if batched else [images]:
         inputs, options = ((part, *inputs[1:]), options) if inputs else ((), {**options, "input": part})
-        if layer.bias is not None:  # subtracting it would leave rounding in maps that are small beside it
-            maps.update(convolve_with(layer, weight, inputs, options))
+        call = find_convolution(layer, kernel.shape, inputs, options)
+        if not own:  # subtracting the bias would leave rounding in maps that are small beside it
+            maps.update(call.convolve(call.weight))
         if maps.chance is not None:
-            maps.chance.update([convolve_with(layer, drawn, inputs, options) for drawn in maps.chance.weights(weight)])
+            maps.chance.update([call.convolve(drawn) for drawn in maps.chance.weights(call.weight)])
 
 
 class Batches:

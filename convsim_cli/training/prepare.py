@@ -79,6 +79,8 @@ def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> N
         warn_of_random_weights(arguments.arch)
     try:
         ConvSimPenalty(model)
+        if _method(arguments) or MODES[arguments.mode].scales:
+            module_kernels(model).require_kernels(f"`mode` {arguments.mode} can write to")
     except InputError as error:
         raise InputError(f"`arch` {arguments.arch}: {error}") from error
     data = used_images(arguments, dataset)
@@ -133,7 +135,7 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
     network is then untouched.
     """
     method, selection = _method(settings), module_kernels(model)
-    warn_of_unsupported(selection)
+    warn_of_unsupported(selection, ConvsimWarning)
     minimization, norms = _minimizations(settings)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
     with undone_on_failure(list(weights.values())):

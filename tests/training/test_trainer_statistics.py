@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import Arguments, make_arguments
 from convsim_cli.training.launch import create_run, find_run
-from convsim_cli.training.prepare import check_network
+from convsim_cli.training.prepare import check_network, prepare_
 from convsim_cli.training.run import open_run, read_results, train_run
 from convsim_cli.training.trainer import Trainer, permutation, statistics_batches
 
@@ -201,3 +202,19 @@ def test_checking_a_network_leaves_no_trace(data: Dataset) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == [True, True, False, True, True, True]
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "init"}, {"mode": "rescale"}, {"mode": "init+reg", "method": "dct"}])
+def test_a_mode_that_can_write_to_no_kernel_is_refused(settings: dict[str, Any], data: Dataset) -> None:
+    normalized = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, stride=4))
+    model = nn.Sequential(normalized, nn.Flatten(), nn.Linear(256, 10))
+    check_network(model, SMALL, data)
+    message = rf"`mode` {re.escape(settings['mode'])} can write to no convolution kernels .*0\.weight \(parametrized"
+    with pytest.raises(InputError, match=message):
+        check_network(model, replace(SMALL, **settings), data)
+
+
+def test_layers_that_a_mode_cannot_write_to_are_named() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    with pytest.warns(ConvsimWarning, match=r"leaves out 0\.weight \(parametrized"):
+        prepare_(model, replace(SMALL, mode="init"), lambda: torch.empty(0), lambda _: None)
