@@ -180,21 +180,23 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
     """
     layer: Any = model
     for part in kernel.name.split(".")[:-1]:  # `get_submodule` takes seven times as long
-        children = layer._modules
-        child = children.get(part) if isinstance(children, dict) else None  # a scripted module has no dictionary
+        children = layer._modules  # a scripted module has no dictionary
+        child = children.get(part) if isinstance(children, dict) else None
         layer = _inside(layer, part) if child is None else child
         if layer is None:
             break
-    if layer is not None and not is_convolution(layer):
-        layer = _inside(layer) or layer
-    if layer is None or not is_convolution(layer):
+    if not is_convolution(layer):
         found = "is no longer in the model" if layer is None else f"is now a {type(layer).__name__}"
-        raise InputError(f"{kernel.name}: this convolution {found}; repeat the call that looked for convolutions")
-    try:  # torch.compile cannot follow what `forward` does with the weight: without `computed`, nothing
-        traced = torch.compiler.is_compiling() and not kernel.computed
-        weight = own_weight(layer) if traced and overrides_forward(layer) else effective_weight(layer)
-    except InputError as error:
-        raise InputError(f"{kernel.name}: {error}") from error
+        layer = None if layer is None else _inside(layer)
+        if layer is None:
+            raise InputError(f"{kernel.name}: this convolution {found}; repeat the call that looked for convolutions")
+    weight = own_weight(layer)
+    # while compiling, what `forward` did with the weight when the kernel was selected counts
+    if weight is None or (overrides_forward(layer) and (kernel.computed or not torch.compiler.is_compiling())):
+        try:
+            weight = effective_weight(layer)
+        except InputError as error:
+            raise InputError(f"{kernel.name}: {error}") from error
     refuse_sharded(kernel.name, weight)
     reason = _unusable(layer, weight)
     if reason or weight is None:
@@ -235,7 +237,7 @@ def refuse_meta(name: str, weight: Tensor) -> None:
         raise InputError(f"{name} is on the meta device and has no values; move the model to a device first")
 
 
-def is_convolution(layer: nn.Module) -> bool:
+def is_convolution(layer: nn.Module | None) -> bool:
     """Return whether a module is a (transposed) convolution of one to three axes."""
     return isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)
 
@@ -300,9 +302,9 @@ def own_weight(layer: nn.Module) -> Tensor | None:
 def overrides_forward(layer: nn.Module) -> bool:
     """Return whether a convolution's class, or the layer itself, has a `forward` other than torch's."""
     kind = type(layer)
-    if "forward" in layer.__dict__:
-        return True
-    return kind not in _KNOWN and not {kind.forward, getattr(kind, "_conv_forward", None)} <= _FORWARDS
+    if kind in _KNOWN or "forward" in layer.__dict__:
+        return "forward" in layer.__dict__
+    return not {kind.forward, getattr(kind, "_conv_forward", None)} <= _FORWARDS
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:
@@ -315,7 +317,7 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
     """
     own = own_weight(layer)
     overrides = overrides_forward(layer)
-    if own is not None and not (overrides and type(own) is nn.Parameter):
+    if own is not None and (not overrides or hasattr(own, "full_tensor") or _unusable(layer, own)):
         return own
     with nullcontext() if torch.is_grad_enabled() else evaluation_mode(layer):
         if not overrides and parametrize.is_parametrized(layer, "weight"):
@@ -352,7 +354,7 @@ def _uses_as_stored(layer: nn.Module, own: Tensor) -> bool:
     known, answer = _uses.get(layer, (None, False))
     if known != state:
         with torch.no_grad():
-            other = torch.linspace(1, 3, own.numel(), dtype=torch.float64, device=own.device)
+            other = torch.linspace(1, 3, own.numel(), device=own.device)
             other[::2] *= -1
             other = other.to(own.dtype).view(own.shape)
             used = _weight_at_convolution(layer, {"weight": other.clone()})
@@ -365,7 +367,8 @@ def _weight_at_convolution(layer: Any, parameters: Mapping[str, Tensor] | None =
     """Return the weight that a layer convolves with, found by running it on zeros. parameters: in place of its own."""
     if parameters is None:  # a `forward` may write to its parameters, as one does that masks them
         parameters = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-    shape, like = _defined_shape(layer), next(chain(layer.parameters(), layer.buffers()))
+    shape = _defined_shape(layer)
+    like = next(chain(layer.parameters(), layer.buffers()), torch.empty(0, device="cpu"))
     padding = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
     sides = [2 * pad + d * (k - 1) + 1 for pad, d, k in zip(padding, layer.dilation, layer.kernel_size, strict=True)]
     # two inputs: a weight of each input's own has another shape

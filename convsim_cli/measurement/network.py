@@ -64,6 +64,10 @@ def measure(
     ('0.weight', [8, 3, 3, 3], 0)
     """
     model = unwrapped(model)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InputError(
+            "`model` is sharded (FullyShardedDataParallel); measure it before it is wrapped, or a copy of it"
+        )
     selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
     warn_of_unsupported(selection)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

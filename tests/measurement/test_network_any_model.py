@@ -153,3 +153,13 @@ def test_scripted_models_are_refused_and_scripted_parts_left_out(make: Callable[
     for call in (measure, decorrelate_):
         with pytest.warns(UserWarning, match=r"0\.0\.weight, 0\.3\.weight \(scripted or traced"):
             assert [record["name"] for record in call(model, images)] == ["1.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning", "ignore:.*NO_SHARD:FutureWarning")
+@pytest.mark.usefixtures("process_group")
+def test_a_sharded_model_is_refused_before_it_waits_for_others() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(FullyShardedDataParallel(nn.Conv2d(3, 8, 3), device_id=torch.device("cpu")))
+    with pytest.raises(InputError, match="`model` is sharded"):
+        measure(model, torch.randn(2, 3, 12, 12))
