@@ -72,6 +72,8 @@ COMMANDS: dict[Callable[..., None], str] = {
     reproduce: "Run the paper's experiments again.",
     plot: "Draw the curves of runs.",
 }
+SPINS = 2000  # of a waiting thread of OpenMP before it sleeps, some tens of microseconds
+
 for command, summary in COMMANDS.items():
     examples = sys.modules[command.__module__].EXAMPLES
     app.command(cls=GroupedCommand, context_settings=SETTINGS, short_help=summary, epilog=examples)(command)
@@ -79,6 +81,7 @@ for command, summary in COMMANDS.items():
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed while running, 2 bad usage or input, 130 interrupted."""
+    share_cores()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the encoding has no ×
@@ -89,6 +92,15 @@ def main() -> None:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep soon where they wait, unless the user has said how. Call it before torch is imported.
+
+    By default they spin for milliseconds, on cores that the thread they wait for may need.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def run(arguments: list[str]) -> int:

@@ -185,15 +185,13 @@ class Progress:
 def _make_bar() -> Any:
     from rich import progress
     from rich.console import Console as RichConsole
+    from rich.text import Text
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
+    class Remaining(progress.ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(remaining(task.completed, task.total, task.elapsed or 0.0))
+
+    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), Remaining())
     return progress.Progress(*columns, console=RichConsole(stderr=True), transient=True)
 
 
@@ -283,8 +281,8 @@ def duration(seconds: float) -> str:
 
 
 def remaining(done: float, total: float, seconds: float) -> str:
-    """Return how far something has come in so many seconds, and the time left at this pace."""
-    left = f", {duration(seconds * (total - done) / done)} left" if done else ""
+    """Return how far something has come in so many seconds, and from 5 % on the time left at this pace."""
+    left = f", {duration(seconds * (total - done) / done)} left" if done and done >= 0.05 * total else ""
     return f"{100 * done / total:.0f} %{left}"
 
 

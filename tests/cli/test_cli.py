@@ -14,8 +14,8 @@ from forks import Program, run_code
 from safetensors.torch import save_file
 from typer.main import get_command
 
-from convsim_cli.cli import app, run
-from convsim_cli.cli.console import duration, printable, shape, show
+from convsim_cli.cli import SPINS, app, run
+from convsim_cli.cli.console import duration, printable, remaining, shape, show
 
 COMMANDS = ("init", "measure", "train", "compare", "reproduce")
 
@@ -107,6 +107,29 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path, start: Start) ->
     assert process.stdout.readline().startswith("name\t")
     process.stdout.close()  # as `head -n 1` does
     assert (process.wait(), process.communicate()[1]) == (0, "")
+
+
+def test_no_time_is_estimated_before_a_twentieth_is_done() -> None:
+    assert [remaining(done, 100, 10) for done in (0, 4, 5, 50)] == [
+        "0 %",
+        "4 %",
+        "5 %, 3 min 10 s left",
+        "50 %, 10 s left",
+    ]
+
+
+def test_a_bar_shows_the_share_that_is_done_and_the_time_left(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(32, 16, 3, 3)}, tmp_path / "m.safetensors")
+    how = ["--iterations", "1000", "-o", str(tmp_path / "n.safetensors")]
+    drawn = on_a_terminal(["init", str(tmp_path / "m.safetensors"), *how], TERM="xterm", COLUMNS="100")
+    assert re.search(r"\d+ %, \d+ s left", drawn)
+
+
+def test_waiting_threads_sleep_unless_the_user_set_how_they_wait() -> None:
+    code = "import os; from convsim_cli.cli import share_cores; share_cores(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run_code(code)[1] == f"{SPINS}\n"
+    for name, value, found in (("OMP_WAIT_POLICY", "active", "None"), ("GOMP_SPINCOUNT", "7", "7")):
+        assert run_code(code, environment={name: value})[1] == f"{found}\n"
 
 
 def test_work_goes_on_when_nobody_reads_stderr(tmp_path: Path, start: Start) -> None:
