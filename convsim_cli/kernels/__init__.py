@@ -5,7 +5,16 @@ one. A module tells exactly (`modules`); a file holds names and shapes only, so 
 """
 
 from convsim_cli.kernels.guess import TensorInfo, file_kernels
-from convsim_cli.kernels.kernel import FLOATING, VANISHED, Kernel, Patterns, Selection, Skipped, living_filters
+from convsim_cli.kernels.kernel import (
+    FLOATING,
+    VANISHED,
+    Kernel,
+    Patterns,
+    Selection,
+    Skipped,
+    living_filters,
+    refuse_meta,
+)
 from convsim_cli.kernels.modules import (
     ConvolutionCall,
     current_kernel,
@@ -17,7 +26,6 @@ from convsim_cli.kernels.modules import (
     own_weight,
     pull_back,
     reach_convolution,
-    refuse_meta,
     refuse_sharded,
     unwrapped,
     warn_of_unsupported,

@@ -85,6 +85,12 @@ class Kernel:
         return self.to_convolution(to_weight(filters, self.taps))  # swapping the axes undoes itself
 
 
+def refuse_meta(name: str, weight: Tensor) -> None:
+    """Raise InputError for a weight without values: on the meta device, or offloaded there."""
+    if weight.is_meta:
+        raise InputError(f"{name} is on the meta device and has no values; move the model to a device first")
+
+
 def living_filters(filters: Tensor) -> Tensor:
     """Return which filters of a layer are alive: True where the L2 norm is at least 1e-6 of the largest in the layer.
 

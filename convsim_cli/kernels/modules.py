@@ -231,12 +231,6 @@ def refuse_sharded(name: str, weight: Tensor | None) -> None:
         )
 
 
-def refuse_meta(name: str, weight: Tensor) -> None:
-    """Raise InputError for a weight without values: on the meta device, or offloaded there."""
-    if weight.is_meta:
-        raise InputError(f"{name} is on the meta device and has no values; move the model to a device first")
-
-
 def is_convolution(layer: nn.Module | None) -> bool:
     """Return whether a module is a (transposed) convolution of one to three axes."""
     return isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)
