@@ -1,16 +1,20 @@
-"""Devices and the host: the choice of a device, CUDA graphs, the allocator, interruption, and progress."""
+"""Devices and the host: CUDA graphs, random generators, the allocator, regular files, interruption, and progress."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
+import random
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -92,6 +96,46 @@ class _Graphed:
                 "set CONVSIM_CUDA_GRAPHS=0 to run without graphs"
             ) from error
         return graph.replay
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch, Python and numpy: a network of the user's may draw from any of them."""
+    import numpy
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % (1 << 32))
+
+
+def generator_states() -> tuple[Any, ...]:
+    """Return the states of Python's and numpy's global generators, in types that `weights_only` loads."""
+    import numpy
+
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, numpy.asarray(keys).tolist(), *rest)
+
+
+def restore_generators(states: tuple[Any, ...]) -> None:
+    """Put back `generator_states`. Raises TypeError or ValueError for anything else."""
+    import numpy
+
+    pythons, (name, keys, position, *rest) = states
+    if not 0 <= position <= len(keys):  # numpy would read beyond its keys
+        raise ValueError(f"numpy's generator is at {position} of {len(keys)}")
+    random.setstate(pythons)
+    numpy.random.set_state((name, keys, position, *rest))
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading. Raises OSError for anything but a regular file: a pipe would be waited for."""
+    refusal = OSError(errno.EINVAL, "not a regular file", str(path))
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a device may already act on it
+        raise refusal
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another has taken its name since
+            raise refusal
+        yield file
 
 
 def keep_freed_memory() -> bool:

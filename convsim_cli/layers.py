@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsim_cli.device import generator_states, restore_generators
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import (
     ConvolutionCall,
@@ -49,17 +49,14 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _other_generators(model: nn.Module) -> Iterator[None]:
     """Put back the states of Python's and numpy's generators, an Apple GPU's and the model's own, on leaving."""
-    numpy = sys.modules.get("numpy.random")  # not loaded, it draws nothing
-    state, theirs = random.getstate(), numpy and numpy.get_state()
+    states = generator_states()
     apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     attributes = chain.from_iterable(vars(module).values() for module in model.modules())
     own = {value: value.get_state() for value in attributes if isinstance(value, torch.Generator)}
     try:
         yield
     finally:
-        random.setstate(state)
-        if numpy:
-            numpy.set_state(theirs)
+        restore_generators(states)
         if apple is not None:
             torch.mps.set_rng_state(apple)
         for generator, was in own.items():

@@ -7,18 +7,19 @@ refused: images in the wrong place would be trained on with wrong labels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.error import URLError
 
 import torch
 from torch import Tensor
 
+from convsim_cli.device import open_regular
 from convsim_cli.errors import InputError, did_you_mean, one_of
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
@@ -28,6 +29,7 @@ TRAINING = ("train", "training")  # names of folders, in small or capital letter
 TEST = ("val", "test", "valid", "validation", "testing")  # the first one that is there
 DEEPEST = 3  # levels of folders that are searched for what was meant
 NAMED = 5  # folders in an error
+DECODED = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever its name: PIL would run programs on others
 
 Labeled = list[tuple[str, int]]  # image files, each with the number of its class
 
@@ -72,10 +74,9 @@ def load_images(
     mean, std: normalize by these, ImageNet's if None. Raises InputError for a folder without images, and for an image
     that cannot be read.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    found = (path for path in folder.rglob("*") if is_image_file(path.name))
-    files = sorted(path for path in found if not _is_hidden(path.relative_to(folder)))
+    files = sorted(image_files(folder))
     if not files:
         raise InputError(f"{folder}: contains no images ({', '.join(IMG_EXTENSIONS)})")
     count = min(samples, len(files))
@@ -168,7 +169,10 @@ NAMES = (*DATASETS, "folder:PATH")
 
 def _decoded_split(files: Labeled, side: int) -> Split:
     """Decode files in a fixed shuffled order, so that the first images are from all classes."""
-    images = torch.empty(len(files), side, side, 3, dtype=torch.uint8)
+    try:
+        images = torch.empty(len(files), side, side, 3, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise InputError(f"`image_size` {side}: {len(files):,} images of that size do not fit into memory") from error
     labels = torch.empty(len(files), dtype=torch.long)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     for place, (file, label) in enumerate(files[number] for number in order):
@@ -179,20 +183,32 @@ def _decoded_split(files: Labeled, side: int) -> Split:
 def decode_image(path: Path, side: int) -> Tensor:
     """Return an image file as uint8 `[side, side, 3]`: resized to the shorter side, then center-cropped.
 
-    Raises InputError for a file that is no readable image.
+    It is turned as its EXIF orientation says; of an animation the first frame is taken, and what is transparent is
+    shown on white. Raises InputError for a file that is no readable image, and for one whose values have no known
+    range: floats, 32 bits, or 16 bits of which only the lowest 12 are used.
     """
     import numpy
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with open_regular(path) as stream, Image.open(stream, formats=DECODED) as file:
+            ImageOps.exif_transpose(file, in_place=True)
             image: Image.Image = file
+            if file.mode == "F" or (file.mode == "I" and file.format != "PPM"):  # PIL scales those to 16 bits
+                raise ValueError("its values are floats or have 32 bits, of unknown range; convert it to 8 bits")
             if file.mode.startswith("I"):  # 16-bit gray: PIL's own conversion turns everything above 255 white
-                image = Image.fromarray((numpy.asarray(file).clip(0, 65535) >> 8).astype(numpy.uint8))
+                values = numpy.asarray(file)
+                if 0 < values.max() < 1 << 12:
+                    raise ValueError("of 16 bits, no value exceeds 4095: 12 bits, or all dark; convert it to 8 bits")
+                image = Image.fromarray((values >> 8).astype(numpy.uint8))
+            if "transparency" in image.info or {"A", "a"} & {*image.getbands()}:
+                layer = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from error
-    return torch.from_numpy(numpy.array(fitted))
+            return torch.from_numpy(numpy.array(fitted))
+    except Exception as error:  # a damaged image may make its decoder raise anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable image ({reason[:160] or type(error).__name__})") from error
 
 
 def find_splits(path: Path) -> tuple[list[str], Labeled, Labeled]:
@@ -237,16 +253,11 @@ def _refuse_splits_as_classes(path: Path) -> None:
 
 def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
     """Return the classes of a folder, and its image files, by class, in the order of torchvision's ImageFolder."""
-    from torchvision.datasets.folder import is_image_file, make_dataset
-
-    def is_wanted(file: str) -> bool:
-        return is_image_file(file) and not _is_hidden(Path(file).relative_to(path))
-
     classes = _folders(path)
-    labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(path, labels, is_valid_file=is_wanted, allow_empty=True) if labels else []
-    filled = {label for _, label in files}
-    empty = [name for name, label in labels.items() if label not in filled]
+    _refuse_broken_links(path.iterdir())
+    by_class = [image_files(path / name) for name in classes]
+    files = [(str(file), label) for label, images in enumerate(by_class) for file in images]
+    empty = [name for name, images in zip(classes, by_class, strict=True) if not images]
     if not classes or empty:
         found = f"no images in {_some(empty)}" if classes else "found no folders"
         raise InputError(f"{path}: expected a folder of images for each class ({found})")
@@ -257,6 +268,40 @@ def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
             f"classes{f': name folder:{meant}' if meant else ''}"
         )
     return classes, files
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder and its subfolders, also those behind links, in torchvision's order.
+
+    Raises InputError for a folder that cannot be read, one that would be read twice, a broken link, and a pipe or
+    device in place of an image.
+    """
+    from torchvision.datasets.folder import is_image_file
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    files: list[Path] = []
+    seen = {os.path.realpath(folder.parent): folder.parent}
+    for root, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        place = Path(root)
+        former = seen.setdefault(os.path.realpath(place), place)
+        if former != place:
+            raise InputError(f"{place} and {former} are one folder, whose images would count twice; remove the link")
+        subfolders[:] = [name for name in subfolders if not _is_hidden(Path(name))]
+        shown = [place / name for name in names if not _is_hidden(Path(name))]
+        _refuse_broken_links(shown)
+        files += [file for file in shown if is_image_file(file.name)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: a pipe or a device, expected an image")
+    return sorted(files, key=lambda file: (str(file.parent), file.name))
+
+
+def _refuse_broken_links(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_symlink() and not path.exists() and not _is_hidden(Path(path.name)):
+            raise InputError(f"{path}: a broken link; remove it, or restore what it leads to")
 
 
 def _meant(path: Path) -> Path | None:
@@ -277,9 +322,9 @@ def _meant(path: Path) -> Path | None:
 def _folders(path: Path) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(Path(entry.name)))
+            return sorted(entry.name for entry in entries if not _is_hidden(Path(entry.name)) and entry.is_dir())
     except OSError as error:
-        raise InputError(f"{path}: expected a folder of images for each class ({error.strerror})") from error
+        raise InputError(f"{error.filename}: expected a folder of images for each class ({error.strerror})") from error
 
 
 def _some(names: Sequence[str]) -> str:

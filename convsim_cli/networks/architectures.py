@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from convsim_cli.checkpoints.formats import new_suffixes
+from convsim_cli.device import generator_states, restore_generators, seed_generators
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, did_you_mean
 
 Build = Callable[[int | None], nn.Module]  # builds a network with so many classes; None: its own number
@@ -34,9 +35,13 @@ def build_network(name: str, classes: int | None = None, seed: int = 0, pretrain
     InputError for another name, DownloadError.
     """
     build = find_network(name, pretrained)
+    states = generator_states()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(classes).float()  # networks in half or double precision are measured and trained in float32
+        seed_generators(seed)
+        try:
+            return build(classes).float()  # networks in half or double precision are measured and trained in float32
+        finally:
+            restore_generators(states)
 
 
 def find_network(name: str, pretrained: bool = False) -> Build:
