@@ -28,6 +28,7 @@ ARCH_HELP = (
     "cnn1, cnn2, resnet18, torchvision:NAME, timm:NAME, …. Also cnn:WIDTH and package.module:callable. The built-in "
     "networks are for 32×32 images."
 )
+LARGEST = (1 << 63) - 1  # whole number that torch takes
 KINDS = {  # in errors
     bool: "true or false",
     Sequence: "a list",
@@ -71,6 +72,8 @@ class Declaration:
     def check(self, value: Any) -> None:
         """Raise InputError for a value of another type, out of range, or not among the choices."""
         fits = self.has_type(value)
+        if "\0" in str(value):
+            raise InputError(f"`{self.name}` {value!r}: holds a NUL character, which no name has")
         if fits and isinstance(value, str):
             fits = not self.choices or value in self.choices
         elif fits and isinstance(value, int | float) and not isinstance(value, bool):
@@ -81,6 +84,8 @@ class Declaration:
             closest = f"; did you mean {close[0]!r}?" if close else ""
             expected = one_of([*self.choices, *self._expected_types()])
             raise InputError(f"`{self.name}` {value}: expected {expected}{closest}")
+        if isinstance(value, int) and value > LARGEST:
+            raise InputError(f"`{self.name}` {value}: expected a number of 64 bits, at most {LARGEST}")
 
     def _expected_types(self) -> list[str]:
         limits = f"of {self.least} or above" if self.most == math.inf else f"from {self.least} to {self.most}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -24,6 +25,11 @@ from convsim_cli.cli.plot_command import plot
 from convsim_cli.cli.reproduce_command import reproduce
 from convsim_cli.cli.train_command import train
 from convsim_cli.errors import ConvsimError, ConvsimWarning, RankZeroFailedError
+
+UNUSABLE = (  # numbers of an OSError that another path or other rights help against
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -124,6 +130,8 @@ def run(arguments: list[str]) -> int:
             )
             if isinstance(error, ConvsimError):
                 code, message = error.exit_code, str(error)
+            elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+                code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); name another path"
             elif hasattr(error, "format_message"):  # a usage error of the parser
                 code, message = 2, explain_usage(error, arguments) or "see convsim --help"
             if not isinstance(error, RankZeroFailedError):  # which rank 0 reports

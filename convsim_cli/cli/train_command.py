@@ -132,12 +132,17 @@ class RunScreen:
         self._seconds, how = [], run.arguments
         what = f"{how.label}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
         self._console.note(f"{run.folder}: {what}, batch-norm statistics: {how.bn_statistics}")
-        names = list(data.images_of_classes())
+        classes = data.images_of_classes()
+        names = list(classes)
         more = ", … (summary.json lists all)" if len(names) > CLASSES_NAMED else ""
         self._console.note(
             f"{len(names)} classes ({', '.join(names[:CLASSES_NAMED])}{more}), {len(data.train)} training and "
             f"{len(data.test)} test images"
         )
+        untrained = [name for name, images in classes.items() if not images["train"]]
+        if untrained:
+            named = ", ".join(untrained[:CLASSES_NAMED]) + ", …" * (len(untrained) > CLASSES_NAMED)
+            self._console.warn(f"no training images of {len(untrained)} of {len(names)} classes ({named})")
 
     def progress(self, phase: str, steps: int) -> AbstractContextManager[Progress]:
         """Show a phase; without a bar, an epoch is one line at its end."""

@@ -6,7 +6,7 @@ arguments, not by its name: finished runs are reused, and unfinished ones resume
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -21,6 +21,7 @@ from torch import nn
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.architectures import find_network, names_code
+from convsim_cli.settings import declarations
 from convsim_cli.training.config import FOLDER, Arguments, parse_arguments
 from convsim_cli.training.distributed import Processes, join_processes
 from convsim_cli.training.prepare import build_with_weights, check_network, identified, load_data
@@ -33,10 +34,13 @@ from convsim_cli.training.run import (
     locked,
     make_folder,
     open_run,
+    read_json,
     train_command,
     train_run,
     write_json,
 )
+
+LONGEST_NAME = 240  # bytes: file systems take 255, and seeds and numbers are appended
 
 
 def start_runs(
@@ -48,7 +52,10 @@ def start_runs(
     runs, from the arguments' seed on; None for one run. Raises InputError before any folder is created, and as
     `create_run` and `train_run`; the folder of a run that failed before its first save is removed.
     """
-    run_dir_existed = run_dir.exists()
+    run_dir_existed = os.path.exists(run_dir)  # noqa: PTH110 - also of a name that is too long
+    last, most = arguments.seed + (seeds or 1) - 1, declarations(Arguments)["seed"].most
+    if last > most >= arguments.seed:
+        raise InputError(f"`seeds` {seeds}: the last run would have `seed` {last}, expected at most {most}")
     with join_processes(torch.device(arguments.device)) as processes:
         arguments = replace(arguments, processes=processes.size)
         checked, data = processes.rank_zero_first(lambda: _load_checked(arguments))
@@ -121,6 +128,8 @@ def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str])
             folder.mkdir()
         except FileExistsError:
             continue
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be created ({error.strerror})") from error
         run = Run(folder, arguments)
         try:
             write_json(folder / ARGUMENTS_FILE, asdict(arguments))
@@ -167,9 +176,11 @@ def numbered(stem: str) -> Iterator[str]:
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for a name that is not a plain folder name."""
-    if Path(name).name != name or name in (".", ".."):
+    """Raise InputError for a name that is not a plain folder name, or too long for one."""
+    if Path(name).name != name or name in (".", "..") or "\0" in name:
         raise InputError(f"`name` {name!r}: expected a plain folder name; `run_dir` says where the folder goes")
+    if (size := len(os.fsencode(name))) > LONGEST_NAME:
+        raise InputError(f"`name` {name}: has {size} bytes, expected at most {LONGEST_NAME}")
 
 
 def _refuse_taken(folder: Path, arch: str) -> NoReturn:
@@ -210,7 +221,7 @@ def read_config(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     Raises InputError, also for an `arch` that names code to run: it must be given.
     """
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"`config` {path}: not a readable args.json ({error})") from error
     arguments = parse_arguments(values, path)

@@ -85,25 +85,36 @@ def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> N
         raise InputError(f"`arch` {arguments.arch}: {error}") from error
     data = used_images(arguments, dataset)
     with side_effect_free(model):
-        _check_logits(model, data, arguments)
+        _check_logits(model, data.normalize(data.test.images[:1]), arguments, data.classes)
         _check_small_batches(model, data, arguments)
+        # of synchronized batch norm, which needs all processes and a GPU, only evaluation can be tried here
+        if arguments.processes == 1 and len(data.train) > 1:
+            model.train()
+            with torch.enable_grad():
+                logits = _check_logits(model, data.normalize(data.train.images[:2]), arguments, data.classes)
+            if not logits.requires_grad:
+                raise InputError(
+                    f"`arch` {arguments.arch}: its logits depend on no parameter that can be trained; set the "
+                    "requires_grad of some"
+                )
 
 
-def _check_logits(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:
-    images = dataset.normalize(dataset.test.images[:1])
+def _check_logits(model: nn.Module, images: Tensor, arguments: Arguments, classes: int) -> Tensor:
+    count, state = len(images), " in training" if model.training else ""
     try:
         logits = model(images)
     except Exception as error:  # a network may raise anything
         raise InputError(
-            f"`arch` {arguments.arch}: does not run on images {list(images.shape)} of {arguments.dataset} "
+            f"`arch` {arguments.arch}: does not run{state} on images {list(images.shape)} of {arguments.dataset} "
             f"({' '.join(str(error).split())[:160]})"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < dataset.classes:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < classes:
         output = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(
-            f"`arch` {arguments.arch}: returns {output} for one image, expected [1, {dataset.classes}] logits, "
-            f"one for each class of {arguments.dataset}"
+            f"`arch` {arguments.arch}: returns {output} for {'one image' if count == 1 else f'{count} images'}{state}, "
+            f"expected [{count}, {classes}] logits, one for each class of {arguments.dataset}"
         )
+    return logits
 
 
 def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Arguments) -> None:

@@ -13,6 +13,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from convsim_cli.checkpoints.atomic import replace_file
+from convsim_cli.checkpoints.atomic import check_regular, replace_file
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
-from convsim_cli.device import Progress, unreported
-from convsim_cli.errors import BusyError, CheckpointError, ConvsimWarning, InputError, WriteError
+from convsim_cli.device import Progress, open_regular, seed_generators, unreported
+from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, names_code
@@ -109,6 +110,7 @@ def train_run(
     choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
+        processes.on_rank_zero(lambda: _refuse_read_only(run.folder))
         state = processes.on_rank_zero(lambda: read_state(run))  # refused before a data set is downloaded
         data = used_images(arguments, dataset or load_data(arguments))
         callbacks.begin(run, data)
@@ -150,7 +152,7 @@ def _start(
             stacklevel=2,
         )
     model = (build_with_weights(arguments, data.classes) if model is None else model).to(device)
-    torch.manual_seed(arguments.seed + processes.rank)  # rank 0 draws what a single process would
+    seed_generators(arguments.seed + processes.rank)  # rank 0 draws what a single process would
     prepared = MODES[arguments.mode].initializes or MODES[arguments.mode].scales
     if prepared:  # on rank 0 only: the other processes receive its weights
         with callbacks.progress("init", count_steps(model, arguments)) as advance:
@@ -166,11 +168,39 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
     arguments = run.arguments
     model = build_network(arguments.arch, data.classes, arguments.seed)
     trainer = Trainer(model, data, arguments, torch.device(arguments.device), processes)
-    trainer.load_state(state["trainer"])
+    seed_generators(arguments.seed + processes.rank)  # a state of version 0.2 has not all generators
+    try:
+        trainer.load_state(state["trainer"])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged state may raise anything
+        raise _unusable(run, error) from error
     if processes.is_rank_zero:
+        _restore_weights(run, trainer, state["progress"]["history"])
         write_results(run.folder, state["progress"]["history"], arguments.validation is not None)
         write_layers(run.folder, state["progress"].get("layers", []))
     return trainer
+
+
+def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None:
+    """Write weights that are missing or damaged again; where the state does not hold them, move them away and warn."""
+    for name, epoch in (("last", trainer.epoch), *([("best", best_row(history)["epoch"])] if history else [])):
+        path = run.folder / f"{name}.safetensors"
+        with suppress(InputError, OSError):
+            check_regular(path)
+            SafetensorsCheckpoint(path)
+            continue
+        if epoch == trainer.epoch:
+            _write_weights(run, trainer, name)
+            continue
+        moved = ""
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.damaged"))
+            moved = f"; it is now {path.name}.damaged"
+        message = (
+            f"{path}: missing or damaged{moved}; the weights of epoch {epoch} are lost, a better epoch brings others"
+        )
+        warnings.warn(message, ConvsimWarning, stacklevel=2)
 
 
 def feature_map_correlations(
@@ -216,17 +246,22 @@ def save_state(run: Run, trainer: Trainer, log: Log) -> None:
     """Save a run between two epochs. Rank 0 writes; all processes must call this. Raises WriteError."""
     history, arguments = log["history"], run.arguments
     state = {"arguments": asdict(arguments), "progress": log, "trainer": trainer.state()}
-    record = {"convsim.epoch": str(trainer.epoch), "convsim.mode": arguments.mode, "convsim.arch": arguments.arch}
 
     def write() -> None:
-        weights, is_best = trainer.model.state_dict(), history and best_row(history) is history[-1]
+        is_best = history and best_row(history) is history[-1]
         for name in ("last", "best") if is_best else ("last",):
-            replace_file(run.folder / f"{name}.safetensors", lambda file: write_safetensors(file, weights, record))
+            _write_weights(run, trainer, name)
         write_results(run.folder, history, arguments.validation is not None)
         write_layers(run.folder, log.get("layers", []))
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
 
     trainer.processes.on_rank_zero(write)
+
+
+def _write_weights(run: Run, trainer: Trainer, name: str) -> None:
+    weights, arguments = trainer.model.state_dict(), run.arguments
+    record = {"convsim.epoch": str(trainer.epoch), "convsim.mode": arguments.mode, "convsim.arch": arguments.arch}
+    replace_file(run.folder / f"{name}.safetensors", lambda file: write_safetensors(file, weights, record))
 
 
 def read_state(run: Run) -> dict[str, Any] | None:
@@ -240,13 +275,12 @@ def read_state(run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        former, done = make_arguments(state["arguments"], path), int(state["trainer"]["epoch"])
+        with open_regular(path) as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        former, done = make_arguments(state["arguments"], path), state["trainer"]["epoch"]
+        _check_progress(state["progress"], done, former.validation is not None)
     except Exception as error:  # a damaged pickle may raise anything
-        raise InputError(
-            f"{path}: damaged ({type(error).__name__}), so the run cannot be resumed; its last.safetensors may be "
-            f"intact; remove {run.folder} to train it again"
-        ) from error
+        raise _unusable(run, error) from error
     saved, wanted = former.identity(), run.arguments.identity()
     for name in (*wanted, *saved):
         if saved.get(name) != wanted.get(name):
@@ -258,6 +292,34 @@ def read_state(run: Run) -> dict[str, Any] | None:
     return state
 
 
+def _unusable(run: Run, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [""])[0][:200]
+    what = f"damaged ({reason if isinstance(error, ValueError) else f'{type(error).__name__}: {reason}'})"
+    if isinstance(error, OSError):
+        what = f"cannot be read ({error.strerror or reason})"
+    return InputError(
+        f"{run.folder / 'state.pt'}: {what}, so the run cannot be resumed; its last.safetensors may be intact; remove "
+        f"{run.folder} to train it again"
+    )
+
+
+def _check_progress(progress: dict[str, Any], epochs: Any, validated: bool) -> None:
+    """Raise ValueError unless the results in a state are those of its epochs, each row whole."""
+    history, layers, start = progress["history"], progress.get("layers", []), progress.get("fm_corr_start", {})
+    if type(epochs) is not int or epochs != len(history):
+        raise ValueError(f"the trainer is at epoch {epochs}, its results have {len(history)} epochs")
+    columns = COLUMNS + VALIDATION_COLUMNS * validated
+    for number, row in enumerate(history, 1):
+        if set(row) != set(columns) or row["epoch"] != number or not all(map(math.isfinite, row.values())):
+            raise ValueError(f"the results of epoch {number} are {row}")
+    for row in layers:
+        figures = [value for name, value in row.items() if name != "layer" and value is not None]
+        if set(row) != set(LAYER_COLUMNS) or not isinstance(row["layer"], str) or not all(map(math.isfinite, figures)):
+            raise ValueError(f"a row of layers is {row}")
+    if not all(map(math.isfinite, (value for value in start.values() if value is not None))):
+        raise ValueError(f"fm_corr_start is {start}")
+
+
 def check_resumable(run: Run) -> None:
     """Raise InputError for a run that has lost its state after an epoch: starting over would overwrite its results."""
     path = run.folder / "state.pt"
@@ -266,7 +328,8 @@ def check_resumable(run: Run) -> None:
     done = epochs_done(run.folder)
     found = [f"{RESULTS_FILE} with {done} epoch{'s' if done > 1 else ''}"] if done else []
     for weights in (run.folder / "last.safetensors", run.folder / "best.safetensors"):
-        with suppress(CheckpointError, OSError):  # weights that cannot be read may be those of an epoch
+        with suppress(InputError, OSError):  # weights that cannot be read may be those of an epoch
+            check_regular(weights)
             if not weights.exists() or SafetensorsCheckpoint(weights).metadata.get("convsim.epoch") == "0":
                 continue
         found.append(weights.name)
@@ -290,14 +353,37 @@ def train_command(option: Literal["resume", "config"], path: Path, arch: str) ->
 def read_results(folder: Path) -> list[Row]:
     """Return a run's results as rows of numbers. Raises InputError if there are none, or the file is damaged."""
     try:
-        with (folder / RESULTS_FILE).open(newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = tuple(reader.fieldnames or ())
-            if columns not in (COLUMNS, COLUMNS + VALIDATION_COLUMNS):
-                raise ValueError(f"its columns are {reader.fieldnames}")
-            return [{key: int(row[key]) if key == "epoch" else float(row[key]) for key in columns} for row in reader]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        rows = _read_csv(folder / RESULTS_FILE, (COLUMNS, COLUMNS + VALIDATION_COLUMNS))
+        results = [{key: int(row[key]) if key == "epoch" else _finite(row[key]) for key in row} for row in rows]
+        if [row["epoch"] for row in results] != [*range(1, len(rows) + 1)]:
+            raise ValueError("its epochs are not 1, 2, 3, …")
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run's folder (no readable {RESULTS_FILE}: {error})") from error
+    return results
+
+
+def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, str]]:
+    """Return the rows of a run's table by column. Raises OSError, and ValueError for other columns than `known` ones.
+
+    So does a row of another length, and a table that does not end in a line break: its last number may be cut.
+    """
+    with open_regular(path) as file:
+        text = file.read().decode()
+    try:
+        head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    if tuple(head) not in known:
+        raise ValueError(f"its first line is not {','.join(known[0])}")
+    if not text.endswith("\n") or any(len(row) != len(head) for row in rows):
+        raise ValueError("a row is cut short or too long")
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def write_results(folder: Path, history: Sequence[Row], validated: bool = False) -> None:
@@ -315,19 +401,15 @@ def read_layers(folder: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            if tuple(reader.fieldnames or ()) != LAYER_COLUMNS:
-                raise ValueError(f"its columns are {reader.fieldnames}")
-            return [
-                {
-                    "epoch": int(row["epoch"]),
-                    "layer": row["layer"],
-                    **{key: float(row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]},
-                }
-                for row in reader
-            ]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        return [
+            {
+                "epoch": int(row["epoch"]),
+                "layer": row["layer"],
+                **{key: _finite(row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]},
+            }
+            for row in _read_csv(path, (LAYER_COLUMNS,))
+        ]
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove it, or restore it from a copy") from error
 
 
@@ -419,7 +501,7 @@ def open_run(folder: Path, **changes: Any) -> Run:
     """
     path = folder / ARGUMENTS_FILE
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run's folder (no readable {ARGUMENTS_FILE})") from error
     return Run(folder, replace(make_arguments(values, path), **changes))
@@ -431,15 +513,30 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
     wait: until another process releases it. Raises BusyError if another process holds it.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with ExitStack() as held:
         try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BusyError(f"{folder}: another process is working on this run") from None
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be opened or locked ({error.strerror})") from error
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _refuse_read_only(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: is read-only; allow writing there, or copy it elsewhere and resume the copy")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises OSError, and ValueError for damage."""
+    try:
+        with open_regular(path) as file:
+            return json.loads(file.read())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def make_folder(path: Path) -> None:

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import cos, pi
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
-from convsim_cli.device import Advance, synchronize
+from convsim_cli.device import Advance, generator_states, restore_generators, synchronize
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, RankZeroFailedError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import is_convolution
@@ -129,21 +129,55 @@ class Trainer:
             "first_loss": self.first_loss,
             "beta": self.beta,
             "kernels_at_start": self.turned.state(),
-            "rng": self.processes.gather((torch.get_rng_state(), on_device)),
+            "rng": self.processes.gather((torch.get_rng_state(), on_device, generator_states())),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`."""
-        self.epoch = state["epoch"]
+        """Continue from a `state`; one of an earlier version may have no `beta`, no kernels, and no Python generators.
+
+        Raises ValueError for one of another structure, and whatever else a damaged one leads to.
+        """
+        first_loss, beta, kernels = state["first_loss"], state.get("beta", self.beta), state.get("kernels_at_start", {})
+        if len(state["rng"]) != self.processes.size:
+            raise ValueError(f"rng of {len(state['rng'])} processes, expected {self.processes.size}")
+        on_cpu, on_device, *others = state["rng"][self.processes.rank]
+        if beta is not None and not 0 <= beta < math.inf:
+            raise ValueError(f"beta is {beta}")
+        check_tensors(state["model"], self.model.state_dict(), "model")
+        check_tensors(kernels, self.turned.state() if kernels else {}, "kernels_at_start")
+        check_tensors(
+            {"first_loss": first_loss}, {"first_loss": None if first_loss is None else torch.tensor(0.0)}, "trainer"
+        )
+        self._check_optimizer(state["optimizer"])
+        self.epoch, self.beta = state["epoch"], beta
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.first_loss = None if state["first_loss"] is None else state["first_loss"].to(self.device)
-        self.beta = state.get("beta", self.beta)  # a state of an earlier version has none
-        self.turned.load_state(state.get("kernels_at_start", {}))
-        ours, on_device = state["rng"][self.processes.rank]
-        torch.set_rng_state(ours)
-        if on_device is not None:
+        ours, theirs = self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+        groups = [{**own, **saved, "params": own["params"]} for own, saved in zip(ours, theirs, strict=True)]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.first_loss = None if first_loss is None else first_loss.to(self.device)
+        self.turned.load_state(kernels)
+        torch.set_rng_state(on_cpu)
+        if self.device.type == "cuda":
             torch.cuda.set_rng_state(on_device, self.device)
+        for states in others:
+            restore_generators(states)
+
+    def _check_optimizer(self, state: dict[str, Any]) -> None:
+        """Raise ValueError for the state of an optimizer of other parameters, or with other tensors for them."""
+        groups = [len(group["params"]) for group in state["param_groups"]]
+        expected = [len(group["params"]) for group in self.optimizer.param_groups]
+        if groups != expected:
+            raise ValueError(f"optimizer: groups of {groups} parameters, expected {expected}")
+        for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+            for name in own.keys() & saved.keys() - {"params"}:
+                if isinstance(saved[name], float | int) != isinstance(own[name], float | int):
+                    raise ValueError(f"optimizer: {name} is {saved[name]!r:.80}, expected {own[name]}")
+        momentum = ["momentum_buffer"] if self.arguments.momentum else []
+        names = {"adamw": ["step", "exp_avg", "exp_avg_sq"], "sgd": momentum}[self.arguments.optimizer]
+        parameters = dict(enumerate(one for group in self.optimizer.param_groups for one in group["params"]))
+        for number, tensors in state["state"].items():
+            like = {name: torch.tensor(0.0) if name == "step" else parameters[number] for name in names}
+            check_tensors(tensors, like, f"optimizer, parameter {number}")
 
     def train_batches(self, advance: Advance | None) -> tuple[float, float]:
         """Train on the batches of an epoch; return the mean loss and the accuracy in per cent. See `run_epoch`."""
@@ -244,6 +278,21 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.arguments.precision == "bf16" else nullcontext()
+
+
+def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless two dictionaries have the same names, for tensors of the same dtypes and shapes."""
+
+    def describe(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return "missing" if value is None else f"a {type(value).__name__}"
+        odd = " without values" if value.is_meta else " sparse" if value.layout is not torch.strided else ""
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{odd}"
+
+    for name in {**expected, **found}:
+        ours, theirs = describe(found.get(name)), describe(expected.get(name))
+        if ours != theirs:
+            raise ValueError(f"{where}: {name} is {ours}, expected {theirs}")
 
 
 def resident(dataset: Dataset, device: torch.device) -> Dataset:

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import resource
 import shlex
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from forks import call_in_fork
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from convsim_cli.cli import run as run_command
 from convsim_cli.errors import DivergedError, InputError
@@ -135,6 +140,44 @@ def test_resuming_is_exact_with_every_part_of_a_recipe(tmp_path: Path, recipe: s
     assert results(part) == results(whole)
     for name in ("last.safetensors", "best.safetensors"):
         assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+class Drawing(nn.Module):
+    """A network that draws from every global generator, when it is built and in each forward call."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+        self.scale = random.random() + float(numpy.random.rand())
+
+    def forward(self, images: Tensor) -> Tensor:
+        noise = random.gauss(0, 1) + float(numpy.random.randn()) + torch.rand(()).item()
+        logits: Tensor = self.layers(images) * (self.scale + 0.1 * noise)
+        return logits
+
+
+def test_networks_that_draw_from_any_generator_are_reproduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("drawing_networks")
+    module.build = lambda num_classes: Drawing(num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "drawing_networks", module)
+    how = replace(SMALL, arch="drawing_networks:build")
+    whole, again, parts, other = (
+        create_run(replace(how, seed=seed), tmp_path, name) for name, seed in (("a", 0), ("b", 0), ("c", 0), ("d", 1))
+    )
+    states = random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
+    build_network(how.arch, 10, seed=4)
+    assert states == (random.getstate(), numpy.random.get_state()[1].tolist())  # type: ignore[index]
+    train_run(whole)
+    for run in (again, other):
+        random.seed(7)
+        numpy.random.seed(7)
+        train_run(run)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(parts, stopping(4))
+    random.seed(8)
+    numpy.random.seed(8)
+    train_run(open_run(parts.folder))
+    assert results(whole) == results(again) == results(parts) != results(other)
 
 
 def test_a_run_stopped_in_its_preparation_starts_over(tmp_path: Path) -> None:

@@ -1,0 +1,369 @@
+"""Folders of runs in any condition: states of another structure, pipes among their files, hostile names and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import Convsim
+from torch import Tensor, nn
+
+from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.launch import create_run, find_run, start_runs
+from convsim_cli.training.run import SILENT, Run, open_run, read_layers, read_results, train_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")
+
+SMALL = Arguments(
+    arch="cnn:2", dataset="digits", epochs=2, batch_size=20, limit_train=60, limit_test=30, momentum=0.9, seed=3
+)
+NAMES = ("args.json", "results.csv", "layers.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = create_run(SMALL, tmp_path_factory.mktemp("runs"), "one")
+    train_run(run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A finished run of two epochs, to be harmed."""
+    (tmp_path / "one").mkdir()
+    for name in NAMES:
+        (tmp_path / "one" / name).write_bytes((trained.folder / name).read_bytes())
+    return Run(tmp_path / "one", trained.arguments)
+
+
+def leaves(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of everything in nested containers, the first entry of each list alone, without the arguments."""
+    inside = (
+        content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    )
+    deeper = [place for key, value in inside if key != "arguments" for place in leaves(value, (*path, key))]
+    return [path, *deeper] if path else deeper
+
+
+OPTIONAL = {"beta", "kernels_at_start", "layers", "fm_corr_start"}  # what states of earlier versions do not have
+
+
+def test_a_state_without_any_one_of_its_entries_is_one_line(run: Run) -> None:
+    path = run.folder / "state.pt"
+    whole = torch.load(path, weights_only=True)
+    places = [place for place in leaves(whole) if isinstance(place[-1], str)]
+    places = [
+        p for p in places if not {"param_groups", "fm_corr_start", *OPTIONAL} & {*p[:-1]} and p[-1] not in OPTIONAL
+    ]
+    assert ("trainer", "optimizer", "state", 0, "momentum_buffer") in places
+    for place in places:
+        state = torch.load(path, weights_only=True) if place == places[0] else pickle.loads(pickle.dumps(whole))
+        inner = state
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        torch.save(state, path)
+        with pytest.raises(InputError, match=r"state\.pt: damaged \(.*\), so the run cannot be resumed") as caught:
+            train_run(open_run(run.folder, epochs=3))
+        assert "\n" not in str(caught.value)
+
+
+def change(*place: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def changed(state: dict[str, Any]) -> None:
+        for key in place[:-1]:
+            state = state[key]
+        state[place[-1]] = to
+
+    return changed
+
+
+NUMPYS = ("MT19937", [1] * 624, 1, 0, 0.0)  # a state of numpy's generator
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "epoch -5": (change("trainer", "epoch", to=-5), "trainer is at epoch -5, its results have 2 epochs"),
+    "epoch 2^70": (change("trainer", "epoch", to=1 << 70), "its results have 2 epochs"),
+    "epoch of text": (change("trainer", "epoch", to="two"), "trainer is at epoch two"),
+    "another shape": (
+        change("trainer", "model", "0.weight", to=torch.ones(3, 3, 3, 3)),
+        r"model: 0\.weight is float32 \[3, 3, 3, 3\], expected float32 \[2, 3, 3, 3\]",
+    ),
+    "another dtype": (
+        change("trainer", "model", "0.weight", to=torch.ones(2, 3, 3, 3, dtype=torch.float64)),
+        r"is float64 \[2, 3, 3, 3\]",
+    ),
+    "an unknown tensor": (change("trainer", "model", "x", to=torch.ones(1)), "x is .*, expected missing"),
+    "no tensor": (change("trainer", "model", "0.weight", to=[1]), "is a list, expected float32"),
+    "no values": (change("trainer", "model", "0.weight", to=torch.ones(2, 3, 3, 3, device="meta")), "without values"),
+    "a model of text": (change("trainer", "model", to="cnn"), "damaged"),
+    "groups": (change("trainer", "optimizer", "param_groups", to=[]), r"groups of \[\] parameters"),
+    "a rate of text": (change("trainer", "optimizer", "param_groups", 0, "lr", to="x"), "lr is 'x'"),
+    "a buffer of another shape": (
+        change("trainer", "optimizer", "state", 0, "momentum_buffer", to=torch.ones(5)),
+        r"optimizer, parameter 0: momentum_buffer is float32 \[5\]",
+    ),
+    "a buffer of no parameter": (change("trainer", "optimizer", "state", 99, to={}), "KeyError: 99"),
+    "a small rng": (change("trainer", "rng", to=[(torch.zeros(7, dtype=torch.uint8), None)]), "RNG"),
+    "an rng of zeros": (change("trainer", "rng", to=[(torch.zeros(5056, dtype=torch.uint8), None)]), "damaged"),
+    "the rng of two processes": (change("trainer", "rng", to=[(), ()]), "rng of 2 processes, expected 1"),
+    "the rng of none": (change("trainer", "rng", to=None), "damaged"),
+    "numpy's rng beyond its end": (
+        change("trainer", "rng", to=[(torch.get_rng_state(), None, ((), ("MT19937", [1] * 624, 9999, 0, 0.0)))]),
+        "numpy's generator is at 9999 of 624",
+    ),
+    "python's rng": (
+        change("trainer", "rng", to=[(torch.get_rng_state(), None, ((3, (1,), None), NUMPYS))]),
+        "damaged",
+    ),
+    "beta nan": (change("trainer", "beta", to=float("nan")), "beta is nan"),
+    "first loss": (change("trainer", "first_loss", to=torch.ones(3)), r"first_loss is .*float32 \[3\]"),
+    "kernels": (change("trainer", "kernels_at_start", to={"a": torch.ones(3)}), "kernels_at_start: "),
+    "a row": (change("progress", "history", 0, to={"epoch": 1}), "the results of epoch 1 are"),
+    "a row of nan": (change("progress", "history", 0, "cs", to=float("nan")), "the results of epoch 1 are"),
+    "rows that are no list": (change("progress", "history", to=7), "damaged"),
+    "a row of layers": (change("progress", "layers", 0, to={}), "a row of layers is"),
+    "fm_corr": (change("progress", "fm_corr_start", to={"a": torch.ones(2)}), "damaged"),
+    "arguments": (change("arguments", to=[1]), "expected the arguments of a run"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_state_of_another_structure_says_what_was_expected(kind: str, run: Run) -> None:
+    path, (harm, said) = run.folder / "state.pt", CHANGES[kind]
+    state = torch.load(path, weights_only=True)
+    harm(state)
+    torch.save(state, path)
+    before = {file.name: file.read_bytes() for file in run.folder.iterdir()}
+    with pytest.raises(InputError, match=r"state\.pt: .*so the run cannot be resumed") as caught:
+        train_run(open_run(run.folder, epochs=3))
+    assert caught.match(said)
+    assert "\n" not in str(caught.value)
+    assert {file.name: file.read_bytes() for file in run.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["state.pt", "args.json", "results.csv", "layers.csv"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
+def test_a_pipe_among_a_runs_files_is_never_waited_for(name: str, kind: str, run: Run, convsim: Convsim) -> None:
+    (run.folder / name).unlink()
+    made = {"a pipe": os.mkfifo, "a folder": Path.mkdir, "a device": lambda path: path.symlink_to("/dev/zero")}
+    made[kind](run.folder / name)
+    outcomes = [convsim("train", "--resume", run.folder, "--epochs", 3)] if name != "layers.csv" else []
+    outcomes += [convsim("plot", run.folder, "-o", run.folder / "a.png")] if name != "state.pt" else []
+    outcomes += [convsim("compare", run.folder)] if name in ("args.json", "results.csv") else []
+    for outcome in outcomes:
+        assert outcome.code == 2, outcome.err
+        assert outcome.error
+
+
+TABLES = {
+    "empty": "",
+    "of NUL": "\0" * 5000,
+    "without columns": "epoch,cs\n1,2\n",
+    "of a cut number": "{head}\n1,1.0,2.0,3.0,4.0,5.0,6",
+    "of a cut row": "{head}\n1,1.0,2.0\n",
+    "of a long row": "{head}\n1,1.0,2.0,3.0,4.0,5.0,6.0,7.0\n",
+    "with NUL in it": "{head}\n1,1.0,2.0,\0,4.0,5.0,6.0\n",
+    "of nan": "{head}\n1,nan,2.0,3.0,4.0,5.0,6.0\n",
+    "of inf": "{head}\n1,1.0,2.0,3.0,4.0,inf,6.0\n",
+    "of epoch 7": "{head}\n7,1.0,2.0,3.0,4.0,5.0,6.0\n",
+    "of no text": "{head}\n1,1.0,2.0,3.0,4.0,5.0,\udcff\n",
+    "of one long field": '{head}\n"' + "1" * 200_000,
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_damaged_table_is_one_short_line(kind: str, run: Run, convsim: Convsim) -> None:
+    for name, read in (("results.csv", read_results), ("layers.csv", lambda folder: read_layers(folder))):
+        path = run.folder / name
+        head = path.read_text().splitlines()[0]
+        text = TABLES[kind].replace("{head}", head)
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        if kind == "of epoch 7" and name == "layers.csv":
+            continue
+        with pytest.raises(InputError) as caught:
+            read(run.folder)
+        assert len(str(caught.value)) < 400
+        assert "\n" not in str(caught.value)
+    for command in (["compare", run.folder], ["plot", run.folder, "-o", run.folder / "x.png"]):
+        assert (outcome := convsim(*command)).code == 2
+        assert outcome.error
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, '{"seed": 1e999}', '{"lr": NaN}', "{", "\udcff", "9" * 10_000, "null"]
+)
+def test_hostile_arguments_are_one_line(content: str, run: Run, convsim: Convsim) -> None:
+    path = run.folder / "args.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    for command in (["train", "--resume", run.folder], ["train", "--config", path], ["compare", run.folder]):
+        outcome = convsim(*command)
+        assert outcome.code == 2
+        assert outcome.error
+    assert find_run(SMALL, run.folder.parent) is None
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "é" * 150, "a/b", "..", "a\0b"])
+def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path, convsim: Convsim) -> None:
+    for more in ([], ["--seeds", 2]):
+        how = ["--dataset", "digits", "--arch", "cnn:2", "--epochs", 1, "--run-dir", tmp_path / "runs", "--name", name]
+        outcome = convsim("train", *how, *more)
+        assert (outcome.code, "--name" in outcome.error) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "f/" * 3000, "file/inside", "file"])
+def test_a_path_that_cannot_be_opened_is_bad_input(
+    path: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    small = ["--dataset", "digits", "--arch", "cnn:2", "--limit-train", 60]
+    commands: list[list[Any]] = [
+        ["train", "--resume", path],
+        ["train", "--config", path],
+        ["train", *small, "--run-dir", path],
+        ["train", "--arch", "cnn:2", "--dataset", f"folder:{path}"],
+        ["train", "--arch", "cnn:2", "--dataset", "cifar10", "--data-dir", path],
+        ["train", *small, "--weights", path],
+        ["compare", path],
+        ["plot", path],
+        ["plot", tmp_path, "-o", f"{path}/a.png"],
+        ["plot", tmp_path, "-o", f"{path}.png"],
+        ["measure", path],
+        ["init", path],
+        ["init", "--arch", "cnn:2", "--iterations", 0, "-o", f"{path}/a.pt"],
+        ["measure", "--arch", "cnn:2", "--input", path],
+    ]
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda _: (_ for _ in ()).throw(OSError("no network")))
+    for command in commands:
+        outcome = convsim(*command)
+        assert outcome.code == 2, (command[0], outcome.err[:500])
+        assert outcome.error
+    assert {file.name for file in tmp_path.iterdir()} == {"file"}
+
+
+HUGE = str(1 << 70)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            ["train", "--dataset", "digits", f"--{name}", HUGE]
+            for name in ("batch-size", "epochs", "iterations", "warmup")
+        ),
+        *(
+            ["train", "--dataset", "digits", f"--{n}", HUGE]
+            for n in ("limit-train", "limit-test", "validation", "seeds")
+        ),
+        ["train", "--dataset", "folder:.", "--image-size", HUGE],
+        ["train", "--dataset", "digits", "--seed", "4294967295", "--seeds", "2"],
+        ["train", "--dataset", "digits", "--mode", "rescale", "--factor", "inf"],
+        *(
+            ["train", "--dataset", "digits", f"--{n}", v]
+            for n in ("lr", "momentum", "weight-decay")
+            for v in ("nan", "inf")
+        ),
+        *(["init", "--arch", "cnn1", f"--{name}", HUGE, "-o", "a.pt"] for name in ("iterations", "num-classes")),
+        *(
+            ["measure", "--arch", "cnn1", f"--{name}", HUGE]
+            for name in ("samples", "input-size", "input-channels", "top")
+        ),
+    ],
+    ids=" ".join,
+)
+def test_numbers_beyond_64_bits_or_without_a_value_are_bad_usage(
+    arguments: list[str], tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = convsim(*arguments)
+    assert (outcome.code, outcome.error.count("\n")) == (2, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_folder_of_a_run_is_refused_before_it_trains(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == run.folder and mode & os.W_OK))
+    with pytest.raises(InputError, match="one: is read-only; allow writing there"):
+        train_run(open_run(run.folder, epochs=3))
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "a pipe"])
+def test_weights_that_are_damaged_do_not_stay_after_a_resume(harm: str, run: Run) -> None:
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    first, second = state["progress"]["history"]
+    for best in (2, 1):
+        first["test_accuracy"], second["test_accuracy"] = (10.0, 20.0) if best == 2 else (20.0, 10.0)
+        torch.save(state, run.folder / "state.pt")
+        whole = {}
+        for name in ("last.safetensors", "best.safetensors"):
+            path = run.folder / name
+            whole[name] = path.read_bytes()
+            path.unlink()
+            if harm == "cut":
+                path.write_bytes(whole[name][:-9])
+            if harm == "a pipe" and name == "best.safetensors" and best == 1:
+                os.mkfifo(path)
+        if best == 2:
+            train_run(run)
+            assert (run.folder / "best.safetensors").read_bytes() == (run.folder / "last.safetensors").read_bytes()
+        else:
+            with pytest.warns(ConvsimWarning, match=r"best\.safetensors: missing or damaged.*epoch 1 are lost"):
+                train_run(run)
+            assert not (run.folder / "best.safetensors").exists()
+        assert (run.folder / "last.safetensors").read_bytes() == whole["last.safetensors"]
+
+
+class Odd(nn.Module):
+    """Networks that fit a data set in evaluation alone."""
+
+    def __init__(self, kind: str, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+        self.kind = kind
+        if kind == "frozen":
+            self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.layers(images)
+        if not self.training or self.kind == "frozen":
+            return logits
+        if self.kind == "fails":
+            raise TypeError("targets\nare missing")
+        return {"tuple": (logits, logits), "mean": logits.mean(0, keepdim=True), "detached": logits.detach()}[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("tuple", r"returns a tuple for 2 images in training, expected \[2, 10\] logits"),
+        ("mean", r"returns \[1, 10\] for 2 images in training"),
+        ("fails", r"does not run in training on images \[2, 3, 32, 32\] of digits \(targets are missing\)"),
+        ("detached", "its logits depend on no parameter that can be trained"),
+        ("frozen", "its logits depend on no parameter that can be trained"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_first(
+    kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("odd_networks")
+    module.build = lambda num_classes: Odd(kind, num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "odd_networks", module)
+    with pytest.raises(InputError, match=said):
+        start_runs(replace(SMALL, arch="odd_networks:build"), tmp_path / "runs", None, None, SILENT)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_arguments_with_a_NUL_are_refused(run: Run) -> None:  # noqa: N802
+    for name in ("arch", "dataset", "data_dir", "weights"):
+        (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {name: "a\0b"}))
+        with pytest.raises(InputError, match=rf"`{name}` 'a\\x00b': holds a NUL character"):
+            open_run(run.folder)
