@@ -69,16 +69,23 @@ def compare(
     console.document("compare", content)
     if as_json:
         return
-    groups = content["groups"]
-    table = screen_table(groups, accuracy) if console.is_screen else _full_table(groups)
-    console.table(*table, LEAST)
-    lengths = {group["epochs"] for group in groups}
-    if len(lengths) == 1:
-        console.note(f"epochs of each run: {lengths.pop()}")
-    if content["baseline"]:
-        console.note(f"differences from {content['baseline']}, paired by seed, with 95 % intervals (Student's t)")
-    elif len(groups) > 1:
-        console.note("no differences: no single group is the baseline; name a group or a run with --baseline")
+    if not console.is_screen:
+        console.table(*_full_table(content["groups"]), LEAST)
+    by_data: dict[str, list[dict[str, Any]]] = {}
+    for group in content["groups"]:
+        by_data.setdefault(group["data"], []).append(group)
+    for data, groups in by_data.items():
+        if len(by_data) > 1:
+            console.note(f"on {data}:")
+        if console.is_screen:
+            console.table(*screen_table(groups, accuracy), LEAST)
+        lengths, reference = {group["epochs"] for group in groups}, groups[0]["baseline"]
+        if len(lengths) == 1:
+            console.note(f"epochs of each run: {lengths.pop()}")
+        if reference:
+            console.note(f"differences from {reference}, paired by seed, with 95 % intervals (Student's t)")
+        elif len(groups) > 1:
+            console.note("no differences: no single group is the baseline; name a group or a run with --baseline")
 
 
 def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[list[str], list[list[Cell]]]:
@@ -105,7 +112,7 @@ def _full_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell
     """Return the columns and rows for TSV: every figure in a column of its own."""
     columns = ["group", "n", "epochs", *(f"{key}{end}" for key in HEADERS for end in ("", "_std"))]
     columns += ["epochs_to_accuracy", "epochs_to_accuracy_std", "reached", "pairs"]
-    columns += [f"{key}_difference{end}" for key in HEADERS for end in ("", "_low", "_high")]
+    columns += [f"{key}_difference{end}" for key in HEADERS for end in ("", "_low", "_high")] + ["data"]
     rows: list[list[Cell]] = []
     for group in groups:
         reached = group["epochs_to_accuracy"] or dict.fromkeys(("mean", "std", "reached"))
@@ -114,7 +121,8 @@ def _full_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell
         row = [group[key] for key in ("group", "n", "epochs")]
         row += [group[key][part] for key in HEADERS for part in ("mean", "std")]
         row += [*(reached[part] for part in ("mean", "std", "reached")), difference["n"]]
-        rows.append(row + [difference[key][part] for key in HEADERS for part in ("mean", "low", "high")])
+        row += [difference[key][part] for key in HEADERS for part in ("mean", "low", "high")]
+        rows.append([*row, group["data"]])
     return columns, rows
 
 

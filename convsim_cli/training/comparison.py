@@ -6,6 +6,8 @@ that of Student's t.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +17,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.errors import ConvsimWarning, InputError, did_you_mean
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_layers, read_results, spread
@@ -49,6 +51,12 @@ class Group:
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
 
+    @property
+    def data(self) -> str:
+        """The images that the runs were tested on."""
+        tested = self.runs[0].arguments
+        return tested.dataset + (f", first {tested.limit_test} test images" if tested.limit_test else "")
+
 
 def compare_runs(
     paths: Iterable[Path], baseline: str | None = None, accuracy: float | None = None, epochs: int | None = None
@@ -59,18 +67,64 @@ def compare_runs(
     given, the group of mode baseline, if there is one. accuracy: a test accuracy in per cent, for the epochs that runs
     take to it. epochs: compare only the first ones. Figures are means over seeds in per cent with standard deviations;
     differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals.
-    Raises InputError for runs that cannot be compared.
+    Groups that were tested on other images (`data`) each have a baseline of their own. Runs that cannot be compared are
+    left out with a warning. Raises InputError where none is left, and for a run that is there twice.
     """
     if accuracy is not None and not 0 <= accuracy <= 100:
         raise InputError(f"`accuracy` {accuracy}: expected a number from 0 to 100, in per cent")
     if epochs is not None and epochs < 1:
         raise InputError(f"`epochs` {epochs}: expected a number of 1 or above")
     runs = read_runs(paths)
-    for run in runs:
-        if epochs is not None and len(run.rows) < epochs:
-            raise InputError(f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}")
-    runs = [replace(run, rows=run.rows[:epochs]) for run in runs]
-    _check_comparable(runs)
+    if epochs is not None:
+        short = [run for run in runs if len(run.rows) < epochs]
+        reasons = [f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}" for run in short]
+        runs = _without(short, runs, reasons)
+        runs = [replace(run, rows=run.rows[:epochs]) for run in runs]
+    tables: dict[tuple[Any, ...], list[RunResults]] = {}
+    for run in runs:  # a folder of images may lie anywhere
+        tested = run.arguments.folder_digest or run.arguments.dataset, run.arguments.limit_test
+        tables.setdefault(tested, []).append(run)
+    compared = [_compare_groups(_of_one_length(found)) for found in tables.values()]
+    named = [_named_groups(groups) for groups in compared]
+    if baseline is not None and not any(baseline in names or str(Path(baseline)) in names for names in named):
+        known = [name for names in named for name in names]
+        raise InputError(f"`baseline` {baseline!r}: no such group or run; {did_you_mean(baseline, known)}")
+    figures, references = [], []
+    for groups, names in zip(compared, named, strict=True):
+        reference = _find_baseline(groups, names, baseline)
+        references.append(reference.name if reference else None)
+        figures += [_figures(group, reference, accuracy) for group in groups]
+    return {
+        "baseline": references[0] if len(set(references)) == 1 else None,
+        "accuracy": accuracy,
+        "groups": figures,
+    }
+
+
+def _without(left_out: Sequence[RunResults], runs: Sequence[RunResults], reasons: Sequence[str]) -> list[RunResults]:
+    """Return the runs without some of them, warned of by their reasons. Raises InputError where none is left."""
+    kept = [run for run in runs if run not in left_out]
+    if not kept and reasons:
+        raise InputError(reasons[0])
+    for reason in reasons:
+        warnings.warn(f"left out: {reason}", ConvsimWarning, stacklevel=3)
+    return kept
+
+
+def _of_one_length(runs: Sequence[RunResults]) -> list[RunResults]:
+    """Return the runs, without unfinished ones where they differ in length. Raises InputError if all are unfinished."""
+    lengths = {len(run.rows) for run in runs}
+    unfinished = [run for run in runs if len(run.rows) < run.arguments.epochs and len(lengths) > 1]
+    reasons = [
+        f"{run.folder}: has done {len(run.rows)} of {run.arguments.epochs} epochs, other runs have done "
+        f"{max(lengths)}; finish it, or compare the first ones with `epochs` {min(lengths)}"
+        for run in sorted(unfinished, key=lambda run: len(run.rows))
+    ]
+    return _without(unfinished, runs, reasons)
+
+
+def _compare_groups(runs: Sequence[RunResults]) -> list[Group]:
+    """Return the groups of runs on the same test images. Raises InputError for one that is there twice."""
     groups = group_by_seed(runs, by_length=True)
     for group in groups:
         for one, other in pairwise(group.runs):
@@ -79,40 +133,20 @@ def compare_runs(
                     f"{one.folder} and {other.folder} have the same arguments and the same seed {one.seed}: they would "
                     "count as two; leave one out"
                 )
-    reference = _find_baseline(groups, baseline)
-    return {
-        "baseline": reference.name if reference else None,
-        "accuracy": accuracy,
-        "groups": [_figures(group, reference, accuracy) for group in groups],
-    }
+    return groups
 
 
-def _check_comparable(runs: Sequence[RunResults]) -> None:
-    """Raise InputError for a run without an epoch, for other data, and for unfinished runs of several lengths."""
-    first = runs[0]
-    for run in runs:
-        if not run.rows:
-            raise InputError(f"{run.folder}: has no finished epoch yet; train it first, or leave it out")
-        for name in ("dataset", "limit_test"):
-            ours, theirs = (getattr(of.arguments, name) for of in (first, run))
-            if name == "dataset":  # a folder of images may lie anywhere
-                ours, theirs = first.arguments.folder_digest or ours, run.arguments.folder_digest or theirs
-            if ours != theirs:
-                raise InputError(
-                    f"{first.folder} and {run.folder} were tested on different data ({name} {ours} and {theirs}); "
-                    "compare runs on the same test images"
-                )
-    lengths = {len(run.rows) for run in runs}
-    unfinished = [run for run in runs if len(run.rows) < run.arguments.epochs]
-    if len(lengths) > 1 and unfinished:
-        run = min(unfinished, key=lambda run: len(run.rows))
-        raise InputError(
-            f"{run.folder}: has done {len(run.rows)} of {run.arguments.epochs} epochs, other runs have done "
-            f"{max(lengths)}; finish it, leave it out, or compare the first ones with `epochs` {min(lengths)}"
-        )
+def _named_groups(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Return the groups by every name that `baseline` may have: their own, and those and the paths of their runs."""
+    by_name = {group.name: [group] for group in groups}
+    for group in groups:
+        for run in group.runs:
+            for spelling in {str(run.folder), run.folder.resolve().name}:
+                by_name.setdefault(spelling, []).append(group)
+    return by_name
 
 
-def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
+def _find_baseline(groups: Sequence[Group], by_name: dict[str, list[Group]], name: str | None) -> Group | None:
     if name is None:
         plain = [group for group in groups if group.runs[0].arguments.mode == "baseline"]
         if len(plain) > 1:  # then the one whose other arguments are the defaults
@@ -123,23 +157,18 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
                 if all(value == known[key].default for key, value in group.arguments.items() if key != "epochs")
             ]
         return plain[0] if len(plain) == 1 else None
-    by_name = {group.name: [group] for group in groups}
-    for group in groups:
-        for run in group.runs:
-            for spelling in {str(run.folder), run.folder.resolve().name}:
-                by_name.setdefault(spelling, []).append(group)
-    found = by_name.get(name) or by_name.get(str(Path(name)))
-    if found is None:
-        raise InputError(f"`baseline` {name!r}: no such group or run; {did_you_mean(name, by_name)}")
+    found = by_name.get(name) or by_name.get(str(Path(name))) or []
     if len(found) > 1:
         raise InputError(f"`baseline` {name!r}: several runs have this name; give the path of one")
-    return found[0]
+    return found[0] if found else None
 
 
 def _figures(group: Group, reference: Group | None, accuracy: float | None) -> dict[str, Any]:
     histories = [run.rows for run in group.runs]
     return {
         "group": group.name,
+        "data": group.data,
+        "baseline": reference.name if reference else None,
         "arguments": group.arguments,
         "runs": [str(run.folder) for run in group.runs],
         "seeds": group.seeds,
@@ -177,21 +206,45 @@ def _difference(group: Group, reference: Group) -> dict[str, Any]:
 def read_runs(paths: Iterable[Path]) -> list[RunResults]:
     """Return the runs at these paths, each once. A path is a run's folder, or a folder that holds folders of runs.
 
-    Raises InputError for a path without runs, and for a run whose arguments or results cannot be read.
+    What is no readable run, or has no epoch yet, is left out with a warning. Raises InputError for a path without runs,
+    and where none is left.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        is_run = (path / ARGUMENTS_FILE).exists()
-        found = [path] if is_run else sorted(file.parent for file in path.glob(f"*/{ARGUMENTS_FILE}"))
-        if not found:
-            raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
+        found = [path] if os.path.lexists(path / ARGUMENTS_FILE) else _subfolders(path)
         folders |= {folder.resolve(): folder for folder in found}
-    return [RunResults(folder, open_run(folder).arguments, read_results(folder)) for folder in folders.values()]
+    runs, reasons = [], []
+    for folder in folders.values():
+        try:
+            run = RunResults(folder, open_run(folder).arguments, read_results(folder))
+            if not run.rows:
+                raise InputError(f"{folder}: has no finished epoch yet; train it first")
+            runs.append(run)
+        except InputError as error:
+            reasons.append(str(error))
+    return _without([], runs, reasons)
+
+
+def _subfolders(path: Path) -> list[Path]:
+    """Return the folders in a folder of runs. Raises InputError where none of them is a run's."""
+    try:
+        found = sorted(folder for folder in path.iterdir() if folder.is_dir() or not folder.exists())  # a broken link
+    except OSError as error:
+        problem = f"{path}: not a run's folder (no readable args.json), and it holds none ({error.strerror})"
+        raise InputError(problem) from error
+    found = [folder for folder in found if not folder.name.startswith(".")]
+    if not any(os.path.lexists(folder / ARGUMENTS_FILE) for folder in found):
+        raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
+    return found
 
 
 def rows_with_turns(run: RunResults) -> list[Row]:
     """Return a run's rows, each with the medians over the layers of `turned` and `turn_per_step`, None if unknown."""
-    layers = read_layers(run.folder)
+    try:
+        layers = read_layers(run.folder)
+    except InputError as error:
+        layers = []
+        warnings.warn(f"without its rotation: {error}", ConvsimWarning, stacklevel=2)
     rows = []
     for row in run.rows:
         own = [layer for layer in layers if layer["epoch"] == row["epoch"]]

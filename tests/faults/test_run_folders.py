@@ -157,8 +157,10 @@ def test_a_pipe_among_a_runs_files_is_never_waited_for(name: str, kind: str, run
     made = {"a pipe": os.mkfifo, "a folder": Path.mkdir, "a device": lambda path: path.symlink_to("/dev/zero")}
     made[kind](run.folder / name)
     outcomes = [convsim("train", "--resume", run.folder, "--epochs", 3)] if name != "layers.csv" else []
-    outcomes += [convsim("plot", run.folder, "-o", run.folder / "a.png")] if name != "state.pt" else []
     outcomes += [convsim("compare", run.folder)] if name in ("args.json", "results.csv") else []
+    drawn = convsim("plot", run.folder, "-o", run.folder / "a.png")
+    assert drawn.code == (0 if name in ("state.pt", "layers.csv") else 2)
+    assert ("warning: without its rotation: " in drawn.err) == (name == "layers.csv")
     for outcome in outcomes:
         assert outcome.code == 2, outcome.err
         assert outcome.error

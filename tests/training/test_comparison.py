@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
 from conftest import Convsim
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.training.comparison import compare_runs, group_by_seed, mean_interval, read_runs, student_quantile
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run
@@ -162,8 +164,8 @@ def test_finished_runs_of_other_lengths_are_groups_of_their_own(runs: Path) -> N
     names = [group["group"] for group in compare_runs([runs])["groups"]]
     assert "mode=baseline, epochs=8" in names
     part = make_run(runs, "part", [50.0] * 2, seed=7)
-    with pytest.raises(InputError, match=r"part: has done 2 of 6 epochs, other runs have done 8; .* with `epochs` 2"):
-        compare_runs([runs])
+    with pytest.warns(ConvsimWarning, match=r"part: has done 2 of 6 epochs, other runs have done 8; .* `epochs` 2"):
+        assert [group["group"] for group in compare_runs([runs])["groups"]] == names
     content = compare_runs([runs], epochs=2)
     assert {group["epochs"] for group in content["groups"]} == {2}
     assert (
@@ -179,15 +181,73 @@ def test_runs_that_cannot_be_compared_are_one_error(runs: Path, tmp_path: Path) 
     make_run(tmp_path / "twice", "again", [50.0] * 6, seed=1)
     with pytest.raises(InputError, match="have the same arguments and the same seed 1"):
         compare_runs([runs, tmp_path / "twice"])
-    make_run(tmp_path / "other", "real", [50.0] * 6, dataset="cifar10", seed=8)
-    with pytest.raises(InputError, match=r"tested on different data \(dataset digits and cifar10\)"):
-        compare_runs([runs, tmp_path / "other"])
-    make_run(tmp_path / "fewer", "few", [50.0] * 6, limit_test=5, seed=8)
-    with pytest.raises(InputError, match=r"different data \(limit_test None and 5\)"):
-        compare_runs([runs, tmp_path / "fewer"])
     empty = make_run(tmp_path, "empty", [], seed=8)
     with pytest.raises(InputError, match="has no finished epoch yet"):
         compare_runs([empty])
+
+
+@pytest.mark.parametrize("command", ["compare", "plot"])
+@pytest.mark.parametrize(
+    "kind", ["no epoch", "no args.json", "later version", "pipe", "nan", "cut", "a folder", "broken link"]
+)
+def test_a_run_that_cannot_be_read_is_named_and_left_out(
+    command: str, kind: str, runs: Path, convsim: Convsim, tmp_path: Path
+) -> None:
+    folder = make_run(runs, "odd", [] if kind == "no epoch" else [50.0] * 6, seed=9)
+    arguments, results = folder / "args.json", folder / "results.csv"
+    text = results.read_text()
+    {
+        "no epoch": lambda: None,
+        "no args.json": arguments.unlink,
+        "later version": lambda: arguments.write_text('{"color": 1}'),
+        "pipe": lambda: (results.unlink(), os.mkfifo(results)),
+        "nan": lambda: results.write_text(text.replace("50.0", "nan")),
+        "cut": lambda: results.write_text(text[:-9]),
+        "a folder": lambda: (rmtree(folder), folder.mkdir(), arguments.mkdir()),
+        "broken link": lambda: (rmtree(folder), folder.symlink_to("nowhere")),
+    }[kind]()
+    how = ["--json"] if command == "compare" else ["--json", "-o", tmp_path / "a.png"]
+    outcome = convsim(command, runs, *how)
+    assert outcome.code == 0, outcome.err
+    assert f"convsim: warning: left out: {folder}" in outcome.err
+    named = outcome.document["groups"] if command == "compare" else [outcome.document]
+    assert sum(len(group["runs"]) for group in named) == 6
+    alone = convsim(command, folder, *how)
+    assert (alone.code, str(folder) in alone.error) == (2, True)
+
+
+def test_runs_on_other_test_images_are_tables_of_their_own(
+    runs: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        make_run(runs, f"cifar-{seed}", [70.0 + seed] * 6, dataset="cifar10", seed=seed)
+        make_run(runs, f"cifar-init-{seed}", [72.0 + seed] * 6, dataset="cifar10", mode="init", seed=seed)
+    make_run(runs, "few", [50.0] * 6, limit_test=5, seed=8)
+    groups = compare_runs([runs])["groups"]
+    names = [(group["data"], group["group"], group["n"], group["baseline"]) for group in groups]
+    assert sorted(names, key=str) == [
+        ("cifar10", "mode=baseline", 2, "mode=baseline"),
+        ("cifar10", "mode=init", 2, "mode=baseline"),
+        ("digits", "mode=baseline", 3, "mode=baseline"),
+        ("digits", "mode=init", 3, "mode=baseline"),
+        ("digits, first 5 test images", "mode=baseline", 1, "mode=baseline"),
+    ]
+    gains = {
+        group["data"]: group["difference"]["best_test_accuracy"]["mean"] for group in groups if group["difference"]
+    }
+    assert gains == {"cifar10": pytest.approx(2.0), "digits": pytest.approx(11.0)}
+    monkeypatch.setattr("convsim_cli.cli.console.Console.is_screen", True)
+    shown = convsim("compare", runs)
+    assert shown.out.count("group") == 3
+    assert [line for line in shown.err.splitlines() if line.startswith("on ")] == [
+        "on digits:",
+        "on cifar10:",
+        "on digits, first 5 test images:",
+    ]
+    with pytest.raises(InputError, match="no such group or run; did you mean 'cifar-init-0'"):
+        compare_runs([runs], "cifar-init-9")
+    found = compare_runs([runs], "cifar-init-0")["groups"]
+    assert {(group["data"], group["baseline"]) for group in found if group["baseline"]} == {("cifar10", "mode=init")}
 
 
 @pytest.mark.parametrize("wrong", [{"accuracy": float("nan")}, {"accuracy": 101.0}, {"epochs": 0}])
