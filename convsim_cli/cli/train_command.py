@@ -63,7 +63,7 @@ def train(
 ) -> None:
     """Train a network; results and weights go to a folder. The defaults are the paper's (section 4.2).
 
-    You can stop a run at any moment and resume it with --resume: the result is the same.
+    You can stop a run at any moment and resume it with --resume: the result is the same, on CUDA with --deterministic.
     """
     from convsim_cli.training.distributed import is_rank_zero
     from convsim_cli.training.launch import open_to_resume, resume_run, start_runs

@@ -256,3 +256,16 @@ def test_networks_of_torchvision_train_on_a_folder_of_images(tmp_path: Path, con
     assert "returns a OrderedDict for one image, expected [1, 2] logits" in mistake.error
     size = convsim("train", "--dataset", "digits", "--image-size", 64)
     assert "--image-size goes with --dataset folder:PATH" in size.error
+
+
+def test_a_class_without_training_images_is_warned_about(tmp_path: Path, convsim: Convsim) -> None:
+    from PIL import Image
+
+    for name, count in (("cat", 5), ("dog", 5), ("elk", 1)):  # the last one is for testing, as every fifth image is
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("L", (8, 8), index).save(tmp_path / "images" / name / f"{index}.png")
+    how = ("--epochs", 1, "--batch-size", 4, "--run-dir", tmp_path / "runs", "-q")
+    outcome = convsim("train", "--arch", "cnn:2", "--dataset", f"folder:{tmp_path / 'images'}", *how)
+    assert outcome.code == 0, outcome.err
+    assert "convsim: warning: no training images of 1 of 3 classes (elk)" in outcome.err
