@@ -282,7 +282,8 @@ def image_files(folder: Path) -> list[Path]:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     files: list[Path] = []
-    seen = {os.path.realpath(folder.parent): folder.parent}
+    above = Path(os.path.abspath(folder)).parent  # noqa: PTH100 - not behind links, and of ".." too
+    seen = {os.path.realpath(above): above}
     for root, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         place = Path(root)
         former = seen.setdefault(os.path.realpath(place), place)

@@ -186,3 +186,13 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "a.gif").rename(tmp_path / "a.png")
     assert torch.equal(decode_image(tmp_path / "a.png", 2)[0, 0], torch.tensor([250, 0, 0], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("spelling", [".", "..", "../data", "../data/cat/.."])
+def test_a_folder_may_be_spelled_relative_to_itself(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_classes(tmp_path / "data"))
+    assert len(load_images(Path(spelling), 6, 4)) == 6
+    if spelling != "..":
+        assert load_dataset(f"folder:{spelling}", Path(), 4).classes == 2
