@@ -73,3 +73,8 @@ def one_of(names: Iterable[str]) -> str:
     """Return "a", "a or b", "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def to_install(extra: str) -> str:
+    """Return the command that installs an extra of convsim, from an index and in a clone."""
+    return f"pip install 'convsim[{extra}]', or in a clone pip install -e '.[{extra}]'"

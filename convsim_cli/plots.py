@@ -18,7 +18,7 @@ from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
 
 from convsim_cli.checkpoints.atomic import check_regular, replace_file
-from convsim_cli.errors import InputError, one_of
+from convsim_cli.errors import InputError, one_of, to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,7 +225,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InputError("figures need matplotlib, which is not installed: pip install matplotlib") from error
+        raise InputError(f"figures need matplotlib, which is not installed: {to_install('plot')}") from error
 
 
 def plain_text(text: str) -> str:

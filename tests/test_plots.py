@@ -144,5 +144,5 @@ def test_a_long_label_stays_within_the_figure(label: str) -> None:
 def test_without_matplotlib_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match="pip install matplotlib"):
+    with pytest.raises(InputError, match=r"pip install 'convsim\[plot\]', or in a clone pip install -e"):
         require_matplotlib()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convsim_cli.device import open_regular
-from convsim_cli.errors import InputError, did_you_mean, one_of
+from convsim_cli.errors import InputError, did_you_mean, one_of, to_install
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
@@ -148,7 +148,9 @@ def _digits(_: Path) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError("the data set digits needs scikit-learn: pip install scikit-learn") from error
+        raise InputError(
+            f"the data set digits needs scikit-learn, which is not installed: {to_install('demo')}"
+        ) from error
     bunch = load_digits()
     gray = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)  # 0 to 16 as shipped
     images = gray.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(-1).repeat(1, 1, 1, 3)

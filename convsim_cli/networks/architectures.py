@@ -17,7 +17,7 @@ from torch import nn
 
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.device import generator_states, restore_generators, seed_generators
-from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, did_you_mean
+from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, did_you_mean, to_install
 
 Build = Callable[[int | None], nn.Module]  # builds a network with so many classes; None: its own number
 
@@ -177,7 +177,7 @@ def _find_in_timm(name: str, pretrained: bool) -> Build:
     try:
         import timm
     except ImportError as error:
-        raise InputError(f"`arch` timm:{name} needs timm, which is not installed: pip install timm") from error
+        raise InputError(f"`arch` timm:{name} needs timm, which is not installed: {to_install('timm')}") from error
     if not timm.is_model(name):
         raise InputError(f"unknown network timm:{name}: {did_you_mean(name, timm.list_models(), 'timm:')}")
     if pretrained and not timm.models.is_model_pretrained(name):

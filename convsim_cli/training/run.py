@@ -31,7 +31,7 @@ from convsim_cli.checkpoints.atomic import check_regular, replace_file
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, open_regular, seed_generators, unreported
-from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError
+from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, to_install
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, names_code
@@ -488,8 +488,7 @@ def import_summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError(
-            "`tensorboard` requires the package tensorboard, which is not installed: "
-            "pip install 'convsim[tensorboard]', or pip install tensorboard"
+            f"`tensorboard` requires the package tensorboard, which is not installed: {to_install('tensorboard')}"
         ) from error
     return SummaryWriter
 

@@ -43,5 +43,5 @@ def test_a_folder_that_is_no_run_and_a_missing_extra_are_one_line(
     for arguments in (("plot", tmp_path), ("reproduce", "figure1", "--run-dir", tmp_path)):
         outcome = convsim(*arguments)
         assert outcome.code == 2
-        assert "pip install matplotlib" in outcome.error
+        assert "pip install 'convsim[plot]'" in outcome.error
     assert not list(tmp_path.iterdir())

@@ -148,7 +148,7 @@ def test_an_unknown_name_gets_a_suggestion_and_a_missing_extra_is_named(monkeypa
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(InputError, match="pip install scikit-learn"):
+    with pytest.raises(InputError, match=r"pip install 'convsim\[demo\]'"):
         load_dataset("digits", Path())
 
 

@@ -209,7 +209,7 @@ def test_without_timm_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "timm", None)
     outcome = convsim("init", "--arch", "timm:resnet18", "-o", "x.safetensors")
     assert outcome.code == 2
-    assert "not installed: pip install timm" in outcome.error
+    assert "not installed: pip install 'convsim[timm]'" in outcome.error
 
 
 def test_a_checkpoint_of_another_network_is_one_line(convsim: Convsim) -> None:
