@@ -301,5 +301,5 @@ def test_layers_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     run = Run(tmp_path, SMALL)
     assert read_layers(run.folder) == []
     (tmp_path / "layers.csv").write_text("epoch,layer\n1,a\n")
-    with pytest.raises(InputError, match=r"layers\.csv: cannot be read \(its columns are"):
+    with pytest.raises(InputError, match=r"layers\.csv: cannot be read \(its first line is not"):
         read_layers(run.folder)
