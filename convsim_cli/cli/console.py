@@ -185,13 +185,18 @@ class Progress:
 def _make_bar() -> Any:
     from rich import progress
     from rich.console import Console as RichConsole
+    from rich.table import Column
     from rich.text import Text
 
     class Remaining(progress.ProgressColumn):
         def render(self, task: Any) -> Text:
             return Text(remaining(task.completed, task.total, task.elapsed or 0.0))
 
-    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), Remaining())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        Remaining(Column(no_wrap=True)),
+    )
     return progress.Progress(*columns, console=RichConsole(stderr=True), transient=True)
 
 
