@@ -206,6 +206,8 @@ def _show_layers(reports: Sequence[ReportDocument], console: Console, as_csv: bo
     ]
     least = least_important_keys()
     least.insert(least.index("norm"), "shape")
+    if several:  # chance is about the same for each
+        least += ["fm_corr_random", "fm_rank_random", "fm_corr"]
     console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, least, console)
 
 

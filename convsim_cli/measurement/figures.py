@@ -59,9 +59,9 @@ FIGURES: tuple[Figure, ...] = (
         "fm_corr",
         "mean abs correlation between feature maps over all inputs and positions, 0 to 1; lower is less similar",
         compared=True,
-        keep=7,
+        keep=LAST,
     ),
-    Figure("fm_corr_random", "fm_corr of random kernels on the same inputs", keep=6),
+    Figure("fm_corr_random", "fm_corr of random kernels on the same inputs", keep=LAST),
     Figure(
         "fm_rank",
         "effective rank of the feature maps' correlation matrix: number of effectively independent maps",

@@ -156,7 +156,9 @@ def test_columns_that_do_not_fit_are_named_and_wide_shows_them(
     said = capsys.readouterr().err
     assert "not shown in 80 characters: " in said
     assert "(--wide shows all)" in said
-    header = " ".join(next(line for line in lines() if "name" in line).split())
+    header = next(line for line in lines() if "removable" in line).split()
+    assert header.count("random") == 2  # chance, of the correlation and of the rank, is never left out
+    assert {"filters", "fm_corr", "fm_rank", "removable"} <= {*header}
     assert "kernel_cos" in said and "kernel_cos" not in header
     lines = terminal(80)
     assert run(["measure", str(files[0]), "--samples", "1", "--wide"]) == 0
@@ -233,7 +235,7 @@ def test_the_line_to_resume_a_stopped_run_is_printed_after_its_bar(
     monkeypatch.setattr(Console, "progress", bar)
     warn = Console.warn
     monkeypatch.setattr(Console, "warn", lambda self, message: (ended.append(False), warn(self, message))[1])
-    small = ("--limit-train", 20, "--limit-test", 10, "--epochs", 1, "--arch", "cnn:4", "--dataset", "digits")
+    small = ("--limit-train", 60, "--limit-test", 10, "--epochs", 1, "--arch", "cnn:4", "--dataset", "digits")
     stopped = convsim("train", *small, "--run-dir", tmp_path, "--name", "a" * 60)
     assert stopped.code == 130
     assert f"--resume {tmp_path / ('a' * 60)}\n" in stopped.err
