@@ -28,6 +28,10 @@ class CheckpointError(InputError):
     """A file that cannot be read as a checkpoint, or holds nothing to work on."""
 
 
+class ReadError(ConvsimError):
+    """A file could not be read for a reason outside it: too little memory, too many open files, a failing disk."""
+
+
 class DownloadError(ConvsimError):
     """Something is not here and cannot be downloaded."""
 

@@ -1,21 +1,27 @@
-"""Explain why a file is not a checkpoint, and how to convert it. Only damage is called damage.
+"""Open files to read, explain why one is not a checkpoint, and how to convert it. Only damage is called damage.
 
 Also here: how the files of checkpoints are named, and which checkpoint a folder holds if there is only one candidate.
 """
 
 from __future__ import annotations
 
+import errno
 import io
-import mmap
+import os
 import pickle
 import re
 import shlex
+import stat
 import tarfile
+import weakref
 import zipfile
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
+from typing import BinaryIO
 
 from convsim_cli.checkpoints.pickle_globals import (
     LongPickleError,
@@ -24,7 +30,15 @@ from convsim_cli.checkpoints.pickle_globals import (
     TornPickleError,
     harmless_names,
 )
-from convsim_cli.errors import CheckpointError
+from convsim_cli.errors import CheckpointError, ReadError
+
+_ADVICE = {  # what to do about an error of the system
+    errno.EMFILE: "; close other files or raise the limit of this process (ulimit -n)",
+    errno.ENFILE: "; close files of other programs",
+    errno.ENOMEM: "; free memory and try again",
+    errno.ELOOP: "; its links lead to each other",
+}
+_OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR)
 
 _SIGNATURES = (  # how files of other kinds begin, and what they are
     (b"version https://git-lfs", "a git-LFS pointer (run git lfs pull)"),
@@ -42,6 +56,7 @@ _MEMBERS = 16  # of a tar archive that are looked at
 _LARGEST = 1 << 26  # bytes of the pickles in an archive
 _SHOWN = 3  # globals that a message names
 _WIDEST = 60  # characters of a name in it
+_LONGEST_PATH = 300  # characters of a path that the system refuses
 
 _ONLY = (  # an unpickler that imports only what was found in the file, and was known to be harmless
     "import sys, pickle, torch; known = '{names}'.split(); Only = type('Only', (pickle.Unpickler,), {{'find_class': "
@@ -76,6 +91,80 @@ _PROGRAMS = (  # what a zip is that runs code when it is loaded, by a name in it
 )
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise in one line what the system reports of a path: CheckpointError if the user can change it, or ReadError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link to {path.readlink()}, which does not exist") from error
+        siblings = []
+        with suppress(OSError):
+            siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.name != path.name]
+        close = get_close_matches(path.name, siblings, n=1)
+        raise CheckpointError(f"{path}: no such file" + (f"; did you mean {close[0]}?" if close else "")) from error
+    except OSError as error:
+        kind = CheckpointError if error.errno in _OF_THE_PATH else ReadError
+        reason = f"{os.strerror(error.errno) if error.errno else error}{_ADVICE.get(error.errno or 0, '')}"
+        raise kind(f"{_shown(str(path), _LONGEST_PATH)}: cannot be read ({reason})") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ReadError(f"{path}: not enough memory to read it{_ADVICE[errno.ENOMEM]}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+class Source:
+    """A regular file that is open to read, closed when nothing refers to it any more.
+
+    It is opened without waiting for anyone, and refused if it is a pipe or a device. All that is read comes from this
+    file, whatever happens to its name, and never through a memory map: that ends the process if the file is cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained(path):
+            self.file: BinaryIO = open(path, "rb", opener=_open_regular)  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+        self.descriptor = self.file.fileno()
+        self._state = self._read_state()
+        self.size = self._state[2]
+
+    @contextmanager
+    def reading(self) -> Iterator[BinaryIO]:
+        """Yield the file, and raise CheckpointError if its content has changed since it was opened; see `explained`."""
+        with explained(self.path):
+            try:
+                yield self.file
+            except Exception as error:
+                if self._state != self._read_state():
+                    raise self._changed() from error
+                raise
+            if self._state != self._read_state():
+                raise self._changed()
+
+    def _read_state(self) -> tuple[int, int, int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: another process changed it while it was read; try again when it is done")
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` refuses a folder by itself
+        return descriptor
+    os.close(descriptor)
+    raise CheckpointError(f"{path}: a pipe or a device; save what it gives to a file first")
+
+
 def describe_unknown(path: Path, start: bytes) -> str:
     """Return what a file is that begins so, where no format recognizes it."""
     if start.startswith(b"\x93NUMPY"):
@@ -106,39 +195,30 @@ def is_pickle(start: bytes) -> bool:
     return start.startswith((b"PK", b"\x80", b"(dp", b"(lp", b"}q", b"]q", b"ccollections\n", b"cnumpy"))
 
 
-def why_not_loaded(path: Path, error: Exception) -> str:
+def why_not_loaded(path: Path, file: BinaryIO, error: Exception) -> str:
     """Return why torch could not load a pickle or a zip archive, and what to do.
 
     Nothing that a file holds stands in a command, and a command loads only what is known to be harmless.
     """
-    with path.open("rb") as file:
-        start = file.read(64)
-        file.seek(0)
-        if start.startswith(b"PK"):
-            return _why_not_archive(path, error)
-        found, of_torch = PickleGlobals(), _TORCH_MAGIC in start
-        trouble: Exception | None = None
-        try:
-            found.read(file, _LEGACY_PICKLES if of_torch else None)
-        except (TornPickleError, LongPickleError) as problem:
-            trouble = problem
-        return _why_not_pickle(path, error, found, trouble, of_torch)
-
-
-def can_be_mapped(path: Path) -> bool:
-    """Return whether a file can be mapped into memory: some network and FUSE file systems refuse."""
+    file.seek(0)
+    start = file.read(64)
+    file.seek(0)
+    if start.startswith(b"PK"):
+        return _why_not_archive(path, file, error)
+    found, of_torch = PickleGlobals(), _TORCH_MAGIC in start
+    trouble: Exception | None = None
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
-            return True
-    except (OSError, ValueError):
-        return False
+        found.read(file, _LEGACY_PICKLES if of_torch else None)
+    except (TornPickleError, LongPickleError) as problem:
+        trouble = problem
+    return _why_not_pickle(path, error, found, trouble, of_torch)
 
 
-def _why_not_archive(path: Path, error: Exception) -> str:
+def _why_not_archive(path: Path, file: BinaryIO, error: Exception) -> str:
     found = PickleGlobals()
     trouble: Exception | None = None
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             # a name may appear twice, and readers do not agree on which one counts: all are read
             pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]

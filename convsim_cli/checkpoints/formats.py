@@ -10,7 +10,6 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,9 +19,11 @@ from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
 from convsim_cli.checkpoints.diagnose import (
     PICKLES,
     SAFETENSORS,
+    Source,
     checkpoint_in,
     describe_distributed,
     describe_unknown,
+    explained,
     is_index,
     is_pickle,
 )
@@ -42,8 +43,8 @@ class Format:
     """A checkpoint format: a new one is an entry in `FORMATS`, and a module that reads and writes it.
 
     name: what a file of it is called, with its article; suffixes: of its file names; recognizes: takes a path and the
-    file's first bytes; open: takes the path, and the key if the format has `keys`; write: takes a new file, a state
-    dict and metadata, None for a format that can only be written back.
+    file's first bytes; open: takes the open file, and the key if the format has `keys`; write: takes a new file, a
+    state dict and metadata, None for a format that can only be written back.
     """
 
     name: str
@@ -93,10 +94,15 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
     and what to do, for anything that is not a checkpoint.
     """
     path = Path(path)
-    finish_saves(path) if for_writing else refuse_interrupted(path)
-    if path.is_dir():
-        path = checkpoint_in(path, new_suffixes())
-    start = _first_bytes(path)
+    with explained(path):
+        finish_saves(path) if for_writing else refuse_interrupted(path)
+        if path.is_dir():
+            path = checkpoint_in(path, new_suffixes())
+    source = Source(path)
+    with source.reading() as file:
+        start = file.read(_START)
+    if not start:
+        raise CheckpointError(f"{path}: an empty file; fetch it again")
     if path.suffix == ".distcp":
         raise CheckpointError(f"{path}: part of {describe_distributed(path.parent)}")
     for format_ in FORMATS:
@@ -106,7 +112,7 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
         raise CheckpointError(f"{path}: {describe_unknown(path, start)}, not a checkpoint ({one_of(new_suffixes())})")
     if key is not None and not format_.keys:
         raise InputError(f"`key` applies only to pickled checkpoints; {path} is {format_.name}")
-    checkpoint = format_.open(path, key) if format_.keys else format_.open(path)
+    checkpoint = format_.open(source, key) if format_.keys else format_.open(source)
     checkpoint.suffixes = format_.suffixes
     return checkpoint
 
@@ -123,23 +129,6 @@ def format_for(target: Path) -> Format:
 def new_suffixes() -> list[str]:
     """Return the suffixes that a new file may have."""
     return [suffix for format_ in FORMATS if format_.write for suffix in format_.suffixes]
-
-
-def _first_bytes(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: a pipe or a device; save what it gives to a file first")
-    try:
-        with path.open("rb") as file:
-            start = file.read(_START)
-    except FileNotFoundError as error:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, siblings, n=1)
-        raise CheckpointError(f"{path}: no such file" + (f"; did you mean {close[0]}?" if close else "")) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from error
-    if not start:
-        raise CheckpointError(f"{path}: an empty file; fetch it again")
-    return start
 
 
 class StateDict(Checkpoint):
@@ -195,7 +184,7 @@ def _reason(file: Path, real: Path, named: Path) -> str | None:
         return "is in another folder than the one that you named"
     if not os.access(real, os.R_OK):
         return "cannot be read"
-    with real.open("rb") as opened:
+    with Source(real).reading() as opened:
         start = opened.read(_START)
     is_checkpoint = not start or any(format_.recognizes(real, start) for format_ in FORMATS)  # empty: may become any
     return None if is_checkpoint else "is not a checkpoint"

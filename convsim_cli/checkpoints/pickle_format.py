@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
-from convsim_cli.checkpoints.diagnose import MERGE_ZERO, can_be_mapped, why_not_loaded
+from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, is_out_of_memory, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
 from convsim_cli.errors import CheckpointError, did_you_mean
@@ -31,20 +31,14 @@ class PickledCheckpoint(Checkpoint):
     file that is damaged, holds more than plain data, or has nothing under the key.
     """
 
-    def __init__(self, path: Path, key: str | None = None) -> None:
+    def __init__(self, source: Source, key: str | None = None) -> None:
+        path = source.path
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
             )
-        with path.open("rb") as file:
-            self._zipped = file.read(4) == b"PK\x03\x04"  # all that torch looks at, whatever damage comes later
-        try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
-                warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said below
-                mapped = self._zipped and can_be_mapped(path)
-                self._root = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # whatever a torn pickle makes an unpickler raise
-            raise CheckpointError(f"{path}: {why_not_loaded(path, error)}") from error
+        with source.reading() as file:
+            self._zipped, self._root = _load(path, file)
         found = find_state_dicts(self._root)
         if not found:
             raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
@@ -91,6 +85,21 @@ class PickledCheckpoint(Checkpoint):
                 raise CheckpointError(problem) from error
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+
+
+def _load(path: Path, file: BinaryIO) -> tuple[bool, Any]:
+    """Return whether a pickle is zipped, and what it holds: in memory, since a mapped file may be cut short."""
+    file.seek(0)
+    zipped = file.read(4) == b"PK\x03\x04"  # all that torch looks at, whatever damage comes later
+    file.seek(0)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
+            warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said elsewhere
+            return zipped, torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # whatever a torn pickle makes an unpickler raise
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{path}: {why_not_loaded(path, file, error)}") from error
 
 
 def write_state_dict(file: BinaryIO, state: Mapping[str, Tensor], _record: Mapping[str, str]) -> None:

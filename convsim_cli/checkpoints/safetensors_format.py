@@ -1,55 +1,89 @@
-"""Checkpoints in the safetensors format: read through a memory map, written back with all other bytes copied."""
+"""Checkpoints in the safetensors format: read one tensor at a time, written back with all other bytes copied."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
-from shutil import copyfileobj
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint
-from convsim_cli.checkpoints.diagnose import can_be_mapped
+from convsim_cli.checkpoints.diagnose import Source
 from convsim_cli.errors import CheckpointError
 from convsim_cli.kernels import TensorInfo
 
-_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_TYPES = {  # the format's name of a type → torch's, where it has one, and its bits
+    "BOOL": ("bool", 8),
+    "BF16": ("bfloat16", 16),
+    "C64": ("complex64", 64),
+    "F4": ("F4", 4),
+    "F6_E2M3": ("F6_E2M3", 6),
+    "F6_E3M2": ("F6_E3M2", 6),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    **{f"F{bits}": (f"float{bits}", bits) for bits in (16, 32, 64)},
+    **{f"I{bits}": (f"int{bits}", bits) for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": (f"uint{bits}", bits) for bits in (8, 16, 32, 64)},
+}
+_MOST_AXES = 64  # of a tensor in torch
+_LONGEST_HEADER = 100_000_000  # bytes, by the format's definition
+_LARGEST_READ = 1 << 30  # bytes at once: the system reads less than 2 GiB
 _COPY_BUFFER = 1 << 22
 
 
 class SafetensorsCheckpoint(Checkpoint):
     """A safetensors file. Raises CheckpointError where it is damaged."""
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor, self._get = _open(path)
-        weakref.finalize(self, os.close, self._descriptor)
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        try:
-            self._header: dict[str, Any] = json.loads(
-                os.pread(self._descriptor, length, 8), object_pairs_hook=_no_name_twice
-            )
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from error
+    def __init__(self, file: Path | Source) -> None:
+        self._source = source = file if isinstance(file, Source) else Source(file)
+        path = source.path
+        with source.reading():
+            length = int.from_bytes(os.pread(source.descriptor, 8, 0), "little")
+            try:
+                if not 0 < length <= min(source.size - 8, _LONGEST_HEADER):
+                    raise ValueError(f"a header of {length} bytes in a file of {source.size}")
+                self._header: dict[str, Any] = json.loads(
+                    os.pread(source.descriptor, length, 8), object_pairs_hook=no_name_twice
+                )
+                _check_header(self._header, source.size - 8 - length)
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
         self._data_start = 8 + length
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
         entries = sorted(self._header.items(), key=lambda entry: natural_order(entry[0]))  # the format keeps no order
         super().__init__(
             path,
-            {name: TensorInfo(_TYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"])) for name, e in entries},
+            {name: TensorInfo(_TYPES[e["dtype"]][0], tuple(e["shape"])) for name, e in entries},
         )
 
     def load(self, name: str) -> Tensor:
-        return self._get(name)
+        info, (first, end) = self.tensors[name], self._header[name]["data_offsets"]
+        with self._source.reading():
+            data = torch.empty(end - first, dtype=torch.uint8)
+            content, done = data.numpy().data, 0
+            while done < len(content):
+                part = content[done : done + _LARGEST_READ]
+                read = os.preadv(self._source.descriptor, [part], self._data_start + first + done)
+                if not read:
+                    raise CheckpointError(f"{self.path}: cut short within {name}; fetch it again")
+                done += read
+        dtype = getattr(torch, info.dtype, None)
+        if dtype is None:
+            raise CheckpointError(f"{self.path}: {name} is of the type {info.dtype}, which torch does not have")
+        return data.view(dtype).reshape(info.shape)
 
     def write(
         self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
@@ -72,9 +106,8 @@ class SafetensorsCheckpoint(Checkpoint):
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
         header = _make_header(metadata, self._header)
         file.write(header)
-        with os.fdopen(os.dup(self._descriptor), "rb") as former:  # not by its name: another process may have saved
-            former.seek(self._data_start)
-            copyfileobj(former, file, _COPY_BUFFER)
+        with self._source.reading():
+            copy_data(self._source, self._data_start, file)
 
         def put(name: str, tensor: Tensor) -> None:
             file.seek(len(header) + self._header[name]["data_offsets"][0])
@@ -83,29 +116,52 @@ class SafetensorsCheckpoint(Checkpoint):
         return put
 
 
-def _open(path: Path) -> tuple[int, Callable[[str], Tensor]]:
-    """Return a descriptor of a file and what reads its tensors: of one file, even if another process replaces it."""
-    while True:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def copy_data(source: Source, start: int, file: BinaryIO) -> None:
+    """Append a file from `start` to its end to another one, holes as holes: it may be larger than the disk."""
+    position, shift = start, file.tell() - start
+    while position < source.size:
         try:
-            get = _reader(path)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor, get
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            position = os.lseek(source.descriptor, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # a hole up to the end
+        hole = os.lseek(source.descriptor, position, os.SEEK_HOLE)
+        file.seek(position + shift)
+        while position < hole and (part := os.pread(source.descriptor, min(_COPY_BUFFER, hole - position), position)):
+            file.write(part)
+            position += len(part)
+    file.truncate(source.size + shift)
+    file.seek(0, os.SEEK_END)
 
 
-def _reader(path: Path) -> Callable[[str], Tensor]:
-    """Return what reads a tensor by its name: through a memory map, or from a copy in memory where files have none."""
-    try:
-        if not can_be_mapped(path):
-            return load(path.read_bytes()).__getitem__
-        get: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
-    return get
+def _check_header(header: Any, size: int) -> None:
+    """Raise ValueError for a header whose tensors do not fill `size` bytes of data, one after the other."""
+    metadata = header.get("__metadata__") or {} if isinstance(header, dict) else None  # null is none
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("a header that is no object, or metadata that is no text")
+    places = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        dtype, shape, place = (fields.get(field, ()) for field in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in _TYPES:
+            raise ValueError(f"{name[:80]!r} is of the unknown type {str(dtype)[:80]!r}")
+        if not _is_sizes(shape) or not _is_sizes(place) or len(place) != 2:
+            raise ValueError(f"{name[:80]!r} has no shape or no place in it")
+        first, end = place
+        if prod(shape) * _TYPES[dtype][1] != 8 * (end - first) or prod(filter(None, shape)) >= 1 << 63:
+            raise ValueError(f"{name[:80]!r} has a shape that does not fit its place in it")
+        places.append((first, end))
+    places.sort()
+    if [first for first, _ in places] + [size] != [0] + [end for _, end in places]:
+        raise ValueError(f"its tensors do not fill the {size} bytes of data in it")
+
+
+def _is_sizes(numbers: Any) -> bool:
+    is_short = isinstance(numbers, list) and len(numbers) <= _MOST_AXES
+    return is_short and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
 
 
 def write_safetensors(file: BinaryIO, state: Mapping[str, Tensor], record: Mapping[str, str]) -> None:
@@ -132,7 +188,7 @@ def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> byt
     return len(header).to_bytes(8, "little") + header
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse duplicate names: JSON does not define which value counts, and readers differ."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from shutil import copyfileobj
 
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import Replacements, free_names
 from convsim_cli.checkpoints.base import Changes, Checkpoint
-from convsim_cli.checkpoints.diagnose import is_index
-from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, natural_order
+from convsim_cli.checkpoints.diagnose import Source, is_index
+from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, natural_order, no_name_twice
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # unlike the .5 of a folder called v1.5
@@ -30,8 +29,9 @@ class ShardedCheckpoint(Checkpoint):
     Raises CheckpointError for an index that is damaged, points out of its folder, or does not fit its shards.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._shard_of = _read_index(path)
+    def __init__(self, source: Source) -> None:
+        path = source.path
+        self._shard_of = _read_index(source)
         self._shards = {
             name: SafetensorsCheckpoint(path.with_name(name)) for name in sorted(set(self._shard_of.values()))
         }
@@ -119,8 +119,9 @@ class ShardedCheckpoint(Checkpoint):
                     put[place](name, tensor)
             for place, source in {} if in_place else self._sources(target).items():
                 if place not in put:
-                    with files.writing(place) as file, source.open("rb") as former:
-                        copyfileobj(former, file)
+                    former = Source(source)
+                    with files.writing(place) as file, former.reading():
+                        copy_data(former, 0, file)
             replaced = [place for place in (put if in_place else self._sources(target)) if place.exists()]
             backups = {place: place.with_name(f"{place.name}.bak") for place in replaced} if backup else {}
             kept = files.commit(backups, self._backups(target))
@@ -141,11 +142,14 @@ def _pattern(backup: Path) -> Path:
     return backup.with_name(f"*.safetensors{backup.name[backup.name.rindex('.bak') :]}")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable index of shards ({error}); fetch it again") from error
+def _read_index(source: Source) -> dict[str, str]:
+    path = source.path
+    with source.reading() as file:
+        try:
+            file.seek(0)
+            index = json.loads(file.read(), object_pairs_hook=no_name_twice)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a readable index of shards ({error}); fetch it again") from error
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{path}: expected an index with a weight_map of tensor names to shards; fetch it again")

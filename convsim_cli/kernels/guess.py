@@ -255,7 +255,7 @@ def _transposition(name: str, tensors: Infos, around: Sequence[Sequence[int]]) -
 def _outputs(name: str, tensors: Infos) -> int | None:
     """Return a layer's number of output channels, from its bias, or the batch norm behind it in a Sequential."""
     *path, number, _ = ["", *_parts(name)]
-    following = ".".join([*path[1:], str(int(number) + 1)]) if number.isdecimal() else ""
+    following = ".".join([*path[1:], str(int(number) + 1)]) if number.isdecimal() and len(number) < 20 else ""
     for other in (_bias_of(name), f"{following}.running_mean" if following else ""):
         if other in tensors and len(tensors[other].shape) == 1:
             return tensors[other].shape[0]

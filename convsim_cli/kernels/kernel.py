@@ -243,4 +243,4 @@ def _part_order(part: str) -> tuple[float, int, str]:
         return math.inf, 3, part
     number = re.search(r"\d+", part)
     kind = 0 if "conv" in part else 1 if re.match("bn|.*norm", part) else 2
-    return int(number[0]) if number else math.inf, kind, part
+    return float(number[0]) if number else math.inf, kind, part  # int refuses thousands of digits

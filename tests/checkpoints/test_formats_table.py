@@ -16,11 +16,11 @@ from convsim_cli.checkpoints import formats
 from convsim_cli.checkpoints.formats import Format
 
 
-def open_lines(path):
+def open_lines(source):
     from convsim_cli.checkpoints.formats import StateDict
 
-    lines = path.read_text().splitlines()[1:]
-    return StateDict(path, {name: torch.tensor(values) for name, values in map(json.loads, lines)})
+    lines = source.path.read_text().splitlines()[1:]
+    return StateDict(source.path, {name: torch.tensor(values) for name, values in map(json.loads, lines)})
 
 
 def write_lines(file, state, record):
