@@ -183,7 +183,7 @@ class Replacements:
         for target, (real, file) in self._made.items():
             with _explained(target):
                 file.flush()
-                _copy_ownership(real, file.fileno())
+                _copy_attributes(real, file.fileno())
                 os.fsync(file.fileno())
         kept = self._keep(backups, reserved)
         moves = [_Move(target, place, is_backup=True) for target, place in kept.items()]
@@ -282,8 +282,8 @@ def _explained(target: Path) -> Iterator[None]:
         raise WriteError(f"{target}: cannot be written ({error.strerror or error}){intact}") from error
 
 
-def _copy_ownership(real: Path, descriptor: int) -> None:
-    """Give a new file the mode, owner and group of the old one, as far as this user may."""
+def _copy_attributes(real: Path, descriptor: int) -> None:
+    """Give a new file the mode, owner, group and extended attributes of the old one, as far as this user may."""
     try:
         old = real.stat()
     except FileNotFoundError:
@@ -297,3 +297,7 @@ def _copy_ownership(real: Path, descriptor: int) -> None:
     new = os.fstat(descriptor)
     lost = (0 if new.st_uid == old.st_uid else 0o4000) | (0 if new.st_gid == old.st_gid else 0o2000)
     os.fchmod(descriptor, old.st_mode & 0o7777 & ~lost)  # drop setuid or setgid if ownership changed
+    with suppress(OSError, AttributeError):  # not every file system has them, nor every system
+        for name in os.listxattr(real):  # after the mode, which an access list changes
+            with suppress(OSError):  # some belong to the system
+                os.setxattr(descriptor, name, os.getxattr(real, name))

@@ -9,7 +9,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -157,7 +159,7 @@ class StateDict(Checkpoint):
 
 
 def check_replaceable(files: Iterable[Path], named: Path) -> None:
-    """Raise InputError for a file that is read-only, no checkpoint, or that others share through a store.
+    """Raise InputError for a file that is read-only, no checkpoint, or that others share by a hard link or a store.
 
     named: the file or folder that the user named. A link beside it, such as a shard, must not lead out of its folder.
     A store such as a Hugging Face cache names files by digests of their content, and links to them. Mode bits decide
@@ -166,9 +168,11 @@ def check_replaceable(files: Iterable[Path], named: Path) -> None:
     for file in files:
         check_regular(file)
         real = Path(os.path.realpath(file))
+        name = f"{file} is a link to {real}, which" if file.is_symlink() else f"{file}"
+        if os.statvfs(real.parent).f_flag & os.ST_RDONLY:
+            raise InputError(f"{name} is on a read-only file system; save elsewhere with `output`")
         reason = _reason(file, real, named)
         if reason:
-            name = f"{file} is a link to {real}, which" if file.is_symlink() else f"{file}"
             raise InputError(f"{name} {reason}; save elsewhere with `output`, or replace it with `force`")
 
 
@@ -177,14 +181,27 @@ def _reason(file: Path, real: Path, named: Path) -> str | None:
     in_store = len(folder) == 2 and re.fullmatch(_DIGEST, folder + real.stem)
     if in_store or (_LINKED.search(real.name) if is_link else _NAMED.fullmatch(real.stem)):
         return "is named by a digest of its content, so others rely on what it holds"
-    mode = stat.S_IMODE(real.stat().st_mode)
+    status = real.stat()
+    mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o222 or not os.access(real, os.W_OK):
         return f"is read-only (mode {mode:04o})"
     if file != named and real.parent != Path(os.path.realpath(file.parent)):
         return "is in another folder than the one that you named"
+    if status.st_nlink > 1 + _own_links(real, status):
+        return f"has {status.st_nlink} names (hard links), of which only this one would be changed"
     if not os.access(real, os.R_OK):
         return "cannot be read"
     with Source(real).reading() as opened:
         start = opened.read(_START)
     is_checkpoint = not start or any(format_.recognizes(real, start) for format_ in FORMATS)  # empty: may become any
     return None if is_checkpoint else "is not a checkpoint"
+
+
+def _own_links(real: Path, status: os.stat_result) -> int:
+    """Return how many other names of a file are backups, or those of a save that is running."""
+    own = [*real.parent.glob(".convsim-*/*"), *real.parent.glob(f"{escape(real.name)}.bak*")]
+    found = 0
+    for name in own:
+        with suppress(OSError):  # it has been moved to its place
+            found += os.path.samestat(name.lstat(), status)
+    return found

@@ -51,11 +51,12 @@ from convsim_cli.errors import ConvsimWarning
 JOURNAL, MANIFEST = ".convsim-journal", ".convsim-manifest"
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 PATIENCE = 2.0  # seconds of waiting for another process before a warning
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync(2) of a folder, on some file systems
 _HIDDEN = re.compile(r"\.convsim-(?:manifest|turn|[0-9a-f]{16})")  # files that stay when others move to their place
 _CHUNK = 1 << 20
-_TURN = ".convsim-backup.tmp"
+_TURN, _MARK = ".convsim-backup.tmp", ".convsim-turn"  # a folder, and the file by which it is known as convsim's
 _NAME = re.compile(r"\.convsim-(?:[0-9a-f]{16}|backup)\.tmp")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # link(2), on some file systems
 
@@ -156,8 +157,11 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, descriptor: int) -> None:
-    """Remove an open folder with its files. Another process may take its name as soon as it is empty."""
-    for name in list_names(descriptor):
+    """Remove an open folder with its files. Another process may take its name as soon as it is empty.
+
+    What tells whose folder it is goes last: a process that is killed here leaves a folder that is known as convsim's.
+    """
+    for name in reversed(list_names(descriptor)):
         os.unlink(name, dir_fd=descriptor)
     try:
         folder.rmdir()
@@ -215,7 +219,7 @@ def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
     if not _is_regular(journal, MANIFEST):
         return "it has no manifest"
     try:
-        with open(os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=journal), "rb") as file:
+        with open(os.open(MANIFEST, _FILE, dir_fd=journal), "rb") as file:
             manifest = json.loads(file.read(100 * _CHUNK))
         inodes, files = [manifest["folder"], manifest["journal"]], dict(manifest["files"])
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -258,7 +262,7 @@ def _is_regular(folder: int, name: str) -> bool:
 def _fingerprint(folder: int, name: str) -> Fingerprint:
     """Return what identifies a regular file in an open folder: its inode, its size, and a digest of its content."""
     digest = blake2b(digest_size=32)
-    with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+    with open(os.open(name, _FILE, dir_fd=folder), "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
         status = os.fstat(file.fileno())
@@ -284,7 +288,7 @@ class Scratch:
                 self.path.rmdir()
                 raise
             with suppress(OSError):  # without locks on this file system nobody can sweep either
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+                wait_for_lock(self._descriptor, folder)
             if self.path.is_dir():
                 return
             os.close(self._descriptor)
@@ -337,7 +341,7 @@ class Scratch:
         `move_beside` still overwrites nothing.
         """
         turn = self.path.with_name(_TURN)
-        (self.path / ".convsim-turn").touch()  # rename(2) replaces an empty folder
+        (self.path / _MARK).touch()  # rename(2) replaces an empty folder
         while True:
             try:
                 self.path = self.path.rename(turn)
@@ -402,14 +406,15 @@ def _complete_or_warn(folder: Path) -> None:
 def _remove_left(path: Path, wait: bool) -> bool:
     """Remove a scratch folder that a dead process left. wait: for a running one to end; otherwise its folder stays.
 
-    Returns False where that fails: another user's folder, no folder, or no locks on this file system.
+    Returns False where that fails: another user's folder, one that convsim did not make, or no locks here.
     """
     try:
         descriptor = os.open(path, FOLDER)
     except OSError as error:
         return isinstance(error, FileNotFoundError)
     try:
-        if os.fstat(descriptor).st_uid != os.geteuid():
+        names = list_names(descriptor)
+        if os.fstat(descriptor).st_uid != os.geteuid() or (path.name == _TURN and names and _MARK not in names):
             return False
         if wait:
             wait_for_lock(descriptor, path.parent)
