@@ -12,6 +12,7 @@ import pickle
 import re
 import shlex
 import stat
+import struct
 import tarfile
 import weakref
 import zipfile
@@ -20,10 +21,12 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from convsim_cli.checkpoints.pickle_globals import (
+    MISFIT,
     LongPickleError,
     PickleGlobals,
     RefusedError,
@@ -53,9 +56,12 @@ _SIGNATURES = (  # how files of other kinds begin, and what they are
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how the stream of an older torch.save begins, after its protocol
 _LEGACY_PICKLES = 5  # that it begins with: magic number, protocol, system, content and the keys of its storages
 _MEMBERS = 16  # of a tar archive that are looked at
+_ZIP_END = struct.Struct("<10xH4xL2x")  # number of entries, and where they begin
+_ZIP_ENTRY = struct.Struct("<10xH8xLLHHH8xL")  # method, sizes, lengths of what follows, and the entry's place
+_LONGEST_LOADED = 50_000_000  # opcodes and bytes of text that torch, at a few microseconds each, is let to load
 _LARGEST = 1 << 26  # bytes of the pickles in an archive
 _SHOWN = 3  # globals that a message names
-_WIDEST = 60  # characters of a name in it
+_WIDEST, _WIDEST_CALL = 60, 120  # characters of a name in it, and of a call
 _LONGEST_PATH = 300  # characters of a path that the system refuses
 
 _ONLY = (  # an unpickler that imports only what was found in the file, and was known to be harmless
@@ -107,7 +113,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         kind = CheckpointError if error.errno in _OF_THE_PATH else ReadError
         reason = f"{os.strerror(error.errno) if error.errno else error}{_ADVICE.get(error.errno or 0, '')}"
-        raise kind(f"{_shown(str(path), _LONGEST_PATH)}: cannot be read ({reason})") from error
+        shown = str(path) if len(str(path)) <= _LONGEST_PATH else f"{str(path)[:_LONGEST_PATH]}…"
+        raise kind(f"{shown}: cannot be read ({reason})") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -195,6 +202,93 @@ def is_pickle(start: bytes) -> bool:
     return start.startswith((b"PK", b"\x80", b"(dp", b"(lp", b"}q", b"]q", b"ccollections\n", b"cnumpy"))
 
 
+class DamagedError(ValueError):
+    """An archive that torch must not load; the message is the whole reason."""
+
+
+def check_pickle(file: BinaryIO) -> None:
+    """Raise ValueError for a pickle or a zip archive of `torch.save` that takes more memory than the file's size.
+
+    Torch would unpack compressed entries, make what a pickle asks for, and read beyond the end of a storage.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(64)
+    file.seek(0)
+    found = PickleGlobals(_LONGEST_LOADED)
+    sizes: dict[str, int] = {}
+    zipped = start.startswith(b"PK\x03\x04")
+    if zipped:
+        entries = list(_zip_entries(file, size))
+        if any(entry.method or entry.packed != entry.size for entry in entries) or sum(e.size for e in entries) > size:
+            raise DamagedError(
+                "a zip archive whose entries are compressed, or larger than the file, which torch.save never writes; "
+                f"{_ASK}"
+            )
+        for entry in entries:
+            name = entry.name.lower()  # torch finds it in any case, and no matter which of several of a name
+            key = name.rpartition("/data/")[2]
+            sizes[key] = min(sizes.get(key, entry.size), entry.size)
+            if name.endswith("data.pkl"):
+                file.seek(entry.offset + 26)
+                lengths = struct.unpack("<HH", file.read(4))
+                file.seek(sum(lengths), os.SEEK_CUR)
+                found.read(io.BytesIO(file.read(entry.size)), 1)
+    else:
+        found.read(file, _LEGACY_PICKLES if _TORCH_MAGIC in start else 1)
+    if found.refused == MISFIT:
+        raise DamagedError(f"damaged (it holds {MISFIT}); fetch it again")
+    if found.refused:
+        raise RefusedError(found.refused)
+    for key, (elements, width) in found.storages.items() if zipped else ():
+        held = sizes.get(key.lower(), 0)
+        if elements * width > held:
+            has = f"{held} bytes of storage {_shown(key)}, which has {elements * width}"
+            raise DamagedError(f"damaged or cut short ({has}); fetch it again")
+    if sum(prod(storage) for storage in found.storages.values()) > size:
+        raise DamagedError("damaged or cut short (its storages are larger than the file); fetch it again")
+
+
+class _ZipEntry(NamedTuple):
+    name: str
+    method: int
+    packed: int
+    size: int
+    offset: int
+
+
+def _zip_entries(file: BinaryIO, size: int) -> Iterator[_ZipEntry]:
+    """Yield the entries of a zip archive, found as torch's reader finds them: Python's is stricter.
+
+    Raises BadZipFile.
+    """
+    file.seek(max(0, size - (1 << 16) - _ZIP_END.size))
+    tail = file.read()
+    end = tail.rfind(b"PK\x05\x06", 0, max(0, len(tail) - _ZIP_END.size + 4))
+    if end < 0:
+        raise zipfile.BadZipFile
+    count, start = _ZIP_END.unpack_from(tail, end)
+    if end >= 20 and tail[end - 20 : end - 16] == b"PK\x06\x07":
+        file.seek(int.from_bytes(tail[end - 12 : end - 4], "little"))
+        large = file.read(56)
+        if len(large) == 56 and large.startswith(b"PK\x06\x06"):
+            count, start = struct.unpack_from("<Q8xQ", large, 32)
+    file.seek(min(start, size))
+    for _ in range(count):
+        header = file.read(_ZIP_ENTRY.size)
+        if len(header) < _ZIP_ENTRY.size or not header.startswith(b"PK\x01\x02"):
+            raise zipfile.BadZipFile
+        method, packed, full, *lengths, offset = _ZIP_ENTRY.unpack(header)
+        name, extra, _ = (file.read(length) for length in lengths)
+        while len(extra) >= 4:
+            kind, length = struct.unpack_from("<HH", extra)
+            if kind == 1:  # the values that do not fit into 32 bits, in this order
+                values = iter(struct.unpack_from(f"<{length // 8}Q", extra.ljust(4 + length, b"\0"), 4))
+                full, packed, offset = (next(values, n) if n == 0xFFFFFFFF else n for n in (full, packed, offset))
+            extra = extra[4 + length :]
+        yield _ZipEntry(name.decode("utf-8", "replace"), method, packed, full, offset)
+
+
 def why_not_loaded(path: Path, file: BinaryIO, error: Exception) -> str:
     """Return why torch could not load a pickle or a zip archive, and what to do.
 
@@ -238,6 +332,8 @@ def _why_not_archive(path: Path, file: BinaryIO, error: Exception) -> str:
     inner = next((name for name in sorted(names, key="policy.pth".__ne__) if name.lower().endswith(PICKLES)), None)
     if inner and not any(name.endswith("/data.pkl") for name in names):
         return f"an archive with a checkpoint inside (as Stable-Baselines3 saves); unzip it and name {_shown(inner)}"
+    if isinstance(error, DamagedError):
+        return str(error)
     if pickles:
         return _why_not_pickle(path, error, found, trouble, of_torch=True)
     if any(name.endswith(".npy") for name in names):
@@ -264,8 +360,10 @@ def _why_not_pickle(
         )
     if isinstance(trouble, LongPickleError):
         return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
+    if isinstance(error, DamagedError):
+        return str(error)
     if isinstance(error, RefusedError):
-        return f"holds {_shown(str(error))}, which is no plain data; {_ASK}"
+        return f"holds {_shown(str(error), _WIDEST_CALL)}, which is no plain data; {_ASK}"
     if trouble:
         return "damaged or cut short (its pickle does not end); fetch it again"
     names = " ".join(sorted(found.names))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
-from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, is_out_of_memory, why_not_loaded
+from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, is_out_of_memory, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
 from convsim_cli.errors import CheckpointError, did_you_mean
@@ -91,8 +91,9 @@ def _load(path: Path, file: BinaryIO) -> tuple[bool, Any]:
     """Return whether a pickle is zipped, and what it holds: in memory, since a mapped file may be cut short."""
     file.seek(0)
     zipped = file.read(4) == b"PK\x03\x04"  # all that torch looks at, whatever damage comes later
-    file.seek(0)
     try:
+        check_pickle(file)
+        file.seek(0)
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless_globals()):
             warnings.simplefilter("ignore")  # torch's advice on loading; what a user needs to know is said elsewhere
             return zipped, torch.load(file, map_location="cpu", weights_only=True, mmap=False)

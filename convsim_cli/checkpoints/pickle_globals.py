@@ -1,6 +1,10 @@
 """The globals that pickles refer to, listed without loading them; and stand-ins for harmless objects beside tensors.
 
-Globals are listed in bounded time and memory. `torch.load(weights_only=True)` refuses everything but tensors and plain
+Globals are listed in bounded time and memory, and the calls of harmless ones with them. Torch's own list of these
+still lets a small file take any memory (`Counter(range(10**10))`, `bytearray(10**12)`, a tensor larger than its
+storage), so a call is refused unless the file holds all that it makes.
+
+`torch.load(weights_only=True)` refuses everything but tensors and plain
 containers, but a command-line namespace, a path, a defaultdict and numpy's scalars and arrays are data as well.
 Stand-ins keep them without calling numpy, which a forged dtype can crash, and without holding a factory;
 `HarmlessPickler` saves the real objects again.
@@ -15,15 +19,19 @@ import os
 import pickle
 import pickletools
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import PosixPath
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 COMPUTED = "(a computed name)"
+MISFIT = "a tensor that does not fit into its storage"
 
 _BUDGET = 1_000_000  # opcodes, bytes of text and KiB that are skipped, of all pickles of a file
 _LONGEST = 512  # bytes of a text; what is longer is no name
@@ -47,6 +55,24 @@ class _Global(str):
     """A global on the stack: no text, and nothing whose attributes a pickle may set."""
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a pickle has made: `by` is "" for a container or a long text, or the global that was called.
+
+    items: of a tuple; leaves: of a tuple within tuples; elements: of a storage. shared: taken from the
+    memo, so that each use costs the file a few bytes.
+    """
+
+    by: str = ""
+    items: tuple[_Value, ...] | None = None
+    leaves: int = 1
+    elements: int = 0
+    shared: bool = False
+
+
+_Value: TypeAlias = "str | int | float | _Made | None"  # on the stack; None for what is not followed
+
+
 class TornPickleError(ValueError):
     """A pickle that does not parse to its end."""
 
@@ -60,13 +86,16 @@ class PickleGlobals:
 
     names: module and name joined by a dot, as pickles spell them; `COMPUTED` for those that only loading would tell,
     and "changes to …" for those whose attributes are set. An error leaves what was found before it. protocol: the
-    newest one that a pickle declares.
+    newest one that a pickle declares; refused: the first call that is more than what the file holds for it; storages:
+    the elements of each storage, by its key, and the bytes of one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int = _BUDGET) -> None:
         self.names: set[str] = set()
         self.protocol = 0
-        self._budget = _BUDGET
+        self.refused: str | None = None
+        self.storages: dict[str, tuple[int, int]] = {}
+        self._budget = budget
 
     def read(self, file: BinaryIO, most: int | None = None) -> None:
         """Read the pickles that follow each other in a seekable file: all up to its end, or the first `most`.
@@ -83,9 +112,9 @@ class PickleGlobals:
 
     def _read_one(self, file: BinaryIO, size: int) -> None:
         """Follow which texts the unpickler would have on its stack and in its memo: STACK_GLOBAL takes names there."""
-        stack: list[str | None] = []
+        stack: list[_Value] = []
         marks: list[int] = []
-        memo: dict[int, str | None] = {}
+        memo: dict[int, _Value] = {}
         while True:
             opcode = _OPCODES.get(file.read(1))
             if opcode is None:
@@ -110,14 +139,23 @@ class PickleGlobals:
             elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
                 memo[len(memo) if name == "MEMOIZE" else _index(name, argument)] = _top(stack, marks)
             elif name in ("GET", "BINGET", "LONG_BINGET"):
-                stack.append(memo.get(_index(name, argument)))
+                value = memo.get(_index(name, argument))
+                stack.append(replace(value, items=None, shared=True) if isinstance(value, _Made) else value)
             elif name == "DUP":
                 stack.append(_top(stack, marks))
             elif name in _TEXTS:
                 try:
                     stack.append(_TEXTS[name](io.BytesIO(argument)))
                 except ValueError:  # too long for a name, so its bytes are not here, or no text at all
-                    stack.append(None)
+                    stack.append(_Made())
+            elif name in _NUMBERS:
+                stack.append(_NUMBERS[name](io.BytesIO(argument)))
+            elif name in ("TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+                items = tuple(_pop_tuple(stack, marks, name))
+                leaves = 1 + sum(item.leaves for item in items if isinstance(item, _Made))
+                if leaves > _MOST_LEAVES + size:  # its hash alone would take for ever
+                    self.refused = self.refused or "tuples within tuples that expand beyond the file"
+                stack.append(_Made(items=items, leaves=leaves))
             else:
                 taken = _pop(stack, marks, opcode.stack_before)
                 if name == "STACK_GLOBAL":
@@ -125,8 +163,47 @@ class PickleGlobals:
                     self.names.add(found)
                 elif name == "BUILD" and isinstance(taken[0], _Global):
                     self.names.add(f"changes to {taken[0]}")
-                made = _Global(found) if name in _IMPORTING else taken[0] if name in _IN_PLACE else None
+                elif name == "BUILD" and isinstance(taken[0], _Made) and taken[0].by in _UNCHANGED:
+                    self.refused = self.refused or "changes to a tensor"
+                made: _Value = _Global(found) if name in _IMPORTING else taken[0] if name in _IN_PLACE else None
+                if name in ("REDUCE", "NEWOBJ"):
+                    made = self._call(*taken)
+                elif name == "BINPERSID":
+                    made = self._storage(taken[0])
+                elif name in _LITERALS:
+                    made = _Made()
                 stack += [made] * len(opcode.stack_after)
+
+    def _storage(self, identifier: _Value) -> _Made:
+        """Follow `("storage", type, key, device, elements, …)`."""
+        items = _items(identifier)
+        kind, key, elements = (items[1], items[2], items[4]) if len(items) > 4 else (None, None, None)
+        if not isinstance(kind, _Global) or type(key) is not str or type(elements) is not int or elements < 0:
+            self.refused = self.refused or "a storage without a type, a key or a size"
+            return _Made()
+        bytes_each = _ELEMENT_BYTES.get(kind.rpartition(".")[2].removesuffix("Storage"), 1)
+        self.storages[key] = max(self.storages.get(key, (0, 0)), (elements, bytes_each), key=prod)
+        return _Made(_STORAGE, elements=elements)
+
+    def _call(self, function: _Value, arguments: _Value) -> _Value:
+        """Return what a call makes, and note a harmless one that makes more than the file holds for it."""
+        items = _items(arguments)
+        if not isinstance(function, _Global):
+            self.refused = self.refused or "a call of what is no global"
+            return None
+        module, _, name = function.rpartition(".")
+        called = ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+        if called == _FROM_TYPE and len(items) > 2:
+            return self._call(items[0], items[2])
+        check = _CALLS.get(called)
+        if check is None and called in harmless_names():
+            check = _never
+        if check and (not isinstance(arguments, _Made) or arguments.items is None or not check(items)):
+            makes_tensor = check in (_fits_storage, _fits_without_expanding)
+            self.refused = self.refused or (
+                MISFIT if makes_tensor else f"a call of {called} that makes more than the file holds"
+            )
+        return _Made(called)
 
     def _argument(self, file: BinaryIO, size: int, kind: pickletools.ArgumentDescriptor | None) -> bytes:
         """Return the bytes of an opcode's argument, or only the first where it is too long for a name."""
@@ -166,6 +243,89 @@ class PickleGlobals:
             raise LongPickleError
 
 
+def _items(value: _Value) -> tuple[_Value, ...]:
+    return (value.items or ()) if isinstance(value, _Made) else ()
+
+
+def _never(_: Sequence[_Value]) -> bool:
+    return False
+
+
+def _is_any(_: Sequence[_Value]) -> bool:
+    return True
+
+
+def _is_copy(arguments: Sequence[_Value]) -> bool:
+    """Return whether a call copies what is written for it alone: short texts, and a container that nothing shares."""
+    made = [value for value in arguments if type(value) is not str]
+    return all(isinstance(v, _Made) and not v.shared and v.by in ("", "_codecs.encode") for v in made)
+
+
+def _is_text(arguments: Sequence[_Value]) -> bool:
+    return all(type(value) is str or value == _Made() for value in arguments)
+
+
+def _fits_storage(arguments: Sequence[_Value]) -> bool:
+    """Return whether a tensor, given as `(storage, offset, size, stride, …)`, lies within its storage."""
+    if len(arguments) < 4 or not isinstance(arguments[0], _Made) or arguments[0].by != _STORAGE:
+        return False
+    written = [*_items(arguments[2]), *_items(arguments[3]), arguments[1]]
+    *axes, offset = numbers = [number for number in written if type(number) is int and number >= 0]
+    if len(numbers) < len(written) or len(axes) != 2 * len(_items(arguments[2])):
+        return False
+    sizes, strides = axes[: len(axes) // 2], axes[len(axes) // 2 :]
+    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return 0 in sizes or last < arguments[0].elements
+
+
+def _fits_without_expanding(arguments: Sequence[_Value]) -> bool:
+    sizes = [number for number in _items(arguments[2] if len(arguments) > 2 else None) if type(number) is int]
+    return _fits_storage(arguments) and prod(sizes) <= getattr(arguments[0], "elements", 0)
+
+
+_NUMBERS: dict[str, Callable[[BinaryIO], Any]] = {
+    opcode.name: opcode.arg.reader
+    for opcode in pickletools.opcodes
+    if opcode.arg and opcode.name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+}
+_LITERALS = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "FROZENSET", "BINBYTES", "SHORT_BINBYTES")
+_MOST_LEAVES = 1_000_000
+_ELEMENT_BYTES = {"Double": 8, "Long": 8, "ComplexDouble": 16, "ComplexFloat": 8, "Float": 4, "Int": 4, "QInt32": 4}
+_ELEMENT_BYTES |= {"Half": 2, "BFloat16": 2, "Short": 2}  # of torch's types of storages; 1 for the others
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # (function, type, arguments, state)
+_STORAGE = "storage"  # in the place of the global that made one
+_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_QUANTIZED = "torch._utils._rebuild_qtensor"
+_PARAMETERS = (
+    *("torch.nn.parameter.Parameter", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
+)
+_UNCHANGED = (*_TENSORS, _QUANTIZED, *_PARAMETERS)  # made whole: torch.save sets no state on them afterwards
+_CALLS: Mapping[str, Callable[[Sequence[_Value]], bool]] = {  # of harmless globals: what their arguments must be
+    **dict.fromkeys(_TENSORS, _fits_storage),
+    _QUANTIZED: _fits_without_expanding,
+    **dict.fromkeys(_PARAMETERS, _is_any),
+    **dict.fromkeys(
+        ("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.frozenset", "torch.Size"), _is_copy
+    ),
+    **dict.fromkeys(("builtins.bytearray", "builtins.bytes"), _is_copy),
+    **dict.fromkeys(("_codecs.encode", "pathlib.PosixPath", "pathlib._local.PosixPath"), _is_text),
+    **dict.fromkeys(
+        (
+            *("argparse.Namespace", "collections.defaultdict", "builtins.complex", "builtins.range", "builtins.slice"),
+            *("numpy.dtype", "numpy.ndarray", "torch.device", "torch.serialization._get_layout"),
+            *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+            *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+            *(
+                f"torch._utils._rebuild_{what}"
+                for what in ("sparse_tensor", "meta_tensor_no_storage", "nested_tensor", "wrapper_subclass")
+            ),
+            "torch._utils._rebuild_device_tensor_from_numpy",
+        ),
+        _is_any,
+    ),
+}
+
+
 def _exactly(file: BinaryIO, count: int) -> bytes:
     data = file.read(count)
     if len(data) < count:
@@ -180,13 +340,25 @@ def _index(name: str, argument: bytes) -> int:
         raise TornPickleError from error
 
 
-def _top(stack: list[str | None], marks: list[int]) -> str | None:
+def _top(stack: list[_Value], marks: list[int]) -> _Value:
     if len(stack) <= (marks[-1] if marks else 0):
         raise TornPickleError
     return stack[-1]
 
 
-def _pop(stack: list[str | None], marks: list[int], before: list[pickletools.StackObject]) -> list[str | None]:
+def _pop_tuple(stack: list[_Value], marks: list[int], opcode: str) -> list[_Value]:
+    """Take the items of a tuple from the stack."""
+    if opcode == "TUPLE" and not marks:
+        raise TornPickleError
+    first = marks.pop() if opcode == "TUPLE" else len(stack) - (0 if opcode == "EMPTY_TUPLE" else int(opcode[-1]))
+    if first < (marks[-1] if marks else 0):
+        raise TornPickleError
+    items = stack[first:]
+    del stack[first:]
+    return items
+
+
+def _pop(stack: list[_Value], marks: list[int], before: list[pickletools.StackObject]) -> list[_Value]:
     """Take from the stack what an opcode takes; return what it took last, which lay below any mark."""
     count = len(before)
     if pickletools.markobject in before:
@@ -315,12 +487,14 @@ def harmless_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
     return allowed
 
 
-def harmless_names() -> set[str]:
+@cache
+def harmless_names() -> frozenset[str]:
     """Return the globals, as pickles spell them, that rebuild plain data whatever they are called with."""
     from torch._weights_only_unpickler import _get_allowed_globals
 
     ours = {entry[1] for entry in harmless_globals() if isinstance(entry, tuple)}
-    return {*_get_allowed_globals(), *ours, *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core"))}
+    arrays = (f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core"))
+    return frozenset([*_get_allowed_globals(), *ours, *arrays])
 
 
 def _default_dict(factory: Any = None) -> OrderedDict[Any, Any]:
