@@ -23,6 +23,7 @@ from torch import Tensor
 
 from convsim_cli import __version__
 from convsim_cli.checkpoints.base import Checkpoint
+from convsim_cli.checkpoints.diagnose import explained
 from convsim_cli.checkpoints.formats import StateDict, check_replaceable
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError
@@ -108,7 +109,8 @@ def init_checkpoint(
     groups = list((chosen.groups or {}).items())
     patterns = Patterns(chosen.include, chosen.exclude, groups, chosen.transposed, chosen.layout)
     if path is None and chosen.arch is not None and output is not None:
-        StateDict(Path(chosen.arch), {}).target_for(Path(output))  # refused before pretrained weights are downloaded
+        with explained(Path(output)):  # refused before pretrained weights are downloaded
+            StateDict(Path(chosen.arch), {}).target_for(Path(output))
     source = open_model_checkpoint(
         path,
         chosen.arch,
@@ -127,12 +129,13 @@ def init_checkpoint(
         source.selection = minimization.select(source.selection)
     checkpoint = source.checkpoint
     target = None if path is None else checkpoint.path
-    if output is not None:
-        target = checkpoint.target_for(Path(output))
-    elif path is None and not chosen.dry_run:
+    if output is None and path is None and not chosen.dry_run:
         raise InputError("`arch` creates a new network; `output` is required")
-    if target is not None and not (chosen.force or chosen.dry_run):
-        check_replaceable(checkpoint.replaced_by(target), Path(output or path or target))
+    with explained(Path(output or path or "")):
+        if output is not None:
+            target = checkpoint.target_for(Path(output))
+        if target is not None and not (chosen.force or chosen.dry_run):
+            check_replaceable(checkpoint.replaced_by(target), Path(output or path or target))
     device = resolve_device(chosen.device)
     began = time.perf_counter()
     keeps_backup = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))

@@ -230,10 +230,7 @@ def check_pickle(file: BinaryIO) -> None:
             key = name.rpartition("/data/")[2]
             sizes[key] = min(sizes.get(key, entry.size), entry.size)
             if name.endswith("data.pkl"):
-                file.seek(entry.offset + 26)
-                lengths = struct.unpack("<HH", file.read(4))
-                file.seek(sum(lengths), os.SEEK_CUR)
-                found.read(io.BytesIO(file.read(entry.size)), 1)
+                found.read(io.BytesIO(_packed(file, entry)), 1)
     else:
         found.read(file, _LEGACY_PICKLES if _TORCH_MAGIC in start else 1)
     if found.refused == MISFIT:
@@ -289,6 +286,14 @@ def _zip_entries(file: BinaryIO, size: int) -> Iterator[_ZipEntry]:
         yield _ZipEntry(name.decode("utf-8", "replace"), method, packed, full, offset)
 
 
+def _packed(file: BinaryIO, entry: _ZipEntry) -> bytes:
+    """Return the bytes of an entry as they are stored. Raises struct.error where the file ends before it."""
+    file.seek(entry.offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))  # of a name and more, which may differ from those in the directory
+    file.seek(sum(lengths), os.SEEK_CUR)
+    return file.read(entry.packed)
+
+
 def why_not_loaded(path: Path, file: BinaryIO, error: Exception) -> str:
     """Return why torch could not load a pickle or a zip archive, and what to do.
 
@@ -312,19 +317,22 @@ def _why_not_archive(path: Path, file: BinaryIO, error: Exception) -> str:
     found = PickleGlobals()
     trouble: Exception | None = None
     try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            # a name may appear twice, and readers do not agree on which one counts: all are read
-            pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
-            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in pickles):
+        entries = list(_zip_entries(file, file.seek(0, os.SEEK_END)))
+        names = [entry.name for entry in entries]
+        # a name may appear twice, and readers do not agree on which one counts: all are read
+        pickles = [entry for entry in entries if entry.name.lower().endswith(".pkl")]
+        if sum(max(entry.packed, entry.size) for entry in pickles) > _LARGEST:
+            raise LongPickleError
+        for entry in pickles:
+            content = _packed(file, entry)
+            if entry.method == zipfile.ZIP_DEFLATED:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size)
+            elif entry.method != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile
-            if sum(entry.file_size for entry in pickles) > _LARGEST:
-                raise LongPickleError
-            for entry in pickles:
-                found.read(io.BytesIO(archive.read(entry)))
+            found.read(io.BytesIO(content))
     except (TornPickleError, LongPickleError) as problem:
         trouble = problem
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error):
+    except (zipfile.BadZipFile, struct.error, zlib.error):
         return "damaged or cut short (a zip archive that cannot be unpacked); fetch it again"
     for pattern, what in _PROGRAMS:
         if any(re.search(pattern, name) for name in names):
@@ -332,10 +340,10 @@ def _why_not_archive(path: Path, file: BinaryIO, error: Exception) -> str:
     inner = next((name for name in sorted(names, key="policy.pth".__ne__) if name.lower().endswith(PICKLES)), None)
     if inner and not any(name.endswith("/data.pkl") for name in names):
         return f"an archive with a checkpoint inside (as Stable-Baselines3 saves); unzip it and name {_shown(inner)}"
-    if isinstance(error, DamagedError):
-        return str(error)
     if pickles:
         return _why_not_pickle(path, error, found, trouble, of_torch=True)
+    if isinstance(error, DamagedError):
+        return str(error)
     if any(name.endswith(".npy") for name in names):
         return f"a NumPy archive of arrays; convert it: {_command(_FROM_NPZ, path)}"
     if any(re.search(r"(^|/)model\.weights\.h5$", name) for name in names):
@@ -358,10 +366,10 @@ def _why_not_pickle(
         return (
             f"loading it would run {', '.join(map(_shown, unknown[:_SHOWN]))}{more}, not known to be harmless; {_ASK}"
         )
-    if isinstance(trouble, LongPickleError):
-        return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
     if isinstance(error, DamagedError):
         return str(error)
+    if isinstance(trouble, LongPickleError):
+        return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
     if isinstance(error, RefusedError):
         return f"holds {_shown(str(error), _WIDEST_CALL)}, which is no plain data; {_ASK}"
     if trouble:

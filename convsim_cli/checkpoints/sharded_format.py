@@ -20,6 +20,7 @@ from convsim_cli.checkpoints.diagnose import Source, is_index
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, natural_order, no_name_twice
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
+_LARGEST = 100_000_000  # bytes of an index, as of the header of a shard
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # unlike the .5 of a folder called v1.5
 
 
@@ -145,6 +146,8 @@ def _pattern(backup: Path) -> Path:
 def _read_index(source: Source) -> dict[str, str]:
     path = source.path
     with source.reading() as file:
+        if source.size > _LARGEST:
+            raise CheckpointError(f"{path}: an index of {source.size} bytes; expected at most {_LARGEST}")
         try:
             file.seek(0)
             index = json.loads(file.read(), object_pairs_hook=no_name_twice)

@@ -358,6 +358,12 @@ def test_paths_that_lead_nowhere_are_named_with_exit_code_2(tmp_path: Path, conv
             outcome = convsim(command, f"{tmp_path}/{name}")
             assert (outcome.code, reason in outcome.error) == (2, True), outcome.err
             assert len(outcome.error) < 700
+    path = save(tmp_path / "model.pt", {"a.weight": KERNEL})
+    for name, reason in expected.items():
+        for source in (("--arch", "cnn:4"), (path,)):
+            outcome = convsim("init", *source, "-o", f"{tmp_path}/{name.removesuffix('.pt')}.pt")
+            assert outcome.code == 2, outcome.err
+            assert re.search(f"is a broken link|there is no folder|{reason}", outcome.error)
 
 
 def test_a_folder_without_search_permission_is_named_with_exit_code_2(tmp_path: Path) -> None:
@@ -383,12 +389,17 @@ def without_rights(path: Path) -> list[tuple[str, str]]:
     if os.geteuid() == 0:
         os.setuid(65534)
     found = []
-    for call in (lambda: open_checkpoint(path), lambda: open_checkpoint(path.parent), lambda: init_checkpoint(path)):
+    for call in (
+        lambda: open_checkpoint(path),
+        lambda: open_checkpoint(path.parent),
+        lambda: init_checkpoint(path),
+        lambda: init_checkpoint(None, path, arch="cnn:4"),
+    ):
         try:
             call()
         except Exception as error:
             found.append((type(error).__name__, str(error)))
-    assert len(found) == 3
+    assert len(found) == 4
     return found
 
 
@@ -445,6 +456,18 @@ def test_an_index_with_a_name_twice_is_refused(tmp_path: Path, convsim: Convsim)
     outcome = convsim("measure", index)
     assert outcome.code == 2
     assert "'a.weight' appears twice" in outcome.error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.pt"])
+def test_a_sparse_file_is_not_read_into_memory_to_explain_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04" if name == "model.pt" else b"{")
+        file.seek(20 << 30)
+        file.write(b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 1, 1, (1 << 32) - 2, 100, 0))
+    said, grown, _ = call_in_fork(peak_of, path)
+    assert "damaged or cut short (a zip" in said if name == "model.pt" else "an index of 2147483" in said
+    assert grown < 50 << 20
 
 
 def test_no_file_of_the_users_is_deleted_or_waited_for(tmp_path: Path, convsim: Convsim) -> None:
