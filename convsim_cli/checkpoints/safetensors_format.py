@@ -106,8 +106,7 @@ class SafetensorsCheckpoint(Checkpoint):
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
         header = _make_header(metadata, self._header)
         file.write(header)
-        with self._source.reading():
-            copy_data(self._source, self._data_start, file)
+        copy_data(self._source, self._data_start, file)
 
         def put(name: str, tensor: Tensor) -> None:
             file.seek(len(header) + self._header[name]["data_offsets"][0])
@@ -120,15 +119,18 @@ def copy_data(source: Source, start: int, file: BinaryIO) -> None:
     """Append a file from `start` to its end to another one, holes as holes: it may be larger than the disk."""
     position, shift = start, file.tell() - start
     while position < source.size:
-        try:
-            position = os.lseek(source.descriptor, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            break  # a hole up to the end
-        hole = os.lseek(source.descriptor, position, os.SEEK_HOLE)
+        with source.reading():
+            try:
+                position = os.lseek(source.descriptor, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # a hole up to the end
+            hole = os.lseek(source.descriptor, position, os.SEEK_HOLE)
         file.seek(position + shift)
-        while position < hole and (part := os.pread(source.descriptor, min(_COPY_BUFFER, hole - position), position)):
+        while position < hole:
+            with source.reading():  # not the writing: its errors are those of another file
+                part = os.pread(source.descriptor, min(_COPY_BUFFER, hole - position), position)
             file.write(part)
             position += len(part)
     file.truncate(source.size + shift)

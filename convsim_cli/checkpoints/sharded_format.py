@@ -120,9 +120,8 @@ class ShardedCheckpoint(Checkpoint):
                     put[place](name, tensor)
             for place, source in {} if in_place else self._sources(target).items():
                 if place not in put:
-                    former = Source(source)
-                    with files.writing(place) as file, former.reading():
-                        copy_data(former, 0, file)
+                    with files.writing(place) as file:
+                        copy_data(Source(source), 0, file)
             replaced = [place for place in (put if in_place else self._sources(target)) if place.exists()]
             backups = {place: place.with_name(f"{place.name}.bak") for place in replaced} if backup else {}
             kept = files.commit(backups, self._backups(target))
