@@ -33,7 +33,7 @@ What happens in a command, in order:
   measurement/synthetic makes inputs and runs each layer → measurement/kernel_figures.measure_layer → the table.
   With `--arch`, networks/load fills the network, and measurement/network runs it.
 - `train`: cli/train_command → training/launch checks data and network, and creates the folder → training/run prepares
-  the kernels (training/prepare), trains epoch by epoch (training/trainer), saves after each, and writes the summary.
+  the kernels (training/prepare), trains epoch by epoch (training/trainer), saves when due, and writes the summary.
   `--resume` enters at launch.open_to_resume and continues from `state.pt`.
 - `compare`, `plot`: training/comparison reads folders of runs and groups them by seed → the table, or plots.
 - `reproduce`: reproduction/numerical, or reproduction/experiments plans runs and reproduction/campaign trains them.

@@ -143,7 +143,7 @@ def init_checkpoint(
     _warn(checkpoint, None if chosen.dry_run else kept)
     source.selection.require_kernels(f"{checkpoint.path}:")
     for kernel in source.selection.kernels:  # all of them before anything is written
-        check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
+        check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.path)
     probe = None
     if chosen.probe is not None:
         from convsim_cli.measurement.synthetic import LayerProbe
@@ -202,7 +202,7 @@ def _change_layers(
             was, now = (tensor.to(weight.device) for tensor in found[kernel.name])
             changed = torch.where(now == was, weight, now.to(weight.dtype))  # bit-identical where nothing changed
             check_range(kernel, changed)
-        record = compare_weights(kernel, weight, changed)
+        (record,) = compare_weights([(kernel, weight, changed)])
         if method.applied_to:
             record["method"] = method.applied_to(kernel)
         yield changed, record

@@ -154,7 +154,7 @@ def _measure_layers(
     require_layer_inputs(options)
     checkpoint, kernels = source.checkpoint, source.selection.kernels
     for kernel in kernels:  # before any work is done
-        check_finite(kernel, checkpoint.load(kernel.name), checkpoint.path)
+        check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.path)
     layer_probe = LayerProbe(options.input, options.samples, options.input_size, options.seed)
     channels = {skipped.name: 0 for skipped in source.selection.skipped}  # no kernels to look at, but between others
     channels |= {kernel.name: kernel.channels for kernel in kernels}
@@ -188,8 +188,7 @@ def _measure_network(
     with torch.no_grad():  # computed weights are then read as in evaluation mode
         found = {kernel.name: effective_weight(layer) for kernel, layer in layers_of(model, kernels, source.names)}
     weights = {name: weight.detach() for name, weight in found.items() if weight is not None}
-    for kernel in kernels:
-        check_finite(kernel, weights[kernel.name], path)
+    check_finite([(kernel, weights[kernel.name]) for kernel in kernels], path)
     images, data = load_inputs(options, options.seed, model, arch)
     report.bn_statistics = chosen = choose_statistics(model, options.bn_statistics, source.kernels_changed)
     if chosen == INPUTS:

@@ -59,7 +59,7 @@ from convsim_cli.kernels import (
 from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
 from convsim_cli.measurement.feature_maps import MapMoments
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite
+from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.precision import Taps, full_precision
 from convsim_cli.similarity import to_filters
 
@@ -121,7 +121,7 @@ def orthogonalize_kernel(kernel: Kernel, weight: Tensor) -> Tensor:
 
     weight: as stored, untouched. Raises InputError for NaN or Inf.
     """
-    check_finite(kernel, weight)
+    check_finite([(kernel, weight)])
     return _with_directions(kernel, weight, _orthogonal_directions)
 
 
@@ -189,7 +189,7 @@ def dct_kernel(kernel: Kernel, weight: Tensor) -> Tensor:
     """
     if dct_method(kernel) == "orthogonal":
         return orthogonalize_kernel(kernel, weight)
-    check_finite(kernel, weight)
+    check_finite([(kernel, weight)])
     return _with_directions(kernel, weight, partial(_dct_directions, kernel.taps, _sees_photographs(kernel)))
 
 
@@ -338,8 +338,7 @@ def decorrelate_kernels_(
     if not len(images):
         raise InputError("`images` is empty; expected a batch of at least one image")
     weights = [weight_of(model, kernel) for kernel in kernels]
-    for kernel, weight in zip(kernels, weights, strict=True):
-        check_finite(kernel, weight)
+    check_finite(list(zip(kernels, weights, strict=True)))
     advance = advance or (lambda _: None)
     records: list[Record] = []
     with (
@@ -408,7 +407,7 @@ class _Pass:
     def _change(self, kernel: Kernel, weight: Tensor) -> None:
         before = weight.detach().clone()
         weight.copy_(_with_directions(kernel, before, _decorrelated_directions(kernel, self._moments)))
-        self._records.append(compare_weights(kernel, before, weight))
+        self._records += compare_weights([(kernel, before, weight)])
         self._advance(1)
 
 
@@ -428,7 +427,7 @@ def _decorrelated_directions(kernel: Kernel, moments: MapMoments) -> Directions:
     """Return G^(−1/2) diag(s)⁻¹ K as a function of K. moments: of the layer's maps, in float64."""
     correlation = moments.correlation(dtype=torch.float64)
     spread = moments.variance.sqrt()
-    if correlation is None and not is_finite(spread):
+    if correlation is None and not are_finite([spread]):
         raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
     size = (moments.variance + moments.mean.square()).sqrt()
 
@@ -461,12 +460,12 @@ def _change_kernels_(
     selection = module_kernels(model, patterns)
     warn_of_unsupported(selection)
     weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
-    found, records = [], []
+    found = []
     for kernel, weight in zip(selection.kernels, weights, strict=True):
         found.append(form(kernel, weight))
-        records.append(compare_weights(kernel, weight, found[-1]))
         if advance:
             advance(1)
+    records = compare_weights(list(zip(selection.kernels, weights, found, strict=True)))
     for weight, changed in zip(weights, found, strict=True):
         weight.copy_(changed)
     return list(zip(selection.kernels, records, strict=True))
@@ -492,7 +491,7 @@ def _with_directions(kernel: Kernel, weight: Tensor, directions: Directions) -> 
 
 def check_range(kernel: Kernel, weight: Tensor) -> None:
     """Raise InputError where a new weight does not fit the type in which it is stored."""
-    if not is_finite(weight):
+    if not are_finite([weight]):
         kind = str(weight.dtype).removeprefix("torch.")
         raise InputError(f"{kernel.name}: the new kernels leave the range of {kind}; scale this layer down first")
 

@@ -8,7 +8,7 @@ length. Dead filters (`living_filters`) keep every bit.
 Layers are independent under Adam and SGD. Small ones are minimized together: layers of equal shape are stacked along
 the axis of groups, which changes no bit of the result on the CPU, and on CUDA an iteration of all stacks is one graph
 that is replayed. A large layer is minimized by itself, so that no other optimizer state is held beside its own. The
-loop waits for the device only to read the losses every 50 iterations.
+loop waits for the device only to read the losses every 50 iterations, and what surrounds it once for all layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from convsim_cli.kernels import (
     weight_of,
 )
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, is_finite
+from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.objectives import find_objective, rescale_
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import to_filters
@@ -165,15 +165,15 @@ def minimize_kernels(
     the steps (`Minimization.steps`) completed since the last call. Raises InputError for NaN or Inf, DivergedError.
     """
     for batch in batch_layers(layers):
-        for kernel, weight in batch:
-            check_finite(kernel, weight)
+        check_finite(batch)
         minimized = _minimized(batch, settings, advance)
-        for kernel, weight in batch:
-            found = minimized.pop(kernel.name)
-            if not is_finite(found):
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise DivergedError(f"{kernel.name}: the kernels left the range of {kind}; lower `lr`")
-            yield found, compare_weights(kernel, weight, found)
+        if not are_finite(list(minimized.values())):
+            kernel, weight = next(layer for layer in batch if not are_finite([minimized[layer[0].name]]))
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise DivergedError(f"{kernel.name}: the kernels left the range of {kind}; lower `lr`")
+        records = compare_weights([(kernel, weight, minimized[kernel.name]) for kernel, weight in batch])
+        for (kernel, _), record in zip(batch, records, strict=True):
+            yield minimized.pop(kernel.name), record
 
 
 def batch_layers(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
@@ -252,7 +252,9 @@ class Stack:
         for kernel, weight, filters, living in zip(
             self.kernels, self._weights, self.layers(), self._living, strict=True
         ):
-            whole = filters if living.all() else torch.where(living, filters, kernel.to_filters(weight))
+            whole = (
+                filters if living.is_cpu and living.all() else torch.where(living, filters, kernel.to_filters(weight))
+            )
             found[kernel.name] = kernel.to_stored(whole, weight.dtype)
         return found
 

@@ -202,17 +202,26 @@ def _check_beta(beta: float | Tensor) -> None:
 
 
 def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None:
-    """Add gradients, times a factor, to those of their parameters: with a number, in few launches for all."""
-    sums: list[Tensor] = []
-    for parameter in gradients:
+    """Add gradients, times a factor, to those of their parameters: with a number, in few launches for all.
+
+    A single gradient of another layout or type would make `_foreach_add_` launch once for each of all.
+    """
+    alike: list[tuple[Tensor, Tensor]] = []
+    for parameter, gradient in gradients.items():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
-        sums.append(parameter.grad)
-    if isinstance(factor, Tensor):
-        for total, gradient in zip(sums, gradients.values(), strict=True):
-            total.addcmul_(gradient, factor)
-    elif sums:
-        torch._foreach_add_(sums, list(gradients.values()), alpha=factor)
+        if isinstance(factor, Tensor):
+            parameter.grad.addcmul_(gradient, factor)
+        elif gradient.dtype == parameter.grad.dtype and _strides(gradient) == _strides(parameter.grad):
+            alike.append((parameter.grad, gradient))
+        else:
+            parameter.grad.add_(gradient, alpha=factor)
+    if alike and not isinstance(factor, Tensor):
+        torch._foreach_add_(*map(list, zip(*alike, strict=True)), alpha=factor)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
 
 
 def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
-    """Lay a weight `[S, C, *taps]` out as filters `[groups, S / groups, N, C]`, contiguous, and return its taps.
+    """Lay a weight `[S, C, *taps]` out as filters `[groups, S / groups, N, C]`, and return its taps.
 
-    This is the layout that the batched products like (and no copy of a channels_last weight). Half types become
-    float32.
+    Contiguous on the CPU: its batched products like this layout, a view of a channels_last weight, best. Elsewhere a
+    view of any weight, if there is one: a copy would be a launch. Half types become float32.
     """
     if weight.dtype not in _TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
@@ -68,7 +68,7 @@ def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
     taps = tuple(weight.shape[2:])
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     filters = weight.movedim(1, -1).reshape(groups, weight.shape[0] // groups, prod(taps), weight.shape[1])
-    return filters.contiguous(), taps
+    return filters.contiguous() if filters.is_cpu else filters, taps
 
 
 def to_weight(filters: Tensor, taps: Taps) -> Tensor:
@@ -188,7 +188,10 @@ def twice_the_others(autocorrelations: Tensor) -> Tensor:
 def _gradient(
     filters: Tensor, others: Tensor, taps: Taps, out: Tensor | None = None, spectrum: Tensor | None = None
 ) -> Tensor:
-    """2 Σ_m K_i[c][m] · R_i[m − n] from 2 R_i: each filter times the symmetric Toeplitz matrix of its 2 R_i."""
+    """2 Σ_m K_i[c][m] · R_i[m − n] from 2 R_i: each filter times the symmetric Toeplitz matrix of its 2 R_i.
+
+    Laid out as the filters are, so that it can be added to a weight's gradient together with others.
+    """
     size = filters.shape[2]
     if spectrum is not None:
         return convolve(spectrum, others.unsqueeze(-1), taps, out)
@@ -199,8 +202,10 @@ def _gradient(
     else:
         index = _lag_index(filters, taps).expand(*others.shape[:2], -1)
         toeplitz = others.gather(-1, index)
-    flat = None if out is None else out.flatten(0, 1)
-    return torch.bmm(toeplitz.reshape(-1, size, size), filters.flatten(0, 1), out=flat).view(filters.shape)
+    toeplitz, flat = toeplitz.reshape(-1, size, size), filters.flatten(0, 1)
+    if out is None and not filters.is_contiguous():  # the view of a contiguous weight: its taps come last
+        return torch.bmm(flat.mT, toeplitz.mT).mT.view(filters.shape)
+    return torch.bmm(toeplitz, flat, out=None if out is None else out.flatten(0, 1)).view(filters.shape)
 
 
 def _at_lag_zero(autocorrelations: Tensor, impulse: Tensor | None) -> Tensor:

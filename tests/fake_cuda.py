@@ -26,7 +26,8 @@ _FREE = ("empty", "scalar_tensor", "lift_fresh", "detach", "_unsafe_view", "alia
 class Trace(TorchDispatchMode):
     """What runs on CUDA while this mode is active, by the name of the operator.
 
-    launches: operators that work there; some are several kernels, views are none. waits: reading a value, and copies
+    launches: operators that work there; some are several kernels, views are none; `_foreach_` ones are one for all only
+    where layouts and types are the same. waits: reading a value, and copies
     to the CPU. A value that is read is 1.
     """
 
@@ -49,7 +50,7 @@ class Trace(TorchDispatchMode):
         if on_cuda and any(_on(leaf, "cpu") for leaf in outputs):
             self.waits[name] += 1
         elif on_cuda or any(_on(leaf, "cuda") for leaf in outputs):
-            self.launches[name] += 1
+            self.launches[name] += _launches_of_foreach(args) if name.startswith("_foreach_") else 1
         return result
 
 
@@ -63,6 +64,16 @@ def needs_a_driver() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def _launches_of_foreach(args: tuple[Any, ...]) -> int:
+    """One for all tensors together, or one each where those of one position differ in layout or type."""
+    lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
+    for together in zip(*lists, strict=True):
+        strides = [[step for step, size in zip(one.stride(), one.shape, strict=True) if size > 1] for one in together]
+        if any(one.dtype != lists[0][0].dtype for one in together) or strides[1:] != strides[:-1]:
+            return len(lists[0])
+    return 1
 
 
 def _on(value: object, kind: str) -> bool:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from fake_cuda import CUDA, Trace, fake_cuda, needs_a_driver, real_network
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from convsim_cli import minimize as descent
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import Kernel, module_kernels, weight_of
 from convsim_cli.measurement.feature_maps import LayerMaps
 from convsim_cli.measurement.synthetic import LayerProbe
-from convsim_cli.minimize import Minimization, Stack, descend_, group_by_shape, make_iteration
+from convsim_cli.minimize import Minimization, Stack, descend_, group_by_shape, make_iteration, minimize_
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.precision import full_precision
@@ -101,8 +102,23 @@ def test_a_minimization_waits_only_to_read_its_losses(preserve_norm: bool, monke
     assert waits[0] <= 3  # one copy, of which two losses are read
 
 
-def test_the_penaltys_gradient_takes_five_launches_a_layer_and_no_wait() -> None:
-    model = real_network("resnet18").to(CUDA, memory_format=torch.channels_last)
+def test_figures_before_and_after_wait_together_however_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[torch.Size] = []  # each is one wait, however many values it has
+    monkeypatch.setattr(
+        FakeTensor, "tolist", lambda self: tables.append(self.shape) or [[1.0] * self.shape[1]] * self.shape[0]
+    )
+    for name in ("cnn1", "resnet18"):
+        model = real_network(name).to(CUDA)
+        tables.clear()
+        with Trace() as trace:
+            layers = len(minimize_(model, 0, preserve_norm=True))
+        assert tables == [(2 * layers, 4)]
+        assert trace.waits.total() == 2, trace.waits  # are they finite, before and after
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_penaltys_gradient_takes_five_launches_a_layer_and_no_wait(layout: torch.memory_format) -> None:
+    model = real_network("resnet18").to(CUDA, memory_format=layout)
     penalty = ConvSimPenalty(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -111,6 +127,17 @@ def test_the_penaltys_gradient_takes_five_launches_a_layer_and_no_wait() -> None
     assert trace.launches.total() <= 5 * len(module_kernels(model).kernels) + 1, trace.launches
     beta = torch.full((), 1e-3, device=CUDA)
     assert not traced(lambda: penalty.add_gradient_(beta)).waits
+
+
+def test_one_gradient_of_another_layout_costs_one_launch_more() -> None:
+    model = real_network("cnn1").to(CUDA)
+    penalty = ConvSimPenalty(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    alike = traced(lambda: penalty.add_gradient_(1e-3)).launches
+    weight = max(model.parameters(), key=torch.Tensor.numel)
+    weight.grad = torch.zeros_like(weight, memory_format=torch.channels_last)
+    assert traced(lambda: penalty.add_gradient_(1e-3)).launches.total() == alike.total() + 1
 
 
 def trainer(count: int, mode: str, **more: object) -> Trainer:

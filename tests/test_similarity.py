@@ -91,6 +91,16 @@ def test_both_routes_and_both_layouts_give_one_number(monkeypatch: pytest.Monkey
     assert all(relative(value, values[0]) < 1e-12 for value in values)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_gradient_is_laid_out_as_the_filters_are(size: int) -> None:
+    filters = torch.randn(2, 6, size * size, 5, dtype=torch.float64)
+    taps_last = filters.mT.contiguous().mT  # the view of a contiguous weight
+    found, expected = (similarity_gradient(each, (size, size)) for each in (taps_last, filters))
+    assert found.mT.is_contiguous()
+    assert expected.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 4, 7, 2), (6, 4, 5)])
 def test_a_gradient_that_is_written_to_given_memory_is_the_same(shape: tuple[int, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,14 +60,18 @@ def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: fl
     }
 
 
-def compare_weights(kernel: Kernel, before: Tensor, after: Tensor) -> Record:
-    """Return the record of a changed layer: which it is, and `measure_weight` before and after.
+def compare_weights(layers: Sequence[tuple[Kernel, Tensor, Tensor]]) -> list[Record]:
+    """Return the record of each changed layer: which it is, and `measure_weight` before and after.
 
-    before, after: the weight as stored. The filters that live before count in both.
+    layers: each with its weight as stored, before and after. The filters that live before count in both. Waits for the
+    device once, for all layers together. Raises InputError for NaN or Inf.
     """
-    living = living_filters(kernel.to_filters(before))
-    figures = [measure_weight(kernel, weight, living) for weight in (before, after)]
-    return {**describe(kernel), "before": figures[0], "after": figures[1]}
+    moments = []
+    for kernel, before, after in layers:
+        living = living_filters(kernel.to_filters(before))
+        moments += [(kernel, before, living), (kernel, after, living)]
+    figures = iter(_measure_weights(moments))
+    return [{**describe(kernel), "before": next(figures), "after": next(figures)} for kernel, _, _ in layers]
 
 
 def describe(kernel: Kernel) -> Record:
@@ -79,24 +85,40 @@ def measure_weight(kernel: Kernel, weight: Tensor, living: Tensor | None = None)
     weight: as stored. living: which filters count in `ncs`, `[groups, S / groups]`; by their norms for None. `ncs` is
     None where no group has two living filters. Raises InputError for NaN or Inf.
     """
-    check_finite(kernel, weight)
+    return _measure_weights([(kernel, weight, living)])[0]
+
+
+def _measure_weights(weights: Sequence[tuple[Kernel, Tensor, Tensor | None]]) -> list[Record]:
+    """Return what `measure_weight` returns of each. Waits for the device once, for all together."""
+    figures = [_figures(*each) for each in weights]
+    rows = torch.stack([each.to(figures[0].device) for each in figures]).tolist() if figures else []
+    records = []
+    for (kernel, weight, _), (pairs, value, normalized, norm) in zip(weights, rows, strict=True):
+        if not math.isfinite(norm):
+            check_finite([(kernel, weight)])
+        ncs = None if not pairs else 1.0 if kernel.pointwise else normalized / pairs
+        records.append({"cs": finite(value), "ncs": ncs, "norm": finite(norm)})
+    return records
+
+
+def _figures(kernel: Kernel, weight: Tensor, living: Tensor | None) -> Tensor:
+    """Pairs of living filters, L_CS, L_CS of the living filters at norm 1, and the norm of all: `[4]` in float64."""
+    refuse_meta(kernel.name, weight)
     filters = _wide_filters(kernel, weight)  # the one copy that is held, divided in place
     living = (living_filters(filters) if living is None else living).to(filters.device)
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    pairs = _pairs(living)
     with full_precision(filters.device):
-        value = similarity_of_filters(filters, kernel.taps).item()
-        ncs = 1.0 if pairs else None
-        if pairs and not kernel.pointwise:
-            ncs = similarity_of_filters(_directions_(filters, norms, living), kernel.taps).item() / pairs
-    return {"cs": finite(value), "ncs": ncs, "norm": finite(torch.linalg.vector_norm(norms).item())}
+        value = normalized = similarity_of_filters(filters, kernel.taps)
+        if not kernel.pointwise:
+            normalized = similarity_of_filters(_directions_(filters, norms, living), kernel.taps)
+    return torch.stack([_pairs(living).double(), value, normalized, torch.linalg.vector_norm(norms)])
 
 
 def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) -> float | None:
     """Return the mean |cos| over pairs of living filters, None without a pair. Arguments as in `measure_weight`."""
     filters = _wide_filters(kernel, weight)
     living = (living_filters(filters) if living is None else living).to(filters.device)
-    pairs = _pairs(living)
+    pairs = int(_pairs(living))
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
     unit = _directions_(filters, norms, living).flatten(2)
     total = torch.zeros((), dtype=unit.dtype, device=unit.device)
@@ -108,21 +130,28 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
     return total.item() / pairs if pairs else None
 
 
-def check_finite(kernel: Kernel, weight: Tensor, where: Path | None = None) -> None:
-    """Raise InputError, naming the tensor and the file it is in, where a kernel holds NaN or Inf, or no values."""
-    refuse_meta(kernel.name, weight)
-    if not is_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        file = f"{where}: " if where else ""
-        raise InputError(
-            f"{file}{kernel.name} {list(kernel.shape)}: {bad} of {weight.numel()} values {'is' if bad == 1 else 'are'} "
-            "NaN or Inf; fix the checkpoint or `exclude` this layer"
-        )
+def check_finite(layers: Sequence[tuple[Kernel, Tensor]], where: Path | None = None) -> None:
+    """Raise InputError, naming the tensor and the file it is in, where a kernel holds NaN or Inf, or no values.
+
+    Waits for the device once, for all layers together.
+    """
+    for kernel, weight in layers:
+        refuse_meta(kernel.name, weight)
+    if are_finite([weight for _, weight in layers]):
+        return
+    for kernel, weight in layers:
+        if bad := int((~torch.isfinite(weight)).sum()):
+            file = f"{where}: " if where else ""
+            raise InputError(
+                f"{file}{kernel.name} {list(kernel.shape)}: {bad} of {weight.numel()} values "
+                f"{'is' if bad == 1 else 'are'} NaN or Inf; fix the checkpoint or `exclude` this layer"
+            )
 
 
-def is_finite(weight: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor Inf, without a copy of it."""
-    return not weight.numel() or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors hold neither NaN nor Inf, without a copy of them, waiting for the device once."""
+    found = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors if tensor.numel()]
+    return not found or bool(torch.stack([each.to(found[0].device) for each in found]).all())
 
 
 def _wide_filters(kernel: Kernel, weight: Tensor) -> Tensor:
@@ -137,6 +166,6 @@ def _directions_(filters: Tensor, norms: Tensor, living: Tensor) -> Tensor:
     return filters.div_(torch.where(alive, norms, 1)).mul_(alive)
 
 
-def _pairs(living: Tensor) -> int:
+def _pairs(living: Tensor) -> Tensor:
     counts = living.sum(-1)
-    return int((counts * (counts - 1)).sum()) // 2
+    return (counts * (counts - 1)).sum() // 2

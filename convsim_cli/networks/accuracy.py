@@ -33,6 +33,11 @@ def evaluation_totals(
     return _totals(forward or model, _batches(dataset, split, device), device)
 
 
+def evaluation_batch(split: Split) -> int:
+    """Return the largest batch that `evaluation_totals` takes of a split."""
+    return math.ceil(len(split) / _number_of_batches(split))
+
+
 def measure_accuracy(
     model: nn.Module, data: Dataset, device: torch.device, side: int | None, advance: Advance
 ) -> tuple[float | None, list[str]]:
@@ -72,11 +77,15 @@ def _batches(
     dataset: Dataset, split: Split, device: torch.device, side: int | None = None, pixels: int = BATCH_PIXELS
 ) -> Batches:
     """A split in batches of nearly equal size: of a small rest, batch statistics would be poor."""
-    height, width = split.images.shape[1:3]
-    batch = max(1, pixels // (side * side if side else height * width))
-    count = max(1, math.ceil(len(split) / batch))
+    count = _number_of_batches(split, side, pixels)
     for images, labels in zip(split.images.tensor_split(count), split.labels.tensor_split(count), strict=True):
         yield resize(dataset.normalize(images.to(device)), side), labels.to(device)
+
+
+def _number_of_batches(split: Split, side: int | None = None, pixels: int = BATCH_PIXELS) -> int:
+    height, width = split.images.shape[1:3]
+    batch = max(1, pixels // (side * side if side else height * width))
+    return max(1, math.ceil(len(split) / batch))
 
 
 def _totals(forward: Callable[[Tensor], Tensor], batches: Batches, device: torch.device) -> Tensor:

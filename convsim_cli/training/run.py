@@ -3,18 +3,20 @@
 The folder holds `args.json` (the run's arguments), `results.csv` (a row per epoch), `layers.csv` (a row per epoch and
 layer: how far its filters turned), `last.safetensors` and `best.safetensors` (the network after its last and its best
 epoch), `state.pt` (what a bit-exact resume needs) and, once the run is finished, `summary.json`. Every file is replaced
-as a whole, after every epoch. `state.pt` comes last, and it alone decides how far the run has come: after a crash, the
-run repeats the unfinished epoch, with the same result.
+as a whole: the results after every epoch, weights and state after those that `Saves` chooses. `state.pt` comes last,
+and it alone decides how far the run has come: after a crash, the run repeats the epochs since, with the same result.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import fcntl
 import io
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +27,7 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convsim_cli.checkpoints.atomic import check_regular, replace_file
 from convsim_cli.checkpoints.pickle_format import write_pickle
@@ -52,6 +54,7 @@ RESULTS_FILE = "results.csv"
 LAYERS_FILE = "layers.csv"
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")  # of results.csv
 LAYER_COLUMNS = ("epoch", "layer", "norm", "turn_per_step", "turned")  # of layers.csv; angles in degrees
+SAVING = 0.05  # of the time since the last save, that this save may have taken for the next one to be due
 LAST_EPOCHS = 5  # that the mean of the last test accuracies is over
 FEATURE_MAP_IMAGES = 16  # the first test images, over which `fm_corr` is taken
 
@@ -118,6 +121,9 @@ def train_run(
             trainer, log = _resume(run, data, state, processes), state["progress"]
         else:
             trainer, log = _start(run, data, model, processes, callbacks)
+        saves = Saves(run, trainer, log)
+        if not state:
+            saves.save()
         if processes.is_rank_zero:
             if open_run(run.folder).arguments != arguments:
                 write_json(run.folder / ARGUMENTS_FILE, asdict(arguments))
@@ -127,14 +133,15 @@ def train_run(
         while trainer.epoch < arguments.epochs:
             with callbacks.progress(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps) as advance:
                 row = trainer.run_epoch(advance)
+            row["seconds"] = saves.lap()
             log["history"].append(row)
             log.setdefault("layers", []).extend({"epoch": row["epoch"], **layer} for layer in trainer.turned.rows())
             log_row(row)
-            save_state(run, trainer, log)
+            saves.after_epoch()
             callbacks.epoch(row)
         if not processes.is_rank_zero:
             return {}
-        summary = summarize_run(trainer, log)
+        summary = summarize_run(trainer, log, saves.lap())
         write_json(run.folder / "summary.json", summary)
     return summary
 
@@ -159,9 +166,7 @@ def _start(
             processes.on_rank_zero(lambda: prepare_(model, arguments, lambda: first_images(data, device), advance))
     trainer = Trainer(model, data, arguments, device, processes)
     start = feature_map_correlations(model, data, device, prepared) if processes.is_rank_zero else {}
-    log: Log = {"history": [], "fm_corr_start": start}
-    save_state(run, trainer, log)
-    return trainer, log
+    return trainer, {"history": [], "fm_corr_start": start}
 
 
 def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> Trainer:
@@ -177,8 +182,7 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
         raise _unusable(run, error) from error
     if processes.is_rank_zero:
         _restore_weights(run, trainer, state["progress"]["history"])
-        write_results(run.folder, state["progress"]["history"], arguments.validation is not None)
-        write_layers(run.folder, state["progress"].get("layers", []))
+        write_tables(run, state["progress"])
     return trainer
 
 
@@ -191,7 +195,7 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None
             SafetensorsCheckpoint(path)
             continue
         if epoch == trainer.epoch:
-            _write_weights(run, trainer, name)
+            _write_weights(run, name, trainer.model.state_dict(), epoch)
             continue
         moved = ""
         if path.exists():
@@ -214,14 +218,14 @@ def feature_map_correlations(
     return fm_corr_by_layer(model, images, kernels_changed)
 
 
-def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
-    """Return the summary of a run: accuracies in per cent, `seconds` and `images_per_second` of its epochs.
+def summarize_run(trainer: Trainer, log: Log, since: float) -> dict[str, Any]:
+    """Return a run's summary: accuracies in per cent; `seconds` and `images_per_second`, with those `since` its end.
 
     `classes` has the number of training and test images of each class, in the order of the network's outputs.
     """
     history: list[Row] = log["history"]
     best, accuracies = best_row(history), {name: figure(history) for name, figure in ACCURACIES.items()}
-    seconds = sum(row["seconds"] for row in history)
+    seconds = sum(row["seconds"] for row in history) + since
     validated = {"best_validation_accuracy": best["validation_accuracy"]} if "validation_accuracy" in best else {}
     return {
         "best_test_accuracy": accuracies.pop("best_test_accuracy"),
@@ -242,26 +246,69 @@ def summarize_run(trainer: Trainer, log: Log) -> dict[str, Any]:
     }
 
 
-def save_state(run: Run, trainer: Trainer, log: Log) -> None:
-    """Save a run between two epochs. Rank 0 writes; all processes must call this. Raises WriteError."""
-    history, arguments = log["history"], run.arguments
-    state = {"arguments": asdict(arguments), "progress": log, "trainer": trainer.state()}
+class Saves:
+    """Saves a run at its start, at its end, and after an epoch if the last save took less than 5 % of the time since.
+
+    What a kill can lose is then an epoch, or 20 times what a save takes. All processes must call the methods.
+    """
+
+    def __init__(self, run: Run, trainer: Trainer, log: Log) -> None:
+        self._run, self._trainer, self._log = run, trainer, log
+        self._took = 0.0  # seconds, of the last save; after a resume not known
+        self._ended = self._counted = time.perf_counter()
+        self._best: dict[str, Tensor] | None = None  # weights of the best epoch, while they are not saved
+
+    def lap(self) -> float:
+        """Return the seconds since the last call, or since the start: those of an epoch, and of saves before it."""
+        before, self._counted = self._counted, time.perf_counter()
+        return self._counted - before
+
+    def after_epoch(self) -> None:
+        """Save if it is due; results are written in any case. Raises WriteError."""
+        trainer, history = self._trainer, self._log["history"]
+        is_last, elapsed = trainer.epoch >= self._run.arguments.epochs, time.perf_counter() - self._ended
+        due = trainer.processes.on_rank_zero(lambda: is_last or self._took < SAVING * elapsed)
+        if trainer.processes.is_rank_zero and best_row(history) is history[-1]:
+            weights = trainer.model.state_dict()
+            self._best = weights if due else copy.deepcopy(weights)
+        if due:
+            return self.save()
+        trainer.processes.on_rank_zero(lambda: write_tables(self._run, self._log))
+
+    def save(self) -> None:
+        """Save the run as it is between two epochs. Raises WriteError."""
+        began = time.perf_counter()
+        save_state(self._run, self._trainer, self._log, self._best)
+        self._best, self._ended = None, time.perf_counter()
+        self._took = self._ended - began
+
+
+def save_state(run: Run, trainer: Trainer, log: Log, best: dict[str, Tensor] | None = None) -> None:
+    """Save a run between two epochs. Rank 0 writes; all processes must call this. Raises WriteError.
+
+    best: weights of the best epoch, unless they are saved.
+    """
+    state = {"arguments": asdict(run.arguments), "progress": log, "trainer": trainer.state()}
 
     def write() -> None:
-        is_best = history and best_row(history) is history[-1]
-        for name in ("last", "best") if is_best else ("last",):
-            _write_weights(run, trainer, name)
-        write_results(run.folder, history, arguments.validation is not None)
-        write_layers(run.folder, log.get("layers", []))
+        _write_weights(run, "last", trainer.model.state_dict(), trainer.epoch)
+        if best is not None:
+            _write_weights(run, "best", best, best_row(log["history"])["epoch"])
+        write_tables(run, log)
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
 
     trainer.processes.on_rank_zero(write)
 
 
-def _write_weights(run: Run, trainer: Trainer, name: str) -> None:
-    weights, arguments = trainer.model.state_dict(), run.arguments
-    record = {"convsim.epoch": str(trainer.epoch), "convsim.mode": arguments.mode, "convsim.arch": arguments.arch}
+def _write_weights(run: Run, name: str, weights: dict[str, Tensor], epoch: int) -> None:
+    record = {"convsim.epoch": str(epoch), "convsim.mode": run.arguments.mode, "convsim.arch": run.arguments.arch}
     replace_file(run.folder / f"{name}.safetensors", lambda file: write_safetensors(file, weights, record))
+
+
+def write_tables(run: Run, log: Log) -> None:
+    """Replace a run's results.csv and layers.csv. Raises WriteError."""
+    write_results(run.folder, log["history"], run.arguments.validation is not None)
+    write_layers(run.folder, log.get("layers", []))
 
 
 def read_state(run: Run) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from math import cos, pi
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from convsim_cli.device import Advance, generator_states, restore_generators, sy
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, RankZeroFailedError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.kernels import is_convolution
-from convsim_cli.networks.accuracy import evaluation_totals
+from convsim_cli.networks.accuracy import evaluation_batch, evaluation_totals
 from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
 from convsim_cli.precision import full_precision, tf32
 from convsim_cli.rotation import TurnMonitor
@@ -79,9 +80,8 @@ class Trainer:
         self.epoch = 0
         self.first_loss: Tensor | None = None
         self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
-        parallel = processes.parallel(self.model)
-        self._forward: Callable[[Tensor], Tensor] = compile_network(parallel, device) if arguments.compile else parallel
-        self._evaluated = self._forward if processes.size == 1 else self.model  # DDP would communicate
+        self._parallel: Callable[[Tensor], Tensor] = processes.parallel(self.model)
+        self._compiled = compile_network(self._parallel, device) if arguments.compile else None
 
     @property
     def steps(self) -> int:
@@ -202,8 +202,11 @@ class Trainer:
             images, labels = data.images[indices], data.labels[indices]
             if augmentation:
                 images = augmentation.apply(images, indices)
+            # a smaller last batch would be compiled too; padded, it would change the batch statistics
+            whole = len(batch) == min(self.arguments.batch_size, len(data))
+            forward = self._compiled if self._compiled and whole else self._parallel
             with self._autocast():
-                logits = self._forward(self.dataset.normalize(images))
+                logits = forward(self.dataset.normalize(images))
             loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.arguments.label_smoothing)
             self.optimizer.zero_grad()
             (loss if weight == 1 else weight * loss).backward()
@@ -269,9 +272,13 @@ class Trainer:
             reestimate_together(self.model, self.dataset, self._statistics_batches, self.processes)
         own, found = self.arguments.bn_statistics == "batch", []
         with batch_statistics(self.model) if own else nullcontext():
-            for split in filter(None, (self.dataset.test, self.dataset.validation)):
-                share = Split(self.processes.share(split.images), self.processes.share(split.labels))
-                totals = evaluation_totals(self.model, self.dataset, share, self.device, self._evaluated)
+            splits = list(filter(None, (self.dataset.test, self.dataset.validation)))
+            shares = [Split(self.processes.share(each.images), self.processes.share(each.labels)) for each in splits]
+            forward: Callable[[Tensor], Tensor] = self.model  # a compiled DDP would communicate
+            if self._compiled and self.processes.size == 1 and not own:
+                forward = partial(run_padded, self._compiled, max(map(evaluation_batch, shares)))
+            for split, share in zip(splits, shares, strict=True):
+                totals = evaluation_totals(self.model, self.dataset, share, self.device, forward)
                 loss, correct = self.processes.sum(totals).tolist()
                 found.append((loss / len(split), 100 * correct / len(split)))
         return found
@@ -410,9 +417,14 @@ def choose_algorithms(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def compile_network(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+def compile_network(model: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     """Compile a network; on CUDA into graphs that are replayed without work for the host in between."""
     return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def run_padded(network: Callable[[Tensor], Tensor], size: int, images: Tensor) -> Tensor:
+    """Run a network in evaluation mode on a batch that is filled up to a size: it is compiled for one size alone."""
+    return network(nn.functional.pad(images, (0,) * 7 + (size - len(images),)))[: len(images)]
 
 
 def learning_rate(arguments: Arguments, step: int, steps: int) -> float:

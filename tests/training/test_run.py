@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 import resource
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy
@@ -24,9 +26,10 @@ from torch import Tensor, nn
 from convsim_cli.cli import run as run_command
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.architectures import build_network
+from convsim_cli.training import run as run_module
 from convsim_cli.training.config import MODES, Arguments
 from convsim_cli.training.launch import create_run, find_or_create_run, is_finished
-from convsim_cli.training.run import COLUMNS, Run, RunCallbacks, open_run, read_results, train_run
+from convsim_cli.training.run import COLUMNS, Run, RunCallbacks, open_run, read_layers, read_results, train_run
 from convsim_cli.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")  # at rates that make a short run learn
@@ -112,6 +115,54 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, mode: st
     for name in ("last.safetensors", "best.safetensors"):
         assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert json.loads((part.folder / "args.json").read_text()) == asdict(arguments)
+
+
+@pytest.mark.parametrize(("epoch", "saved"), [(30, [*range(11)]), (5, [0, 5, 10])])
+def test_a_save_of_one_second_adds_less_than_5_percent_and_is_counted(
+    epoch: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, saves = 0.0, []
+
+    def lasting(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*given: Any) -> Any:
+            nonlocal clock
+            clock += seconds
+            return function(*given)
+
+        return slow
+
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: clock))
+    monkeypatch.setattr(Trainer, "run_epoch", lasting(epoch, Trainer.run_epoch))
+    save = lasting(1, run_module.save_state)
+    monkeypatch.setattr(run_module, "save_state", lambda *given: (saves.append(given[1].epoch), save(*given)))
+    run = create_run(replace(SMALL, epochs=10), tmp_path, "one")
+    summary = train_run(run)
+    assert saves == saved
+    assert len(saves) - 2 < 0.05 * 10 * epoch  # the first and the last are there in any case
+    assert summary["seconds"] == 10 * epoch + len(saves)
+    assert summary["images_per_second"] == pytest.approx(10 * 60 / summary["seconds"])
+    assert sum(row["seconds"] for row in read_results(run.folder)) == summary["seconds"] - 1  # but for the last save
+
+
+def test_epochs_that_were_not_saved_are_repeated_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = replace(SMALL, epochs=4, lr=0.3, momentum=0.9)
+    whole, part = (create_run(arguments, tmp_path, name) for name in ("whole", "part"))
+    monkeypatch.setattr(run_module, "SAVING", math.inf)
+    best = train_run(whole)["best_epoch"]
+    assert best < 4  # so that its weights are not those of the last epoch
+    monkeypatch.setattr(run_module, "SAVING", 0.0)  # only at the start and at the end
+    with pytest.raises(KeyboardInterrupt):
+        train_run(part, stopping(7))
+    assert [row["epoch"] for row in read_results(part.folder)] == [1, 2]
+    assert torch.load(part.folder / "state.pt", weights_only=True)["trainer"]["epoch"] == 0
+    with pytest.raises(KeyboardInterrupt):
+        train_run(open_run(part.folder), stopping(0))
+    assert not read_results(part.folder)  # rows beyond the state are dropped
+    assert read_layers(part.folder) == []
+    train_run(open_run(part.folder))
+    assert results(part) == results(whole)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -332,6 +332,34 @@ def test_compiled_training_gives_the_same_loss(data: Dataset, monkeypatch: pytes
     assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist")  # torch 2.6's own
+def test_training_and_evaluation_are_compiled_once_for_all_seeds(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    monkeypatch.setattr("convsim_cli.networks.accuracy.BATCH_PIXELS", 8 * 32 * 32)  # 7, 7 and 6 of 20 images
+    data = replace(data, validation=Split(data.train.images[:10], data.train.labels[:10]))
+    for seed in range(2):
+        model = build_network("cnn:4", seed=seed)
+        plain, fast = (
+            Trainer(copy.deepcopy(model), data, Arguments(compile=compile_, batch_size=20, seed=seed), CPU)
+            for compile_ in (False, True)
+        )
+        for _ in range(2):
+            expected, found = plain.run_epoch(), fast.run_epoch()
+            assert {**found, "seconds": 0} == pytest.approx({**expected, "seconds": 0}, rel=1e-5)
+        for name, value in plain.model.state_dict().items():
+            torch.testing.assert_close(fast.model.state_dict()[name], value)
+    assert len(compiled) == 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
