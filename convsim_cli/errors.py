@@ -60,6 +60,12 @@ class ConvsimWarning(UserWarning):
     """A warning that users must see; the command line shows it even when quiet."""
 
 
+def brief(error: BaseException) -> str:
+    """Return what an error says, in one short line; the name of its type where it says nothing."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return "did you mean …?" for the closest known name, or else a list of the first known names.
 

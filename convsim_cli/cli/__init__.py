@@ -78,6 +78,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     reproduce: "Run the paper's experiments again.",
     plot: "Draw the curves of runs.",
 }
+SHOWN = 1000  # characters of each end of a message
 SPINS = 2000  # of a waiting thread of OpenMP before it sleeps, some tens of microseconds
 
 for command, summary in COMMANDS.items():
@@ -121,13 +122,11 @@ def run(arguments: list[str]) -> int:
             code = app(arguments or ["--help"], standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
             code = 130
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a network's own code may exit
             if os.environ.get("CONVSIM_DEBUG") == "1":
                 raise
-            code, message = (
-                1,
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (CONVSIM_DEBUG=1 shows where)",
-            )
+            said = f": {' '.join(str(error).split())[:300]}" if str(error).strip() else ""
+            code, message = 1, f"{type(error).__name__}{said} (CONVSIM_DEBUG=1 shows where)"
             if isinstance(error, ConvsimError):
                 code, message = error.exit_code, str(error)
             elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
@@ -147,4 +146,6 @@ def find_command(arguments: list[str]) -> Any:
 
 
 def _show(kind: str, message: str, arguments: list[str]) -> None:
+    if len(message) > 2 * SHOWN:  # a value from a file may have any length
+        message = f"{message[:SHOWN]} … {message[-SHOWN:]}"
     say(f"convsim: {kind}: {with_options(message, find_command(arguments))}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +77,8 @@ def init(
         return _recover(context, checkpoint, console)
     return_freed_memory()
     options = {**parse_options(arguments), "device": str(choose_device(arguments["device"], console))}
-    report = init_checkpoint(checkpoint, output, progress=console.progress, **options)
+    with redirect_stdout(sys.stderr):  # a network may print
+        report = init_checkpoint(checkpoint, output, progress=console.progress, **options)
     content = report.document()
     content["skipped"] = name_options(content["skipped"], context.command)
     document = console.document("init", content)

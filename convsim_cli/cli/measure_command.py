@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,7 +108,8 @@ def measure(
     pages = [] if plot is None else _pages(plot, len(paths))
     _check_output(pages, sort, as_csv and as_json)
     options["device"] = str(choose_device(options["device"], console))
-    reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, heat=plot is not None)
+    with redirect_stdout(sys.stderr):  # a network may print
+        reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, heat=plot is not None)
     for report in reports:
         for line in report.warnings:
             console.warn(with_options(line, context.command))

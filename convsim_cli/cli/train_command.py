@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import sys
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,10 +79,12 @@ def train(
             shown = ("resume", "wide", "as_json", "quiet")
             run = open_to_resume(resume, {name: value for name, value in given.items() if name not in shown})
             _choose_device(run.arguments.device, console)
-            finished = resume_run(run, callbacks)
+            with redirect_stdout(sys.stderr):  # a network may print
+                finished = resume_run(run, callbacks)
         else:
             chosen = _arguments({**arguments, "device": device}, config, given, console)
-            finished = start_runs(chosen, run_dir, name, seeds, callbacks)
+            with redirect_stdout(sys.stderr):
+                finished = start_runs(chosen, run_dir, name, seeds, callbacks)
     except KeyboardInterrupt:  # here the bar has ended, which would break a long line
         if is_rank_zero() and screen.runs:
             run = screen.runs[-1]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convsim_cli.device import open_regular
-from convsim_cli.errors import InputError, did_you_mean, one_of, to_install
+from convsim_cli.errors import InputError, brief, did_you_mean, one_of, to_install
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
@@ -190,7 +190,7 @@ def decode_image(path: Path, side: int) -> Tensor:
     range: floats, 32 bits, or 16 bits of which only the lowest 12 are used.
     """
     import numpy
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with open_regular(path) as stream, Image.open(stream, formats=DECODED) as file:
@@ -208,9 +208,10 @@ def decode_image(path: Path, side: int) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
             return torch.from_numpy(numpy.array(fitted))
+    except UnidentifiedImageError as error:  # its own message names no file
+        raise InputError(f"{path}: not a readable image (its format is none of {', '.join(DECODED)})") from error
     except Exception as error:  # a damaged image may make its decoder raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable image ({reason[:160] or type(error).__name__})") from error
+        raise InputError(f"{path}: not a readable image ({brief(error)})") from error
 
 
 def find_splits(path: Path) -> tuple[list[str], Labeled, Labeled]:

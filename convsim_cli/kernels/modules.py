@@ -34,7 +34,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import InputError, brief
 from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -370,9 +370,8 @@ def _weight_at_convolution(layer: Any, parameters: Mapping[str, Tensor] | None =
     try:
         call = reach_convolution(layer, shape, (zeros,), parameters=parameters)
     except Exception as error:  # a user's `forward` may raise anything
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(
-            f"a {type(layer).__name__}, whose forward fails on zeros {list(zeros.shape)} ({reason})"
+            f"a {type(layer).__name__}, whose forward fails on zeros {list(zeros.shape)} ({brief(error)})"
         ) from error
     if call is None:
         raise InputError(f"a {type(layer).__name__}, whose forward convolves with no weight {list(shape)}")

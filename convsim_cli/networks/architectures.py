@@ -17,7 +17,7 @@ from torch import nn
 
 from convsim_cli.checkpoints.formats import new_suffixes
 from convsim_cli.device import generator_states, restore_generators, seed_generators
-from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, did_you_mean, to_install
+from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, brief, did_you_mean, to_install
 
 Build = Callable[[int | None], nn.Module]  # builds a network with so many classes; None: its own number
 
@@ -59,7 +59,7 @@ def find_network(name: str, pretrained: bool = False) -> Build:
         raise InputError(f"`pretrained` goes with `arch` torchvision:NAME or timm:NAME, got {name}")
     if name in BUILT_IN:
         return lambda classes: BUILT_IN[name](classes or CLASSES)
-    if library == "cnn" and rest.isdecimal() and int(rest) > 0:
+    if library == "cnn" and rest.isdecimal() and 0 < len(rest.lstrip("0")) < 10:  # int() refuses thousands of digits
         return lambda classes: cnn(int(rest), classes or CLASSES)
     if library == "torchvision" and rest:
         return _find_in_torchvision(rest, pretrained)
@@ -199,8 +199,7 @@ def _download(library: str, name: str, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        what = f"the pretrained weights of {library}:{name} cannot be fetched ({said})"
+        what = f"the pretrained weights of {library}:{name} cannot be fetched ({brief(error)})"
         raise DownloadError(f"{what}; {library} downloads them once: {kept}") from error
 
 
@@ -235,6 +234,10 @@ def _find_callable(module_name: str, name: str) -> Build:
             raise InputError(f"{where}: gives a {type(model).__name__}; expected a torch.nn.Module")
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
             raise InputError(f"{where}: has lazy layers without weights; run it on an input once before giving it back")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise InputError(
+                f"{where}: has parameters on the device meta, without values; give it back on a real device"
+            )
         return model
 
     return build

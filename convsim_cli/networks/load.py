@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from convsim_cli.checkpoints.base import Checkpoint, LaidOutCheckpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
-from convsim_cli.errors import ConvsimError, InputError, did_you_mean
+from convsim_cli.errors import ConvsimError, InputError, brief, did_you_mean
 from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, is_convolution, module_kernels
 from convsim_cli.kernels.guess import WRAPPERS, is_averaged, is_optimizer_state
 from convsim_cli.layers import side_effect_free
@@ -334,11 +334,8 @@ def explain_failure(shape: Sequence[int], arch: str, advice: str) -> Iterator[No
         yield
     except ConvsimError:
         raise
-    except Exception as error:  # whatever a network's own code raises
-        raise InputError(
-            f"`arch` {arch}: does not run on inputs {list(shape)} "
-            f"({' '.join(str(error).split())[:160] or type(error).__name__}); {advice}"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever a network's own code raises
+        raise InputError(f"`arch` {arch}: does not run on inputs {list(shape)} ({brief(error)}); {advice}") from error
 
 
 def find_input(model: nn.Module, side: Callable[[int], int], channels: int | None = None) -> tuple[int, int]:

@@ -258,9 +258,12 @@ class Arguments:
 
 
 def make_arguments(values: Any, path: Path) -> Arguments:
-    """Return the arguments that a run's args.json holds. Raises InputError as `parse_arguments` and `check`."""
+    """Return the arguments that a run's args.json holds. Raises InputError as `parse_arguments`, also for `check`."""
     arguments = Arguments(**parse_arguments(values, path))
-    arguments.check()
+    try:
+        arguments.check()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     return arguments
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import InputError, brief
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.architectures import find_network, names_code
 from convsim_cli.settings import declarations
@@ -223,7 +223,7 @@ def read_config(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"`config` {path}: not a readable args.json ({error})") from error
+        raise InputError(f"`config` {path}: not a readable args.json ({brief(error)})") from error
     arguments = parse_arguments(values, path)
     arch = arguments.get("arch", "")
     _refuse_code(arch, path, given, train_command("config", path, arch))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.device import Advance
-from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.errors import ConvsimWarning, InputError, brief
 from convsim_cli.inputs.datasets import folder_digest, load_dataset
 from convsim_cli.inputs.images import Dataset, parse_channels
 from convsim_cli.kernels import Selection, module_kernels, warn_of_unsupported, weight_of
@@ -83,6 +83,10 @@ def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> N
             module_kernels(model).require_kernels(f"`mode` {arguments.mode} can write to")
     except InputError as error:
         raise InputError(f"`arch` {arguments.arch}: {error}") from error
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise InputError(f"`arch` {arguments.arch}: its state_dict holds a {kind}, {name}; expected tensors alone")
     data = used_images(arguments, dataset)
     with side_effect_free(model):
         _check_logits(model, data.normalize(data.test.images[:1]), arguments, data.classes)
@@ -103,10 +107,10 @@ def _check_logits(model: nn.Module, images: Tensor, arguments: Arguments, classe
     count, state = len(images), " in training" if model.training else ""
     try:
         logits = model(images)
-    except Exception as error:  # a network may raise anything
+    except (Exception, SystemExit) as error:  # a network may raise anything
         raise InputError(
             f"`arch` {arguments.arch}: does not run{state} on images {list(images.shape)} of {arguments.dataset} "
-            f"({' '.join(str(error).split())[:160]})"
+            f"({brief(error)})"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < classes:
         output = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

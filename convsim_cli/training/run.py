@@ -33,7 +33,7 @@ from convsim_cli.checkpoints.atomic import check_regular, replace_file
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, open_regular, seed_generators, unreported
-from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, to_install
+from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, to_install
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, names_code
@@ -190,10 +190,12 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None
     """Write weights that are missing or damaged again; where the state does not hold them, move them away and warn."""
     for name, epoch in (("last", trainer.epoch), *([("best", best_row(history)["epoch"])] if history else [])):
         path = run.folder / f"{name}.safetensors"
-        with suppress(InputError, OSError):
+        with suppress(ValueError, OSError):
             check_regular(path)
-            SafetensorsCheckpoint(path)
-            continue
+            saved = SafetensorsCheckpoint(path).metadata
+            ahead = int(saved.get("convsim.epoch", 0)) > trainer.epoch  # of a crash: they are written before the state
+            if ahead or (saved.get("convsim.epoch"), saved.get("convsim.arch")) == (str(epoch), run.arguments.arch):
+                continue
         if epoch == trainer.epoch:
             _write_weights(run, name, trainer.model.state_dict(), epoch)
             continue
@@ -202,7 +204,8 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None
             path.replace(path.with_name(f"{path.name}.damaged"))
             moved = f"; it is now {path.name}.damaged"
         message = (
-            f"{path}: missing or damaged{moved}; the weights of epoch {epoch} are lost, a better epoch brings others"
+            f"{path}: missing, damaged or of another epoch{moved}; the weights of epoch {epoch} are lost, a better "
+            "epoch brings others"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=2)
 
@@ -340,13 +343,10 @@ def read_state(run: Run) -> dict[str, Any] | None:
 
 
 def _unusable(run: Run, error: Exception) -> InputError:
-    reason = (str(error).splitlines() or [""])[0][:200]
-    what = f"damaged ({reason if isinstance(error, ValueError) else f'{type(error).__name__}: {reason}'})"
-    if isinstance(error, OSError):
-        what = f"cannot be read ({error.strerror or reason})"
+    what = "cannot be read" if isinstance(error, OSError) else "damaged"
     return InputError(
-        f"{run.folder / 'state.pt'}: {what}, so the run cannot be resumed; its last.safetensors may be intact; remove "
-        f"{run.folder} to train it again"
+        f"{run.folder / 'state.pt'}: {what} ({brief(error)}), so the run cannot be resumed; its last.safetensors may "
+        f"be intact; remove {run.folder} to train it again"
     )
 
 
@@ -402,10 +402,13 @@ def read_results(folder: Path) -> list[Row]:
     try:
         rows = _read_csv(folder / RESULTS_FILE, (COLUMNS, COLUMNS + VALIDATION_COLUMNS))
         results = [{key: int(row[key]) if key == "epoch" else _finite(row[key]) for key in row} for row in rows]
+        for name, value in ((name, value) for row in results for name, value in row.items()):
+            if name.endswith("accuracy") and not 0 <= value <= 100:
+                raise ValueError(f"{name} = {value}, expected 0 to 100 per cent")
         if [row["epoch"] for row in results] != [*range(1, len(rows) + 1)]:
             raise ValueError("its epochs are not 1, 2, 3, …")
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a run's folder (no readable {RESULTS_FILE}: {error})") from error
+        raise InputError(f"{folder}: not a run's folder (no readable {RESULTS_FILE}: {brief(error)})") from error
     return results
 
 
@@ -457,7 +460,7 @@ def read_layers(folder: Path) -> list[Row]:
             for row in _read_csv(path, (LAYER_COLUMNS,))
         ]
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); remove it, or restore it from a copy") from error
+        raise InputError(f"{path}: cannot be read ({brief(error)}); remove it, or restore it from a copy") from error
 
 
 def write_layers(folder: Path, rows: Sequence[Row]) -> None:
@@ -549,7 +552,7 @@ def open_run(folder: Path, **changes: Any) -> Run:
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a run's folder (no readable {ARGUMENTS_FILE})") from error
+        raise InputError(f"{folder}: not a run's folder (no readable {ARGUMENTS_FILE}: {brief(error)})") from error
     return Run(folder, replace(make_arguments(values, path), **changes))
 
 
@@ -580,9 +583,17 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises OSError, and ValueError for damage."""
     try:
         with open_regular(path) as file:
-            return json.loads(file.read())
+            return json.loads(file.read(), object_pairs_hook=_without_duplicates)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)} is there twice")
+    return content
 
 
 def make_folder(path: Path) -> None:

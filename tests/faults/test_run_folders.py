@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,10 +18,11 @@ import torch
 from conftest import Convsim
 from torch import Tensor, nn
 
+from convsim_cli.checkpoints.safetensors_format import write_safetensors
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run, find_run, start_runs
-from convsim_cli.training.run import SILENT, Run, open_run, read_layers, read_results, train_run
+from convsim_cli.training.run import SILENT, Run, open_run, read_layers, read_results, train_run, write_results
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")
 
@@ -213,6 +215,62 @@ def test_hostile_arguments_are_one_line(content: str, run: Run, convsim: Convsim
     assert find_run(SMALL, run.folder.parent) is None
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ('{"lr": -1}', r"lr -1: expected a number above 0"),
+        ('{"seed": 1, "lr": 0.1, "seed": 2}', "seed is there twice"),
+        (json.dumps({"lr": "x" * 100_000}), "x … x"),
+    ],
+)
+def test_hostile_arguments_name_their_file_and_their_fault(content: str, said: str, run: Run, convsim: Convsim) -> None:
+    path = run.folder / "args.json"
+    path.write_text(content)
+    for command in (["train", "--resume", run.folder], ["compare", run.folder], ["plot", run.folder]):
+        error = convsim(*command).error
+        assert str(run.folder) in error
+        assert "args.json" in error
+        assert re.search(said, error)
+        assert len(error) < 3000
+
+
+def test_files_that_cannot_be_read_say_why_without_their_path(run: Run) -> None:
+    for name, read in (("results.csv", read_results), ("layers.csv", read_layers), ("args.json", open_run)):
+        (run.folder / name).unlink()
+        (run.folder / name).mkdir()
+        with pytest.raises(InputError, match=r"not a regular file[;)]") as caught:
+            read(run.folder)
+        assert str(caught.value).count(str(run.folder)) == 1
+    (run.folder / "state.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"damaged \((Ran out of input|EOFError)\)"):
+        train_run(run)
+
+
+@pytest.mark.parametrize("accuracy", [-5.0, 200.0])
+def test_accuracies_beyond_per_cents_are_refused(accuracy: float, run: Run) -> None:
+    rows = read_results(run.folder)
+    rows[1]["test_accuracy"] = accuracy
+    write_results(run.folder, rows)
+    with pytest.raises(InputError, match=rf"test_accuracy = {accuracy}, expected 0 to 100 per cent"):
+        read_results(run.folder)
+
+
+def test_weights_of_another_run_do_not_stay_after_a_resume(run: Run) -> None:
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    first, second = state["progress"]["history"]
+    first["test_accuracy"], second["test_accuracy"] = 10.0, 20.0
+    torch.save(state, run.folder / "state.pt")
+    whole = (run.folder / "last.safetensors").read_bytes()
+    for record in ({"convsim.epoch": "1", "convsim.arch": "cnn:2"}, {"convsim.epoch": "2", "convsim.arch": "cnn:8"}):
+        for name in ("last", "best"):
+            with open(run.folder / f"{name}.safetensors", "wb") as file:
+                write_safetensors(file, {"foreign": torch.ones(2)}, record)
+        train_run(run)
+        assert {(run.folder / f"{name}.safetensors").read_bytes() for name in ("last", "best")} == {whole}
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "é" * 150, "a/b", "..", "a\0b"])
 def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path, convsim: Convsim) -> None:
     for more in ([], ["--seeds", 2]):
@@ -318,7 +376,7 @@ def test_weights_that_are_damaged_do_not_stay_after_a_resume(harm: str, run: Run
             train_run(run)
             assert (run.folder / "best.safetensors").read_bytes() == (run.folder / "last.safetensors").read_bytes()
         else:
-            with pytest.warns(ConvsimWarning, match=r"best\.safetensors: missing or damaged.*epoch 1 are lost"):
+            with pytest.warns(ConvsimWarning, match=r"best\.safetensors: missing, damaged or .*epoch 1 are lost"):
                 train_run(run)
             assert not (run.folder / "best.safetensors").exists()
         assert (run.folder / "last.safetensors").read_bytes() == whole["last.safetensors"]
@@ -333,10 +391,21 @@ class Odd(nn.Module):
         self.kind = kind
         if kind == "frozen":
             self.requires_grad_(False)
+        if kind == "meta":
+            self.layers[0].to("meta")
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        return super().state_dict(*arguments, **options) | ({"extra": {}} if self.kind == "extra" else {})
 
     def forward(self, images: Tensor) -> Any:
+        if self.kind == "exits":
+            sys.exit(3)
+        if self.kind == "asserts":
+            raise AssertionError
+        if self.kind == "prints":
+            print("here")
         logits = self.layers(images)
-        if not self.training or self.kind == "frozen":
+        if not self.training or self.kind in ("frozen", "prints"):
             return logits
         if self.kind == "fails":
             raise TypeError("targets\nare missing")
@@ -351,6 +420,10 @@ class Odd(nn.Module):
         ("fails", r"does not run in training on images \[2, 3, 32, 32\] of digits \(targets are missing\)"),
         ("detached", "its logits depend on no parameter that can be trained"),
         ("frozen", "its logits depend on no parameter that can be trained"),
+        ("meta", "has parameters on the device meta, without values"),
+        ("extra", "its state_dict holds a dict, extra; expected tensors alone"),
+        ("exits", r"does not run on images \[1, 3, 32, 32\] of digits \(3\)"),
+        ("asserts", r"does not run on images \[1, 3, 32, 32\] of digits \(AssertionError\)"),
     ],
 )
 def test_a_network_that_cannot_be_trained_is_refused_first(
@@ -362,6 +435,34 @@ def test_a_network_that_cannot_be_trained_is_refused_first(
     with pytest.raises(InputError, match=said):
         start_runs(replace(SMALL, arch="odd_networks:build"), tmp_path / "runs", None, None, SILENT)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_network_prints_never_enters_the_data_on_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convsim: Convsim
+) -> None:
+    module = ModuleType("odd_networks")
+    module.build = lambda num_classes=10: Odd("prints", num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "odd_networks", module)
+    small = ["--dataset", "digits", "--limit-train", 20, "--limit-test", 20, "--run-dir", tmp_path]
+    trained = convsim("train", "--arch", "odd_networks:build", *small, "--epochs", 1, "--name", "a", "--json")
+    resumed = convsim("train", "--resume", tmp_path / "a", "--arch", "odd_networks:build", "--epochs", 2, "--json")
+    measured = convsim("measure", "--arch", "odd_networks:build", "--json")
+    for outcome in (trained, resumed, measured):
+        assert outcome.code == 0, outcome.err
+        assert outcome.document["schema"] == 2
+        assert "here" in outcome.err
+
+
+def test_a_network_that_exits_while_it_trains_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convsim: Convsim
+) -> None:
+    monkeypatch.setattr("convsim_cli.training.launch.check_network", lambda *_: None)
+    module = ModuleType("odd_networks")
+    module.build = lambda num_classes: Odd("exits", num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "odd_networks", module)
+    outcome = convsim("train", "--arch", "odd_networks:build", "--dataset", "digits", "--run-dir", tmp_path / "runs")
+    assert outcome.code == 1
+    assert "SystemExit: 3" in outcome.error
 
 
 def test_arguments_with_a_NUL_are_refused(run: Run) -> None:  # noqa: N802
