@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
 OUTPUT = "Output"  # the heading of --json and its like
+MOST_SEEDS = 10_000  # of one command: more would only be a mistyped number
 HEADINGS = (  # in the order of the help
     *("Arguments", "Options", "Method", "Network", "Recipe", "Layers", "Inputs", "Data", "Figures", "Saving", "Run"),
     *(OUTPUT, "Help"),

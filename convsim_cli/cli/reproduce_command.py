@@ -14,6 +14,7 @@ import typer
 from convsim_cli.checkpoints.atomic import check_regular
 from convsim_cli.cli.console import Console, Least, Progress, duration, remaining
 from convsim_cli.cli.options import (
+    MOST_SEEDS,
     DeviceOption,
     JsonOption,
     QuietOption,
@@ -113,7 +114,8 @@ def reproduce(
         str | None, typer.Option(metavar="A,B", help="figure5: iterations of Algorithm 1.", show_default=False)
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="Runs per configuration, from --seed.", min=1, show_default="1")
+        int | None,
+        typer.Option(metavar="N", help="Runs per configuration, from --seed.", min=1, max=MOST_SEEDS, show_default="1"),
     ] = None,
     epochs: Annotated[
         int | None,

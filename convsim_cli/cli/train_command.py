@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsim_cli.cli.console import Console, Progress, duration
-from convsim_cli.cli.options import JsonOption, QuietOption, WideOption, add_options, choose_device, typed
+from convsim_cli.cli.options import MOST_SEEDS, JsonOption, QuietOption, WideOption, add_options, choose_device, typed
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
 
@@ -38,7 +38,8 @@ def train(
     context: typer.Context,
     *,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="Train N runs, seeded from --seed: NAME-s0, …", min=1, **_RUN)
+        int | None,
+        typer.Option(metavar="N", help="Train N runs, seeded from --seed: NAME-s0, …", min=1, max=MOST_SEEDS, **_RUN),
     ] = None,
     run_dir: Annotated[
         Path,

@@ -327,6 +327,9 @@ HUGE = str(1 << 70)
         ),
         ["train", "--dataset", "folder:.", "--image-size", HUGE],
         ["train", "--dataset", "digits", "--seed", "4294967295", "--seeds", "2"],
+        ["train", "--dataset", "digits", "--seeds", "1000000000"],
+        ["train", "--dataset", "digits", "--arch", "cnn:" + "9" * 5000],
+        ["reproduce", "table5", "--seeds", "1000000000"],
         ["train", "--dataset", "digits", "--mode", "rescale", "--factor", "inf"],
         *(
             ["train", "--dataset", "digits", f"--{n}", v]
@@ -339,7 +342,7 @@ HUGE = str(1 << 70)
             for name in ("samples", "input-size", "input-channels", "top")
         ),
     ],
-    ids=" ".join,
+    ids=lambda arguments: " ".join(arguments)[:80],
 )
 def test_numbers_beyond_64_bits_or_without_a_value_are_bad_usage(
     arguments: list[str], tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
