@@ -1,8 +1,9 @@
-"""What files tell of public networks, compared with their modules: `python tests/benchmarks/zoo.py [EVERY]`.
+"""What files tell of public networks, compared with their modules: `python tests/benchmarks/zoo.py [EVERY [LIBRARY]]`.
 
-Builds the networks of timm and torchvision without memory (device meta), and gives names and shapes alone to the guess:
-once in the modules' order, as pickles keep it, and once in the alphabet's, as safetensors files do. Networks whose
-names and shapes all equal those of one before are left out. EVERY: take only each EVERY-th network.
+Builds networks without memory (device meta), and gives names and shapes alone to the guess: once in the modules' order,
+as pickles keep it, and once in the alphabet's, as safetensors files do. Networks whose names and shapes all equal those
+of one before are left out; of transformers, where a class differs from another by its head alone, those whose
+convolutions do. EVERY: take only each EVERY-th network; LIBRARY: timm, torchvision or transformers, all for none.
 
 A layer is right where its groups and transposition are the module's, or where it has no pairs and is left out; doubted
 where a warning is about it; wrong in silence otherwise. A quarter to half an hour on one core.
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
-import timm
 import torch
-import torchvision
 from torch import nn
 
 from convsim_cli.checkpoints.safetensors_format import natural_order
@@ -26,42 +29,76 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Infos = dict[str, TensorInfo]
 
 
-def networks(every: int) -> Iterator[tuple[str, Infos, dict[str, Kernel]]]:
+def networks(every: int, library: str) -> Iterator[tuple[str, Infos, dict[str, Kernel]]]:
     """Yield each distinct network: its name, its tensors, and its convolutions as the modules have them."""
-    known: set[tuple[tuple[str, TensorInfo], ...]] = set()
-    names = [f"timm:{name}" for name in timm.list_models()]
-    names += [f"torchvision:{name}" for name in torchvision.models.list_models()]
-    for name in names[::every]:
-        library, _, own = name.partition(":")
+    known: set[object] = set()
+    builders = {name: build for source in SOURCES for name, build in source() if name.startswith(library)}
+    for name, build in list(builders.items())[::every]:
         try:
             with torch.device("meta"):
-                backbone = {"weights_backbone": None} if "rcnn" in own or own.startswith(DETECTORS) else {}
-                model = (
-                    timm.create_model(own)
-                    if library == "timm"
-                    else torchvision.models.get_model(own, weights=None, **backbone)
-                )
-        except (NotImplementedError, RuntimeError) as error:  # initialization that reads values
+                model = build()
+        except Exception as error:  # initialization that reads values, a package that is missing, a config without it
             print(f"{name}: not built ({' '.join(str(error).split())[:60]})", file=sys.stderr)
             continue
         state = model.state_dict()
         infos = {key: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in state.items()}
-        if tuple(infos.items()) in known:
-            continue
-        known.add(tuple(infos.items()))
         modules = {f"{path}.weight": layer for path, layer in model.named_modules() if is_convolution(layer)}
         layers = {key: layer for key, layer in modules.items() if key in infos}
         truth = {k: Kernel(k, infos[k].shape, m.groups, isinstance(m, TRANSPOSED)) for k, m in layers.items()}
-        yield name, infos, truth
+        itself: object = tuple(infos.items())
+        if name.startswith("transformers"):
+            itself = tuple((kernel.shape, kernel.groups, kernel.transposed) for kernel in truth.values())
+        if itself not in known and modules:
+            known.add(itself)
+            yield name, infos, truth
 
 
+Builders = Iterator[tuple[str, Callable[[], nn.Module]]]
+
+
+def of_timm() -> Builders:
+    import timm
+
+    for name in timm.list_models():
+        yield f"timm:{name}", partial(timm.create_model, name)
+
+
+def of_torchvision() -> Builders:
+    import torchvision
+
+    for name in torchvision.models.list_models():
+        backbone = {"weights_backbone": None} if "rcnn" in name or name.startswith(DETECTORS) else {}
+        yield f"torchvision:{name}", partial(torchvision.models.get_model, name, weights=None, **backbone)
+
+
+def of_transformers() -> Builders:
+    """Yield every public network, under its default configuration, whose own code has a convolution."""
+    if find_spec("transformers") is None:
+        return
+    import transformers
+
+    for path in sorted(Path(transformers.__path__[0]).glob("models/*/modeling_*.py")):
+        if "nn.Conv" not in path.read_text():
+            continue
+        try:
+            module = import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+        except ImportError as error:
+            print(f"{path.name}: not built ({error})", file=sys.stderr)
+            continue
+        for name in getattr(module, "__all__", []):
+            made = getattr(module, name)
+            if issubclass(made, nn.Module) and getattr(made, "config_class", None):
+                yield f"transformers:{name}", lambda made=made: made(made.config_class())
+
+
+SOURCES = (of_timm, of_torchvision, of_transformers)
 DETECTORS = ("deeplab", "fcn", "lraspp", "fcos", "retinanet", "ssd")
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     rows = {order: dict.fromkeys(ROWS, 0) for order in ("modules", "alphabet")}
-    for name, infos, truth in networks(int(sys.argv[1]) if len(sys.argv) > 1 else 1):
+    for name, infos, truth in networks(int((sys.argv[1:] or ["1"])[0]), "".join(sys.argv[2:])):
         for order, row in rows.items():
             listed = list(infos) if order == "modules" else sorted(infos, key=natural_order)
             found = file_kernels({key: infos[key] for key in listed})
