@@ -7,7 +7,7 @@ This page is the architecture. A module imports only from its own line and the l
     device, precision   devices, CUDA graphs, progress; full float32, and values with their own gradient
     similarity          Eq. 10 of the paper in linear time, and power spectra
     objectives          the table of everything that can be minimized, Eq. 10 first
-    kernels/            which tensors are kernels: `kernel` (one layer), `modules` (exact), `guess` (what a file tells)
+    kernels/            which tensors are kernels: `kernel`, `modules` (exact), `guess` and `neighbours` (a file)
     layers, batch_norm  run a model without side effects, a layer with another weight; batch-norm statistics
     measurement/        `figures` (the table), `kernel_figures`, `feature_maps`, `pairs`, `synthetic`, `network`
     closed_forms        filters that are orthogonal, of one DCT pattern each, or decorrelated

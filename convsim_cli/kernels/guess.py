@@ -5,15 +5,12 @@ A file holds only names and shapes, but those are evidence of several kinds:
 - names: of weights, of statistics and embeddings, of factors of another weight, of other frameworks' kernels;
 - the bias of a layer has one value per output channel, and so has the batch norm that follows it: they decide between
   ordinary and transposed kernels, and show other layouts;
-- the neighbours in the file, which give and take channels, tell the number of groups (`_channels_near`).
+- the neighbours in the file, which give and take channels, tell the number of groups (`neighbours`).
 
 From these one decision follows per tensor: a kernel with its groups and its transposition, perhaps with a doubt, or a
 tensor that is skipped, with the reason. A file in another framework's layout is refused (`_refuse_other_layouts`). A
 floating-point 4-D tensor is a Conv2d kernel unless something speaks against it, a 3-D one a Conv1d kernel if there are
 no 4-D kernels. The user's patterns correct all of it.
-
-A name is split at dots and slashes into parts, and a part into words: `conv.RelativePosition_bias2` has the parts conv
-and RelativePosition_bias2, and the latter the words relative, position and bias.
 """
 
 from __future__ import annotations
@@ -23,12 +20,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
-from itertools import pairwise
 from math import prod
 
 from convsim_cli.errors import InputError
 from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, in_layer_order, matches
+from convsim_cli.kernels.neighbours import (
+    PERHAPS_FIRST,
+    PERHAPS_GROUPED,
+    PERHAPS_MULTIPLIED,
+    WEIGHT,
+    groups_by_neighbours,
+    layer_parts,
+    name_parts,
+    part_words,
+    says_downward,
+    weight_word,
+)
 
 MOST_HEAD_TAPS = 16  # of a 3-D projection in attention
 MOST_TAPS = 1024  # of a 3-D tensor that is taken for a kernel; the stacked experts of a mixture have more
@@ -36,7 +43,6 @@ NAMED = 3  # layers in a warning
 WIDEST = 11  # taps along an axis of the kernels of another layout
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts that wrappers add
 
-_WEIGHT = re.compile(r"weights?|kernels?|w")  # the last word of a kernel's name, where it has any of these
 _NO_KERNEL = re.compile(  # a word in the last part of a name: a statistic, a gain, an embedding or a table
     r"running|moving|mean|var|variance|std|gamma|beta|scales?|bias|biases|ls|tokens?|emb|embeds?|embeddings?|pos|"
     r"positions?|positional|relative|rel|mask|anchors?|grid|freqs?|temperature|codebook|prototypes?|index|indices|table"
@@ -55,16 +61,11 @@ _NO_CONV1D = re.compile(  # a part of a 3-D weight's name: stacked matrices, one
 _PROJECTION = re.compile(
     r"(?i)(.*_)?(attn|attention|self_?attn|mha|[qkvo]|qkv|q_?kv?|query|key|value|proj|projection)(_.*)?"
 )
-_SQUEEZE = re.compile(r"(?i)(.*_)?(se|squeeze\w*|excit\w*|attn|attention|ca|gate)(_.*|\d*)")
 _TRANSPOSED = re.compile(  # anywhere in a part
     r"(?<![a-z])(de|up|t|trans|transposed?)_?conv|deconv|conv\w*_?transposed?|conv_?t(?:r|rans)?(?![a-z])"
 )
 _UPWARD = re.compile(r"ups?([_\d]\w*)?|up_?(sampl|scal)\w*|\w+_up(scal\w*)?")  # the name of the layer itself
 _PARAMETRIZED = re.compile(r"(.+)_(g|v|u|orig|mask|bar|sn)|original\d*")  # the last part of a weight's factors
-_DOWNWARD = re.compile(r"(?i)(.*_)?(sr|down\w*|reduc\w*|patch\w*|pool\w*|stem|embed\w*|proj\w*|merg\w*)(_.*|\d*)")
-_SHORTCUT = re.compile(r"(?i)shortcut\d*|skip\w*|identity|residual|project")  # beside other layers of its block
-_GROUPED = re.compile(r"dw|depthwise|grouped|group|grp")  # a word in a layer's own part
-_SPLIT = re.compile(r"(?i)paths?\d*|branch(es)?\d*|splits?\d*")  # a part of layers that may share out their input
 _FRAMEWORKS = {"flax": "hwio", "jax": "hwio", "tf": "hwio", "tensorflow": "hwio", "keras": "hwio", "mlx": "ohwi"}
 _SPARSE = (8, 27, 64, 125, 343)  # taps of 2³ to 7³, the first axis of a sparse convolution's kernel
 
@@ -134,7 +135,7 @@ def file_kernels(
         kernel = kernels.get(name, Kernel(name, info.shape, assumed=True))
         reason = unfit.get(name) or patterns.refusal(name) or left_out.get(name)
         single = kernel.assumed and not kernel.transposed and info.shape[1] == 1 < info.shape[0]
-        if not reason and single and says_transposed(name):
+        if not reason and single and says_transposed(name, info.shape[2:]):
             reason = (
                 "one channel, and named like a transposed convolution: with one output or depthwise it has no pairs"
             )
@@ -153,10 +154,10 @@ def _unusable(name: str, info: TensorInfo, tensors: Infos) -> str | None:
         return "2-D: perhaps a bank of flattened kernels (CondConv), from which the layer computes its own"
     if len(info.shape) > 5:
         return f"{len(info.shape)}-D: perhaps of a locally connected layer, whose kernels differ from place to place"
-    *before, last = _parts(name)
+    *before, last = name_parts(name)
     factor = _PARAMETRIZED.fullmatch(last)
     pair = factor and factor[1] and any(f"{name.removesuffix(last)}{factor[1]}_{end}" in tensors for end in "gu")
-    if "parametrizations" in before or (factor and (not factor[1] or pair or _WEIGHT.fullmatch(factor[1].lower()))):
+    if "parametrizations" in before or (factor and (not factor[1] or pair or WEIGHT.fullmatch(factor[1].lower()))):
         return "a part of a parametrized weight (weight_norm, spectral_norm, pruning), not the kernel itself"
     return None
 
@@ -164,9 +165,9 @@ def _unusable(name: str, info: TensorInfo, tensors: Infos) -> str | None:
 def _is_bank(name: str, tensors: Infos) -> bool:
     """Return whether a 2-D tensor may be a bank of kernels: named like a convolution, or with a bank of biases."""
     info, bias = tensors[name], tensors.get(_bias_of(name))
-    if len(info.shape) != 2 or info.dtype not in FLOATING or not _weight_word(name):
+    if len(info.shape) != 2 or info.dtype not in FLOATING or not weight_word(name):
         return False
-    own = (["", *_layer_parts(name)])[-1].lower()
+    own = (["", *layer_parts(name)])[-1].lower()
     banked = bias is not None and len(bias.shape) == 2 and bias.shape[0] == info.shape[0]
     return "conv" in own or (banked and info.shape[1] % max(bias.shape[1] if bias else 1, 1) == 0)
 
@@ -176,10 +177,12 @@ def _of_other_axes(usable: Shapes) -> dict[str, str]:
     images = any(len(shape) == 4 and shape[0] > 1 for shape in usable.values())
     found = {}
     for name, shape in usable.items():
-        heads = shape[2] > MOST_HEAD_TAPS and any(map(_PROJECTION.fullmatch, _layer_parts(name)[-2:]))
-        if len(shape) == 3 and (not _weight_word(name) or heads or any(map(_NO_CONV1D.fullmatch, _parts(name)))):
+        own = name_parts(name)[-1].lower()
+        matrix = not WEIGHT.fullmatch(own) or any(map(_PROJECTION.fullmatch, layer_parts(name)[-2:]))
+        heads = shape[2] > MOST_HEAD_TAPS and matrix
+        if len(shape) == 3 and (not weight_word(name) or heads or any(map(_NO_CONV1D.fullmatch, name_parts(name)))):
             found[name] = "3-D, perhaps stacked matrices of experts or heads: taken for a kernel only by `include`"
-        elif len(shape) == 3 and shape[0] in _SPARSE and _parts(name)[-1] == "kernel":
+        elif len(shape) == 3 and shape[0] in _SPARSE and name_parts(name)[-1] == "kernel":
             found[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, which has lost its axes"
         elif len(shape) == 5 or (len(shape) == 3 and (images or shape[2] > MOST_TAPS)):
             found[name] = f"{len(shape)}-D: taken for a kernel only by `include` '*'"
@@ -189,11 +192,10 @@ def _of_other_axes(usable: Shapes) -> dict[str, str]:
 def _guess(usable: Shapes, tensors: Infos, patterns: Patterns) -> tuple[dict[str, Kernel], dict[str, str]]:
     """Return each usable tensor as a kernel, and the doubts about some: name → which."""
     kernels, doubts = {}, {}
-    depthwise = _depthwise(usable, patterns)
     chain = [
         name
         for name, info in tensors.items()
-        if name in usable or (len(info.shape) == 2 and info.dtype in FLOATING and _weight_word(name))
+        if name in usable or (len(info.shape) == 2 and info.dtype in FLOATING and weight_word(name))
     ]
     for place, name in enumerate(chain):
         if name not in usable:
@@ -206,8 +208,6 @@ def _guess(usable: Shapes, tensors: Infos, patterns: Patterns) -> tuple[dict[str
             is_transposed, groups = True, groups if is_transposed else 1
         elif doubt:
             doubts[name] = doubt
-        if name in depthwise and not is_transposed:
-            groups = shape[0]
         given = [number for glob, number in patterns.groups if fnmatchcase(name, glob)]
         if given:
             groups = given[-1]
@@ -215,7 +215,7 @@ def _guess(usable: Shapes, tensors: Infos, patterns: Patterns) -> tuple[dict[str
         if groups < 1 or shape[0] % groups:
             raise InputError(f"`groups`: {groups} groups do not divide the {shape[0]} filters of {name} {list(shape)}")
         kernels[name] = Kernel(name, shape, groups, is_transposed, assumed=not given)
-    for name, (groups, doubt) in _grouping(chain, kernels, tensors).items():
+    for name, (groups, doubt) in groups_by_neighbours(chain, kernels, {k: i.shape for k, i in tensors.items()}).items():
         if kernels[name].assumed and name not in doubts and not kernels[name].transposed:
             kernels[name] = Kernel(name, kernels[name].shape, groups, assumed=True)
             if doubt:
@@ -226,8 +226,6 @@ def _guess(usable: Shapes, tensors: Infos, patterns: Patterns) -> tuple[dict[str
 NAMED_TRANSPOSED = "perhaps transposed, by their names"
 PERHAPS_TRANSPOSED = "perhaps transposed, by the channels of the layers around them"
 PERHAPS_EVEN = "perhaps transposed, by their even kernels"
-PERHAPS_MULTIPLIED = "perhaps depthwise with several filters per channel"
-PERHAPS_GROUPED = "perhaps grouped, by the channels of the layers around them"
 
 
 def _transposition(name: str, tensors: Infos, around: Sequence[Sequence[int]]) -> tuple[bool, int, str]:
@@ -240,21 +238,23 @@ def _transposition(name: str, tensors: Infos, around: Sequence[Sequence[int]]) -
             return False, 1, ""
         if outputs == groups * second and first % groups == 0:
             return True, groups, ""
+    taps = tensors[name].shape[2:]
     before, after = (around[0][0], around[1][1]) if len(around) == 2 else (0, 0)
-    is_pointwise = prod(tensors[name].shape[2:]) == 1
-    if says_transposed(name):
+    is_pointwise = prod(taps) == 1
+    if says_transposed(name, taps):
         refuted = first != second == before and after == first
         return False, 1, "" if refuted or is_pointwise else NAMED_TRANSPOSED
-    even = first == second == before and set(tensors[name].shape[2:]) in ({2}, {4})
-    if even and not _says(_DOWNWARD, name):
+    if first == second and set(taps) in ({2}, {4}) and not says_downward(name):
         return False, 1, PERHAPS_EVEN
     chained = before == first and after == second and second not in (before, 1) and after != first
-    return False, 1, PERHAPS_TRANSPOSED if chained and not is_pointwise else ""
+    alike = [tuple(shape[2:]) for shape in around if tuple(shape[:2]) == (first, second)]
+    parallel = len(alike) == 2 or (len(alike) == 1 and alike[0] != tuple(taps))
+    return False, 1, PERHAPS_TRANSPOSED if chained and not (is_pointwise or parallel) else ""
 
 
 def _outputs(name: str, tensors: Infos) -> int | None:
     """Return a layer's number of output channels, from its bias, or the batch norm behind it in a Sequential."""
-    *path, number, _ = ["", *_parts(name)]
+    *path, number, _ = ["", *name_parts(name)]
     following = ".".join([*path[1:], str(int(number) + 1)]) if number.isdecimal() and len(number) < 20 else ""
     for other in (_bias_of(name), f"{following}.running_mean" if following else ""):
         if other in tensors and len(tensors[other].shape) == 1:
@@ -267,155 +267,23 @@ def _bias_of(name: str) -> str:
     return re.sub(r"(weights?|kernels?|(?<![a-zA-Z])w)(:\d+)?$", r"bias\2", name)
 
 
-@dataclass(frozen=True)
-class _Link:
-    """A layer in the chain: what it gives and takes, its block, and whether a squeeze keeps its output to itself."""
-
-    name: str
-    gives: int
-    takes: int
-    block: str
-    inner: bool = False
-
-
-def _grouping(chain: Sequence[str], kernels: Mapping[str, Kernel], tensors: Infos) -> dict[str, tuple[int, str]]:
-    """Return the number of groups of kernels that are not dense, or perhaps not: name → groups, doubt.
-
-    A kernel is dense if the layer before it gives its channels, and grouped if that gives a multiple, which the kernel
-    keeps, and no layer nearby gives so few. Where something speaks for both, it is in doubt.
-    """
-    sizes = Counter(prefix for name in chain for prefix in _prefixes(name))
-    links = []
-    for name in chain:
-        shape, kernel = tensors[name].shape, kernels.get(name)
-        gives, takes = (kernel.filters, kernel.channels) if kernel else shape[:2]
-        block = next((prefix for prefix in _prefixes(name) if sizes[prefix] > 1), "")
-        links.append(_Link(name, gives, takes, block))
-    links = _mark_squeezes(links, kernels)
-    nearby: dict[str, Counter[int]] = defaultdict(Counter)  # a module → what its layers give
-    for link in links:
-        for prefix in ("", *_prefixes(link.name)) if not link.inner else ():
-            nearby[prefix][link.gives] += 1
-    squeezed = {(link.block, link.gives) for link in links if link.inner}
-    takers = Counter((link.block, link.takes) for link in links)
-    widened = {
-        (link.block, link.gives) for link in links if link.takes < link.gives and not _says(_SHORTCUT, link.name)
-    }
-    channels = [link.takes for link in links if link.name in kernels and kernels[link.name].groups == 1]
-    images = next((usual for usual in (3, 1) if usual in channels), channels[0] if channels else 0)
-    starts: dict[str, int] = {}  # a module → what comes in: the output of the layer before its first
-    inputs: dict[str, set[int]] = defaultdict(set)  # a block → what its dense layers take, so far
-    found: dict[str, tuple[int, str]] = {}
-    certain: set[str] = set()  # layers that take what the last one gives
-    before = 0  # what the last layer gives
-    for link in links:
-        kernel, few, filters = kernels.get(link.name), link.takes, link.gives
-        around = ["", *reversed(_prefixes(link.name))]  # from the file to the layer itself
-        for prefix in around:
-            starts.setdefault(prefix, before)
-        if few == before:
-            certain.add(link.name)
-        elif kernel and kernel.groups == filters > 1 == kernel.shape[1]:
-            expands = (link.block, filters) in widened and not _says(_DOWNWARD, link.name)
-            if filters in (2 * before, 4 * before) and filters != starts[link.block] and not expands:
-                found[link.name] = filters, PERHAPS_MULTIPLIED
-        elif (
-            kernel
-            and kernel.groups == 1
-            and (few != images or (filters == before and starts[link.block]))
-            and not (kernel.transposed or link.inner or (link.block, few) in squeezed)
-        ):
-            wide, groups = not kernel.pointwise, _divided(before, link)
-            outer = around[max(around.index(link.block) - 1, 0)] if wide or groups else ""
-            known = few == starts[link.block] or few in inputs[link.block]
-            near = known or nearby[outer][few] > (few == filters)  # given by others than itself
-            keeps = groups > 0 and filters == before and min(kernel.taps) > 1
-            elsewhere = any(_divided(many, link) for many in (starts[link.block], *nearby[link.block]))
-            if keeps and not near and few not in (1, images) and not _says(_SPLIT, link.name):
-                found[link.name] = groups, ""
-            elif (
-                (not near and (groups or elsewhere))
-                or (wide and groups and (keeps or (not known and (filters > before or few not in nearby[""]))))
-                or (wide and any(map(_GROUPED.fullmatch, _words(link.name.rpartition(".")[0].rpartition(".")[2]))))
-            ):
-                found[link.name] = 1, PERHAPS_GROUPED
-        if link.name not in found and not link.inner:
-            inputs[link.block].add(few)
-        parallel = takers[link.block, few] > 1 and "downsample" in link.name
-        if not (link.inner or parallel or _says(_SHORTCUT, link.name) or (link.block, few) in squeezed):
-            before = filters
-    alike = {(link.block, kernels[link.name].shape[:2]) for link in links if link.name in found}
-    for link in links:  # parallel layers, such as the 1×1 beside the 3×3 of a RepVGG block
-        if link.name in kernels.keys() - certain and (link.block, kernels[link.name].shape[:2]) in alike:
-            found.setdefault(link.name, (kernels[link.name].groups, PERHAPS_GROUPED))
-    return found
-
-
-def _divided(many: int, link: _Link) -> int:
-    """Return the number of groups in which a layer takes `many` channels, 0 if it cannot."""
-    groups = many // link.takes
-    return groups if groups > 1 and many % link.takes == 0 == link.gives % groups else 0
-
-
-def _says(pattern: re.Pattern[str], name: str) -> bool:
-    """Return whether a part of a layer's name is of a kind."""
-    return any(map(pattern.fullmatch, _layer_parts(name)))
-
-
-@cache
-def _prefixes(name: str) -> tuple[str, ...]:
-    """Return the modules around a tensor, the innermost first."""
-    outer = name[: max(name.rfind("."), name.rfind("/"), 0)]
-    return (outer, *_prefixes(outer)) if outer else ()
-
-
-def _mark_squeezes(links: Sequence[_Link], kernels: Mapping[str, Kernel]) -> list[_Link]:
-    """Mark the narrow layer of a squeeze, wide → narrow → wide: its output reaches only its partner."""
-    marked = list(links)
-    for place, (one, two) in enumerate(pairwise(links)):
-        pointwise = all(link.name not in kernels or kernels[link.name].pointwise for link in (one, two))
-        if not pointwise or one.block != two.block or (one.gives, one.takes) != (two.takes, two.gives):
-            continue
-        named = any(map(_SQUEEZE.fullmatch, _parts(one.block)[-1:]))
-        if one.gives < one.takes:
-            marked[place] = _Link(one.name, one.gives, one.takes, one.block, inner=True)
-        elif named and two.gives < two.takes:
-            marked[place + 1] = _Link(two.name, two.gives, two.takes, two.block, inner=True)
-    return marked
-
-
-def _depthwise(usable: Shapes, patterns: Patterns) -> list[str]:
-    """Return the tensors that are taken for depthwise kernels, decided for each number of axes.
-
-    A pattern that leaves one out says nothing about the others, so it does not count here.
-    """
-    single = {name: shape for name, shape in usable.items() if shape[1] == 1}
-    evidence = Counter(
-        len(shape)
-        for name, shape in single.items()
-        if shape[0] > 1 and prod(shape) > shape[0]
-        if not says_transposed(name) and not matches([name], patterns.transposed)
-    )
-    return [name for name, shape in single.items() if evidence[len(shape)] > 1]
-
-
 def _evidence_against(candidates: Infos) -> dict[str, str]:
     """Return the tensors that are taken for kernels only on request: name → the first evidence against them."""
     reasons = non_model_tensors(candidates)
-    usual = {_weight_word(name) for name, info in candidates.items() if info.shape[1] > 1} - {None}
+    usual = {weight_word(name) for name, info in candidates.items() if info.shape[1] > 1} - {None}
     for name, info in candidates.items():
-        parts, is_single_channel = _parts(name), info.shape[1] == 1 < info.shape[0]
+        parts, is_single_channel = name_parts(name), info.shape[1] == 1 < info.shape[0]
         if name in reasons:
             continue
         if any(map(_UPDATE.fullmatch, parts)):
             reasons[name] = "a factor of an adapter's update (LoRA, LoKr and others), not a kernel"
-        elif not _weight_word(name) and any(map(_NO_KERNEL.fullmatch, _words(parts[-1]))):
+        elif not weight_word(name) and any(map(_NO_KERNEL.fullmatch, part_words(parts[-1]))):
             reasons[name] = "named like a statistic, a mask, a gain or an embedding, not a kernel"
         elif is_single_channel and prod(info.shape[2:]) == 1:
             reasons[name] = "one value per filter: a gain or a statistic, or a depthwise 1×1 layer"
-        elif is_single_channel and any(_FIXED.fullmatch(word) for part in parts for word in _words(part)):
+        elif is_single_channel and any(_FIXED.fullmatch(word) for part in parts for word in part_words(part)):
             reasons[name] = "one channel, and named like a filter that no training changes"
-        elif is_single_channel and usual and _weight_word(name) not in usual:
+        elif is_single_channel and usual and weight_word(name) not in usual:
             reasons[name] = "one channel, and not named as other kernels are: a filter that no training changes"
     return reasons
 
@@ -445,7 +313,7 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
 
 def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:
     """Return the layout that a kernel's bias, name and shape speak for, None where they do not tell."""
-    if len(shape) == 3 and shape[0] in _SPARSE and _parts(name)[-1] == "kernel":
+    if len(shape) == 3 and shape[0] in _SPARSE and name_parts(name)[-1] == "kernel":
         return None
     first, last, axes = shape[0], shape[-1], len(shape) - 2
     bias = tensors.get(_bias_of(name))
@@ -465,49 +333,32 @@ def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:
     return "torch" if prod(taps) > 1 and max(taps) <= 31 else None
 
 
-def says_transposed(name: str) -> bool:
-    """Return whether a name is one that transposed convolutions often have: `deconv1.weight`, `up.0.weight`."""
-    layers = [part.lower() for part in _parts(name) if not _WEIGHT.fullmatch(part.lower())]
-    own = next((part for part in reversed(layers) if not part.isdecimal()), "")
-    return any(_TRANSPOSED.search(part) for part in layers) or _UPWARD.fullmatch(own) is not None
+def says_transposed(name: str, taps: Sequence[int]) -> bool:
+    """Return whether a name is one that transposed convolutions often have: `deconv1.weight`, `up.0.weight`.
+
+    Inside a module that goes up a layer is so if its kernels are even; odd ones, behind an interpolation, are usual.
+    """
+    layers = [part.lower() for part in name_parts(name) if not WEIGHT.fullmatch(part.lower())]
+    named = [part for part in layers if not part.isdecimal()]
+    going_up = named if set(taps) <= {2, 4, 8, 16, 32} else named[-1:]
+    return any(map(_TRANSPOSED.search, layers)) or any(map(_UPWARD.fullmatch, going_up))
 
 
 def is_optimizer_state(name: str) -> bool:
     """Return whether a tensor or a container of this name, `a.b.c`, belongs to an optimizer."""
-    return bool(_OPTIMIZER.search(name) or _MOMENTS.search(name) or _parts(name)[-1] in _LAST)
+    return bool(_OPTIMIZER.search(name) or _MOMENTS.search(name) or name_parts(name)[-1] in _LAST)
 
 
 def is_averaged(name: str) -> bool:
     """Return whether a part of a name is one that averaged copies of a network have, such as `model_ema`."""
-    return any(map(_says_average, _parts(name)))
+    return any(map(_says_average, name_parts(name)))
 
 
 def _says_average(part: str) -> bool:
-    words = set(_words(part))
+    words = set(part_words(part))
     others = words - _COPIES - _RELATED
     named = others <= _NETWORK
     return bool(words & _AVERAGES or (words & _COPIES and named) or (words & _RELATED and others and named))
-
-
-def _weight_word(name: str) -> str | None:
-    """Return the word that ends a name as those of layers' weights do, None for any other name."""
-    words = _words(_parts(name)[-1])
-    return words[-1] if words and _WEIGHT.fullmatch(words[-1]) else None
-
-
-def _layer_parts(name: str) -> list[str]:
-    """Return the parts of a name that name layers: neither numbers nor the weight's own."""
-    return [part for part in _parts(name)[:-1] if not part.isdecimal()]
-
-
-def _parts(name: str) -> list[str]:
-    return re.split(r"[./]", name)
-
-
-@cache
-def _words(part: str) -> tuple[str, ...]:
-    """Return the words of a part, in small letters."""
-    return tuple(word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", part))
 
 
 def guess_warnings(selection: Selection, kernels: Mapping[str, Kernel], doubts: Mapping[str, str]) -> list[str]:
@@ -515,26 +366,18 @@ def guess_warnings(selection: Selection, kernels: Mapping[str, Kernel], doubts: 
 
     kernels: every usable tensor as it is taken, by name; doubts: name → which.
     """
-    of_groups = dict.fromkeys((PERHAPS_MULTIPLIED, PERHAPS_GROUPED), "`groups` or `arch` sets the number of groups")
+    of_groups = dict.fromkeys(
+        (PERHAPS_MULTIPLIED, PERHAPS_GROUPED, PERHAPS_FIRST), "`groups` or `arch` sets the number of groups"
+    )
     transposed = (NAMED_TRANSPOSED, PERHAPS_TRANSPOSED, PERHAPS_EVEN)
     advice = dict.fromkeys(transposed, "if so, use `transposed` or `arch`") | of_groups
     left_out = {entry.name for entry in selection.skipped if not entry.reason.startswith("depthwise")}
     selection.doubts = {name: doubt for name, doubt in doubts.items() if name not in left_out}
-    lines = [
+    return [
         f"{doubt}: {_listed(doubted)}; {what}"
         for doubt, what in advice.items()
         if (doubted := [kernels[name] for name, found in selection.doubts.items() if found == doubt])
     ]
-    guessed = [kernel for kernel in selection.kernels if kernel.assumed and not kernel.transposed]
-    given = {kernel.filters for kernel in kernels.values()}
-    depthwise = {name for name, kernel in kernels.items() if kernel.shape[1] == 1 and kernel.groups == kernel.shape[0]}
-    first = [kernel for kernel in selection.skipped if kernel.name in depthwise][:1]
-    if first and guessed and {kernel.channels for kernel in guessed} <= given:
-        lines.append(
-            f"{first[0].name} {list(first[0].shape)} is taken for depthwise, but no other layer takes the images: "
-            f"perhaps it is the first layer; if so, use `groups` '{first[0].name}=1' or `arch`"
-        )
-    return lines
 
 
 def _listed(kernels: Sequence[Kernel]) -> str:
@@ -566,12 +409,12 @@ def _copies(averaged: Shapes, own: Shapes) -> Iterator[str]:
     """
     ends: dict[str, dict[str, str]] = defaultdict(dict)  # the end of a name, joined → what stands before → the name
     for name in own:
-        parts = _parts(name)
+        parts = name_parts(name)
         for place in range(len(parts)):
             ends[_joined(parts[place:])].setdefault(_joined(parts[:place]), name)
     groups: dict[str, dict[str, set[str]]] = defaultdict(dict)  # prefix → tensor → prefixes of its originals
     for name, shape in averaged.items():
-        parts = _parts(name)
+        parts = name_parts(name)
         place = next(number for number, part in enumerate(parts, 1) if _says_average(part))
         rest, originals = parts[place:], groups[".".join(parts[:place])].setdefault(name, set())
         if not rest:  # c.weight.ema or c.weight_ema, copies of c.weight

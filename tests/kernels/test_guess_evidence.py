@@ -91,6 +91,56 @@ def test_depthwise_layers_of_several_filters_per_channel_are_doubted() -> None:
     assert list(selection(shapes).doubts) == ["c.dw.weight"]
 
 
+OF_ONE_CHANNEL: dict[str, tuple[Shapes, set[str], set[str]]] = {  # layers, those that take images, those in doubt
+    "gray images": ({"a.0": (16, 1, 3, 3), "a.1": (16, 1, 3, 3), "a.2": (32, 16, 1, 1)}, {"a.0"}, set()),
+    "alone": ({"stem": (32, 3, 3, 3), "c": (32, 1, 3, 3), "pw": (64, 32, 1, 1)}, set(), set()),
+    "a mask beside images": ({"s": (16, 3, 3, 3), "m.0": (4, 1, 2, 2), "m.1": (16, 4, 2, 2)}, {"m.0"}, set()),
+    "a second network": ({"d": (1, 8, 7), "e.0": (8, 1, 7), "e.1": (16, 8, 7)}, {"e.0"}, set()),
+    "one of many": ({"s": (8, 3, 3, 3), "b.0.c": (8, 1, 4, 4), "b.1.c": (8, 1, 4, 4)}, set(), set()),
+    "a prompt": ({"s": (8, 3, 3, 3), "p.c1": (8, 1, 3, 3), "p.c2": (8, 8, 3, 3)}, set(), {"p.c1"}),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ONE_CHANNEL)
+def test_what_comes_in_tells_depthwise_layers_from_first_ones(kind: str) -> None:
+    shapes, first, doubted = OF_ONE_CHANNEL[kind]
+    found = selection({f"{name}.weight": shape for name, shape in shapes.items()})
+    one = {kernel.name for kernel in found.kernels if kernel.shape[1] == 1 and kernel.groups == 1}
+    assert one == {f"{name}.weight" for name in first}
+    assert set(found.doubts) == {f"{name}.weight" for name in doubted}
+
+
+@pytest.mark.parametrize("name", ["upsample.0.0.conv", "upscale_block.block.0.conv1", "fpn1.0"])
+def test_square_layers_of_even_kernels_are_doubted(name: str) -> None:
+    shapes: Shapes = {"a.weight": (8, 3, 3, 3), f"{name}.weight": (16, 16, 2, 2), "z.weight": (4, 16, 1, 1)}
+    assert "transposed" in selection(shapes).doubts[f"{name}.weight"]
+    ordinary = {key.replace(name, "feature_extractor.conv_layers.5"): shape for key, shape in shapes.items()}
+    assert not selection(ordinary).doubts
+
+
+def test_parallel_layers_of_one_shape_are_not_taken_for_transposed() -> None:
+    shapes: Shapes = {"s.weight": (64, 3, 3, 3), "p.main.weight": (128, 64, 3, 3), "p.high.weight": (128, 64, 3, 1)}
+    shapes |= {"p.wide.weight": (128, 64, 1, 3), "q.weight": (10, 128, 1, 1)}
+    assert not selection(shapes).doubts
+
+
+def test_an_embedding_gives_its_second_axis() -> None:
+    shapes: Shapes = {"word_embeddings.weight": (1000, 64), "l.query.weight": (64, 16, 1), "l.key.weight": (64, 16, 1)}
+    assert set(selection(shapes).doubts) == {"l.query.weight", "l.key.weight"}
+
+
+def test_a_shortcut_of_the_same_block_proves_a_layer_dense() -> None:
+    shapes: Shapes = {"s.weight": (32, 3, 3, 3), "a.weight": (64, 32, 3, 3), "b.conv1.weight": (64, 32, 3, 3)}
+    found = selection(shapes | {"b.conv2.weight": (64, 64, 3, 3), "b.nin_shortcut.weight": (64, 32, 1, 1)})
+    assert not found.doubts
+    assert {kernel.groups for kernel in found.kernels} == {1}
+
+
+def test_parameters_of_three_axes_outside_layers_are_no_kernels() -> None:
+    shapes: Shapes = {"m.dt_proj_weight": (2, 64, 32), "m.gate_weight": (4, 32, 32), "m.conv.weight": (64, 8, 3)}
+    assert list(select(shapes)) == ["m.conv.weight"]
+
+
 FOREIGN: dict[str, tuple[Shapes, dict[str, str], str]] = {
     "flax": ({"conv.kernel": (3, 3, 16, 32)}, {"format": "flax"}, "hwio"),
     "keras": ({"conv/kernel": (3, 3, 16, 32)}, {}, "hwio"),
