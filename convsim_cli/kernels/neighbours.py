@@ -136,7 +136,7 @@ class _Walk:
         first = channels[0] if channels and links[0].name in kernels else 0
         self.images = next((usual for usual in (3, 1) if usual in channels), first)
         self.of_one = Counter(len(kernel.shape) for kernel in kernels.values() if _is_of_one_channel(kernel))
-        self.alike = Counter(_pattern(name) for name in kernels)
+        self.alike = Counter(_pattern(name) for name, kernel in kernels.items() if _is_of_one_channel(kernel))
         self.starts: dict[str, int] = {}  # a module → what comes in: the output of the layer before its first
         self.inputs: dict[str, set[int]] = defaultdict(set)  # a block → what its dense layers take, so far
         self.wide = {name for name, kernel in kernels.items() if not kernel.pointwise}
@@ -186,8 +186,11 @@ class _Walk:
         named = any(map(_GROUPED.fullmatch, _own_words(link.name)))
         repeated = self.alike[_pattern(link.name)] > 1  # images come in once
         wanted = max(following.takes, following.gives if following.takes == 1 else 0) if following else 0
+        if before <= 1 and wanted == filters and self.images != 3:
+            return None
+        inside = following is not None and following.block.startswith(link.block) and following.takes > 1
+        wide = inside and following is not None and following.name in self.wide
         if filters in (before, *(self.starts[prefix] for prefix in around)):
-            wide = following is not None and following.block.startswith(link.block) and following.name in self.wide
             uncertain = self.opening[link.block] == link.name and (wide if wanted == filters else not repeated)
             return filters, PERHAPS_FIRST if uncertain and not (named or downward) else ""
         multiple = filters in (2 * before, 4 * before) and before > 1
@@ -196,10 +199,9 @@ class _Walk:
             return filters, PERHAPS_MULTIPLIED
         if named or seen:
             return filters, "" if named or repeated else PERHAPS_FIRST
-        if before <= 1 and wanted == filters and self.images != 3:
-            return None
         if self.of_one[len(kernel.shape)] > 1:
-            return filters, PERHAPS_FIRST if wanted == filters or not repeated else ""
+            strange = wide or filters not in self.seen[""]
+            return filters, PERHAPS_FIRST if (wanted == filters and strange) or not repeated else ""
         return None if before <= 1 or wanted == filters else (1, PERHAPS_FIRST)
 
     def _grouping(self, link: _Link, kernel: Kernel, around: Sequence[str]) -> tuple[int, str] | None:

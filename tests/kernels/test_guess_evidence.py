@@ -96,7 +96,7 @@ OF_ONE_CHANNEL: dict[str, tuple[Shapes, set[str], set[str]]] = {  # layers, thos
     "alone": ({"stem": (32, 3, 3, 3), "c": (32, 1, 3, 3), "pw": (64, 32, 1, 1)}, set(), set()),
     "a mask beside images": ({"s": (16, 3, 3, 3), "m.0": (4, 1, 2, 2), "m.1": (16, 4, 2, 2)}, {"m.0"}, set()),
     "a second network": ({"d": (1, 8, 7), "e.0": (8, 1, 7), "e.1": (16, 8, 7)}, {"e.0"}, set()),
-    "one of many": ({"s": (8, 3, 3, 3), "b.0.c": (8, 1, 4, 4), "b.1.c": (8, 1, 4, 4)}, set(), set()),
+    "one of many": ({"a": (8, 3, 3, 3), "b.0.c": (8, 1, 4, 4), "b.1.c": (8, 1, 4, 4)}, set(), set()),
     "a prompt": ({"s": (8, 3, 3, 3), "p.c1": (8, 1, 3, 3), "p.c2": (8, 8, 3, 3)}, set(), {"p.c1"}),
 }
 
