@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import platform
 import random
@@ -183,3 +184,20 @@ def deferred_interrupt() -> Iterator[None]:
 def unreported(_: str, __: int) -> AbstractContextManager[Advance]:
     """Do nothing: the default `Progress`."""
     return nullcontext(lambda _: None)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises OSError, and ValueError for damage."""
+    try:
+        with open_regular(path) as file:
+            return json.loads(file.read(), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)} is there twice")
+    return content

@@ -186,7 +186,7 @@ class _Walk:
         named = any(map(_GROUPED.fullmatch, _own_words(link.name)))
         repeated = self.alike[_pattern(link.name)] > 1  # images come in once
         wanted = max(following.takes, following.gives if following.takes == 1 else 0) if following else 0
-        if before <= 1 and wanted == filters and self.images != 3:
+        if before <= 1 and wanted == filters and self.images != 3 and not named:
             return None
         inside = following is not None and following.block.startswith(link.block) and following.takes > 1
         wide = inside and following is not None and following.name in self.wide

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from convsim_cli.device import read_json
 from convsim_cli.errors import InputError, brief
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.architectures import find_network, names_code
@@ -34,7 +35,6 @@ from convsim_cli.training.run import (
     locked,
     make_folder,
     open_run,
-    read_json,
     train_command,
     train_run,
     write_json,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.atomic import check_regular, replace_file
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
-from convsim_cli.device import Progress, open_regular, seed_generators, unreported
+from convsim_cli.device import Progress, open_regular, read_json, seed_generators, unreported
 from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, to_install
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
@@ -577,23 +577,6 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 def _refuse_read_only(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: is read-only; allow writing there, or copy it elsewhere and resume the copy")
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises OSError, and ValueError for damage."""
-    try:
-        with open_regular(path) as file:
-            return json.loads(file.read(), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)} is there twice")
-    return content
 
 
 def make_folder(path: Path) -> None:
