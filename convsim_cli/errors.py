@@ -61,9 +61,11 @@ class ConvsimWarning(UserWarning):
 
 
 def brief(error: BaseException) -> str:
-    """Return what an error says, in one short line; the name of its type where it says nothing."""
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    """Return what an error says, in one short line; with the name of its type where it says one word or nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = " ".join(str(error).split())[:200]
+    return said if " " in said else ": ".join(filter(None, (type(error).__name__, said)))
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

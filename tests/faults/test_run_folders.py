@@ -425,7 +425,7 @@ class Odd(nn.Module):
         ("frozen", "its logits depend on no parameter that can be trained"),
         ("meta", "has parameters on the device meta, without values"),
         ("extra", "its state_dict holds a dict, extra; expected tensors alone"),
-        ("exits", r"does not run on images \[1, 3, 32, 32\] of digits \(3\)"),
+        ("exits", r"does not run on images \[1, 3, 32, 32\] of digits \(SystemExit: 3\)"),
         ("asserts", r"does not run on images \[1, 3, 32, 32\] of digits \(AssertionError\)"),
     ],
 )
