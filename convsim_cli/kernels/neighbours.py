@@ -29,7 +29,7 @@ _SQUEEZE = re.compile(r"(?i)(.*_)?(se|squeeze\w*|excit\w*|attn|attention|ca|gate
 _DOWNWARD = re.compile(r"(?i)(.*_)?(sr|down\w*|reduc\w*|patch\w*|pool\w*|stem|embed\w*|proj\w*|merg\w*)(_.*|\d*)")
 _ENCODING = re.compile(r"(?i)(.*_)?(encoder|subsampl\w*|extractor)(_.*|\d*)")
 _SHORTCUT = re.compile(r"(?i)(.*_)?shortcut\d*|skip\w*|identity|residual|project")  # beside other layers of its block
-_GROUPED = re.compile(r"dw|depthwise|grouped|group|grp")  # a word in a layer's own part
+_GROUPED = re.compile(r"(conv)?(dw|depthwise|grouped?|grp)(conv)?\d*")  # a word in a layer's own part
 _SPLIT = re.compile(r"(?i)paths?\d*|branch(es)?\d*|splits?\d*")  # a part of layers that may share out their input
 _TABLE = re.compile(r"emb|embeds?|embeddings?|wte|wpe")  # a word in the own part of a table: its second axis goes on
 
@@ -187,7 +187,7 @@ class _Walk:
         repeated = self.alike[_pattern(link.name)] > 1  # images come in once
         wanted = max(following.takes, following.gives if following.takes == 1 else 0) if following else 0
         if before <= 1 and wanted == filters and self.images != 3 and not named:
-            return None
+            return (filters, PERHAPS_FIRST) if filters in self.seen[""] else None
         inside = following is not None and following.block.startswith(link.block) and following.takes > 1
         wide = inside and following is not None and following.name in self.wide
         if filters in (before, *(self.starts[prefix] for prefix in around)):
@@ -209,7 +209,9 @@ class _Walk:
         few, filters, before, start = link.takes, link.gives, self.before, self.starts[link.block]
         if link.inner or (link.block, few) in self.squeezed | self.beside:
             return None
-        if few == self.images and (_says(_DOWNWARD, link.name) or filters != before or not start):
+        if few == self.images and (
+            _says(_DOWNWARD, link.name) or filters not in self.seen[link.block] | {before} or not start
+        ):
             return None
         wide, groups = not kernel.pointwise, _divided(before, link)
         outer = around[max(around.index(link.block) - 1, 0)] if wide or groups else ""
