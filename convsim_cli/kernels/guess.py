@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from math import prod
 
 from convsim_cli.errors import InputError
@@ -40,6 +41,7 @@ from convsim_cli.kernels.neighbours import (
 MOST_HEAD_TAPS = 16  # of a 3-D projection in attention
 MOST_TAPS = 1024  # of a 3-D tensor that is taken for a kernel; the stacked experts of a mixture have more
 NAMED = 3  # layers in a warning
+LEAST_WIDTH = 8  # channels between two sparse convolutions; a Conv1d kernel has fewer taps
 WIDEST = 11  # taps along an axis of the kernels of another layout
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts that wrappers add
 
@@ -182,8 +184,6 @@ def _of_other_axes(usable: Shapes) -> dict[str, str]:
         heads = shape[2] > MOST_HEAD_TAPS and matrix
         if len(shape) == 3 and (not weight_word(name) or heads or any(map(_NO_CONV1D.fullmatch, name_parts(name)))):
             found[name] = "3-D, perhaps stacked matrices of experts or heads: taken for a kernel only by `include`"
-        elif len(shape) == 3 and shape[0] in _SPARSE and name_parts(name)[-1] == "kernel":
-            found[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, which has lost its axes"
         elif len(shape) == 5 or (len(shape) == 3 and (images or shape[2] > MOST_TAPS)):
             found[name] = f"{len(shape)}-D: taken for a kernel only by `include` '*'"
     return found
@@ -271,12 +271,15 @@ def _evidence_against(candidates: Infos) -> dict[str, str]:
     """Return the tensors that are taken for kernels only on request: name → the first evidence against them."""
     reasons = non_model_tensors(candidates)
     usual = {weight_word(name) for name, info in candidates.items() if info.shape[1] > 1} - {None}
+    sparse = _sparse_kernels({name: info.shape for name, info in candidates.items()})
     for name, info in candidates.items():
         parts, is_single_channel = name_parts(name), info.shape[1] == 1 < info.shape[0]
         if name in reasons:
             continue
         if any(map(_UPDATE.fullmatch, parts)):
             reasons[name] = "a factor of an adapter's update (LoRA, LoKr and others), not a kernel"
+        elif name in sparse:
+            reasons[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, which has lost its axes"
         elif not weight_word(name) and any(map(_NO_KERNEL.fullmatch, part_words(parts[-1]))):
             reasons[name] = "named like a statistic, a mask, a gain or an embedding, not a kernel"
         elif is_single_channel and prod(info.shape[2:]) == 1:
@@ -286,6 +289,19 @@ def _evidence_against(candidates: Infos) -> dict[str, str]:
         elif is_single_channel and usual and weight_word(name) not in usual:
             reasons[name] = "one channel, and not named as other kernels are: a filter that no training changes"
     return reasons
+
+
+def _sparse_kernels(shapes: Shapes) -> set[str]:
+    """Return the 3-D tensors that are like kernels `[taps, in, out]` of 3-D sparse convolutions.
+
+    By the word kernel, or by a neighbor: one gives as its last axis what the next takes as its second.
+    """
+    like = {name: shape for name, shape in shapes.items() if len(shape) == 3 and shape[0] in _SPARSE}
+    found = {name for name in like if name_parts(name)[-1] == "kernel"}
+    for (name, (taps, _, gives)), (other, (_, takes, _)) in pairwise(like.items()):
+        if gives == takes != taps and takes >= LEAST_WIDTH:
+            found |= {name, other}
+    return found
 
 
 def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -313,8 +329,6 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
 
 def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:
     """Return the layout that a kernel's bias, name and shape speak for, None where they do not tell."""
-    if len(shape) == 3 and shape[0] in _SPARSE and name_parts(name)[-1] == "kernel":
-        return None
     first, last, axes = shape[0], shape[-1], len(shape) - 2
     bias = tensors.get(_bias_of(name))
     if bias is not None and bias.shape == (last,) and first != last != shape[1]:

@@ -201,6 +201,10 @@ SKIPPED: dict[str, tuple[Shapes, str]] = {
     "a bank of any name": ({"experts_w.weight": (8, 1152), "experts_w.bias": (8, 16)}, "bank of flattened kernels"),
     "locally connected": ({"local.weight": (1, 8, 4, 14, 14, 9)}, "locally connected"),
     "Minkowski": ({"sparse.kernel": (27, 16, 32)}, "sparse convolution"),
+    "flattened": (
+        {"s.0.weight": (27, 4, 16), "s.1.weight": (8, 16, 32), "s.2.weight": (8, 32, 16)},
+        "sparse convolution",
+    ),
     "spconv": ({"sparse.weight": (32, 3, 3, 3, 16)}, "another framework"),
     "LoRA": ({"c.lora_A.default.weight": (4, 16, 3, 3)}, "adapter"),
     "kohya": ({"lora_unet_c.lora_down.weight": (4, 16, 3, 3), "lora_unet_c.lora_mid.weight": (4, 4, 3, 3)}, "adapter"),
