@@ -18,9 +18,9 @@ This page is the architecture. A module imports only from its own line and the l
     inputs/             images in memory; data sets and folders by name
     networks/           networks by name, checkpoints loaded into them, what they run on, their accuracy
     checkpoint_init, checkpoint_measure   two library calls, which the commands `init` and `measure` show
-    training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `data`, `distributed`,
+    training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `distributed`,
                         `comparison`
-    reproduction/       the paper's numbers, numerical tables, trained experiments, and campaigns of runs
+    reproduction/       the paper's numbers, numerical tables, and trained experiments
     plots               figures
     cli/                one module per command; `options` and `console` are shared
 
@@ -36,7 +36,7 @@ What happens in a command, in order:
   the kernels (training/prepare), trains epoch by epoch (training/trainer), saves when due, and writes the summary.
   `--resume` enters at launch.open_to_resume and continues from `state.pt`.
 - `compare`, `plot`: training/comparison reads folders of runs and groups them by seed → the table, or plots.
-- `reproduce`: reproduction/numerical, or reproduction/experiments plans runs and reproduction/campaign trains them.
+- `reproduce`: reproduction/numerical, or reproduction/experiments, which plans runs and trains them.
 
 Where a change goes: a method, its function in closed_forms or objectives.OBJECTIVES and its entry in methods.METHODS;
 an option of init or measure, settings; of training, or a mode, training/config; a figure, figures.FIGURES and

@@ -31,8 +31,7 @@ from convsim_cli.training.config import Arguments
 
 if TYPE_CHECKING:
     from convsim_cli.inputs.images import Dataset
-    from convsim_cli.reproduction.campaign import Outcome
-    from convsim_cli.reproduction.experiments import Choices
+    from convsim_cli.reproduction.experiments import Choices, Outcome
     from convsim_cli.training.run import Run
 
 
@@ -170,8 +169,7 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
 
 def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.device import keep_freed_memory
-    from convsim_cli.reproduction.campaign import CampaignCallbacks
-    from convsim_cli.reproduction.experiments import find_experiment, run_experiment
+    from convsim_cli.reproduction.experiments import CampaignCallbacks, find_experiment, run_experiment
     from convsim_cli.training.run import write_json
 
     experiment = find_experiment(name)

@@ -9,10 +9,10 @@ import torch
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.images import Dataset, Split
 from convsim_cli.reproduction import published as paper
-from convsim_cli.reproduction.campaign import Outcome
 from convsim_cli.reproduction.experiments import (
     EXPERIMENTS,
     Choices,
+    Outcome,
     find_experiment,
     plan_cells,
     reductions,

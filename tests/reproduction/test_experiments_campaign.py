@@ -10,8 +10,8 @@ import pytest
 from convsim_cli.errors import BusyError, InputError
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.reproduction import campaign
-from convsim_cli.reproduction.campaign import CampaignCallbacks, Job, Outcome, epochs_left, run_all
+from convsim_cli.reproduction import experiments
+from convsim_cli.reproduction.experiments import CampaignCallbacks, Job, Outcome, epochs_left, run_all
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run, find_run
 from convsim_cli.training.run import RunCallbacks, epochs_done, open_run, read_results, train_run
@@ -113,7 +113,7 @@ def test_an_interrupted_campaign_resumes_where_it_stopped(tmp_path: Path, digits
 def test_runs_of_another_process_are_left_for_last_and_waited_for(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(campaign, "POLL", 0.0)
+    monkeypatch.setattr(experiments, "POLL", 0.0)
     refusals = iter([True, True, False])
 
     def busy_twice(run: Any, *rest: Any) -> Any:
@@ -121,7 +121,7 @@ def test_runs_of_another_process_are_left_for_last_and_waited_for(
             raise BusyError("another process")
         return train_run(run, *rest)
 
-    monkeypatch.setattr(campaign, "train_run", busy_twice)
+    monkeypatch.setattr(experiments, "train_run", busy_twice)
     notes = Notes()
     outcomes = run_all(JOBS, tmp_path, digits, notes.report)
     assert notes.said == [(2, 0), "init", "waiting for base", "base"]
