@@ -66,8 +66,8 @@ def reestimate_statistics(
     """Replace the running statistics of a network's batch-norm layers, in place, by those of the given batches.
 
     batches: inputs of the network `[B, C, …]`, on its device. Each layer's mean and unbiased variance become averages
-    over batches, weighted by their number of values. layers: the layers to re-estimate, all that keep statistics for
-    None. Without such layers, the batches are not used.
+    over batches, weighted by their number of values. layers: the layers to re-estimate; by default, all that keep
+    statistics. If there are none, the batches are not read.
 
     Nothing else in the network changes (`side_effect_free`): `num_batches_tracked` keeps counting training batches. A
     layer that sees a single value per channel, or is never called, keeps its statistics; so do all after an exception.

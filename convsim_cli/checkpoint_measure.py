@@ -137,7 +137,7 @@ def _measure(
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.path}:")
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
-        return_freed_memory()  # slower, but such layers then need half the memory
+        return_freed_memory()  # slower, but layers this wide then need half the memory
     if source.model is None:
         _measure_layers(report, source, options, device, progress)
     else:

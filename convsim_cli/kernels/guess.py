@@ -307,7 +307,7 @@ def _sparse_kernels(shapes: Shapes) -> set[str]:
 def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the tensors that are stored like another framework's kernels: name → reason.
 
-    Raises InputError where the metadata, or most of the kernels, say so.
+    Raises InputError if the metadata, or most of the kernels, are those of another framework.
     """
     marks = [(key, _FRAMEWORKS[text.lower()]) for key, text in metadata.items() if text.lower() in _FRAMEWORKS]
     looks = {name: _layout_of(name, shape, tensors) for name, shape in usable.items()}
@@ -318,7 +318,7 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
         why = f" (metadata {marks[0][0]}: {metadata[marks[0][0]]})" if marks else ""
         order = {"hwio": "[taps, in, out]", "ohwi": "[out, taps, in]"}[layout]
         raise InputError(
-            f"{name} {list(tensors[name].shape)}: the file's kernels look stored as {order}{why}; say so by `layout` "
+            f"{name} {list(tensors[name].shape)}: the file's kernels look stored as {order}{why}; use `layout` "
             f"{layout}, or `layout` torch if they are [out, in, taps]"
         )
     return {

@@ -337,7 +337,7 @@ class LocallyConnected(nn.Module):
         self.weights = nn.Parameter(torch.randn(1, 8, 3, 4, 4, 9))
 
 
-def test_transformers_and_gains_per_channel_hold_no_kernels_but_convolutions() -> None:
+def test_transformers_hold_no_kernels_but_those_of_convolutions() -> None:
     import timm
 
     with torch.device("meta"):
