@@ -38,6 +38,7 @@ def train_(model: nn.Module, images: Tensor) -> None:
             model.train()(part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
     ("name", "layers"),

@@ -42,6 +42,7 @@ def test_a_counter_or_a_running_mean_that_has_moved_is_evidence() -> None:
     assert not trained(weight=torch.ones(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", FRESH)
 def test_a_fresh_network_does_not_look_trained_even_without_its_batch_norm(arch: str) -> None:
     if arch.startswith("timm:"):

@@ -105,6 +105,7 @@ print(layer["sampled"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 """
 
 
+@pytest.mark.slow
 def test_a_layer_of_21843_filters_takes_less_than_300_mb(tmp_path: Path) -> None:
     weights = {"small": torch.randn(8, 8, 3, 3), "large": torch.randn(21843, 16, 1, 1)}
     save_file(weights, tmp_path / "m.safetensors")

@@ -70,6 +70,7 @@ def test_no_objective_waits(objective: str, preserve_norm: bool, optimizer: str)
     assert not iteration([stack(64, 16, 3, 3), stack(96, 1, 31, 31)], how).waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preserve_norm", [False, True])
 def test_an_iteration_launches_per_shape_not_per_layer(preserve_norm: bool) -> None:
     model, how = real_network("resnet18").to(CUDA), Minimization(preserve_norm=preserve_norm)
@@ -81,6 +82,7 @@ def test_an_iteration_launches_per_shape_not_per_layer(preserve_norm: bool) -> N
     assert trace.launches.total() <= ((HELD if preserve_norm else RAW) - 2) * len(stacks) + 2, trace.launches
 
 
+@pytest.mark.slow
 def test_an_iteration_of_resnet50_takes_72_launches_and_of_1x1_kernels_3() -> None:
     model, how = real_network("torchvision:resnet50").to(CUDA), Minimization()
     layers = [(kernel, weight_of(model, kernel).detach()) for kernel in how.select(module_kernels(model)).kernels]
@@ -89,6 +91,7 @@ def test_an_iteration_of_resnet50_takes_72_launches_and_of_1x1_kernels_3() -> No
     assert iteration([stack(256, 64, 1, 1, count=3)], how).launches.total() - 2 <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preserve_norm", [False, True])
 def test_a_minimization_waits_only_to_read_its_losses(preserve_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descent, "LOOK_EVERY", 8)
@@ -102,6 +105,7 @@ def test_a_minimization_waits_only_to_read_its_losses(preserve_norm: bool, monke
     assert waits[0] <= 3  # one copy, of which two losses are read
 
 
+@pytest.mark.slow
 def test_figures_before_and_after_wait_together_however_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     tables: list[torch.Size] = []  # each is one wait, however many values it has
     monkeypatch.setattr(
@@ -116,6 +120,7 @@ def test_figures_before_and_after_wait_together_however_many_layers(monkeypatch:
         assert trace.waits.total() == 2, trace.waits  # are they finite, before and after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_penaltys_gradient_takes_five_launches_a_layer_and_no_wait(layout: torch.memory_format) -> None:
     model = real_network("resnet18").to(CUDA, memory_format=layout)
@@ -147,6 +152,7 @@ def trainer(count: int, mode: str, **more: object) -> Trainer:
     return Trainer(real_network("cnn1"), data, arguments, CUDA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["baseline", "reg"])
 @pytest.mark.parametrize(
     "more", [{}, {"precision": "tf32"}, {"precision": "bf16", "momentum": 0.9}, {"beta_schedule": "loss"}], ids=str
@@ -168,6 +174,7 @@ def test_training_waits_once_an_epoch_however_many_steps_that_has(
     assert (launches[1] - launches[0]) / 4 <= 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["precise", "running", "batch"])
 def test_evaluation_waits_once_however_many_images_it_has(statistics: str) -> None:
     waits = []

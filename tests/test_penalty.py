@@ -180,6 +180,7 @@ def test_a_model_without_pairs_and_an_unknown_objective_are_refused() -> None:
         ConvSimPenalty(network(), "neighbors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_compiled_model_and_a_compiled_loss_have_the_same_penalty(objective: str) -> None:
     model = network()

@@ -92,6 +92,7 @@ def test_the_epochs_on_an_axis_are_whole(epochs: int) -> None:
         assert set(found) <= {str(epoch) for epoch in range(1, epochs + 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0001, 1.05, 1.5, 3, 9.9, 50, 1e5])
 def test_a_log_scale_has_several_labels_however_little_it_spans(factor: float) -> None:
     rows = [{**row, "train_loss": factor ** (row["epoch"] / 5), "cs": 1.0} for row in HISTORY]

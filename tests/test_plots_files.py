@@ -107,6 +107,7 @@ def test_every_page_of_a_measurement_is_checked_before_it(tmp_path: Path, convsi
     assert [entry.name for entry in tmp_path.iterdir()] == ["x-2.png"]
 
 
+@pytest.mark.slow
 def test_the_commands_draw_pdf_and_svg(tmp_path: Path, convsim: Convsim) -> None:
     convsim("train", *SMALL, "--run-dir", tmp_path, "--name", "a")
     assert convsim("plot", tmp_path / "a", "-o", tmp_path / "x.pdf").code == 0

@@ -77,6 +77,7 @@ def test_third_derivatives_are_right_in_every_mixture_of_modes(name: str) -> Non
         assert_same(outer(middle(inner(objective(name, 1))))(weight), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_autocast_changes_no_derivative(name: str) -> None:
     weight, function = torch.randn(6, 3, 3, 3), objective(name)

@@ -31,6 +31,7 @@ def test_the_librarys_example_runs_as_it_stands() -> None:
     assert len(records) == 2
 
 
+@pytest.mark.slow
 def test_the_example_of_duplicates_gives_the_accuracies_that_are_claimed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_first_and_second_derivatives_pass_torchs_own_checks(taps: tuple[int, ..
     assert torch.autograd.gradgradcheck(lambda w: convolutional_similarity(w, 2), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("count", [2, 20])
 def test_float32_holds_when_one_filter_is_a_million_times_larger(count: int) -> None:
@@ -243,6 +244,7 @@ def test_wrong_input_is_refused_with_what_was_got(weight: Tensor, groups: int, s
         convolutional_similarity(weight, groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "groups"), [((6, 3, 3, 3), 1), ((8, 2, 3, 2), 2), ((5, 4, 11, 11), 1), ((4, 2, 1), 1)]
 )

@@ -64,6 +64,10 @@ def _says(pattern: re.Pattern[str], name: str) -> bool:
     return any(map(pattern.fullmatch, layer_parts(name)))
 
 
+def _says_grouped(name: str) -> bool:
+    return any(map(_GROUPED.fullmatch, _own_words(name)))
+
+
 def _own_words(name: str) -> tuple[str, ...]:
     """Return the words of a layer's own part, and of the one before where that is a wrapped convolution's."""
     own = name_parts(name)[:-1][-2:]
@@ -127,6 +131,7 @@ class _Walk:
             for prefix in ("", *_prefixes(link.name)) if not link.inner else ():
                 self.nearby[prefix][link.gives] += 1
         self.squeezed = {(link.block, link.gives) for link in links if link.inner}
+        self.changing = Counter((link.block, link.gives) for link in links if link.gives != link.takes)
         self.takers = Counter((link.block, link.takes) for link in links)
         beside = [link for link in links if _says(_SHORTCUT, link.name)]
         self.widened = {(link.block, link.gives) for link in links if 1 < link.takes < link.gives} - {
@@ -137,6 +142,9 @@ class _Walk:
         self.images = next((usual for usual in (3, 1) if usual in channels), first)
         self.of_one = Counter(len(kernel.shape) for kernel in kernels.values() if _is_of_one_channel(kernel))
         self.alike = Counter(_pattern(name) for name, kernel in kernels.items() if _is_of_one_channel(kernel))
+        self.places: dict[str, set[str]] = defaultdict(set)  # the pattern of a name → the modules around such layers
+        for link in links:
+            self.places[_pattern(link.name)].add(next(iter(_prefixes(link.name)[1:]), ""))
         self.starts: dict[str, int] = {}  # a module → what comes in: the output of the layer before its first
         self.inputs: dict[str, set[int]] = defaultdict(set)  # a block → what its dense layers take, so far
         self.wide = {name for name, kernel in kernels.items() if not kernel.pointwise}
@@ -144,6 +152,7 @@ class _Walk:
         self.opening: dict[str, str] = {}  # a block → its first layer
         self.seen: dict[str, set[int]] = defaultdict(set)  # a module → what its layers have given or taken, so far
         self.before = 0  # what the last layer gives
+        self.block = self.previous = ""  # the block of the layer, and the one before that
         self.doubted = False  # whether that may be grouped
         self.found: dict[str, tuple[int, str]] = {}
         self.certain: set[str] = set()  # layers that take what the last one gives
@@ -157,11 +166,15 @@ class _Walk:
         for prefix in around:
             self.starts.setdefault(prefix, self.before)
             self.opening.setdefault(prefix, link.name)
+        if link.block != self.block:
+            self.previous, self.block = self.block, link.block
         judged = None
         if kernel and kernel.assumed and _is_of_one_channel(kernel):
             judged = self._of_one_channel(link, kernel, following, around)
         elif link.takes == self.before:
             self.certain.add(link.name)
+            if kernel and link.takes > 1 and link.name in self.wide and _says_grouped(link.name):
+                judged = 1, PERHAPS_GROUPED
         elif kernel and kernel.groups == 1 and not kernel.transposed:
             judged = self._grouping(link, kernel, around)
         self.doubted = judged == (1, PERHAPS_GROUPED)
@@ -183,17 +196,20 @@ class _Walk:
         filters, before = link.gives, self.before
         outer = around[max(around.index(link.block) - 1, 0)]
         seen, downward = filters in self.seen[outer], _says(_DOWNWARD, link.name)
-        named = any(map(_GROUPED.fullmatch, _own_words(link.name)))
+        named = _says_grouped(link.name)
         repeated = self.alike[_pattern(link.name)] > 1  # images come in once
         wanted = max(following.takes, following.gives if following.takes == 1 else 0) if following else 0
         if before <= 1 and wanted == filters and self.images != 3 and not named:
             return (filters, PERHAPS_FIRST) if filters in self.seen[""] else None
-        inside = following is not None and following.block.startswith(link.block) and following.takes > 1
+        once = (following is not None and following.takes > 1) or len(self.places[_pattern(link.name)]) == 1
+        inside = following is not None and following.block.startswith(link.block) and once
         wide = inside and following is not None and following.name in self.wide
         if filters in (before, *(self.starts[prefix] for prefix in around)):
             uncertain = self.opening[link.block] == link.name and (wide if wanted == filters else not repeated)
             return filters, PERHAPS_FIRST if uncertain and not (named or downward) else ""
-        multiple = filters in (2 * before, 4 * before) and before > 1
+        given = self.nearby[self.previous.rpartition(".")[0]][filters]  # near the last block: perhaps its output
+        earlier = set() if given else {before, *self.inputs[self.previous]}
+        multiple = filters == 2 * before > 2 or bool({filters / 2, filters / 4} & (earlier - {1}))
         new = downward or (wanted in (filters, 1) and not ((seen and outer) or (link.block, filters) in self.widened))
         if multiple and new:
             return filters, PERHAPS_MULTIPLIED
@@ -217,16 +233,25 @@ class _Walk:
         outer = around[max(around.index(link.block) - 1, 0)] if wide or groups else ""
         narrows = filters < before and few in {self.starts[prefix] for prefix in around}
         known = narrows or few == start or few in self.inputs[link.block]
-        near = known or self.nearby[outer][few] > (few == filters)  # given by others than itself
+        given = self.nearby[outer][few] + (self.nearby[self.previous][few] if filters < before else 0)
+        near = known or given > (few == filters)  # given by others than itself
         keeps = groups > 0 and filters == before and min(kernel.taps) > 1
-        elsewhere = any(_divided(many, link) for many in (start, *self.nearby[link.block]))
+        others = (
+            many
+            for many, count in self.nearby[link.block].items()
+            if wide or (link.block and (many != filters or count > 1))
+        )
+        elsewhere = any(_divided(many, link) for many in (start, *others))
+        keeps_another = self.changing[link.block, filters] > 1 and self.takers[link.block, filters]
+        alone = not self.nearby[link.block][few] and self.takers[link.block, few] == 1
         if keeps and not near and few not in (1, self.images) and not _says(_SPLIT, link.name):
             return groups, ""
         if (
-            (not near and (groups or elsewhere))
+            (not near and (elsewhere or (wide and groups)))
+            or (wide and keeps_another and alone and _divided(filters, link))
             or (groups and self.doubted)
             or (wide and groups and (keeps or (not known and (filters > before or few not in self.nearby[""]))))
-            or (wide and any(map(_GROUPED.fullmatch, _own_words(link.name))))
+            or (wide and _says_grouped(link.name))
         ):
             return 1, PERHAPS_GROUPED
         return None

@@ -70,6 +70,7 @@ def later(_: argparse.Namespace) -> Iterator[gpu.Part]:
     yield "later", 30, lambda: iter([("later", "as before", "", "")])
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_keeps_its_rows_and_all_later_stages(tmp_path: Path) -> None:
     stages = (gpu.Stage("a", 120, some_rows), gpu.Stage("a", 120, killed), gpu.Stage("a", 4, stuck))
     assert gpu.main((*stages, gpu.Stage("a", 120, later)), ["--device", "cpu", "--output", str(tmp_path)]) == 0
@@ -98,6 +99,7 @@ def smoke(folder: Path) -> argparse.Namespace:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [gpu.init, gpu.penalty, gpu.epochs, gpu.memory], ids=lambda stage: stage.__name__)
 def test_every_part_of_a_stage_gives_rows(stage: Any, tmp_path: Path) -> None:
     for name, limit, part in stage(smoke(tmp_path)):
@@ -221,6 +223,7 @@ def test_the_parity_list_holds_every_name_command_mode_and_objective() -> None:
     assert len(NAMES) == len({*NAMES})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", parity.ENTRIES, ids=NAMES)
 def test_an_entry_of_the_parity_list_agrees_with_itself(one: parity.Entry) -> None:
     row = parity.compare(one, torch.device("cpu"), patience=300)

@@ -204,6 +204,7 @@ def run_command(message: str) -> None:
         sys.argv = former
 
 
+@pytest.mark.slow
 def test_the_command_survives_a_real_shell(tmp_path: Path) -> None:
     path = tmp_path / 'my model\'s $HOME `x` "y".pth'
     torch.save({"a.weight": KERNEL}, path, pickle_protocol=4)

@@ -11,7 +11,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -240,15 +240,17 @@ def test_a_pickle_of_gigabytes_is_listed_without_reading_its_arrays(tmp_path: Pa
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [b"}", b"}\x94", b"(", b"\x8c\x40" + b"x" * 64, b"cmine\nf\n"])
 def test_endless_pickles_are_given_up_in_bounded_time(piece: bytes) -> None:
     file = io.BytesIO(b"\x80\x04" + piece * (5_000_000 // len(piece)))
-    start = perf_counter()
+    start = process_time()
     with pytest.raises(LongPickleError):
         PickleGlobals().read(file)
-    assert perf_counter() - start < 20
+    assert process_time() - start < 20
 
 
+@pytest.mark.slow
 def test_a_pickle_too_long_to_list_gets_no_command(tmp_path: Path) -> None:
     said = said_of(b"\x80\x04]\x94" + b"0}" * 700_000 + b".", tmp_path)
     assert "too long to list the globals in it; ask its author" in said

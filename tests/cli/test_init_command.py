@@ -281,6 +281,7 @@ def test_interrupting_leaves_the_file_as_it_was_and_exits_130(tmp_path: Path, st
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_real_checkpoints_keep_their_structure_and_every_other_tensor(
     name: str, checkpoint_dir: Path, tmp_path: Path, convsim: Convsim

@@ -174,6 +174,7 @@ class ResNet20(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_users_network_has_its_published_accuracy_and_centred_figures(
     checkpoint_dir: Path, data_dir: Path, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "measured": {**row["measured"], "seconds": None}, "runs": None} for row in rows]
 
 
+@pytest.mark.slow
 def test_table5_and_figures_1_to_3_on_real_cifar10_share_their_runs(
     data_dir: Path, tmp_path: Path, convsim: Convsim
 ) -> None:
@@ -68,6 +69,7 @@ def few_iterations(monkeypatch: pytest.MonkeyPatch) -> int:
     return published.DEEP_ITERATIONS
 
 
+@pytest.mark.slow
 def test_figures_4_and_5_on_real_cifar10_share_their_runs(
     data_dir: Path, tmp_path: Path, convsim: Convsim, few_iterations: int
 ) -> None:
@@ -83,6 +85,7 @@ def test_figures_4_and_5_on_real_cifar10_share_their_runs(
     assert "without I = 10, 20" in sweep.document["title"]
 
 
+@pytest.mark.slow
 def test_a_killed_reproduction_resumes_to_the_same_result(
     data_dir: Path, tmp_path: Path, convsim: Convsim, start: Start
 ) -> None:
@@ -162,6 +165,7 @@ def test_the_numerical_tables_run_on_the_cpu_only(tmp_path: Path, convsim: Convs
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_iterations")
 def test_a_diverging_arm_is_a_warning_and_an_empty_cell(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
     how = ("--epochs", 1, "--limit-train", 16, "--limit-test", 8, "--data-dir", data_dir, "--run-dir", tmp_path)

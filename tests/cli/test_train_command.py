@@ -182,6 +182,7 @@ def test_an_interrupted_run_says_how_to_resume_it_and_can_be_resumed(
     assert json.loads((run / "summary.json").read_text())["epochs"] == done + 1
 
 
+@pytest.mark.slow
 def test_real_cifar10_is_learned_within_a_few_steps(data_dir: Path, tmp_path: Path, convsim: Convsim) -> None:
     outcome = convsim(
         *("train", "--mode", "init", "--arch", "cnn:16", "--data-dir", data_dir, "--epochs", 2, "--batch-size", 50),

@@ -60,6 +60,7 @@ def leaves(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 OPTIONAL = {"beta", "kernels_at_start", "layers", "fm_corr_start"}  # what states of earlier versions do not have
 
 
+@pytest.mark.slow
 def test_a_state_without_any_one_of_its_entries_is_one_line(run: Run) -> None:
     path = run.folder / "state.pt"
     whole = torch.load(path, weights_only=True)
@@ -152,6 +153,7 @@ def test_a_state_of_another_structure_says_what_was_expected(kind: str, run: Run
     assert {file.name: file.read_bytes() for file in run.folder.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.pt", "args.json", "results.csv", "layers.csv"])
 @pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
 def test_a_pipe_among_a_runs_files_is_never_waited_for(name: str, kind: str, run: Run, convsim: Convsim) -> None:
@@ -280,6 +282,7 @@ def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path, co
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "f/" * 3000, "file/inside", "file"])
 def test_a_path_that_cannot_be_opened_is_bad_input(
     path: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch

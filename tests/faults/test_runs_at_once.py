@@ -39,6 +39,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [{**row, "seconds": 0} for row in read_results(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["init+reg", "rescale"])
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
     mode: str, tmp_path: Path, start: Start, convsim: Convsim

@@ -393,6 +393,7 @@ print(interrupted, *sorted(os.listdir(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_an_interruption_at_any_moment_leaves_one_whole_file(
     tmp_path: Path,
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import pytest
 import torch
 from cases import cases
 from conftest import Convsim
@@ -14,6 +15,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_commands_in_one_process(tmp_path: Path, convsim: Convsim) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.randn(16, 8, 3, 3), "b.weight": torch.randn(16, 16, 3, 3)}, path)

@@ -239,3 +239,51 @@ def test_stacked_matrices_are_no_conv1d(name: str) -> None:
     assert list(select({"conv.weight": (64, 3, 5), name: (8, 64, 32)})) == ["conv.weight"]
     assert not select({name: (8, 64, 32), "fc.weight": (64, 64)})
     assert "attn.q_proj.weight" in select({"attn.q_proj.weight": (64, 64, 1)})
+
+
+SORTED_BLOCKS: dict[str, tuple[str, list[Shapes]]] = {  # as safetensors stores them, by name: the doubted layer, a file
+    "a grouped layer behind what it feeds": (
+        "b1.c3x3_b.weight",
+        [
+            {"b0.c1x1_a.weight": (256, 3, 1, 1), "b0.c1x1_c1.weight": (320, 256, 1, 1)},
+            {"b0.c1x1_c2.weight": (16, 256, 1, 1), "b0.c3x3_b.weight": (256, 8, 3, 3)},
+            {"b1.c1x1_a.weight": (512, 320, 1, 1), "b1.c1x1_c1.weight": (256, 512, 1, 1)},
+            {"b1.c1x1_w.weight": (320, 320, 1, 1), "b1.c3x3_b.weight": (512, 16, 3, 3)},
+        ],
+    ),
+    "a grouped layer before what feeds it": (
+        "b1.conv_dw.weight",
+        [
+            {"b0.conv.weight": (16, 3, 3, 3)},
+            {"b1.conv_dw.weight": (96, 16, 3, 3), "b1.conv_pw.weight": (96, 16, 1, 1)},
+            {"b1.conv_pwl.weight": (24, 96, 1, 1)},
+        ],
+    ),
+    "two filters per channel behind a projection": (
+        "s1.b1.conv_dw.weight",
+        [
+            {"stem.weight": (96, 3, 4, 4), "s0.b0.conv.weight": (96, 1, 3, 3)},
+            {"s0.b0.fc1.weight": (384, 96), "s0.b0.fc2.weight": (96, 384), "s0.b0.qkv.weight": (288, 96)},
+            {"s1.b1.conv_dw.weight": (192, 1, 7, 7), "s1.b1.fc1.weight": (768, 192), "s1.b1.fc2.weight": (192, 768)},
+        ],
+    ),
+    "the first layer of a second input": (
+        "sound.conv.0.weight",
+        [
+            {"image.0.weight": (64, 3, 3, 3), "image.1.weight": (64, 64, 3, 3)},
+            {"sound.conv.0.weight": (64, 1, 3, 3), "sound.conv.2.weight": (64, 1, 3, 3)},
+            {"sound.conv.3.weight": (64, 64, 1, 1)},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SORTED_BLOCKS)
+def test_what_the_order_of_a_file_hides_is_doubted_by_name(kind: str) -> None:
+    name, blocks = SORTED_BLOCKS[kind]
+    assert name in selection({key: shape for block in blocks for key, shape in block.items()}).doubts
+
+
+def test_an_encoding_that_a_1x1_layer_reads_is_no_sign_of_groups() -> None:
+    blocks = {"b.conv.weight": (192, 3, 3, 3), "c.conv.weight": (192, 192, 3, 3)}
+    assert not selection(blocks | {"pos_embed.projection.weight": (192, 64, 1, 1)}).doubts

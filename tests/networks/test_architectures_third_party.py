@@ -115,6 +115,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", NAMES)
 def test_networks_by_name_go_through_init_and_measure(arch: str, convsim: Convsim) -> None:
     if arch.startswith("timm:"):

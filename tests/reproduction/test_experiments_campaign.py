@@ -57,6 +57,7 @@ def accuracies(outcomes: list[Outcome]) -> list[list[float]]:
     return [[row["test_accuracy"] for row in outcome.rows] for outcome in outcomes]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_reused_whatever_their_name_and_data_dir(tmp_path: Path, digits: Dataset) -> None:
     mine = create_run(replace(SMALL, data_dir="elsewhere"), tmp_path, "mine")
     train_run(mine, dataset=digits)

@@ -30,6 +30,7 @@ def results(run: Run) -> list[dict[str, Any]]:
     return [{**row, "seconds": 0} for row in read_results(run.folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
 def test_every_arm_runs_to_its_end_on_real_images_and_resumes(arm: Any, data_dir: Path, tmp_path: Path) -> None:
     data = first_images(data_dir)

@@ -186,6 +186,7 @@ def test_runs_that_cannot_be_compared_are_one_error(runs: Path, tmp_path: Path) 
         compare_runs([empty])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "plot"])
 @pytest.mark.parametrize(
     "kind", ["no epoch", "no args.json", "later version", "pipe", "nan", "cut", "a folder", "broken link"]

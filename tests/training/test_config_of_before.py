@@ -46,6 +46,7 @@ def old(values: dict[str, Any], kind: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in new} | then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OLD)
 def test_a_run_of_before_is_read_found_compared_and_resumed(kind: str, tmp_path: Path, convsim: Convsim) -> None:
     arguments = replace(SMALL, **OLD[kind][0])

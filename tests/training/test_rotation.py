@@ -271,6 +271,7 @@ def test_a_first_step_that_throws_the_filters_out_is_warned_about(tmp_path: Path
         train_run(create_run(replace(SMALL, epochs=1, lr=1e-3), tmp_path, "two"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "degrees"),
     [

@@ -93,6 +93,7 @@ def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
         assert 100 * correct / 30 == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "moment"),
     [*((mode, "inside an epoch") for mode in MODES), ("init+reg", "between epochs"), ("init+reg", "after the end")],

@@ -321,6 +321,7 @@ def test_a_data_set_too_large_for_the_device_is_one_line(data: Dataset, monkeypa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist")  # torch 2.6's own
 def test_compiled_training_gives_the_same_loss(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without C++, in seconds

@@ -134,6 +134,7 @@ def test_each_process_takes_all_images_if_there_are_fewer_than_processes() -> No
     assert [sorted(batch.tolist()) for batch in statistics_batches(split, 0, processes=3)] == 3 * [[0, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["precise", "running", "batch"])
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, how: Any) -> None:
     arguments = replace(SMALL, bn_statistics=how)
