@@ -112,7 +112,8 @@ def _folders(path: Path) -> list[Path]:
     files = [] if folder == path else [path]
     if folder == path or is_index(path):
         files += sorted(file for file in folder.glob("*") if file.is_symlink() and is_checkpoint_file(file.name))
-    return list(dict.fromkeys([folder, *(Path(os.path.realpath(file)).parent for file in files)]))
+    behind = [Path(os.path.realpath(file)).parent for file in files]
+    return [folder, *dict.fromkeys(other for other in behind if other != Path(os.path.realpath(folder)))]
 
 
 def _recovery(path: Path) -> str:

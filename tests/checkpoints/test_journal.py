@@ -259,6 +259,15 @@ def test_a_journal_from_an_archive_replaces_nothing(folder: Path, tmp_path: Path
     assert_left_alone(tmp_path / "unpacked", "it was made in another place and copied here", convsim)
 
 
+def test_a_foreign_journal_is_named_once_however_its_folder_is_spelled(
+    folder: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / ".convsim-journal").mkdir()
+    (folder / ".convsim-journal" / SHARDS[0]).write_bytes(b"theirs")
+    monkeypatch.chdir(folder)
+    assert convsim("measure", SHARDS[0], "--samples", 1).err.count("is not an interrupted save") == 1
+
+
 def test_a_journal_that_was_moved_to_another_folder_replaces_nothing(folder: Path, convsim: Convsim) -> None:
     interrupt(folder)
     other = folder.parent / "other"
