@@ -7,6 +7,7 @@ replaces its old file. If that is interrupted, the next command that writes the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -158,12 +159,15 @@ def _read_index(source: Source) -> dict[str, str]:
     for shard in set(shards.values()):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder")
+        place = path.with_name(shard)
         try:
-            found = path.with_name(shard).is_file()
+            found = place.is_file()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: names the shard {shard[:80]!r}, which no file can be called") from error
         if not found:
-            raise CheckpointError(
-                f"{path.with_name(shard)}: no such file, but {path.name} names it; fetch the missing shard"
-            )
+            what, which = "no such file", "missing shard"
+            if os.path.lexists(place):
+                what = "no regular file" if place.exists() else f"a link to {place.readlink()}, which is no file"
+                which = "shard"
+            raise CheckpointError(f"{place}: {what}, but {path.name} names it; fetch the {which}")
     return shards

@@ -148,6 +148,18 @@ def test_an_index_that_cannot_be_followed_is_one_line(folder: Path, content: str
         open_checkpoint(folder)
 
 
+def test_a_shard_that_is_there_but_no_file_is_not_called_missing(folder: Path) -> None:
+    place = folder / SHARDS[0]
+    place.unlink()
+    place.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: a link to gone, which is no file, but {INDEX} names it"):
+        open_checkpoint(folder)
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: no regular file, but {INDEX} names it; fetch the shard"):
+        open_checkpoint(folder)
+
+
 def test_shards_go_to_a_folder_and_a_single_file_does_not(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for output in (tmp_path / "x.safetensors", tmp_path / "missing" / "new"):
