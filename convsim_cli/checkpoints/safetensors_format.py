@@ -142,6 +142,7 @@ def _check_header(header: Any, size: int) -> None:
     metadata = header.get("__metadata__") or {} if isinstance(header, dict) else None  # null is none
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("a header that is no object, or metadata that is no text")
+    json.dumps(header, ensure_ascii=False).encode()  # JSON can escape half a character, which cannot be written again
     places = []
     for name, entry in header.items():
         if name == "__metadata__":

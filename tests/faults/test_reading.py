@@ -74,6 +74,8 @@ MALFORMED = {
     "a number of 5,000 digits": made(
         b'{"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], "x": ' + b"1" * 5000 + b"}}"
     ),
+    "half a character in a name": made({"a\ud800": ENTRY}),
+    "half a character in the metadata": made({"__metadata__": {"a": "\udfff"}, "a": ENTRY}),
     "metadata that is no text": made({"__metadata__": {"a": 3}, "a": ENTRY}),
     "braces within braces": made(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "no tensor at all": made({}, b""),
