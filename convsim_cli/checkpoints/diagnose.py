@@ -18,6 +18,7 @@ import weakref
 import zipfile
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -33,15 +34,19 @@ from convsim_cli.checkpoints.pickle_globals import (
     TornPickleError,
     harmless_names,
 )
-from convsim_cli.errors import CheckpointError, ReadError
+from convsim_cli.errors import CheckpointError, ReadError, is_out_of_memory
 
 _ADVICE = {  # what to do about an error of the system
     errno.EMFILE: "; close other files or raise the limit of this process (ulimit -n)",
     errno.ENFILE: "; close files of other programs",
     errno.ENOMEM: "; free memory and try again",
     errno.ELOOP: "; its links lead to each other",
+    errno.ENXIO: "; it is a socket or a device, no file",
 }
-_OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR)
+_OF_THE_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR),
+    errno.ENXIO,
+)
 
 _SIGNATURES = (  # how files of other kinds begin, and what they are
     (b"version https://git-lfs", "a git-LFS pointer (run git lfs pull)"),
@@ -119,11 +124,6 @@ def explained(path: Path) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise ReadError(f"{path}: not enough memory to read it{_ADVICE[errno.ENOMEM]}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 class Source:
@@ -225,8 +225,11 @@ def check_pickle(file: BinaryIO) -> None:
                 "a zip archive whose entries are compressed, or larger than the file, which torch.save never writes; "
                 f"{_ASK}"
             )
+        [(twice, times)] = Counter(entry.name.lower() for entry in entries).most_common(1) or [("", 0)]
+        if times > 1:
+            raise DamagedError(f"damaged ({_shown(twice)} appears twice in it); fetch it again")
         for entry in entries:
-            name = entry.name.lower()  # torch finds it in any case, and no matter which of several of a name
+            name = entry.name.lower()  # torch finds it in any case
             key = name.rpartition("/data/")[2]
             sizes[key] = min(sizes.get(key, entry.size), entry.size)
             if name.endswith("data.pkl"):
@@ -299,6 +302,7 @@ def why_not_loaded(path: Path, file: BinaryIO, error: Exception) -> str:
 
     Nothing that a file holds stands in a command, and a command loads only what is known to be harmless.
     """
+    file.seek(0, os.SEEK_END)  # makes the buffer learn its place anew: torch has read beside it
     file.seek(0)
     start = file.read(64)
     file.seek(0)

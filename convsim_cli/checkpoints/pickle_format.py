@@ -17,10 +17,10 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
-from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, is_out_of_memory, why_not_loaded
+from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
-from convsim_cli.errors import CheckpointError, did_you_mean
+from convsim_cli.errors import CheckpointError, did_you_mean, is_out_of_memory
 from convsim_cli.kernels.guess import is_optimizer_state
 
 
@@ -52,10 +52,10 @@ class PickledCheckpoint(Checkpoint):
         empty = next((name for name, tensor in self._state.items() if tensor.is_meta), None)
         if empty is not None:
             raise CheckpointError(f"{path}: {empty} has a shape but no values (device meta); save it with its weights")
-        weights = [t for name, t in self._state.items() if name.endswith(".weight") and t.is_floating_point()]
+        strided = {n: t for n, t in self._state.items() if t.layout is torch.strided and not t.is_nested}
+        weights = [t for name, t in strided.items() if name.endswith(".weight") and t.is_floating_point()]
         if weights and all(weight.shape == (0,) for weight in weights):
             raise CheckpointError(f"{path}: its weights are empty: DeepSpeed ZeRO-3 keeps them in shards; {MERGE_ZERO}")
-        strided = {name: tensor for name, tensor in self._state.items() if tensor.layout is torch.strided}
         super().__init__(path, tensor_infos(strided))
         if len(found) > 1:
             taken, *others = (".".join(place) or "the top level" for place, _ in found)

@@ -24,7 +24,7 @@ from convsim_cli.cli.options import GroupedCommand, explain_usage, with_options
 from convsim_cli.cli.plot_command import plot
 from convsim_cli.cli.reproduce_command import reproduce
 from convsim_cli.cli.train_command import train
-from convsim_cli.errors import ConvsimError, ConvsimWarning, RankZeroFailedError
+from convsim_cli.errors import ConvsimError, ConvsimWarning, RankZeroFailedError, is_out_of_memory
 
 UNUSABLE = (  # numbers of an OSError that another path or other rights help against
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
@@ -129,6 +129,8 @@ def run(arguments: list[str]) -> int:
             code, message = 1, f"{type(error).__name__}{said} (CONVSIM_DEBUG=1 shows where)"
             if isinstance(error, ConvsimError):
                 code, message = error.exit_code, str(error)
+            elif is_out_of_memory(error):
+                message = "not enough memory; free memory and try again (CONVSIM_DEBUG=1 shows where)"
             elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
                 code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); name another path"
             elif hasattr(error, "format_message"):  # a usage error of the parser

@@ -296,6 +296,16 @@ def test_files_of_other_kinds_are_named(start: bytes, what: str, tmp_path: Path)
         open_checkpoint(tmp_path / "model.h5")
 
 
+def test_a_nested_tensor_beside_kernels_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"a.weight": KERNEL, "b.weight": nested}, path)
+    assert [layer["name"] for layer in init_checkpoint(path, method="dct", no_backup=True).layers] == ["a.weight"]
+    assert torch.load(path, weights_only=True)["b.weight"].is_nested
+
+
 def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path, convsim: Convsim) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "pipe: a pipe or a device; save what it gives to a file first" in convsim("measure", tmp_path / "pipe").error

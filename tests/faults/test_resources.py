@@ -306,6 +306,7 @@ REASONS = {
     errno.ELOOP: (CheckpointError, "Too many levels of symbolic links"),
     errno.ENAMETOOLONG: (CheckpointError, "File name too long"),
     errno.ENOTDIR: (CheckpointError, "Not a directory"),
+    errno.ENXIO: (CheckpointError, "No such device or address; it is a socket or a device, no file"),
 }
 
 
@@ -340,6 +341,43 @@ def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
 
                 patch.setattr(torch, name, fail)
                 open_checkpoint(path).load("a.weight")
+
+
+def test_too_little_memory_to_compute_is_said(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "model.pt", {"a.weight": KERNEL})
+
+    def fail(*_: object, **__: object) -> Any:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 1 byte"
+        )
+
+    monkeypatch.setattr(torch, "randn", fail)
+    outcome = convsim("measure", path)
+    assert outcome.code == 1
+    assert outcome.error.startswith("convsim: error: not enough memory; free memory and try again")
+
+
+def test_an_archive_with_a_name_twice_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.pt", {"a.weight": KERNEL})
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model/data/0", archive.read("model/data/0"))
+    with pytest.raises(
+        CheckpointError, match=r"model\.pt: damaged \(model/data/0 appears twice in it\); fetch it again"
+    ):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("size", [0, 2**40, 2**64 - 1])
+def test_a_forged_size_of_a_storage_in_a_stream_is_damage(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a.weight": KERNEL}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    assert whole.count(struct.pack("<Q", KERNEL.numel())) == 1
+    path.write_bytes(whole.replace(struct.pack("<Q", KERNEL.numel()), struct.pack("<Q", size)))
+    with pytest.raises(CheckpointError, match=r"model\.pt: damaged"):
+        open_checkpoint(path)
 
 
 def test_paths_that_lead_nowhere_are_named_with_exit_code_2(tmp_path: Path, convsim: Convsim) -> None:
