@@ -69,8 +69,18 @@ def brief(error: BaseException) -> str:
     """Return what an error says, in one short line; with the name of its type where it says one word or nothing."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    if "int_max_str_digits" in str(error):
+        return "a number of thousands of digits"
     said = " ".join(str(error).split())[:200]
     return said if " " in said else ": ".join(filter(None, (type(error).__name__, said)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
+    said = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -69,7 +69,16 @@ def check_regular(target: Path, replaceable: str = "a regular one") -> None:
         if stat.S_ISREG(mode):
             return
         kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-    raise InputError(f"{target}: is {kind}; name a new file or {replaceable} to replace")
+    raise InputError(f"{target}: is {kind}; name a new file or {replaceable} to replace, or move it away")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError for a folder that is read-only, or has links to files: these would change where they are."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: is read-only; allow writing there, or copy it elsewhere and use the copy")
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and file.is_file():
+            raise InputError(f"{file}: is a link to {file.readlink()}; replace it by a copy: that file would change")
 
 
 def free_names(names: Collection[Path]) -> list[Path]:

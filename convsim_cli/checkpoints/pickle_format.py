@@ -38,7 +38,7 @@ class PickledCheckpoint(Checkpoint):
                 f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
             )
         with source.reading() as file:
-            self._zipped, self._root = _load(path, file)
+            self._zipped, self._root = load_pickle(path, file)
         found = find_state_dicts(self._root)
         if not found:
             raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
@@ -87,8 +87,11 @@ class PickledCheckpoint(Checkpoint):
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
 
 
-def _load(path: Path, file: BinaryIO) -> tuple[bool, Any]:
-    """Return whether a pickle is zipped, and what it holds: in memory, since a mapped file may be cut short."""
+def load_pickle(path: Path, file: BinaryIO) -> tuple[bool, Any]:
+    """Return whether a pickle is zipped, and what it holds: in memory, since a mapped file may be cut short.
+
+    Raises CheckpointError for one that is damaged or holds more than plain data.
+    """
     file.seek(0)
     zipped = file.read(4) == b"PK\x03\x04"  # all that torch looks at, whatever damage comes later
     try:

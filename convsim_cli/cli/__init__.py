@@ -24,7 +24,7 @@ from convsim_cli.cli.options import GroupedCommand, explain_usage, with_options
 from convsim_cli.cli.plot_command import plot
 from convsim_cli.cli.reproduce_command import reproduce
 from convsim_cli.cli.train_command import train
-from convsim_cli.errors import ConvsimError, ConvsimWarning, RankZeroFailedError, is_out_of_memory
+from convsim_cli.errors import ConvsimError, ConvsimWarning, RankZeroFailedError, brief, is_out_of_memory
 
 UNUSABLE = (  # numbers of an OSError that another path or other rights help against
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
@@ -130,7 +130,7 @@ def run(arguments: list[str]) -> int:
             if isinstance(error, ConvsimError):
                 code, message = error.exit_code, str(error)
             elif is_out_of_memory(error):
-                message = "not enough memory; free memory and try again (CONVSIM_DEBUG=1 shows where)"
+                message = f"not enough memory ({brief(error)}); free memory, or take a smaller network, batch or data set"
             elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
                 code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); name another path"
             elif hasattr(error, "format_message"):  # a usage error of the parser

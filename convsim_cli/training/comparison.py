@@ -232,8 +232,9 @@ def _subfolders(path: Path) -> list[Path]:
     except OSError as error:
         problem = f"{path}: not a run's folder (no readable args.json), and it holds none ({error.strerror})"
         raise InputError(problem) from error
-    found = [folder for folder in found if not folder.name.startswith(".")]
-    if not any(os.path.lexists(folder / ARGUMENTS_FILE) for folder in found):
+    runs = [folder for folder in found if os.path.lexists(folder / ARGUMENTS_FILE)]
+    found = [folder for folder in found if folder in runs or not folder.name.startswith(".")]
+    if not runs:
         raise InputError(f"{path}: not a run's folder (no readable args.json), and it holds none")
     return found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal
 
 from convsim_cli.errors import InputError, did_you_mean
@@ -270,7 +269,7 @@ def make_arguments(values: Any, path: Path) -> Arguments:
 def parse_arguments(values: Any, path: Path) -> dict[str, Any]:
     """Return by name the arguments that an args.json holds, translated if it is of an earlier version.
 
-    Raises InputError, naming the file, for an unknown name and for a value of another type.
+    Raises InputError, naming the file, for an unknown name and for a value of another type or out of range.
     """
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected the arguments of a run, by name")
@@ -278,9 +277,10 @@ def parse_arguments(values: Any, path: Path) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise InputError(f"{path}: unknown arguments {name}: {did_you_mean(name, known)}")
-        if not known[name].has_type(value):
-            names = ("nothing" if kind is NoneType else kind.__name__ for kind in known[name].types)
-            raise InputError(f"{path}: {name} = {value!r}, expected {', '.join(names)}")
+        try:
+            known[name].check(value)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     return values
 
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from shlex import quote
 from statistics import mean, stdev
 from typing import Any, Literal
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.checkpoints.atomic import check_regular, replace_file
-from convsim_cli.checkpoints.pickle_format import write_pickle
+from convsim_cli.checkpoints.atomic import check_folder, check_regular, replace_file
+from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, open_regular, read_json, seed_generators, unreported
 from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, to_install
@@ -113,7 +114,6 @@ def train_run(
     choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
-        processes.on_rank_zero(lambda: _refuse_read_only(run.folder))
         state = processes.on_rank_zero(lambda: read_state(run))  # refused before a data set is downloaded
         data = used_images(arguments, dataset or load_data(arguments))
         callbacks.begin(run, data)
@@ -128,6 +128,7 @@ def train_run(
             if open_run(run.folder).arguments != arguments:
                 write_json(run.folder / ARGUMENTS_FILE, asdict(arguments))
             if trainer.epoch < arguments.epochs:
+                check_regular(run.folder / "summary.json")
                 (run.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
         log_row = held.enter_context(tensorboard_log(run, trainer))
         while trainer.epoch < arguments.epochs:
@@ -299,6 +300,7 @@ def save_state(run: Run, trainer: Trainer, log: Log, best: dict[str, Tensor] | N
             _write_weights(run, "best", best, best_row(log["history"])["epoch"])
         write_tables(run, log)
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
+        write_json(run.folder / ARGUMENTS_FILE, asdict(run.arguments))  # without it the folder is no run's any more
 
     trainer.processes.on_rank_zero(write)
 
@@ -320,13 +322,17 @@ def read_state(run: Run) -> dict[str, Any] | None:
     Raises InputError for a damaged state, one of another run, one of more epochs than the run is to have, and as
     `check_resumable`.
     """
+    check_folder(run.folder)
     check_resumable(run)
     path = run.folder / "state.pt"
     if not path.exists():
         return None
     try:
-        with open_regular(path) as file:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(path) as file, ZipFile(file) as archive:
+            sizes = sum(entry.file_size for entry in archive.infolist())
+            if sizes > path.stat().st_size or archive.testzip():  # torch does not look at the checksums
+                raise ValueError("it holds other bytes than were saved")
+            state: dict[str, Any] = load_pickle(path, file)[1]
         former, done = make_arguments(state["arguments"], path), state["trainer"]["epoch"]
         _check_progress(state["progress"], done, former.validation is not None)
     except Exception as error:  # a damaged pickle may raise anything
@@ -343,11 +349,10 @@ def read_state(run: Run) -> dict[str, Any] | None:
 
 
 def _unusable(run: Run, error: Exception) -> InputError:
-    what = "cannot be read" if isinstance(error, OSError) else "damaged"
-    return InputError(
-        f"{run.folder / 'state.pt'}: {what} ({brief(error)}), so the run cannot be resumed; its last.safetensors may "
-        f"be intact; remove {run.folder} to train it again"
-    )
+    path, again = run.folder / "state.pt", f"last.safetensors may be intact; to train it again, move {run.folder} away"
+    what, advice = ("cannot be read", "") if isinstance(error, OSError) else ("damaged", f"; its {again}")
+    reason = brief(error).removeprefix(f"{path}: ")
+    return InputError(f"{path}: {what} ({reason}), so the run cannot be resumed{advice}")
 
 
 def _check_progress(progress: dict[str, Any], epochs: Any, validated: bool) -> None:
@@ -355,6 +360,8 @@ def _check_progress(progress: dict[str, Any], epochs: Any, validated: bool) -> N
     history, layers, start = progress["history"], progress.get("layers", []), progress.get("fm_corr_start", {})
     if type(epochs) is not int or epochs != len(history):
         raise ValueError(f"the trainer is at epoch {epochs}, its results have {len(history)} epochs")
+    if type(history) is not list or type(layers) is not list:
+        raise ValueError(f"the results are a {type(history).__name__} and a {type(layers).__name__}")
     columns = COLUMNS + VALIDATION_COLUMNS * validated
     for number, row in enumerate(history, 1):
         if set(row) != set(columns) or row["epoch"] != number or not all(map(math.isfinite, row.values())):
@@ -408,8 +415,14 @@ def read_results(folder: Path) -> list[Row]:
         if [row["epoch"] for row in results] != [*range(1, len(rows) + 1)]:
             raise ValueError("its epochs are not 1, 2, 3, …")
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a run's folder (no readable {RESULTS_FILE}: {brief(error)})") from error
+        raise _unreadable(folder / RESULTS_FILE, error, "resume the run, which writes it again") from error
     return results
+
+
+def _unreadable(path: Path, error: OSError | ValueError, advice: str) -> InputError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return InputError(f"{path.parent}: not a run's folder (no {path.name}: {brief(error)})")
+    return InputError(f"{path}: cannot be read ({brief(error)}); {advice}")
 
 
 def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, str]]:
@@ -418,7 +431,7 @@ def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, st
     So does a row of another length, and a table that does not end in a line break: its last number may be cut.
     """
     with open_regular(path) as file:
-        text = file.read().decode()
+        text = file.read().decode("utf-8-sig")  # editors may add a mark
     try:
         head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     except csv.Error as error:
@@ -451,16 +464,12 @@ def read_layers(folder: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        return [
-            {
-                "epoch": int(row["epoch"]),
-                "layer": row["layer"],
-                **{key: _finite(row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]},
-            }
-            for row in _read_csv(path, (LAYER_COLUMNS,))
-        ]
+        rows = _read_csv(path, (LAYER_COLUMNS,))
+        figures = [{key: _finite(row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]} for row in rows]
+        layers = [{"epoch": int(row["epoch"]), "layer": row["layer"]} for row in rows]
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({brief(error)}); remove it, or restore it from a copy") from error
+        raise _unreadable(path, error, "remove it, or restore it from a copy") from error
+    return [{**layer, **figure} for layer, figure in zip(layers, figures, strict=True)]
 
 
 def write_layers(folder: Path, rows: Sequence[Row]) -> None:
@@ -552,7 +561,7 @@ def open_run(folder: Path, **changes: Any) -> Run:
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a run's folder (no readable {ARGUMENTS_FILE}: {brief(error)})") from error
+        raise _unreadable(path, error, "restore it from a copy") from error
     return Run(folder, replace(make_arguments(values, path), **changes))
 
 
@@ -574,17 +583,14 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def _refuse_read_only(folder: Path) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: is read-only; allow writing there, or copy it elsewhere and resume the copy")
-
-
 def make_folder(path: Path) -> None:
     """Create a folder and its parents. Raises InputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"`run_dir` {path}: cannot be created ({error.strerror})") from error
+    except FileExistsError as error:
+        raise InputError(f"`run_dir` {path}: exists, and is no folder; name another one") from error
+    except (OSError, RecursionError) as error:  # mkdir calls itself for each missing parent
+        raise InputError(f"`run_dir` {path}: cannot be created ({brief(error)})") from error
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -20,9 +21,19 @@ from torch import Tensor, nn
 
 from convsim_cli.checkpoints.safetensors_format import write_safetensors
 from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.training.comparison import read_runs
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run, find_run, start_runs
-from convsim_cli.training.run import SILENT, Run, open_run, read_layers, read_results, train_run, write_results
+from convsim_cli.training.run import (
+    SILENT,
+    Run,
+    RunCallbacks,
+    open_run,
+    read_layers,
+    read_results,
+    train_run,
+    write_results,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")
 
@@ -81,6 +92,63 @@ def test_a_state_without_any_one_of_its_entries_is_one_line(run: Run) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_state_of_other_bytes_than_were_saved_is_never_trained_on(run: Run) -> None:
+    path = run.folder / "state.pt"
+    whole = path.read_bytes()
+    kernel = torch.load(path, weights_only=True)["trainer"]["model"]["0.weight"]
+    weights = whole.index(bytes(kernel.untyped_storage().tolist()))  # where torch finds nothing wrong
+    flipped = whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :]
+    for content in (flipped, whole[:-1], whole[: len(whole) // 2], bytes(len(whole)), b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"state\.pt: damaged \(.*; to train it again, move .* away$") as caught:
+            train_run(open_run(run.folder, epochs=3))
+        assert not re.search("weights_only|fetch|remove", str(caught.value))
+
+
+def test_a_state_that_cannot_be_opened_is_not_to_be_thrown_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("convsim_cli.training.run.open_regular", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Too many open files\), so the run cannot be resumed$"):
+        train_run(run)
+
+
+def test_a_hostile_state_names_what_it_would_run(run: Run) -> None:
+    torch.save({"trainer": os.system}, run.folder / "state.pt")
+    with pytest.raises(InputError, match=r"state\.pt: damaged \(loading it would run posix\.system") as caught:
+        train_run(run)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_run_of_links_to_another_leaves_that_one_as_it_is(run: Run, tmp_path: Path) -> None:
+    linked, before = tmp_path / "linked", {name: (run.folder / name).read_bytes() for name in NAMES}
+    linked.mkdir()
+    for name in NAMES:
+        (linked / name).symlink_to(run.folder / name)
+    with pytest.raises(InputError, match=r"linked/.*: is a link to .*/one/.*; replace it by a copy"):
+        train_run(open_run(linked, epochs=3))
+    assert {name: (run.folder / name).read_bytes() for name in NAMES} == before
+
+
+def test_arguments_that_vanish_during_training_are_back_at_its_end(run: Run) -> None:
+    longer = open_run(run.folder, epochs=4)
+    train_run(
+        longer, RunCallbacks(epoch=lambda row: (run.folder / "args.json").unlink() if row["epoch"] == 3 else None)
+    )
+    assert open_run(run.folder) == longer
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_has_the_name_of_the_summary_is_left_alone(make: Callable[[Path], None], run: Run) -> None:
+    path = run.folder / "summary.json"
+    path.unlink()
+    make(path)
+    with pytest.raises(InputError, match=r"summary\.json: is a (folder|pipe)"):
+        train_run(open_run(run.folder, epochs=3))
+    assert path.exists()
+
+
 def change(*place: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     def changed(state: dict[str, Any]) -> None:
         for key in place[:-1]:
@@ -132,6 +200,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "kernels": (change("trainer", "kernels_at_start", to={"a": torch.ones(3)}), "kernels_at_start: "),
     "a row": (change("progress", "history", 0, to={"epoch": 1}), "the results of epoch 1 are"),
     "a row of nan": (change("progress", "history", 0, "cs", to=float("nan")), "the results of epoch 1 are"),
+    "layers that are no list": (change("progress", "layers", to=()), "the results are a list and a tuple"),
     "rows that are no list": (change("progress", "history", to=7), "damaged"),
     "a row of layers": (change("progress", "layers", 0, to={}), "a row of layers is"),
     "fm_corr": (change("progress", "fm_corr_start", to={"a": torch.ones(2)}), "damaged"),
@@ -223,14 +292,18 @@ def test_hostile_arguments_are_one_line(content: str, run: Run, convsim: Convsim
         ("", "Expecting value"),
         ("{", "Expecting property name"),
         ('{"lr": -1}', r"lr -1: expected a number above 0"),
+        ('{"lr": true}', r"lr True: expected a number above 0"),
+        ('{"seed": ' + "9" * 5000 + "}", r"a number of thousands of digits"),
+        ("\udcff", r"it is no text in UTF-8"),
         ('{"seed": 1, "lr": 0.1, "seed": 2}', "seed is there twice"),
         (json.dumps({"lr": "x" * 100_000}), "x … x"),
     ],
 )
 def test_hostile_arguments_name_their_file_and_their_fault(content: str, said: str, run: Run, convsim: Convsim) -> None:
     path = run.folder / "args.json"
-    path.write_text(content)
-    for command in (["train", "--resume", run.folder], ["compare", run.folder], ["plot", run.folder]):
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    resume, config = ["train", "--resume", run.folder], ["train", "--config", path]
+    for command in (resume, config, ["compare", run.folder], ["plot", run.folder]):
         error = convsim(*command).error
         assert str(run.folder) in error
         assert "args.json" in error
@@ -246,8 +319,21 @@ def test_files_that_cannot_be_read_say_why_without_their_path(run: Run) -> None:
             read(run.folder)
         assert str(caught.value).count(str(run.folder)) == 1
     (run.folder / "state.pt").write_bytes(b"")
-    with pytest.raises(InputError, match=r"damaged \((Ran out of input|EOFError)\)"):
+    with pytest.raises(InputError, match=r"damaged \(File is not a zip file\)"):
         train_run(run)
+
+
+def test_a_table_that_an_editor_saved_with_a_byte_order_mark_is_read(run: Run) -> None:
+    rows, layers = read_results(run.folder), read_layers(run.folder)
+    for name in ("results.csv", "layers.csv"):
+        (run.folder / name).write_bytes(b"\xef\xbb\xbf" + (run.folder / name).read_bytes().replace(b"\n", b"\r\n"))
+    assert (read_results(run.folder), read_layers(run.folder)) == (rows, layers)
+
+
+def test_a_hidden_run_is_compared_with_the_others(run: Run) -> None:
+    (run.folder.parent / ".cache").mkdir()
+    run.folder.rename(run.folder.with_name(".hidden"))
+    assert [found.name for found in read_runs([run.folder.parent])] == [".hidden"]
 
 
 @pytest.mark.parametrize("accuracy", [-5.0, 200.0])
@@ -283,7 +369,7 @@ def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path, co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "f/" * 3000, "file/inside", "file"])
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "f/" * 3000, "f/" * 1900, "file/inside", "file"])
 def test_a_path_that_cannot_be_opened_is_bad_input(
     path: str, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,3 +562,10 @@ def test_arguments_with_a_NUL_are_refused(run: Run) -> None:  # noqa: N802
         (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {name: "a\0b"}))
         with pytest.raises(InputError, match=rf"`{name}` 'a\\x00b': holds a NUL character"):
             open_run(run.folder)
+
+
+def test_a_network_too_large_for_the_memory_is_said_to_be(tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim("train", "--dataset", "digits", "--arch", "cnn:9999999", "--run-dir", tmp_path)
+    assert (outcome.code, "not enough memory (" in outcome.error) == (1, True)
+    assert "RuntimeError" not in outcome.error
+    assert list(tmp_path.iterdir()) == []

@@ -82,8 +82,8 @@ def test_a_run_of_before_is_read_found_compared_and_resumed(kind: str, tmp_path:
         ({"mode": "rescale", "objective": "kernel"}, "a/args.json: rescales to the norms of objective kernel"),
         ({"mode": "init", "objective": "ocnn", "preserve_norm": True, "rescale": True}, "norms of objective ocnn"),
         ({"pairs": "most"}, "a/args.json: pairs = 'most', expected all, neighbours"),
-        ({"mode": 3}, "a/args.json: mode = 3, expected str"),
-        ({"mode": "init", "objective": ["cs"]}, r"a/args.json: method = \['cs'\], expected str"),
+        ({"mode": 3}, "a/args.json: `mode` 3: expected baseline, "),
+        ({"mode": "init", "objective": ["cs"]}, r"a/args.json: `method` \['cs'\]: expected cs, "),
         ({"mode": "orthogonal", "method": "cs"}, "`mode` orthogonal was replaced by `mode` init with `method` orth"),
     ],
 )
