@@ -257,7 +257,7 @@ class Saves:
     """
 
     def __init__(self, run: Run, trainer: Trainer, log: Log) -> None:
-        self._run, self._trainer, self._log = run, trainer, log
+        self._run, self._trainer, self._log, self._place = run, trainer, log, run.folder.stat()
         self._took = 0.0  # seconds, of the last save; after a resume not known
         self._ended = self._counted = time.perf_counter()
         self._best: dict[str, Tensor] | None = None  # weights of the best epoch, while they are not saved
@@ -268,7 +268,14 @@ class Saves:
         return self._counted - before
 
     def after_epoch(self) -> None:
-        """Save if it is due; results are written in any case. Raises WriteError."""
+        """Save if it is due; results are written in any case. Raises WriteError, InputError for another folder."""
+
+        def check_place() -> None:
+            folder = self._run.folder
+            if not folder.exists() or not os.path.samestat(folder.stat(), self._place):
+                raise InputError(f"{folder}: moved, removed or replaced during training; resume it where it is now")
+
+        self._trainer.processes.on_rank_zero(check_place)
         trainer, history = self._trainer, self._log["history"]
         is_last, elapsed = trainer.epoch >= self._run.arguments.epochs, time.perf_counter() - self._ended
         due = trainer.processes.on_rank_zero(lambda: is_last or self._took < SAVING * elapsed)
@@ -313,7 +320,7 @@ def _write_weights(run: Run, name: str, weights: dict[str, Tensor], epoch: int) 
 def write_tables(run: Run, log: Log) -> None:
     """Replace a run's results.csv and layers.csv. Raises WriteError."""
     write_results(run.folder, log["history"], run.arguments.validation is not None)
-    write_layers(run.folder, log.get("layers", []))
+    replace_file(run.folder / LAYERS_FILE, lambda file: file.write(_as_csv(LAYER_COLUMNS, log.get("layers", []))))
 
 
 def read_state(run: Run) -> dict[str, Any] | None:
@@ -329,9 +336,8 @@ def read_state(run: Run) -> dict[str, Any] | None:
         return None
     try:
         with open_regular(path) as file, ZipFile(file) as archive:
-            sizes = sum(entry.file_size for entry in archive.infolist())
-            if sizes > path.stat().st_size or archive.testzip():  # torch does not look at the checksums
-                raise ValueError("it holds other bytes than were saved")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
+                raise ValueError("it holds other bytes than were saved")  # torch does not look at the checksums
             state: dict[str, Any] = load_pickle(path, file)[1]
         former, done = make_arguments(state["arguments"], path), state["trainer"]["epoch"]
         _check_progress(state["progress"], done, former.validation is not None)
@@ -470,11 +476,6 @@ def read_layers(folder: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, "remove it, or restore it from a copy") from error
     return [{**layer, **figure} for layer, figure in zip(layers, figures, strict=True)]
-
-
-def write_layers(folder: Path, rows: Sequence[Row]) -> None:
-    """Replace a run's layers.csv: how each layer's filters moved in each epoch. Raises WriteError."""
-    replace_file(folder / LAYERS_FILE, lambda file: file.write(_as_csv(LAYER_COLUMNS, rows)))
 
 
 def _as_csv(columns: Sequence[str], rows: Sequence[Row]) -> bytes:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -137,6 +138,26 @@ def test_arguments_that_vanish_during_training_are_back_at_its_end(run: Run) -> 
         longer, RunCallbacks(epoch=lambda row: (run.folder / "args.json").unlink() if row["epoch"] == 3 else None)
     )
     assert open_run(run.folder) == longer
+
+
+@pytest.mark.parametrize("kind", ["moved", "removed", "replaced by another run"])
+def test_a_run_never_writes_into_another_folder_than_its_own(kind: str, run: Run) -> None:
+    moved, other = run.folder.with_name("moved"), run.folder.with_name("other")
+    shutil.copytree(run.folder, other)
+    before = {name: (other / name).read_bytes() for name in NAMES}
+
+    def harm(row: dict[str, Any]) -> None:
+        if row["epoch"] == 3:
+            shutil.rmtree(run.folder) if kind == "removed" else run.folder.rename(moved)
+            if kind == "replaced by another run":
+                other.rename(run.folder)
+
+    with pytest.raises(InputError, match=r"one: moved, removed or replaced during training; resume it where it is now"):
+        train_run(open_run(run.folder, epochs=5), RunCallbacks(epoch=harm))
+    left = run.folder if kind == "replaced by another run" else other
+    assert {name: (left / name).read_bytes() for name in NAMES} == before
+    if moved.exists():
+        assert train_run(open_run(moved))["epochs"] == 5
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])

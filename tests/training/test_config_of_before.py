@@ -84,7 +84,7 @@ def test_a_run_of_before_is_read_found_compared_and_resumed(kind: str, tmp_path:
         ({"pairs": "most"}, "a/args.json: pairs = 'most', expected all, neighbours"),
         ({"mode": 3}, "a/args.json: `mode` 3: expected baseline, "),
         ({"mode": "init", "objective": ["cs"]}, r"a/args.json: `method` \['cs'\]: expected cs, "),
-        ({"mode": "orthogonal", "method": "cs"}, "`mode` orthogonal was replaced by `mode` init with `method` orth"),
+        ({"mode": "orthogonal", "method": "cs"}, "a/args.json: `mode` orthogonal: expected baseline, init"),
     ],
 )
 def test_arguments_of_before_that_mean_nothing_today_are_refused(values: dict[str, Any], said: str) -> None:

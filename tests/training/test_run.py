@@ -316,7 +316,7 @@ def test_a_damaged_results_file_is_one_error_line(harm: str, tmp_path: Path) -> 
         "no number": f"{head}\n1,x,3,4,5,6,7\n",
     }
     (run.folder / "results.csv").write_text(torn[harm])
-    with pytest.raises(InputError, match="no readable results"):
+    with pytest.raises(InputError, match=r"results\.csv: cannot be read"):
         read_results(run.folder)
 
 
