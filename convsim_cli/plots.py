@@ -230,6 +230,7 @@ def require_matplotlib() -> None:
 
 def plain_text(text: str) -> str:
     """Return a text that matplotlib draws as it is: without formulas, and with a name that a legend shows."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # no font has it
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 

@@ -590,3 +590,10 @@ def test_a_network_too_large_for_the_memory_is_said_to_be(tmp_path: Path, convsi
     assert (outcome.code, "not enough memory (" in outcome.error) == (1, True)
     assert "RuntimeError" not in outcome.error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [b"bad\xff", b"a\nb", b"\x1b[31mred"])
+def test_runs_of_any_name_are_drawn_without_a_warning(name: bytes, run: Run, convsim: Convsim) -> None:
+    folder = run.folder.rename(run.folder.with_name(os.fsdecode(name)))
+    drawn = convsim("plot", folder, "-o", folder / "x.svg")
+    assert (drawn.code, "warning" in drawn.err) == (0, False)
