@@ -60,11 +60,6 @@ class ConvsimWarning(UserWarning):
     """A warning that users must see; the command line shows it even when quiet."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
-
-
 def brief(error: BaseException) -> str:
     """Return what an error says, in one short line; with the name of its type where it says one word or nothing."""
     if isinstance(error, OSError) and error.strerror:
