@@ -71,7 +71,8 @@ def _says_grouped(name: str) -> bool:
 def _own_words(name: str) -> tuple[str, ...]:
     """Return the words of a layer's own part, and of the one before where that is a wrapped convolution's."""
     own = name_parts(name)[:-1][-2:]
-    return part_words(own[-1] if own and own[-1] not in ("conv", "convolution") else "_".join(own))
+    wrapped = not own or own[-1] in ("conv", "convolution") or own[-1].isdecimal()
+    return part_words("_".join(own) if wrapped else own[-1])
 
 
 @cache
@@ -245,7 +246,7 @@ class _Walk:
         keeps_another = self.changing[link.block, filters] > 1 and self.takers[link.block, filters]
         alone = not self.nearby[link.block][few] and self.takers[link.block, few] == 1
         if keeps and not near and few not in (1, self.images) and not _says(_SPLIT, link.name):
-            return groups, ""
+            return groups, "" if link.block and not _says(_DOWNWARD, link.name) else PERHAPS_GROUPED
         if (
             (not near and (elsewhere or (wide and groups)))
             or (wide and keeps_another and alone and _divided(filters, link))

@@ -267,6 +267,14 @@ SORTED_BLOCKS: dict[str, tuple[str, list[Shapes]]] = {  # as safetensors stores 
             {"s1.b1.conv_dw.weight": (192, 1, 7, 7), "s1.b1.fc1.weight": (768, 192), "s1.b1.fc2.weight": (192, 768)},
         ],
     ),
+    "patches behind layers that they do not follow": (
+        "pos_embed.proj.weight",
+        [
+            {"stem.weight": (8, 3, 3, 3), "embedder.weight": (48, 96)},
+            {"pos_embed.proj.weight": (48, 4, 2, 2), "proj_out.weight": (16, 48), "a.to_k.weight": (48, 48)},
+            {"norm.weight": (48, 48)},
+        ],
+    ),
     "the first layer of a second input": (
         "sound.conv.0.weight",
         [
@@ -282,6 +290,13 @@ SORTED_BLOCKS: dict[str, tuple[str, list[Shapes]]] = {  # as safetensors stores 
 def test_what_the_order_of_a_file_hides_is_doubted_by_name(kind: str) -> None:
     name, blocks = SORTED_BLOCKS[kind]
     assert name in selection({key: shape for block in blocks for key, shape in block.items()}).doubts
+
+
+def test_a_padded_depthwise_layer_is_named_by_the_module_around_it() -> None:
+    shapes: Shapes = {"layers.0.weight_v": (192, 132, 1), "layers.0.weight_g": (192, 1, 1)}
+    for number in (1, 2):
+        shapes |= {f"layers.{number}.dwconv.1.weight": (192, 1, 7), f"layers.{number}.pwconv.weight": (192, 192, 1)}
+    assert not any(kernel.shape[1] == 1 for kernel in selection(shapes).kernels)
 
 
 def test_an_encoding_that_a_1x1_layer_reads_is_no_sign_of_groups() -> None:
