@@ -140,7 +140,7 @@ def init_checkpoint(
     began = time.perf_counter()
     keeps_backup = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))
     kept = checkpoint.backup_for(target) if target and keeps_backup else None
-    _warn(checkpoint, None if chosen.dry_run else kept)
+    _warn(checkpoint, method, None if chosen.dry_run else kept)
     source.selection.require_kernels(f"{checkpoint.path}:")
     for kernel in source.selection.kernels:  # all of them before anything is written
         check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.path)
@@ -162,8 +162,8 @@ def init_checkpoint(
     return InitReport(given, target, kept, chosen, device, time.perf_counter() - began, layers, skipped)
 
 
-def _warn(checkpoint: Checkpoint, backup: Path | None) -> None:
-    """Warn of weights that look trained, and of what a reader of the file had to choose between."""
+def _warn(checkpoint: Checkpoint, method: Method, backup: Path | None) -> None:
+    """Warn of weights that look trained, of what the method may do, and of choices made in reading the file."""
     if looks_trained(checkpoint):
         kept = f"; the original is kept in {backup}" if backup else ""
         message = (
@@ -171,7 +171,8 @@ def _warn(checkpoint: Checkpoint, backup: Path | None) -> None:
             f"network will lose its training{kept}"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=3)
-    for note in checkpoint.notes:
+    caution = method.warning({name: info.shape for name, info in checkpoint.tensors.items()})
+    for note in (*([caution] if caution else []), *checkpoint.notes):
         warnings.warn(note, ConvsimWarning, stacklevel=3)
 
 

@@ -8,7 +8,7 @@ imports torch, so that `--help` is quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -27,6 +27,7 @@ class Method:
     applied_to(kernel): returns the name of the closed form that a layer gets, where that depends on the layer.
     of_maps(model, kernels, images, advance): changes the kernels of a network in place, on a batch of images
     `[B, C, …]`, and returns a record of each kernel that the network calls; advance takes the layers done.
+    without_means: whether it takes the means from all filters.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     of_kernel: Callable[..., Any] | None = None
     applied_to: Callable[..., str] | None = None
     of_maps: Callable[..., list[dict[str, Any]]] | None = None
+    without_means: bool = False
 
     @property
     def iterates(self) -> bool:
@@ -44,6 +46,21 @@ class Method:
     def needs_images(self) -> bool:
         """Whether it runs images through the network."""
         return self.of_maps is not None
+
+    def warning(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """Return a warning if the network of these tensors, name → shape, may not train after this method.
+
+        Filters without means pass no means on, so that only a normalization layer keeps the signal at its scale. Such
+        a layer has running statistics, or a weight and a bias of one axis each.
+        """
+        vectors = {name for name, shape in shapes.items() if len(shape) == 1}
+        norms = (name.endswith(".running_mean") or {name, f"{name[:-6]}bias"} <= vectors for name in vectors)
+        if not self.without_means or any(norms):
+            return None
+        return (
+            f"`method` {self.name} takes the means from filters, and no layer here normalizes the maps: the signal may "
+            "die out from layer to layer, and training with it; dct and cs keep it"
+        )
 
 
 def _closed_form(name: str) -> Callable[..., Any]:
@@ -65,7 +82,12 @@ METHODS: dict[str, Method] = {
         Method("ocnn", "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags"),
         Method("srip", "spectral norm of K Kᵀ − I, by two power iterations (Bansal et al. 2018)"),
         Method("orthoreg", "cosines of all pairs of filters, similar ones most (Rodríguez et al. 2017)"),
-        Method("orthogonal", "zero-mean orthogonal filters", of_kernel=_closed_form("orthogonalize_kernel")),
+        Method(
+            "orthogonal",
+            "zero-mean orthogonal filters",
+            of_kernel=_closed_form("orthogonalize_kernel"),
+            without_means=True,
+        ),
         Method(
             "dct",
             "one pattern of the discrete cosine transform per filter, orthogonal channel weights",

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import same_bits
+from conftest import Convsim, same_bits
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convsim_cli.closed_forms import orthogonalize_, orthogonalize_kernel, orthogonalize_weight_
@@ -185,3 +189,36 @@ def test_parametrized_layers_are_named_in_a_warning() -> None:
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.warns(UserWarning, match=r"leaves out 0\.weight"):
         assert [record["name"] for record in orthogonalize_(model)] == ["2.weight", "4.weight"]
+
+
+@pytest.mark.parametrize(("normalizes", "method"), [(False, "orthogonal"), (False, "dct"), (True, "orthogonal")])
+def test_init_warns_where_no_layer_normalizes_a_signal_without_means(
+    normalizes: bool, method: str, tmp_path: Path, convsim: Convsim
+) -> None:
+    state = {"0.weight": torch.randn(8, 3, 3, 3), "0.bias": torch.zeros(8)}
+    if normalizes:
+        state |= {"1.weight": torch.ones(8), "1.bias": torch.zeros(8)}
+    save_file(state, tmp_path / "model.safetensors")
+    said = convsim("init", tmp_path / "model.safetensors", "--method", method).err
+    assert ("--method orthogonal takes the means from filters" in said) == (not normalizes and method == "orthogonal")
+
+
+def test_training_warns_of_it_too(tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = "nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))"
+    (tmp_path / "plain_network.py").write_text(f"from torch import nn\n\n\ndef plain():\n    return {network}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "1",
+        "--limit-train",
+        "64",
+        "--run-dir",
+        tmp_path / "runs",
+        "--mode",
+        "init",
+    ]
+    outcome = convsim("train", "--arch", "plain_network:plain", *run, "--method", "orthogonal")
+    sys.modules.pop("plain_network", None)
+    assert (outcome.code, "takes the means from filters" in outcome.err) == (0, True), outcome.err

@@ -151,6 +151,8 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
     """
     method, selection = _method(settings), module_kernels(model)
     warn_of_unsupported(selection, ConvsimWarning)
+    if caution := method and method.warning({name: value.shape for name, value in model.state_dict().items()}):
+        warnings.warn(caution, ConvsimWarning, stacklevel=2)
     minimization, norms = _minimizations(settings)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
     with undone_on_failure(list(weights.values())):
