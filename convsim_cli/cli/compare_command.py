@@ -26,7 +26,9 @@ HEADERS = {  # on a terminal, by the keys of JSON, which TSV has as they are
 }
 _COMPARED = {"best_test_accuracy": "best_difference", "mean_last5_test_accuracy": "last5_difference"}
 
-LEAST: Least = ("train_accuracy", "last_accuracy", "last5_difference", "mean_last5")
+_TESTED = ("mean", "low", "high", "p", "p_holm")  # what a difference has, by the keys of JSON
+
+LEAST: Least = ("train_accuracy", "last_accuracy", "last5_p", "last5_difference", "mean_last5", "best_p")
 
 
 @add_options(rare=("epochs", "wide", "quiet"))
@@ -59,8 +61,9 @@ def compare(
     """Compare runs: those that differ only by seed are one row, with means and standard deviations over the seeds.
 
     A group is named by the arguments in which it differs. Its difference from the baseline is the mean of the
-    differences seed by seed, with its 95 % interval (Student's t); one seed has no interval. Accuracies are in per
-    cent, on the test images unless they are called train accuracies.
+    differences seed by seed, with its 95 % interval (Student's t) and, where several groups are compared, its p-value
+    after Holm's correction for their number; one seed has neither. Accuracies are in per cent, on the test images
+    unless they are called train accuracies.
     """
     from convsim_cli.training.comparison import compare_runs
 
@@ -83,7 +86,10 @@ def compare(
         if len(lengths) == 1:
             console.note(f"epochs of each run: {lengths.pop()}")
         if reference:
-            console.note(f"differences from {reference}, paired by seed, with 95 % intervals (Student's t)")
+            tested = _tested(groups)
+            intervals = ", with 95 % intervals (Student's t)" if tested else "; one seed has no interval"
+            corrected = f"; p: t-test, after Holm's correction for {tested} comparisons" if tested > 1 else ""
+            console.note(f"differences from {reference}, paired by seed{intervals}{corrected}")
         elif len(groups) > 1:
             console.note("no differences: no single group is the baseline; name a group or a run with --baseline")
 
@@ -92,7 +98,13 @@ def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[
     """Return the columns and rows for a terminal: means ± deviations, and differences with their intervals."""
     compared = _COMPARED if any(group["difference"] for group in groups) else {}
     reach = [f"epochs_to_{accuracy:g}"] if accuracy is not None else []
-    columns = ["group", "n", *HEADERS.values(), *reach, *compared.values()]
+    adjusted = _tested(groups) > 1
+    differences = [
+        name
+        for short in compared.values()
+        for name in ([short, short.replace("difference", "p")] if adjusted else [short])
+    ]
+    columns = ["group", "n", *HEADERS.values(), *reach, *differences]
     rows: list[list[Cell]] = []
     for group in groups:
         row: list[Cell] = [group["group"], group["n"], *(_plus_minus(group[key]) for key in HEADERS)]
@@ -101,9 +113,11 @@ def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[
             some = f"{found['reached']} of {group['n']} seeds"
             row.append(some if found["mean"] is None else _plus_minus(found))
         for key in compared:
-            found = group["difference"][key] if group["difference"] else dict.fromkeys(("mean", "low", "high"))
+            found = group["difference"][key] if group["difference"] else dict.fromkeys(_TESTED)
             ends = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
             row.append("" if found["mean"] is None else f"{found['mean']:+.2f}{ends}")
+            if adjusted:
+                row.append("" if found["p_holm"] is None else f"{found['p_holm']:.2g}")
         rows.append(row)
     return columns, rows
 
@@ -112,18 +126,25 @@ def _full_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell
     """Return the columns and rows for TSV: every figure in a column of its own."""
     columns = ["group", "n", "epochs", *(f"{key}{end}" for key in HEADERS for end in ("", "_std"))]
     columns += ["epochs_to_accuracy", "epochs_to_accuracy_std", "reached", "pairs"]
-    columns += [f"{key}_difference{end}" for key in HEADERS for end in ("", "_low", "_high")] + ["data"]
+    columns += [f"{key}_difference{end}" for key in HEADERS for end in ("", *(f"_{part}" for part in _TESTED[1:]))] + [
+        "data"
+    ]
     rows: list[list[Cell]] = []
     for group in groups:
         reached = group["epochs_to_accuracy"] or dict.fromkeys(("mean", "std", "reached"))
-        nothing: dict[str, Any] = {"n": None, **dict.fromkeys(HEADERS, dict.fromkeys(("mean", "low", "high")))}
+        nothing: dict[str, Any] = {"n": None, **dict.fromkeys(HEADERS, dict.fromkeys(_TESTED))}
         difference = group["difference"] or nothing
         row = [group[key] for key in ("group", "n", "epochs")]
         row += [group[key][part] for key in HEADERS for part in ("mean", "std")]
         row += [*(reached[part] for part in ("mean", "std", "reached")), difference["n"]]
-        row += [difference[key][part] for key in HEADERS for part in ("mean", "low", "high")]
+        row += [difference[key][part] for key in HEADERS for part in _TESTED]
         rows.append([*row, group["data"]])
     return columns, rows
+
+
+def _tested(groups: list[dict[str, Any]]) -> int:
+    """Return how many groups have a difference with an interval."""
+    return sum(group["difference"]["last_test_accuracy"]["low"] is not None for group in groups if group["difference"])
 
 
 def _plus_minus(spread: dict[str, float | None]) -> str:

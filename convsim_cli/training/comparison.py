@@ -1,7 +1,7 @@
 """Compare runs: groups of runs that differ only by seed, each with its accuracies and its distance from a baseline.
 
 Groups are named by the arguments in which they differ. Distances are paired by seed; the 95 % interval of their mean is
-that of Student's t.
+that of Student's t, and its p-value that of the paired t-test, corrected for the number of groups by Holm's method.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from math import cos, pi, sin, sqrt, tan
+from math import atan2, cos, pi, sin, sqrt, tan
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -66,7 +66,8 @@ def compare_runs(
     paths: folders of runs, and folders that hold them. baseline: the name of a group, or of one of its runs; unless
     given, the group of mode baseline, if there is one. accuracy: a test accuracy in per cent, for the epochs that runs
     take to it. epochs: compare only the first ones. Figures are means over seeds in per cent with standard deviations;
-    differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals.
+    differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals, the
+    p-values of the paired t-test (`p`), and those after Holm's correction for all groups of the table (`p_holm`).
     Groups that were tested on other images (`data`) each have a baseline of their own. Runs that cannot be compared are
     left out with a warning. Raises InputError where none is left, and for a run that is there twice.
     """
@@ -93,7 +94,7 @@ def compare_runs(
     for groups, names in zip(compared, named, strict=True):
         reference = _find_baseline(groups, names, baseline)
         references.append(reference.name if reference else None)
-        figures += [_figures(group, reference, accuracy) for group in groups]
+        figures += _with_holm([_figures(group, reference, accuracy) for group in groups])
     return {
         "baseline": references[0] if len(set(references)) == 1 else None,
         "accuracy": accuracy,
@@ -199,8 +200,20 @@ def _difference(group: Group, reference: Group) -> dict[str, Any]:
     for key, figure in ACCURACIES.items():
         values = [figure(ours[seed]) - figure(theirs[seed]) for seed in seeds]
         low, high = mean_interval(values) or (None, None)
-        found[key] = {"mean": mean(values) if values else None, "low": low, "high": high}
+        found[key] = {"mean": mean(values) if values else None, "low": low, "high": high, "p": p_value(values)}
     return found
+
+
+def _with_holm(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the adjusted p-values to the differences of a table's groups, accuracy by accuracy."""
+    for key in ACCURACIES:
+        found = [group["difference"][key] for group in figures if group["difference"]]
+        tested = [difference for difference in found if difference["p"] is not None]
+        for difference in found:
+            difference["p_holm"] = None
+        for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
+            difference["p_holm"] = p
+    return figures
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunResults]:
@@ -287,6 +300,25 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     center = mean(values)
     half = student_quantile(len(values) - 1) * stdev(values) / sqrt(len(values))
     return center - half, center + half
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Return the two-sided p-value of a mean other than 0 by Student's t-test, None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    freedom = len(values) - 1
+    angle = atan2(abs(mean(values)) * sqrt(len(values)), stdev(values) * sqrt(freedom))
+    return max(0.0, 1 - _probability(angle, freedom))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted so that one of them below 0.05 by chance has a probability of 5 % (Holm 1979)."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted
 
 
 @cache

@@ -98,11 +98,11 @@ def test_a_table_of_the_paper_fits_the_terminal_with_whole_cells(name: str, widt
 @pytest.mark.parametrize("width", WIDTHS)
 def test_compared_groups_fit_the_terminal(width: int, terminal: Terminal) -> None:
     spread = {"mean": 79.1634, "std": 0.4321}
-    interval = {"mean": 5.1234, "low": -10.1234, "high": 12.3456}
+    interval = {"mean": 5.1234, "low": -10.1234, "high": 12.3456, "p": 0.0123, "p_holm": 0.0246}
     group = {"group": "init-norm, lr=0.03", "n": 5, "epochs": 30, "epochs_to_accuracy": {**spread, "reached": 5}}
     group |= dict.fromkeys(HEADERS, spread) | {"difference": dict.fromkeys(HEADERS, interval)}
     lines = terminal(width)
-    Console().table(*screen_table([group], 60.0), LEAST)
+    Console().table(*screen_table([group, group], 60.0), LEAST)
     shown = lines()
     check(shown, width)
     assert any("+5.12 [-10.12, +12.35]" in line for line in shown)

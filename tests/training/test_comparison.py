@@ -13,7 +13,15 @@ import pytest
 from conftest import Convsim
 
 from convsim_cli.errors import ConvsimWarning, InputError
-from convsim_cli.training.comparison import compare_runs, group_by_seed, mean_interval, read_runs, student_quantile
+from convsim_cli.training.comparison import (
+    compare_runs,
+    group_by_seed,
+    holm,
+    mean_interval,
+    p_value,
+    read_runs,
+    student_quantile,
+)
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run
 from convsim_cli.training.run import write_results
@@ -93,15 +101,39 @@ def test_the_difference_is_paired_by_seed_and_has_the_interval_of_student(runs: 
     assert baseline["difference"] is None
     found = init["difference"]
     assert (found["n"], found["seeds"]) == (3, [0, 1, 2])
-    differences = [71 - 60, 66 - 55, 69 - 58]
-    assert found["best_test_accuracy"] == {"mean": 11, "low": 11, "high": 11}  # equal for every seed: no width
+    same = {"mean": 11, "low": 11, "high": 11}
+    assert found["best_test_accuracy"] == {**same, "p": 0, "p_holm": 0}  # equal for every seed: no width
     differences = [71 - 50, 63 - 52, 69 - 57]
     half = 4.302653 * stdev(differences) / 3**0.5
     assert found["last_test_accuracy"] == {
         "mean": pytest.approx(mean(differences)),
         "low": pytest.approx(mean(differences) - half),
         "high": pytest.approx(mean(differences) + half),
+        "p": pytest.approx(0.0439300, abs=1e-6),  # as scipy.stats.ttest_1samp has it
+        "p_holm": pytest.approx(0.0439300, abs=1e-6),
     }
+
+
+def test_the_probability_of_a_difference_is_that_of_students_t_test() -> None:
+    for values, p in (([1.0, 2.0, 3.0, 5.0], 0.0485669), ([-0.5, 0.5, 1.5], 0.477767), ([0.0, 0.0], 1.0)):
+        assert p_value(values) == pytest.approx(p, abs=1e-6)
+    assert p_value([3.0]) is None
+
+
+def test_holms_correction_is_that_of_its_definition() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_differences_are_corrected_for_the_number_of_groups(runs: Path) -> None:
+    for seed in range(3):
+        make_run(runs, f"other-{seed}", [50.0 + seed] * 6, mode="rescale", seed=seed)
+    groups = [group["difference"] for group in compare_runs([runs])["groups"] if group["difference"]]
+    values = [group["last_test_accuracy"]["p"] for group in groups]
+    assert len(values) == 2
+    assert [group["last_test_accuracy"]["p_holm"] for group in groups] == holm(values)
+    assert groups[0]["last_test_accuracy"]["p_holm"] == pytest.approx(2 * min(values))
 
 
 def test_only_common_seeds_are_paired_and_one_pair_has_no_interval(runs: Path) -> None:
@@ -110,7 +142,7 @@ def test_only_common_seeds_are_paired_and_one_pair_has_no_interval(runs: Path) -
     groups = {group["group"]: group for group in compare_runs([runs])["groups"]}
     one, none = groups["mode=rescale"]["difference"], groups["mode=reg"]["difference"]
     assert one["seeds"] == [2]
-    assert one["best_test_accuracy"] == {"mean": 50 - 58, "low": None, "high": None}
+    assert one["best_test_accuracy"] == {"mean": 50 - 58, **dict.fromkeys(("low", "high", "p", "p_holm"))}
     assert groups["mode=rescale"]["best_test_accuracy"]["std"] is None
     assert (none["n"], none["best_test_accuracy"]["mean"]) == (0, None)
 
