@@ -83,6 +83,8 @@ class Declaration:
             close = get_close_matches(str(value), self.choices, n=1)
             closest = f"; did you mean {close[0]!r}?" if close else ""
             expected = one_of([*self.choices, *self._expected_types()])
+            if isinstance(value, float) and not math.isfinite(value):
+                expected = expected.replace("a number", "a finite number")
             raise InputError(f"`{self.name}` {value}: expected {expected}{closest}")
         if isinstance(value, int) and value > LARGEST:
             raise InputError(f"`{self.name}` {value}: expected a number of 64 bits, at most {LARGEST}")

@@ -110,3 +110,9 @@ def test_the_defaults_pass_their_own_checks(options: type) -> None:
     for one in declarations(options).values():
         assert one.has_type(one.default)
         assert one.help.endswith(".")
+
+
+def test_a_number_that_is_not_finite_is_named_so() -> None:
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(InputError, match=f"`lr` {value}: expected a finite number above 0"):
+            Arguments(lr=value).check()
