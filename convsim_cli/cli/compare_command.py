@@ -99,12 +99,9 @@ def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[
     compared = _COMPARED if any(group["difference"] for group in groups) else {}
     reach = [f"epochs_to_{accuracy:g}"] if accuracy is not None else []
     adjusted = _tested(groups) > 1
-    differences = [
-        name
-        for short in compared.values()
-        for name in ([short, short.replace("difference", "p")] if adjusted else [short])
-    ]
-    columns = ["group", "n", *HEADERS.values(), *reach, *differences]
+    columns = ["group", "n", *HEADERS.values(), *reach]
+    for short in compared.values():
+        columns += [short, short.replace("difference", "p")] if adjusted else [short]
     rows: list[list[Cell]] = []
     for group in groups:
         row: list[Cell] = [group["group"], group["n"], *(_plus_minus(group[key]) for key in HEADERS)]
@@ -126,9 +123,8 @@ def _full_table(groups: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell
     """Return the columns and rows for TSV: every figure in a column of its own."""
     columns = ["group", "n", "epochs", *(f"{key}{end}" for key in HEADERS for end in ("", "_std"))]
     columns += ["epochs_to_accuracy", "epochs_to_accuracy_std", "reached", "pairs"]
-    columns += [f"{key}_difference{end}" for key in HEADERS for end in ("", *(f"_{part}" for part in _TESTED[1:]))] + [
-        "data"
-    ]
+    ends = ["", *(f"_{part}" for part in _TESTED[1:])]
+    columns += [*(f"{key}_difference{end}" for key in HEADERS for end in ends), "data"]
     rows: list[list[Cell]] = []
     for group in groups:
         reached = group["epochs_to_accuracy"] or dict.fromkeys(("mean", "std", "reached"))
