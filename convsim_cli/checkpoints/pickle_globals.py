@@ -270,8 +270,8 @@ def _fits_storage(arguments: Sequence[_Value]) -> bool:
     if len(arguments) < 4 or not isinstance(arguments[0], _Made) or arguments[0].by != _STORAGE:
         return False
     written = [*_items(arguments[2]), *_items(arguments[3]), arguments[1]]
-    *axes, offset = numbers = [number for number in written if type(number) is int and number >= 0]
-    if len(numbers) < len(written) or len(axes) != 2 * len(_items(arguments[2])):
+    *axes, offset = (number if type(number) is int else -1 for number in written)
+    if min([offset, *axes]) < 0 or len(axes) != 2 * len(_items(arguments[2])):
         return False
     sizes, strides = axes[: len(axes) // 2], axes[len(axes) // 2 :]
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

@@ -39,7 +39,7 @@ from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Sk
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_KNOWN = frozenset[Any](_CONVOLUTIONS + _TRANSPOSED)
+_KNOWN: tuple[Any, ...] = _CONVOLUTIONS + _TRANSPOSED  # torch 2.6 cannot compile a lookup of a class in a set
 _FORWARDS = frozenset(chain.from_iterable((kind.forward, getattr(kind, "_conv_forward", None)) for kind in _KNOWN))
 _FUNCTIONS = frozenset(
     getattr(nn.functional, f"{name}{axes}d") for name in ("conv", "conv_transpose") for axes in (1, 2, 3)
