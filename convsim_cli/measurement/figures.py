@@ -1,7 +1,8 @@
 """The figures that convsim measures per layer, each declared once, and what is told from them.
 
 A figure is one entry of `FIGURES` and one line of `kernel_figures.measure_layer`: the record of a layer, JSON, tables,
-CSV, `measure --help` and the README's table follow. This module imports no torch, so that help texts can read it.
+CSV and `measure --figures` follow; .docs/measure.md repeats the table. This module imports no torch, so that help texts
+can read it.
 
 A report is a dictionary with the `source` of a checkpoint and its `layers`, the records of `measure_layer`. Reports of
 several checkpoints are compared layer by layer; of one, a line tells what stands out.
@@ -27,7 +28,7 @@ LAST = 9  # `Figure.keep` of the columns that every table has
 class Figure:
     """A number that is measured of every layer.
 
-    key: its name in JSON and in tables; meaning: one line for help texts and the README; unit: empty where it is
+    key: its name in JSON and in tables; meaning: one line for `--figures` and .docs/measure.md; unit: empty where it is
     dimensionless; moves_with_scale: whether scaling a layer's weights changes it; shown: whether tables have a column
     for it (JSON has every figure), wide: whether only with `--wide`; compared: whether several checkpoints also get its
     change, under `KEY_change`; several: whether only they have it; keep: on a terminal that is too narrow for all

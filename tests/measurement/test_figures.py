@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from convsim_cli.measurement.figures import FIGURES
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / ".docs" / "measure.md").read_text()
 ADD_ONE = """
 import json, sys
 from convsim_cli import checkpoint_measure
@@ -50,8 +50,8 @@ def test_a_figure_that_is_added_to_the_table_is_seen_everywhere(tmp_path: Path) 
     assert re.search(r"largest +the largest weight", help_)
 
 
-def test_the_table_of_the_readme_is_that_of_the_code() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?) \| (yes|no) \|$", README, re.MULTILINE)
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?) \| (yes|no) \|$", PAGE, re.MULTILINE)
     assert rows == [
         (figure.key, figure.meaning.replace("|", r"\|"), figure.unit, "yes" if figure.moves_with_scale else "no")
         for figure in FIGURES
