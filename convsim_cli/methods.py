@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
         Method("expected", "squared inner products of feature maps on white inputs: 100 · kernel + cs"),
         Method("ocnn", "orthogonality of the convolution (Wang et al. 2020): all pairs, all lags"),
         Method("srip", "spectral norm of K Kᵀ − I, by two power iterations (Bansal et al. 2018)"),
-        Method("orthoreg", "cosines of all pairs of filters, similar ones most (Rodríguez et al. 2017)"),
+        Method("orthoreg", "cosines of all pairs of filters, mostly similar ones (Rodríguez et al. 2017)"),
         Method(
             "orthogonal",
             "zero-mean orthogonal filters",

@@ -109,12 +109,12 @@ class ConvSimPenalty:
         """Add β·∂penalty to the parameters' gradients, as `(beta * penalty()).backward()` would, without a graph.
 
         Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step. beta: weight
-        of the penalty, dimensionless, finite and ≥ 0. A tensor with one element stays on its device: its value is
-        checked on the CPU only, since reading it elsewhere would wait for the device. Frozen parameters are left
-        alone. Half-precision gradients are added to in float32 and rounded once. Gradient hooks of a parameter, also
-        those that run after accumulation, are called with the penalty's gradient. preserve_norm: leave out of the
-        gradient, filter by filter, the part along the filter, so that it lowers similarity without shrinking. Raises
-        InputError for another beta, and as a call of the penalty; all gradients are then as they were.
+        of the penalty, finite and ≥ 0. A tensor with one element stays on its device: its value is checked on the CPU
+        only, since reading it elsewhere would wait for the device. Frozen parameters are left alone. Half-precision
+        gradients are added to in float32 and rounded once. Gradient hooks of a parameter, also those that run after
+        accumulation, are called with the penalty's gradient. preserve_norm: leave out of the gradient, filter by
+        filter, the part along the filter, so that it lowers similarity without shrinking. Raises InputError for
+        another beta, and as a call of the penalty; all gradients are then as they were.
         """
         _check_beta(beta)
         own, behind = self._contributions(beta, preserve_norm)

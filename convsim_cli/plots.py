@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A00")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
 UNITS = {  # by column of results.csv, and of layers.csv as a median over layers
-    "cs": "$L_{CS}$ (Eq. 10, dimensionless)",
+    "cs": "$L_{CS}$ (Eq. 10, weight$^4$)",
     "train_loss": "training loss (cross entropy, nats)",
     "test_loss": "test loss (cross entropy, nats)",
     "train_accuracy": "train accuracy (%)",

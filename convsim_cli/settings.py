@@ -144,7 +144,7 @@ class CheckpointOptions:
     layout: Literal["torch", "hwio", "ohwi"] | None = setting(
         None,
         "How the file stores its kernels. torch: out, in, taps; hwio: taps, in, out; ohwi: out, taps, in, each also "
-        "for 1-D and 3-D kernels. Without it a file that looks to be of another framework is refused.",
+        "for 1-D and 3-D kernels. Without it, files of other frameworks are refused.",
         "Layers",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", "Run", metavar="NAME")
@@ -172,7 +172,7 @@ class InputOptions:
     )
     input_channels: int | None = setting(
         None,
-        "Channels of a synthetic input, with --arch. Found by a dry run unless given.",
+        "Channels of a synthetic input, with --arch. Default: found by a dry run.",
         "Inputs",
         metavar="N",
         above=0,
@@ -182,7 +182,7 @@ class InputOptions:
     )
     mean: Channels | None = setting(
         None,
-        "Normalize images by this mean. On a scale from 0 to 1; the data set's own unless given.",
+        "Normalize images by this mean. On a scale from 0 to 1; by default the data set's own.",
         "Inputs",
         metavar="R,G,B",
     )
@@ -210,13 +210,13 @@ class InitOptions(InputOptions, CheckpointOptions):
     samples: int = setting(256, "Number of inputs.", "Inputs", metavar="N", above=0)
     probe: Literal["white", "uniform", "natural"] | None = setting(
         None,
-        "Measure before and after on white, uniform or natural. Adds fm_corr of synthetic inputs of that kind.",
+        "Show fm_corr before and after on white, uniform or natural. The inputs are synthetic.",
         "Figures",
         metavar="INPUT",
         common=True,
     )
-    dry_run: bool = setting(False, "Show what would be changed; write nothing.", "Saving", common=True)
-    no_backup: bool = setting(False, "Do not keep the former file as CHECKPOINT.bak.", "Saving")
+    dry_run: bool = setting(False, "Show what would change; write nothing.", "Saving", common=True)
+    no_backup: bool = setting(False, "Do not keep the original as CHECKPOINT.bak.", "Saving")
     force: bool = setting(False, "Also overwrite read-only and shared files.", "Saving")
 
     def check(self) -> None:

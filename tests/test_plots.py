@@ -33,7 +33,7 @@ def test_axes_bear_their_units_and_falling_quantities_a_log_scale() -> None:
         "training loss (cross entropy, nats)": "log",
         "test accuracy (%)": "linear",
         "train accuracy (%)": "linear",
-        "$L_{CS}$ (Eq. 10, dimensionless)": "log",
+        "$L_{CS}$ (Eq. 10, weight$^4$)": "log",
     }
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
 

@@ -37,7 +37,9 @@ app = typer.Typer(
     context_settings=SETTINGS,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Measure the similarity of a convolutional network's feature maps, and reduce it by changing the kernels.",
+    help="Measure the similarity of a convolutional network's feature maps, and reduce it by changing the kernels.\n\n"
+    "L_CS (the figure and method cs) is Convolutional Similarity, Eq. 10 of arXiv:2411.03226: the squared "
+    "cross-correlations of all pairs of filters, summed.",
     epilog="""\b
 Examples:
  # a fresh network whose feature maps are less similar, in seconds
@@ -73,10 +75,10 @@ def root(
 COMMANDS: dict[Callable[..., None], str] = {
     init: "Make a network's kernels less similar.",
     measure: "Measure similarity, per layer.",
-    train: "Train a network, and keep its results.",
-    compare: "Compare runs, over their seeds.",
-    reproduce: "Run the paper's experiments again.",
-    plot: "Draw the curves of runs.",
+    train: "Train a network; store results and weights.",
+    compare: "Compare training runs, over their seeds.",
+    reproduce: "Repeat the paper's experiments.",
+    plot: "Draw the training curves of runs.",
 }
 SHOWN = 1000  # characters of each end of a message
 SPINS = 2000  # of a waiting thread of OpenMP before it sleeps, some tens of microseconds

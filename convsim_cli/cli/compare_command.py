@@ -33,14 +33,12 @@ LEAST: Least = ("train_accuracy", "last_accuracy", "last5_p", "last5_difference"
 
 @add_options(rare=("epochs", "wide", "quiet"))
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that hold folders of runs.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that contain them.")],
     baseline: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Compare with this group, or the group of this run; with mode baseline unless given.",
+            help="Compare with this group, or the group of this run; by default that with mode baseline.",
             show_default=False,
         ),
     ] = None,
@@ -87,7 +85,7 @@ def compare(
             console.note(f"epochs of each run: {lengths.pop()}")
         if reference:
             tested = _tested(groups)
-            intervals = ", with 95 % intervals (Student's t)" if tested else "; one seed has no interval"
+            intervals = ", with 95 % intervals (Student's t)" if tested else "; intervals need two seeds or more"
             corrected = f"; p: t-test, after Holm's correction for {tested} comparisons" if tested > 1 else ""
             console.note(f"differences from {reference}, paired by seed{intervals}{corrected}")
         elif len(groups) > 1:

@@ -27,12 +27,12 @@ from convsim_cli.settings import InitOptions
 
 EXAMPLES = """\b
 Examples:
- # a fresh network: less similar feature maps, every filter at its norm
+ # a fresh network: less similar feature maps, norms unchanged
  convsim init --arch cnn1 --preserve-norm --probe natural -o model.safetensors
- convsim init model.safetensors              # the paper's; keeps a .bak
+ convsim init model.safetensors              # in place; keeps a .bak
  convsim init model.pth -o new.pth --method orthogonal   # no iterations
  convsim init --arch cnn1 -o new.pth --method decorrelate --input cifar10
- convsim init model.pth --dry-run            # what would be changed
+ convsim init model.pth --dry-run            # what would change
  convsim init a.pth --include 'layer3.*' --groups 'layer3.*.conv2.weight=32'"""
 
 
@@ -138,7 +138,7 @@ def _show(content: dict[str, Any], console: Console) -> None:
             others.setdefault(layer["method"], []).append(layer["name"])
     for method, names in others.items():
         console.note(f"{method} in place of {content['method']}: {', '.join(names)}")
-    backup = f"; the former file is {content['backup']}" if content["backup"] else ""
+    backup = f"; the original is kept in {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
 
 

@@ -62,7 +62,7 @@ def measure(
         list[Path] | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Files to measure, side by side. Else model.safetensors here, else a fresh cnn1.",
+            help="Files to measure, side by side. Default: model.safetensors here, or a fresh cnn1.",
         ),
     ] = None,
     sort: Annotated[
@@ -94,7 +94,8 @@ def measure(
 ) -> None:
     """Measure how similar the filters and the feature maps of each layer are.
 
-    From a file alone, each layer is given inputs of its own. With --arch the whole network runs on --input.
+    From a file alone, each layer is measured separately, on synthetic inputs. With --arch the whole network runs on
+    --input.
     """
     if figures:
         typer.echo(_explain_figures())

@@ -24,9 +24,7 @@ Examples:
 
 @add_options(rare=("quiet",))
 def plot(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that hold folders of runs.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that contain them.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help=f"The {PICTURE_SUFFIXES} file to write.")
     ] = Path("curves.png"),

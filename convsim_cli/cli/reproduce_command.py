@@ -88,19 +88,17 @@ def reproduce(
     ],
     episodes: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", help="table1, 2, 3, 6: episodes per row. 1000 unless given.", min=2, show_default=False
-        ),
+        typer.Option(metavar="N", help="table1, 2, 3, 6: episodes per row. Default: 1000.", min=2, show_default=False),
     ] = None,
     archs: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="table5, figure1 to 3: networks. cnn1,cnn2 unless given.", show_default=False),
+        typer.Option(metavar="A,B", help="table5, figure1 to 3: networks. Default: cnn1,cnn2.", show_default=False),
     ] = None,
     arms: Annotated[
         str | None,
         typer.Option(
             metavar="A,B",
-            help=f"table5, figure1 to 3: arms, sets of arms, or all. See below. {', '.join(USUAL_ARMS)} unless given.",
+            help=f"table5, figure1 to 3: arms, sets of arms, or all. See below. Default: {', '.join(USUAL_ARMS)}.",
             show_default=False,
             autocompletion=complete_arms,
         ),
@@ -118,7 +116,7 @@ def reproduce(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Epochs of a run. The paper's unless given.", min=1, show_default=False),
+        typer.Option(metavar="N", help="Epochs of a run. Default: the paper's.", min=1, show_default=False),
     ] = None,
     run_dir: Annotated[
         Path, typer.Option("--run-dir", metavar="DIR", help="Where the folders of runs are created.")
@@ -134,6 +132,9 @@ def reproduce(
     The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Finished runs in RUN_DIR with the same
     arguments are reused, and unfinished ones resumed. All numbers are in per cent except correlations, cosines and
     L_CS; some columns are not in the paper.
+
+    On two CPU cores, table1, 2, 3 and 6 take half a minute each, an epoch of cnn1 on CIFAR-10 takes 30 seconds, and
+    one of resnet18 takes 7 minutes.
     """
     console = Console(quiet, as_json, wide)
     given = {**context.params, "run_dir": run_dir}  # a path as text in older typers

@@ -92,7 +92,7 @@ class Arguments:
     )
     beta: float | Literal["auto"] = setting(
         0.001,
-        "Weight of the penalty; auto: set on batch 1. With auto, its gradient is 1 % of the task's there.",
+        "Weight of the penalty, or auto. auto: such that its gradient is 1 % of the task's on the first batch.",
         "Method",
         metavar="X|auto",
         common=True,
@@ -102,7 +102,7 @@ class Arguments:
     )
     preserve_norm: bool = setting(
         False,
-        "Keep init and reg from shrinking filters. init holds every norm; reg drops the gradient along each filter.",
+        "Keep init and reg from shrinking filters. init holds every norm; reg removes the gradient along each filter.",
         "Method",
         common=True,
     )
@@ -137,7 +137,7 @@ class Arguments:
         common=True,
     )
     decay: Literal["weights", "all"] = setting(
-        "weights", "What weight decay acts on. weights: not on biases and batch norm.", "Recipe"
+        "weights", "Parameters that decay. weights: all but biases and batch norm.", "Recipe"
     )
     schedule: Literal["constant", "cosine"] = setting(
         "constant",
@@ -157,7 +157,7 @@ class Arguments:
     )
     bn_statistics: Literal["precise", "running", "batch"] = setting(
         "precise",
-        "What batch norm uses in evaluation. precise: statistics re-estimated before each one, on 4,096 training "
+        "Batch-norm statistics in evaluation. precise: statistics re-estimated before each one, on 4,096 training "
         "images; running: running averages; batch: the statistics of each test batch, as in the authors' code.",
         "Recipe",
     )
@@ -172,7 +172,7 @@ class Arguments:
         metavar="NAME",
         common=True,
     )
-    data_dir: str = setting("data", "Where data sets are, or go when downloaded.", "Data", metavar="DIR", common=True)
+    data_dir: str = setting("data", "Where data sets are, or are downloaded to.", "Data", metavar="DIR", common=True)
     image_size: int | None = setting(
         None,
         "folder:PATH: pixels along each axis. Unless given, 32 for the built-in networks and 224 for others.",
@@ -196,7 +196,7 @@ class Arguments:
     )
     folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, independent of its path.")
     deterministic: bool = setting(False, "Bitwise reproducible on CUDA (the CPU always is).", "Run")
-    tensorboard: bool = setting(False, "Write each epoch's results for TensorBoard too (extra: tensorboard).", "Run")
+    tensorboard: bool = setting(False, "Also write results for TensorBoard (extra: tensorboard).", "Run")
     seed: int = setting(0, "Random seed.", "Run", metavar="N", most=(1 << 32) - 1)
     device: str = setting("cpu", "Where the run computes.")
     processes: int = setting(1, "Data-parallel processes, as torchrun started them.", above=0)

@@ -147,6 +147,14 @@ def test_only_common_seeds_are_paired_and_one_pair_has_no_interval(runs: Path) -
     assert (none["n"], none["best_test_accuracy"]["mean"]) == (0, None)
 
 
+@pytest.mark.parametrize(("seeds", "said"), [("*", "with 95 % intervals"), ("0", "intervals need two seeds")])
+def test_intervals_are_announced_only_where_there_are_some(
+    seeds: str, said: str, runs: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convsim_cli.cli.console.Console.is_screen", True)
+    assert said in " ".join(convsim("compare", *runs.glob(f"*-s{seeds}")).err.split())
+
+
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
