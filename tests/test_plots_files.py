@@ -122,7 +122,7 @@ def test_reproduce_replaces_no_document_but_its_own(content: str, tmp_path: Path
     (tmp_path / "table2.json").write_text(content)
     outcome = convsim("reproduce", "table2", "--episodes", 2, "--run-dir", tmp_path)
     assert outcome.code == 2
-    assert "table2.json: exists and is no document of convsim reproduce; choose another --run-dir" in outcome.error
+    assert "table2.json: exists and was not written by convsim reproduce; choose another --run-dir" in outcome.error
     assert (tmp_path / "table2.json").read_text() == content
     (tmp_path / "table2.json").unlink()
     for _ in range(2):

@@ -106,7 +106,7 @@ class Console:
         if name_above:
             kept = fitting_columns([0, *widths[1:]], by_index, screen + GAP)
         if kept is None:
-            self.note(f"a line per figure, as the table is wider than {screen} characters; --wide shows it as it is")
+            self.note(f"the table is wider than {screen} characters: one line per value (--wide shows the table)")
             with _while_read():
                 print("\n".join(_stacked(columns, cells)))
             return
@@ -251,7 +251,7 @@ def _while_read() -> Iterator[None]:
         if sys.stdout is not None:
             _silence(sys.stdout)
         why = error.strerror or error
-        raise WriteError(f"standard output: cannot be written ({why}); files are written all the same") from error
+        raise WriteError(f"standard output: cannot be written ({why}); result files were still written") from error
 
 
 def _silence(stream: TextIO) -> None:

@@ -163,7 +163,7 @@ def _pages(path: Path, count: int) -> list[Path]:
 def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) -> None:
     """Raise InputError, before any work is done, for what could not be shown in the end."""
     if two_formats:
-        raise InputError("`as_csv` and `as_json` exclude each other: standard output holds one table or one document")
+        raise InputError("`as_csv` and `as_json` cannot be combined; choose one")
     if sort is not None:
         sort_layers([], sort)
     for page in pages:

@@ -231,7 +231,7 @@ def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console
     console.table(columns, rows, ["assumed", "groups", *least], groups=1, assumed=all(assumed))
     if any(assumed):
         which = "groups are" if all(assumed) else "groups marked assumed are"
-        console.note(f"{which} assumed from names and shapes; --groups, --transposed or --arch set them right")
+        console.note(f"{which} assumed from names and shapes; correct them with --groups, --transposed or --arch")
 
 
 def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: Console) -> None:

@@ -274,7 +274,7 @@ def _check_output(name: str, run_dir: Path) -> None:
         except (OSError, ValueError, RecursionError, TypeError, KeyError):
             is_ours = False
         if not is_ours:
-            raise InputError(f"{document}: exists and is no document of convsim reproduce; choose another `run_dir`")
+            raise InputError(f"{document}: exists and was not written by convsim reproduce; choose another `run_dir`")
     if name.startswith("figure") and run_dir.is_dir():
         check_picture(run_dir / f"{name}.png")
 

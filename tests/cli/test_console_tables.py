@@ -173,7 +173,7 @@ def test_a_row_that_no_choice_of_columns_fits_is_stacked(
     Console().table(["run", "arguments"], [["r" * 70, "a" * 90], ["short", "b"]])
     first = [f"run        {'r' * 70}", f"arguments  {'a' * 90}", ""]
     assert lines() == [*first, "run        short", "arguments  b", ""]
-    assert "a line per figure" in capsys.readouterr().err
+    assert "one line per value" in capsys.readouterr().err
 
 
 def test_a_name_that_leaves_no_room_stands_on_a_line_of_its_own(

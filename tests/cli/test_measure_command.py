@@ -197,7 +197,7 @@ def test_a_stream_holds_one_table_or_one_document(tmp_path: Path, convsim: Convs
     save_file({"a": torch.zeros(4, 3, 3, 3)}, tmp_path / "dead.safetensors")
     both = convsim("measure", tmp_path / "m.safetensors", "--csv", "--json")
     assert (both.code, both.out) == (2, "")
-    assert "--csv and --json exclude each other" in both.error
+    assert "--csv and --json cannot be combined" in both.error
     columns = ["name", "filter", "most_similar_to", "corr"]
     for options, delimiter in (((), "\t"), (("--csv",), ",")):
         found = convsim("measure", tmp_path / "m.safetensors", "--top", 3, *options)
