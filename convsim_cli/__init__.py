@@ -15,8 +15,8 @@ This page is the architecture. A module imports only from its own line and the l
     rotation            how far filters turn while a network trains
     checkpoints/        `base`, `formats` (the table) and one module per format; `atomic` and `journal` write,
                         `diagnose` and `pickle_globals` explain what cannot be read
-    inputs/             images in memory; data sets and folders by name
-    networks/           networks by name, checkpoints loaded into them, what they run on, their accuracy
+    inputs/             images in memory, and accuracy on them; data sets and folders by name
+    networks/           networks by name, checkpoints loaded into them, and what they run on
     checkpoint_init, checkpoint_measure   two library calls, which the commands `init` and `measure` show
     training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `distributed`,
                         `comparison`

@@ -178,9 +178,9 @@ def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> Batch
 def _measure_network(
     report: MeasureReport, source: ModelCheckpoint, options: MeasureOptions, device: torch.device, progress: Progress
 ) -> None:
+    from convsim_cli.inputs.images import measure_accuracy
     from convsim_cli.layers import layers_of
     from convsim_cli.measurement.network import Batches, record_feature_maps
-    from convsim_cli.networks.accuracy import measure_accuracy
 
     path, kernels, arch = source.checkpoint.path, source.selection.kernels, source.arch or ""
     assert source.model is not None

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
 from convsim_cli.device import Advance, generator_states, restore_generators, synchronize
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, RankZeroFailedError
-from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.inputs.images import Dataset, Split, evaluation_batch, evaluation_totals
 from convsim_cli.kernels import is_convolution
-from convsim_cli.networks.accuracy import evaluation_batch, evaluation_totals
 from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
 from convsim_cli.precision import full_precision, tf32
 from convsim_cli.rotation import TurnMonitor

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convsim_cli.inputs.datasets import load_dataset
+from convsim_cli.inputs.images import evaluation_totals
 from convsim_cli.measurement.network import measure
 from convsim_cli.measurement.synthetic import make_inputs
-from convsim_cli.networks.accuracy import evaluation_totals
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.plots import draw_heat
 

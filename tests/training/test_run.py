@@ -87,7 +87,7 @@ def test_best_and_last_hold_the_weights_of_their_epochs(tmp_path: Path) -> None:
 
         data = load_dataset("digits", Path()).limited(60, 30)
         trainer = Trainer(model, data, SMALL, torch.device("cpu"))
-        from convsim_cli.networks.accuracy import evaluation_totals
+        from convsim_cli.inputs.images import evaluation_totals
 
         correct = evaluation_totals(trainer.model, data, data.test, torch.device("cpu"))[1].item()
         assert 100 * correct / 30 == pytest.approx(accuracy)

@@ -345,7 +345,7 @@ def test_training_and_evaluation_are_compiled_once_for_all_seeds(
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    monkeypatch.setattr("convsim_cli.networks.accuracy.BATCH_PIXELS", 8 * 32 * 32)  # 7, 7 and 6 of 20 images
+    monkeypatch.setattr("convsim_cli.inputs.images.BATCH_PIXELS", 8 * 32 * 32)  # 7, 7 and 6 of 20 images
     data = replace(data, validation=Split(data.train.images[:10], data.train.labels[:10]))
     for seed in range(2):
         model = build_network("cnn:4", seed=seed)

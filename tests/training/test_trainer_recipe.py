@@ -196,7 +196,7 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path: Path) -> None:
     model = build_network("cnn:4")
     model.load_state_dict(load_file(run.folder / "best.safetensors"))
     held = load_dataset("digits", Path()).limited(60, 30).hold_out(15)
-    from convsim_cli.networks.accuracy import evaluation_totals
+    from convsim_cli.inputs.images import evaluation_totals
 
     assert held.validation is not None
     correct = evaluation_totals(model, held, held.validation, CPU)[1].item()
