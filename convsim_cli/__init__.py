@@ -21,7 +21,7 @@ This page is the architecture. A module imports only from its own line and the l
     training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `distributed`,
                         `comparison`
     reproduction/       the paper's numbers, numerical tables, and trained experiments
-    plots               figures
+    lightning, plots    the callback for Lightning's Trainer; pictures
     cli/                one module per command; `options` and `console` are shared
 
 What happens in a command, in order:

@@ -31,7 +31,7 @@ ORDER = (  # a module imports from its own line and the lines above it
     ("checkpoint_init", "checkpoint_measure"),
     ("training",),
     ("reproduction",),
-    ("plots",),
+    ("lightning", "plots"),
     ("cli", "__main__"),
 )
 LONGEST, SHORTEST = 600, 60  # lines of a module; a shorter one is imported by several others
