@@ -40,7 +40,8 @@ class TurnMonitor:
     every: look at every so many steps, the first one included; in between, a call costs nothing. The monitor keeps a
     copy of the kernels as they are when it is made, and another one during the steps that it looks at. Filters that are
     dead at the start (`living_filters`) count nowhere. Parametrized layers count with the weight that they compute.
-    Nothing waits for the device before `rows`.
+    Nothing waits for the device before `rows`, which
+    waits once.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> optimizer, turned = torch.optim.SGD(model.parameters(), lr=0.1), TurnMonitor(model)
@@ -84,27 +85,27 @@ class TurnMonitor:
         median over filters and steps in degrees; and `turned`, the median angle in degrees from the kernels that the
         monitor began with. None where no step was looked at, and in a layer without a living filter.
         """
-        rows = []
+        unknown = torch.tensor(torch.nan)
+        found = []
         for kernel in self._kernels:
             weight, turns = weight_of(self._model, kernel), self._turns.pop(kernel.name, [])
             norms = torch.linalg.vector_norm(kernel.to_filters(weight), dim=(-2, -1)).flatten()
-            norms, start = norms[self._living[kernel.name]], self._start.get(kernel.name)
-            rows.append(
-                {
-                    "layer": kernel.name,
-                    "norm": norms.mean().item() if len(norms) else None,
-                    "turn_per_step": median_angle(torch.cat(turns)) if turns else None,
-                    "turned": None if start is None else median_angle(self._angles(kernel, weight, start)),
-                }
-            )
+            start = self._start.get(kernel.name)
+            found += [
+                norms.masked_fill(~self._living[kernel.name], torch.nan).nanmean(),
+                torch.cat(turns).nanmedian() if turns else unknown,
+                unknown if start is None else self._angles(kernel, weight, start).nanmedian(),
+            ]
+        figures = iter(_read(found))
+        keys = ("norm", "turn_per_step", "turned")
+        rows = [{"layer": kernel.name, **{key: next(figures) for key in keys}} for kernel in self._kernels]
         self._steps, self._before = 0, self._copies()
         return rows
 
     def last_turns(self) -> dict[str, float | None]:
         """Return each layer's median turn in the last step that was looked at, in degrees. Waits for the device."""
         medians = [turns[-1].nanmedian() for turns in self._turns.values()]
-        found = torch.stack([median.to(medians[0]) for median in medians]).tolist() if medians else []
-        return {name: turn if turn == turn else None for name, turn in zip(self._turns, found, strict=True)}
+        return dict(zip(self._turns, _read(medians), strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Return the kernels of the start, by name, to save with a run."""
@@ -131,3 +132,9 @@ def median_angle(angles: Tensor) -> float | None:
     """Return the median of angles, leaving out NaN; None where nothing is left."""
     found = angles.nanmedian().item()
     return found if found == found else None
+
+
+def _read(scalars: list[Tensor]) -> list[float | None]:
+    """Return the values of scalars, None for NaN, and wait for their device once, not for each."""
+    found = torch.stack([scalar.to(scalars[0].device, torch.float32) for scalar in scalars]).tolist() if scalars else []
+    return [value if value == value else None for value in found]

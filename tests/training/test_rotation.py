@@ -5,7 +5,9 @@ import json
 import math
 import warnings
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convsim_cli import TurnMonitor
 from convsim_cli.errors import ConvsimWarning, InputError
@@ -109,6 +112,42 @@ def test_every_kth_step_is_looked_at_from_the_first_on() -> None:
     (row,) = turned.rows()
     assert row["turn_per_step"] == pytest.approx(5, rel=1e-4)
     assert row["turned"] == pytest.approx(176, rel=1e-4)
+
+
+def test_medians_are_those_of_literal_angles_in_float64() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 2), nn.Conv1d(3, 5, 1))
+    kernels = module_kernels(model).kernels
+    turned, history = TurnMonitor(model), [[layer.weight.detach().clone() for layer in model]]
+    for _ in range(3):
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.add_(0.1 * torch.randn_like(layer.weight))
+        turned()
+        history.append([layer.weight.detach().clone() for layer in model])
+    for place, (kernel, row) in enumerate(zip(kernels, turned.rows(), strict=True)):
+        filters = [kernel.to_filters(weights[place]).flatten(0, 1) for weights in history]
+        per_step = [literal_angle(a, b) for now, then in pairwise(filters) for a, b in zip(now, then, strict=True)]
+        since_start = [literal_angle(a, b) for a, b in zip(filters[0], filters[-1], strict=True)]
+        assert row["turn_per_step"] == pytest.approx(median_low(per_step), rel=1e-5)
+        assert row["turned"] == pytest.approx(median_low(since_start), rel=1e-5)
+        norms = [one.double().norm().item() for one in filters[-1]]
+        assert row["norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+
+
+def test_reading_the_rows_waits_for_the_device_once() -> None:
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    turned = TurnMonitor(model)
+    with Waits() as waits:
+        turned()
+        turned.rows()
+    assert waits.count == 0  # `tolist` of all figures together is no such read
 
 
 def test_a_parametrized_layer_counts_with_the_weight_that_it_computes() -> None:
