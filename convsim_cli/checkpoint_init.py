@@ -24,7 +24,7 @@ from torch import Tensor
 from convsim_cli import __version__
 from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.checkpoints.diagnose import explained
-from convsim_cli.checkpoints.formats import StateDict, check_replaceable
+from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_hub
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
@@ -55,12 +55,13 @@ Changed = dict[str, tuple[Tensor, Tensor]]  # a kernel's name → its weight in 
 class InitReport:
     """What `init_checkpoint` did.
 
-    checkpoint: None for a new network; output: None for a dry run of one; backup: where the former file was kept, or a
-    pattern of the shards' backups; seconds: of the method and the save; layers: a record each, with `before` and,
-    unless it was a dry run, `after`; skipped: name, shape and reason of each tensor that was left out.
+    checkpoint: as it was named, None for a new network; output: None for a dry run of one, or of one on the Hub;
+    backup: where the former file was kept, or a pattern of the shards' backups; seconds: of the method and the save;
+    layers: a record each, with `before` and, unless it was a dry run, `after`; skipped: name, shape and reason of each
+    tensor that was left out.
     """
 
-    checkpoint: Path | None
+    checkpoint: Path | str | None
     output: Path | None
     backup: Path | None
     options: InitOptions
@@ -95,10 +96,10 @@ def init_checkpoint(
 ) -> InitReport:
     """Lower the similarity of a checkpoint's kernels by a method of `methods.METHODS`, and save it, atomically.
 
-    path: the checkpoint, a file or a folder of shards; None for a new network, which `arch` names, with `pretrained`
-    that of its library. output: where to save; in place if None. A file that is replaced is kept as `FILE.bak`
-    (`.bak.1`, …) unless `no_backup`. progress: shows how far it has come, see `device.Progress`. options: the fields of
-    `settings.InitOptions`, which are the options of `convsim init`.
+    path: the checkpoint, a file, a folder of shards, or `hf://…` (`open_checkpoint`); None for a new network, which
+    `arch` names, with `pretrained` that of its library. output: where to save; in place if None, unless on the Hub. A
+    file that is replaced is kept as `FILE.bak` (`.bak.1`, …) unless `no_backup`. progress: shows how far it has come,
+    see `device.Progress`. options: the fields of `settings.InitOptions`, which are the options of `convsim init`.
 
     Completes an interrupted save to `path` or `output` first; a dry run refuses one to `path`. Warns, with
     ConvsimWarning, of a checkpoint that looks trained and of choices made in reading it. Raises CheckpointError,
@@ -108,6 +109,10 @@ def init_checkpoint(
     chosen.check()
     groups = list((chosen.groups or {}).items())
     patterns = Patterns(chosen.include, chosen.exclude, groups, chosen.transposed, chosen.layout)
+    in_place = path is not None and not is_on_hub(path)
+    if output is None and not in_place and not chosen.dry_run and (path or chosen.arch):
+        what = f"`checkpoint` {path} is on the Hub" if path is not None else "`arch` creates a new network"
+        raise InputError(f"{what}; `output` is required")
     if path is None and chosen.arch is not None and output is not None:
         with explained(Path(output)):  # refused before pretrained weights are downloaded
             StateDict(Path(chosen.arch), {}).target_for(Path(output))
@@ -128,9 +133,7 @@ def init_checkpoint(
         )
         source.selection = minimization.select(source.selection)
     checkpoint = source.checkpoint
-    target = None if path is None else checkpoint.path
-    if output is None and path is None and not chosen.dry_run:
-        raise InputError("`arch` creates a new network; `output` is required")
+    target = checkpoint.path if in_place else None
     with explained(Path(output or path or "")):
         if output is not None:
             target = checkpoint.target_for(Path(output))
@@ -141,9 +144,9 @@ def init_checkpoint(
     keeps_backup = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))
     kept = checkpoint.backup_for(target) if target and keeps_backup else None
     _warn(checkpoint, method, None if chosen.dry_run else kept)
-    source.selection.require_kernels(f"{checkpoint.path}:")
+    source.selection.require_kernels(f"{checkpoint.name}:")
     for kernel in source.selection.kernels:  # all of them before anything is written
-        check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.path)
+        check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.name)
     probe = None
     if chosen.probe is not None:
         from convsim_cli.measurement.synthetic import LayerProbe
@@ -158,7 +161,7 @@ def init_checkpoint(
             change = partial(_change_layers, method, minimization, found, advance)
             layers, kept = _write(source, change, target, chosen, keeps_backup, probe, device)
     skipped = [entry.record() for entry in source.selection.skipped]
-    given = None if path is None else Path(path)
+    given = Path(path) if in_place and path is not None else path
     return InitReport(given, target, kept, chosen, device, time.perf_counter() - began, layers, skipped)
 
 
@@ -167,7 +170,7 @@ def _warn(checkpoint: Checkpoint, method: Method, backup: Path | None) -> None:
     if looks_trained(checkpoint):
         kept = f"; the original is kept in {backup}" if backup else ""
         message = (
-            f"{checkpoint.path} looks trained, and init is for weights before training: until it is trained again, the "
+            f"{checkpoint.name} looks trained, and init is for weights before training: until it is trained again, the "
             f"network will lose its training{kept}"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=3)
@@ -279,7 +282,7 @@ def _change_network(source: ModelCheckpoint, options: InitOptions, device: torch
     for kernel, ours, was, now in zip(source.selection.kernels, kernels, former, weights, strict=True):
         kept.add(kernel, None if ours.name in called else "the network does not call it on these images")
         found[kernel.name] = was.cpu(), now.cpu()
-    kept.require_kernels(f"{source.checkpoint.path}:")
+    kept.require_kernels(f"{source.checkpoint.name}:")
     source.selection = kept
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from math import ceil
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +70,21 @@ def measure_checkpoint(
 ) -> MeasureReport:
     """Measure how similar the filters and feature maps of a checkpoint are, layer by layer.
 
-    path: a checkpoint, a file or a folder of shards; None for a fresh network. With `arch` the network runs; without
-    it each layer is probed by itself. progress: shows how far it has come, see `device.Progress`. options: the fields
-    of `settings.MeasureOptions`, which are the options of `convsim measure`.
+    path: a checkpoint, a file, a folder of shards, or `hf://…` (`open_checkpoint`); None for a fresh network. With
+    `arch` the network runs; without it each layer is probed by itself. progress: shows how far it has come, see
+    `device.Progress`. options: the fields of `settings.MeasureOptions`, which are the options of `convsim measure`.
 
     Warns of what a reader of the file had to choose between. Raises InputError for a file without kernels, a kernel
     with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
-    (report,) = measure_checkpoints([None if path is None else Path(path)], MeasureOptions(**options), progress)
+    (report,) = measure_checkpoints([None if path is None else fspath(path)], MeasureOptions(**options), progress)
     for line in report.warnings:
         warnings.warn(line, stacklevel=3)
     return report
 
 
 def measure_checkpoints(
-    paths: Sequence[Path | None], options: MeasureOptions, progress: Progress = unreported, heat: bool = False
+    paths: Sequence[str | Path | None], options: MeasureOptions, progress: Progress = unreported, heat: bool = False
 ) -> list[MeasureReport]:
     """Return a report per checkpoint; those of several have the changes from the first (`add_changes`).
 
@@ -133,9 +133,9 @@ def _measure(
     source: ModelCheckpoint, options: MeasureOptions, heat: bool, device: torch.device, progress: Progress
 ) -> MeasureReport:
     skipped = [entry.record() for entry in source.selection.skipped]
-    report = MeasureReport(str(source.checkpoint.path), options.input, skipped=skipped, heat={} if heat else None)
+    report = MeasureReport(source.checkpoint.name, options.input, skipped=skipped, heat={} if heat else None)
     report.warnings += source.checkpoint.notes
-    source.selection.require_kernels(f"{source.checkpoint.path}:")
+    source.selection.require_kernels(f"{source.checkpoint.name}:")
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
         return_freed_memory()  # slower, but layers this wide then need half the memory
     if source.model is None:
@@ -154,12 +154,12 @@ def _measure_layers(
     require_layer_inputs(options)
     checkpoint, kernels = source.checkpoint, source.selection.kernels
     for kernel in kernels:  # before any work is done
-        check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.path)
+        check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.name)
     layer_probe = LayerProbe(options.input, options.samples, options.input_size, options.seed)
     channels = {skipped.name: 0 for skipped in source.selection.skipped}  # no kernels to look at, but between others
     channels |= {kernel.name: kernel.channels for kernel in kernels}
     norms = batch_norms_before({name: info.shape for name, info in checkpoint.tensors.items()}, channels)
-    with progress(f"measure {checkpoint.path}", len(kernels)) as advance:
+    with progress(f"measure {checkpoint.name}", len(kernels)) as advance:
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)
             norm = _load_norm(checkpoint, norms[kernel.name], device) if kernel.name in norms else None
@@ -182,7 +182,7 @@ def _measure_network(
     from convsim_cli.layers import layers_of
     from convsim_cli.measurement.network import Batches, record_feature_maps
 
-    path, kernels, arch = source.checkpoint.path, source.selection.kernels, source.arch or ""
+    path, kernels, arch = source.checkpoint.name, source.selection.kernels, source.arch or ""
     assert source.model is not None
     model = source.model.to(device)
     with torch.no_grad():  # computed weights are then read as in evaluation mode

@@ -23,6 +23,7 @@ Changes = Iterable[tuple[str, "Tensor"]]
 class Checkpoint(ABC):
     """An open checkpoint.
 
+    path: its file; name: what messages and reports call it, the path unless `open_checkpoint` was given another.
     tensors: name → dtype and shape; unfit: name → why a tensor cannot be changed by itself; notes: choices that reading
     the file involved, a line each, for the user.
     """
@@ -33,6 +34,7 @@ class Checkpoint(ABC):
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
+        self.name = str(path)
         self.tensors = tensors
         self.unfit: Mapping[str, str] = {}
         self.notes: list[str] = []
@@ -100,7 +102,7 @@ class LaidOutCheckpoint(Checkpoint):
         }
         super().__init__(stored.path, tensors)
         self.unfit, self.notes, self.metadata = stored.unfit, stored.notes, stored.metadata
-        self.suffixes = stored.suffixes
+        self.name, self.suffixes = stored.name, stored.suffixes
 
     def _axes(self, count: int) -> list[int]:
         """Return the stored axes in torch's order: out, in, taps."""

@@ -1,6 +1,7 @@
 """The checkpoint formats, in one table: how a file is opened, newly written, and kept from being overwritten.
 
-Formats are told apart by the content of a file. Importing this module imports no torch: help texts are made from it.
+Formats are told apart by the content of a file. A checkpoint may also be on the Hugging Face Hub, as
+`hf://owner/repo[@revision][/file]`. Importing this module imports no torch: help texts are made from it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import unquote
 
 from convsim_cli.checkpoints.atomic import check_regular, finish_saves, refuse_interrupted, replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
@@ -29,7 +31,7 @@ from convsim_cli.checkpoints.diagnose import (
     is_index,
     is_pickle,
 )
-from convsim_cli.errors import CheckpointError, InputError, one_of
+from convsim_cli.errors import CheckpointError, ConvsimError, DownloadError, InputError, brief, one_of, to_install
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,14 @@ _START = 512  # bytes that tell what a file is
 _DIGEST = r"(?<![0-9a-f])(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})(?![0-9a-f])"
 _LINKED = re.compile(_DIGEST)
 _NAMED = re.compile(rf"(?:[A-Za-z0-9]+[-:_](?:s\d+--)?)?(?!.{{32}}$){_DIGEST}")  # 32 digits alone may be a random name
+
+HUB = "hf://"
+HUB_FORM = f"{HUB}OWNER/REPO[@REVISION][/FILE]"
+_HUB_NAME = re.compile(
+    rf"{HUB}(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>.*))?"
+)
+_HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # where no file is named
+_LISTED = 6  # files in an error, at most
 
 
 @dataclass(frozen=True)
@@ -89,12 +99,19 @@ FORMATS: tuple[Format, ...] = (
 
 
 def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bool = False) -> Checkpoint:
-    """Open a checkpoint: a file of any known format, or a folder that holds one checkpoint.
+    """Open a checkpoint: a file of any known format, a folder that holds one checkpoint, or `hf://owner/repo`.
+
+    A checkpoint on the Hub is downloaded, into the cache of huggingface_hub, unless it is there. After the repository
+    there may be `@revision`, and `/file`; without a file it is `model.safetensors`, the shards of its index, or
+    `pytorch_model.bin`. Raises DownloadError where it cannot be fetched.
 
     key: which dictionary of tensors in a pickle to take, names joined by dots (`ema.state_dict`). for_writing: complete
     an interrupted save first; otherwise it is an error. Raises CheckpointError, in one line that says what was found
     and what to do, for anything that is not a checkpoint.
     """
+    name = str(path)
+    if is_on_hub(path):
+        path, for_writing = _fetch(name), False
     path = Path(path)
     with explained(path):
         finish_saves(path) if for_writing else refuse_interrupted(path)
@@ -116,7 +133,78 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
         raise InputError(f"`key` applies only to pickled checkpoints; {path} is {format_.name}")
     checkpoint = format_.open(source, key) if format_.keys else format_.open(source)
     checkpoint.suffixes = format_.suffixes
+    if is_on_hub(name):
+        checkpoint.name = name
     return checkpoint
+
+
+def is_on_hub(path: object) -> bool:
+    """Return whether a checkpoint is named as one on the Hugging Face Hub. A Path never is: it would lose a slash."""
+    return isinstance(path, str) and path.startswith(HUB)
+
+
+def _fetch(name: str) -> Path:
+    """Return where the cache holds a checkpoint of the Hub, downloaded if need be; of an index, with its shards."""
+    parts = _HUB_NAME.fullmatch(name)
+    if not parts:
+        raise InputError(f"{name}: expected {HUB_FORM}")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+    except ImportError as error:
+        raise InputError(f"{name}: needs huggingface_hub, which is not installed: {to_install('hub')}") from error
+    repo, candidates = parts["repo"], [parts["file"]] if parts["file"] else _HUB_FILES
+    revision = unquote(parts["revision"]) if parts["revision"] else None
+    wanted, missing = one_of(candidates), None
+    try:
+        for file in candidates:
+            offline = isinstance(missing, LocalEntryNotFoundError)  # the others may be in the cache
+            try:
+                path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=offline))
+                break
+            except (LocalEntryNotFoundError, RemoteEntryNotFoundError) as error:
+                missing = missing if offline else error
+        else:
+            assert missing
+            raise missing
+        if is_index(path):
+            commit = path.parents[file.count("/")].name  # which all shards are of, even if the branch moves
+            for shard in sorted(set(_lazy("sharded_format", "read_index")(Source(path)).values())):
+                wanted = f"{file.rpartition('/')[0]}/{shard}".lstrip("/")
+                hf_hub_download(repo, wanted, revision=commit)
+    except ConvsimError:
+        raise
+    except Exception as error:  # whatever a library raises that cannot download
+        raise _explain_hub(name, repo, revision, wanted, error) from error
+    return path
+
+
+def _explain_hub(name: str, repo: str, revision: str | None, wanted: str, error: Exception) -> ConvsimError:
+    """Return in one line why files of a repository cannot be had, and what to do."""
+    from huggingface_hub import errors, list_repo_files
+
+    login = "log in with hf auth login, or set HF_TOKEN"
+    if isinstance(error, errors.HFValidationError):
+        return InputError(f"{name}: {brief(error)}")
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(f"{name}: access to {repo} is restricted; ask for it on the repository's page, and {login}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(f"{name}: no repository {repo}, or a private one; check the name, or {login}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{name}: {repo} has no revision {revision}; name a branch, a tag or a commit of it")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        reason = brief(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        return DownloadError(f"{name}: not in the cache, and cannot be downloaded ({reason}); check the network")
+    if not isinstance(error, errors.RemoteEntryNotFoundError):
+        return DownloadError(f"{name}: cannot be downloaded ({brief(error)}); try again")
+    try:
+        files = list_repo_files(repo, revision=revision)
+    except Exception as problem:
+        return InputError(f"{name}: {repo} has no {wanted}, and its files cannot be listed ({brief(problem)})")
+    found = [file for file in files if file.lower().endswith(tuple(new_suffixes())) or is_index(Path(file))]
+    names = ", ".join(found[:_LISTED]) + (", …" if len(found) > _LISTED else "")
+    has = f"it has {names}; name one of them: {HUB}{repo}/FILE" if found else "it has no checkpoint"
+    return InputError(f"{name}: {repo} has no {wanted}; {has}")
 
 
 def format_for(target: Path) -> Format:

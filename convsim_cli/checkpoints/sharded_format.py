@@ -33,7 +33,9 @@ class ShardedCheckpoint(Checkpoint):
 
     def __init__(self, source: Source) -> None:
         path = source.path
-        self._shard_of = _read_index(source)
+        self._shard_of = read_index(source)
+        for name in sorted(set(self._shard_of.values())):
+            _require_shard(path, name)
         self._shards = {
             name: SafetensorsCheckpoint(path.with_name(name)) for name in sorted(set(self._shard_of.values()))
         }
@@ -143,7 +145,8 @@ def _pattern(backup: Path) -> Path:
     return backup.with_name(f"*.safetensors{backup.name[backup.name.rindex('.bak') :]}")
 
 
-def _read_index(source: Source) -> dict[str, str]:
+def read_index(source: Source) -> dict[str, str]:
+    """Return the shard that holds each tensor, by name; a shard is a file in the index's folder, if it is there."""
     path = source.path
     with source.reading() as file:
         if source.size > _LARGEST:
@@ -159,15 +162,18 @@ def _read_index(source: Source) -> dict[str, str]:
     for shard in set(shards.values()):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder")
-        place = path.with_name(shard)
-        try:
-            found = place.is_file()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: names the shard {shard[:80]!r}, which no file can be called") from error
-        if not found:
-            what, which = "no such file", "missing shard"
-            if os.path.lexists(place):
-                what = "no regular file" if place.exists() else f"a link to {place.readlink()}, which is no file"
-                which = "shard"
-            raise CheckpointError(f"{place}: {what}, but {path.name} names it; fetch the {which}")
     return shards
+
+
+def _require_shard(index: Path, name: str) -> None:
+    place = index.with_name(name)
+    try:
+        found = place.is_file()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: names the shard {name[:80]!r}, which no file can be called") from error
+    if not found:
+        what, which = "no such file", "missing shard"
+        if os.path.lexists(place):
+            what = "no regular file" if place.exists() else f"a link to {place.readlink()}, which is no file"
+            which = "shard"
+        raise CheckpointError(f"{place}: {what}, but {index.name} names it; fetch the {which}")

@@ -39,6 +39,8 @@ class Console:
 
     def __init__(self, quiet: bool = False, as_json: bool = False, wide: bool = False) -> None:
         self.quiet = quiet
+        if quiet:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of downloads from the Hub
         self.as_json = as_json
         self.wide = wide
 

@@ -86,14 +86,16 @@ def init(
         _show(document, console)
 
 
-def _recover(context: typer.Context, checkpoint: Path | None, console: Console) -> None:
+def _recover(context: typer.Context, name: str | None, console: Console) -> None:
     from convsim_cli.checkpoints.atomic import finish_saves
+    from convsim_cli.checkpoints.formats import is_on_hub
     from convsim_cli.errors import CheckpointError, InputError
 
-    if checkpoint is None:
-        raise InputError("`recover` requires a `checkpoint`")
-    for name in typed(context).keys() - {"checkpoint", "recover", "as_json", "quiet", "wide"}:
-        raise InputError(f"`recover` only completes an interrupted save; leave out `{name}`")
+    if name is None or is_on_hub(name):
+        raise InputError(f"`recover` requires a `checkpoint` on this machine{f', got {name}' if name else ''}")
+    checkpoint = Path(name)
+    for option in typed(context).keys() - {"checkpoint", "recover", "as_json", "quiet", "wide"}:
+        raise InputError(f"`recover` only completes an interrupted save; leave out `{option}`")
     moved = finish_saves(checkpoint, strict=True)
     if not moved and not checkpoint.exists():
         raise CheckpointError(f"{checkpoint}: no such file")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convsim_cli.checkpoints.formats import HUB_FORM
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
     OUTPUT,
@@ -59,10 +60,10 @@ Examples:
 def measure(
     context: typer.Context,
     checkpoints: Annotated[
-        list[Path] | None,
+        list[str] | None,  # no Path, which would take a slash from hf://
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Files to measure, side by side. Default: model.safetensors here, or a fresh cnn1.",
+            help=f"Files to measure, side by side, or {HUB_FORM}. Default: model.safetensors, or a fresh cnn1.",
         ),
     ] = None,
     sort: Annotated[
@@ -139,8 +140,8 @@ def _explain_figures() -> str:
 
 
 def _choose_networks(
-    paths: list[Path], arch: str | None, new: str, console: Console
-) -> tuple[list[Path | None], str | None]:
+    paths: list[str], arch: str | None, new: str, console: Console
+) -> tuple[list[str | None], str | None]:
     """The files to measure, None for a network without one, and its name."""
     if paths:
         return list(paths), arch
@@ -149,7 +150,7 @@ def _choose_networks(
         return [None], arch
     if Path("model.safetensors").exists():
         console.note("no CHECKPOINT given: measuring model.safetensors of this folder")
-        return [Path("model.safetensors")], None
+        return ["model.safetensors"], None
     console.note("no CHECKPOINT given and no model.safetensors here: measuring a fresh cnn1")
     return [None], "cnn1"
 

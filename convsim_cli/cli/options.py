@@ -14,14 +14,13 @@ from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, signature
 from math import inf
-from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
-from convsim_cli.checkpoints.formats import new_suffixes
+from convsim_cli.checkpoints.formats import HUB_FORM, new_suffixes
 from convsim_cli.cli.console import Console, Least
 from convsim_cli.errors import InputError, one_of
 from convsim_cli.settings import Declaration, declarations
@@ -76,8 +75,8 @@ QuietOption = Annotated[
 ]
 WideOption = Annotated[bool, typer.Option("--wide", help="Show all columns.", rich_help_panel=OUTPUT)]
 CheckpointArgument = Annotated[
-    Path | None,
-    typer.Argument(metavar="CHECKPOINT", help=f"A {one_of(new_suffixes())} file.", show_default=False),
+    str | None,  # no Path, which would take a slash from hf://
+    typer.Argument(metavar="CHECKPOINT", help=f"A {one_of(new_suffixes())} file, or {HUB_FORM}.", show_default=False),
 ]
 
 

@@ -68,6 +68,7 @@ def train(
     The defaults are the paper's (section 4.2); they take about 50 minutes on two CPU cores. You can stop a run at any
     moment and resume it with --resume: the result is the same (on CUDA, with --deterministic).
     """
+    from convsim_cli.networks.architectures import to_repeat
     from convsim_cli.training.distributed import is_rank_zero
     from convsim_cli.training.launch import open_to_resume, resume_run, start_runs
     from convsim_cli.training.run import RunCallbacks, train_command
@@ -90,7 +91,7 @@ def train(
     except KeyboardInterrupt:  # here the bar has ended, which would break a long line
         if is_rank_zero() and screen.runs:
             run = screen.runs[-1]
-            command = train_command("resume", run.folder, run.arguments.arch)
+            command = train_command("resume", run.folder, to_repeat(run.arguments.arch, run.arguments.weights))
             console.warn(f"stopped; resume with: {command}{_other_seeds(run, (seeds or 1) - len(screen.runs))}")
         raise
     if is_rank_zero():

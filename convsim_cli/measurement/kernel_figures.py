@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -130,7 +129,7 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
     return total.item() / pairs if pairs else None
 
 
-def check_finite(layers: Sequence[tuple[Kernel, Tensor]], where: Path | None = None) -> None:
+def check_finite(layers: Sequence[tuple[Kernel, Tensor]], where: str | None = None) -> None:
     """Raise InputError, naming the tensor and the file it is in, where a kernel holds NaN or Inf, or no values.
 
     Waits for the device once, for all layers together.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convsim_cli.checkpoints.formats import new_suffixes
+from convsim_cli.checkpoints.formats import is_on_hub, new_suffixes
 from convsim_cli.device import generator_states, restore_generators, seed_generators
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, brief, did_you_mean, to_install
 
@@ -47,12 +47,12 @@ def build_network(name: str, classes: int | None = None, seed: int = 0, pretrain
 def find_network(name: str, pretrained: bool = False) -> Build:
     """Return what builds a network of that name.
 
-    name: a built-in network (`build_network`), `torchvision:NAME`, `timm:NAME` or `package.module:callable`, imported
-    from the current folder too; the number of classes goes to its `num_classes`, where it takes that. pretrained: with
-    the weights that the library publishes, which it downloads once; for another number of classes the layers that
-    depend on it are fresh. Raises InputError, with the closest known name, if there is no such network, it has no such
-    weights, or the library is missing. What builds it raises InputError if the user's own code fails, and DownloadError
-    if weights cannot be fetched.
+    name: a built-in network (`build_network`), `torchvision:NAME`, `timm:NAME` (also `timm:hf-hub:OWNER/NAME`) or
+    `package.module:callable`, imported from the current folder too; the number of classes goes to its `num_classes`,
+    where it takes that. pretrained: with the weights that the library publishes, which it downloads once; for another
+    number of classes the layers that depend on it are fresh. Raises InputError, with the closest known name, if there
+    is no such network, it has no such weights, or the library is missing. What builds it raises InputError if the
+    user's own code fails, and DownloadError if weights cannot be fetched.
     """
     library, _, rest = name.partition(":")
     if pretrained and library not in LIBRARIES:
@@ -85,6 +85,12 @@ def names_code(name: str) -> bool:
     """
     library, separator, rest = name.partition(":")
     return bool(separator) and library != "cnn" and (library not in LIBRARIES or ":" in rest)
+
+
+def to_repeat(arch: str, weights: str | None) -> dict[str, str]:
+    """Return by option what no file may choose by itself: a network whose name names code, and weights on the Hub."""
+    found = {"arch": arch} if names_code(arch) else {}
+    return found | ({"weights": weights} if weights and is_on_hub(weights) else {})
 
 
 def warn_of_random_weights(name: str) -> None:
@@ -178,16 +184,17 @@ def _find_in_timm(name: str, pretrained: bool) -> Build:
         import timm
     except ImportError as error:
         raise InputError(f"`arch` timm:{name} needs timm, which is not installed: {to_install('timm')}") from error
-    if not timm.is_model(name):
+    elsewhere = ":" in name  # hf-hub:OWNER/NAME: timm looks for the network and its weights there
+    if not elsewhere and not timm.is_model(name):
         raise InputError(f"unknown network timm:{name}: {did_you_mean(name, timm.list_models(), 'timm:')}")
-    if pretrained and not timm.models.is_model_pretrained(name):
+    if pretrained and not elsewhere and not timm.models.is_model_pretrained(name):
         raise InputError(f"timm has no pretrained weights of {name}; leave out `pretrained`")
 
     def build(classes: int | None) -> nn.Module:
         options = {"model_name": name, "pretrained": pretrained}
         options |= {} if classes is None else {"num_classes": classes}
         kept = "it keeps them in the Hugging Face cache (HF_HOME)"
-        with _download("timm", name, kept) if pretrained else nullcontext():
+        with _download("timm", name, kept) if pretrained or elsewhere else nullcontext():
             return _build_quietly(timm.create_model, options)
 
     return build
@@ -199,7 +206,7 @@ def _download(library: str, name: str, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = f"the pretrained weights of {library}:{name} cannot be fetched ({brief(error)})"
+        what = f"{library}:{name} cannot be fetched ({brief(error)})"
         raise DownloadError(f"{what}; {library} downloads them once: {kept}") from error
 
 

@@ -92,7 +92,7 @@ def open_model_checkpoint(
         if patterns.layout in ("hwio", "ohwi"):
             checkpoint = LaidOutCheckpoint(checkpoint, patterns.layout)
         selection = file_kernels(checkpoint.tensors, patterns, checkpoint.unfit, checkpoint.metadata)
-        checkpoint.notes += [f"{checkpoint.path}: {line}" for line in selection.guess_warnings]
+        checkpoint.notes += [f"{checkpoint.name}: {line}" for line in selection.guess_warnings]
         return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
         raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
@@ -154,10 +154,10 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     if others:
         fit = ", ".join(other or "no prefix" for other in others)
         took = f"took the tensors under {prefix}" if prefix else "took the tensors without a prefix"
-        checkpoint.notes.append(f"{checkpoint.path}: {took}; those under {fit} would fit as well")
+        checkpoint.notes.append(f"{checkpoint.name}: {took}; those under {fit} would fit as well")
     if unexpected:
         checkpoint.notes.append(
-            f"{checkpoint.path}: `arch`{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
+            f"{checkpoint.name}: `arch`{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
             f"({_some(unexpected)}); they are left as they are"
         )
     return names
@@ -194,12 +194,12 @@ def _check_fit(
         problems = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
         problems += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
         problems += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
-        raise InputError(f"{checkpoint.path}: does not fit `arch`: {'; '.join(problems)}")
+        raise InputError(f"{checkpoint.name}: does not fit `arch`: {'; '.join(problems)}")
     floating = {names[name]: info.dtype for name, info in infos.items() if state[name].is_floating_point()}
     codes = [name for name, dtype in floating.items() if dtype not in FLOATING]
     if codes:
         more = f", and {len(codes) - 1} others like it" if codes[1:] else ""
-        raise InputError(f"{checkpoint.path}: {codes[0]} is {floating[codes[0]]}: dequantize it first{more}")
+        raise InputError(f"{checkpoint.name}: {codes[0]} is {floating[codes[0]]}: dequantize it first{more}")
 
 
 def _some(items: list[str]) -> str:
@@ -218,7 +218,7 @@ def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, s
             same_type = (one.dtype, one.shape) == (other.dtype, other.shape)
             if not same_type or not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))):
                 raise InputError(
-                    f"{checkpoint.path}: {first} and {copy} are one parameter of the network, but differ; save the "
+                    f"{checkpoint.name}: {first} and {copy} are one parameter of the network, but differ; save the "
                     "network again, with its weights tied"
                 )
 

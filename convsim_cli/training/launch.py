@@ -21,7 +21,7 @@ from torch import nn
 from convsim_cli.device import read_json
 from convsim_cli.errors import InputError, brief
 from convsim_cli.inputs.images import Dataset
-from convsim_cli.networks.architectures import find_network, names_code
+from convsim_cli.networks.architectures import find_network, to_repeat
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import FOLDER, Arguments, parse_arguments
 from convsim_cli.training.distributed import Processes, join_processes
@@ -116,7 +116,7 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
     check_name(stem)
     make_folder(run_dir)
     run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
-    return run or _refuse_taken(run_dir / stem, arguments.arch)
+    return run or _refuse_taken(run_dir / stem, arguments)
 
 
 def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:
@@ -161,7 +161,7 @@ def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iter
         taken = [folder for seed in seeds if (folder := run_dir / f"{candidate}-s{seed}").exists()]
         if not taken:
             return candidate
-    return _refuse_taken(taken[0], arguments.arch)
+    return _refuse_taken(taken[0], arguments)
 
 
 def plain_name(text: str) -> str:
@@ -183,16 +183,16 @@ def check_name(name: str) -> None:
         raise InputError(f"`name` {name}: has {size} bytes, expected at most {LONGEST_NAME}")
 
 
-def _refuse_taken(folder: Path, arch: str) -> NoReturn:
-    command = train_command("resume", folder, arch)
+def _refuse_taken(folder: Path, arguments: Arguments) -> NoReturn:
+    command = train_command("resume", folder, to_repeat(arguments.arch, arguments.weights))
     raise InputError(f"{folder} already exists; resume it with: {command}, or choose another `name`")
 
 
 def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
     """Open a run's folder to resume it with the given arguments: `epochs`, and where its data lies.
 
-    Others may be given if they are those of the run; `arch` must be, where it names code to run: a file alone runs
-    none. Raises InputError for one that differs; as `open_run`.
+    Others may be given if they are those of the run; `arch` and `weights` must be, where `to_repeat` finds them. Raises
+    InputError for one that differs; as `open_run`.
     """
     run = open_run(folder)
     had = asdict(run.arguments)
@@ -210,31 +210,31 @@ def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
                 f"`{name}` {value}: the run {folder} has {had[name]}; "
                 "with `resume` only `epochs` and `data_dir` may differ, and the place of a folder:PATH"
             )
-    arch = run.arguments.arch
-    _refuse_code(arch, folder / ARGUMENTS_FILE, given, train_command("resume", folder, arch))
+    repeated = to_repeat(run.arguments.arch, run.arguments.weights)
+    _require_repeated(repeated, folder / ARGUMENTS_FILE, given, train_command("resume", folder, repeated))
     return replace(run, arguments=replace(run.arguments, **given))
 
 
 def read_config(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     """Return by name the arguments that an args.json holds, for another run, without those that are given.
 
-    Raises InputError, also for an `arch` that names code to run: it must be given.
+    Raises InputError, also where `to_repeat` finds one that is not given.
     """
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"`config` {path}: not a readable args.json ({brief(error)})") from error
     arguments = parse_arguments(values, path)
-    arch = arguments.get("arch", "")
-    _refuse_code(arch, path, given, train_command("config", path, arch))
+    repeated = to_repeat(arguments.get("arch", ""), arguments.get("weights"))
+    _require_repeated(repeated, path, given, train_command("config", path, repeated))
     return {name: value for name, value in arguments.items() if name not in given}
 
 
-def _refuse_code(arch: str, file: Path, given: Collection[str], command: str) -> None:
-    if names_code(arch) and "arch" not in given:
-        raise InputError(
-            f"{file}: names the network {arch}, whose code would run; if you trust it, repeat its name: {command}"
-        )
+def _require_repeated(repeated: Mapping[str, str], file: Path, given: Collection[str], command: str) -> None:
+    what = {"arch": "the network {}, whose code would run", "weights": "the weights {}, which would be downloaded"}
+    for name, value in repeated.items():
+        if name not in given:
+            raise InputError(f"{file}: names {what[name].format(value)}; if you trust it, repeat its name: {command}")
 
 
 def find_run(arguments: Arguments, run_dir: Path) -> Run | None:

@@ -66,7 +66,7 @@ def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
     """
     model = build_network(arguments.arch, classes, arguments.seed, arguments.pretrained)
     if arguments.weights:
-        checkpoint = open_checkpoint(Path(arguments.weights))
+        checkpoint = open_checkpoint(arguments.weights)
         load_weights(model, checkpoint, arguments.arch)
         for line in checkpoint.notes:
             warnings.warn(line, stacklevel=2)

@@ -18,7 +18,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from convsim_cli.device import Progress, open_regular, read_json, seed_generator
 from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, to_install
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
-from convsim_cli.networks.architectures import build_network, count_parameters, names_code
+from convsim_cli.networks.architectures import build_network, count_parameters, to_repeat
 from convsim_cli.training.config import MODES, Arguments, make_arguments
 from convsim_cli.training.distributed import ALONE, Processes
 from convsim_cli.training.prepare import (
@@ -395,19 +395,18 @@ def check_resumable(run: Run) -> None:
         found.append(weights.name)
     found += ["summary.json"] if (run.folder / "summary.json").exists() else []
     if found:
-        another = train_command("config", run.folder / ARGUMENTS_FILE, run.arguments.arch)
+        repeated = to_repeat(run.arguments.arch, run.arguments.weights)
+        another = train_command("config", run.folder / ARGUMENTS_FILE, repeated)
         raise InputError(
             f"{path}: missing, so the run cannot be resumed, and starting over would overwrite {', '.join(found)}; "
             f"move {run.folder} away, or start another run: {another} --name NEW"
         )
 
 
-def train_command(option: Literal["resume", "config"], path: Path, arch: str) -> str:
-    """Return the command that resumes a run, or starts another from its args.json.
-
-    It repeats the run's network where that names code to run: a file alone runs none.
-    """
-    return f"convsim train --{option} {quote(str(path))}" + (f" --arch {quote(arch)}" if names_code(arch) else "")
+def train_command(option: Literal["resume", "config"], path: Path, repeated: Mapping[str, str]) -> str:
+    """Return the command that resumes a run, or starts another from its args.json, with what `to_repeat` finds."""
+    options = (f"--{name} {quote(value)}" for name, value in repeated.items())
+    return " ".join([f"convsim train --{option} {quote(str(path))}", *options])
 
 
 def read_results(folder: Path) -> list[Row]:
