@@ -85,14 +85,15 @@ class TurnMonitor:
         median over filters and steps in degrees; and `turned`, the median angle in degrees from the kernels that the
         monitor began with. None where no step was looked at, and in a layer without a living filter.
         """
-        unknown = torch.tensor(torch.nan)
         found = []
         for kernel in self._kernels:
             weight, turns = weight_of(self._model, kernel), self._turns.pop(kernel.name, [])
             norms = torch.linalg.vector_norm(kernel.to_filters(weight), dim=(-2, -1)).flatten()
             start = self._start.get(kernel.name)
+            norm = norms.masked_fill(~self._living[kernel.name], torch.nan).nanmean()
+            unknown = torch.full_like(norm, torch.nan)  # on the layer's device, whatever the default one is
             found += [
-                norms.masked_fill(~self._living[kernel.name], torch.nan).nanmean(),
+                norm,
                 torch.cat(turns).nanmedian() if turns else unknown,
                 unknown if start is None else self._angles(kernel, weight, start).nanmedian(),
             ]

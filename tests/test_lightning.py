@@ -18,7 +18,7 @@ import convsim_cli.lightning
 from convsim_cli import ConvSimPenalty, measure
 from convsim_cli.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of Lightning itself; its import takes seconds
 IMAGES = torch.randn(12, 1, 8, 8)
 
 

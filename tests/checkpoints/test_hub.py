@@ -95,7 +95,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The Hub that huggingface_hub asks, with an empty cache."""
     found = Hub()
     with ThreadingHTTPServer(("127.0.0.1", 0), handler(found)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         found.url, found.server = f"http://127.0.0.1:{server.server_port}", server
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.url)
         template = f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -176,7 +176,7 @@ def test_init_saves_to_a_file_of_this_machine_and_leaves_the_cache(
     dry = convsim("init", "hf://lab/net", "--dry-run", "--json").document
     assert (dry["checkpoint"], dry["output"]) == ("hf://lab/net", None)
     out = tmp_path / "new.safetensors"
-    report = init_checkpoint("hf://lab/net", out, method="orthogonal")
+    report = init_checkpoint("hf://lab/net", out, method="dct")
     assert (report.document()["checkpoint"], report.backup) == ("hf://lab/net", None)
     changed = load_file(out)
     assert torch.equal(changed["head.weight"], state["head.weight"])

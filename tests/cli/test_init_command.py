@@ -238,7 +238,7 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
         (["--arch", "cnn1", "-o", "."], "a folder"),
         (["--arch", "cnn1", "-o", "/dev/null"], "/dev/null: is a device; name a new file or a regular one to replace"),
         (["--arch", "cnn1", "-o", "nowhere/x.pt"], "there is no folder nowhere"),
-        (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "expected a number above 0"),
+        (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "expected a finite number above 0"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpu:"], "--device cpu:"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cuda:7"], "cuda"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpuu"], "did you mean 'cpu'"),
