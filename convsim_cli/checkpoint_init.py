@@ -28,7 +28,6 @@ from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
-from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Layer, Minimization, minimize_kernels
@@ -67,7 +66,7 @@ class InitReport:
     options: InitOptions
     device: torch.device
     seconds: float
-    layers: list[Record]
+    layers: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
 
     def document(self) -> dict[str, Any]:
@@ -179,7 +178,7 @@ def _warn(checkpoint: Checkpoint, method: Method, backup: Path | None) -> None:
         warnings.warn(note, ConvsimWarning, stacklevel=3)
 
 
-def _describe(source: ModelCheckpoint, probe: LayerProbe | None) -> list[Record]:
+def _describe(source: ModelCheckpoint, probe: LayerProbe | None) -> list[dict[str, Any]]:
     """The records of a dry run, with `before` alone."""
     records = []
     for kernel in source.selection.kernels:
@@ -192,7 +191,7 @@ def _describe(source: ModelCheckpoint, probe: LayerProbe | None) -> list[Record]
 
 def _change_layers(
     method: Method, minimization: Minimization | None, found: Changed, advance: Advance, layers: Iterable[Layer]
-) -> Iterator[tuple[Tensor, Record]]:
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Yield each layer's new weight, as stored, on its device, and its record. found: by a method that needs images."""
     if minimization:
         yield from minimize_kernels(layers, minimization, advance)
@@ -215,13 +214,13 @@ def _change_layers(
 
 def _write(
     source: ModelCheckpoint,
-    change: Callable[[Iterable[Layer]], Iterator[tuple[Tensor, Record]]],
+    change: Callable[[Iterable[Layer]], Iterator[tuple[Tensor, dict[str, Any]]]],
     target: Path,
     options: InitOptions,
     backup: bool,
     probe: LayerProbe | None,
     device: torch.device,
-) -> tuple[list[Record], Path | None]:
+) -> tuple[list[dict[str, Any]], Path | None]:
     """Change the selected kernels and write the checkpoint; return a record per layer, and the backup.
 
     Large layers are in memory one at a time; everything but the selected kernels stays bit-identical. A kernel is
@@ -229,7 +228,7 @@ def _write(
     error.
     """
     checkpoint, kernels = source.checkpoint, source.selection.kernels
-    records: list[Record] = []
+    records: list[dict[str, Any]] = []
 
     def changes() -> Iterator[tuple[str, Tensor]]:
         layers = ((kernel, checkpoint.load(kernel.name).to(device)) for kernel in kernels)

@@ -58,7 +58,6 @@ from convsim_cli.kernels import (
 )
 from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
 from convsim_cli.measurement.feature_maps import MapMoments
-from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.precision import Taps, full_precision
 from convsim_cli.similarity import to_filters
@@ -83,7 +82,7 @@ def orthogonalize_(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     advance: Advance | None = None,
-) -> list[Record]:
+) -> list[dict[str, Any]]:
     """Make the filters of every convolution of a module orthogonal, in place, and return a record per layer.
 
     Every filter keeps its norm, and dead ones their bits; the formula is in this module's head. include, exclude: globs
@@ -148,7 +147,7 @@ def dct_(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     advance: Advance | None = None,
-) -> list[Record]:
+) -> list[dict[str, Any]]:
     """Give each filter of every convolution of a module one pattern of the DCT, in place; return a record per layer.
 
     Arguments, records, warnings and errors: as `orthogonalize_`. A record also holds `method`: `dct`, or `orthogonal`
@@ -300,7 +299,7 @@ def decorrelate_(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     advance: Advance | None = None,
-) -> list[Record]:
+) -> list[dict[str, Any]]:
     """Make the feature maps of every convolution uncorrelated on a batch of images, in place, front to back.
 
     images: `[B, C, …]`, as the model takes them and on its device; B × positions should be many times the number of a
@@ -332,7 +331,7 @@ def decorrelate_(
 
 def decorrelate_kernels_(
     model: nn.Module, kernels: Sequence[Kernel], images: Tensor, advance: Advance | None = None
-) -> list[Record]:
+) -> list[dict[str, Any]]:
     """Do to the given kernels of a model what `decorrelate_` does. Those that are never called have no record."""
     model = unwrapped(model)
     if not len(images):
@@ -340,7 +339,7 @@ def decorrelate_kernels_(
     weights = [weight_of(model, kernel) for kernel in kernels]
     check_finite(list(zip(kernels, weights, strict=True)))
     advance = advance or (lambda _: None)
-    records: list[Record] = []
+    records: list[dict[str, Any]] = []
     with (
         side_effect_free(model),
         full_precision(images.device),
@@ -375,11 +374,11 @@ class _Pass:
 
     def __init__(self, waiting: Sequence[Kernel], calls: Counter[Kernel], advance: Advance) -> None:
         self._waiting, self._calls, self._advance = list(waiting), calls, advance
-        self._records: list[Record] = []
+        self._records: list[dict[str, Any]] = []
         self._moments = MapMoments()  # of that layer's maps
         self._seen = 0  # calls of the first layer that is waiting
 
-    def run(self, model: nn.Module, images: Tensor) -> list[Record]:
+    def run(self, model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
         """Return the records of the layers that were changed: at least one."""
         _run(model, images, self._waiting, self._look)
         if not self._records:
@@ -455,7 +454,7 @@ def _inverse_root(correlation: Tensor) -> Tensor:
 
 def _change_kernels_(
     model: nn.Module, form: Callable[[Kernel, Tensor], Tensor], patterns: Patterns, advance: Advance | None
-) -> list[tuple[Kernel, Record]]:
+) -> list[tuple[Kernel, dict[str, Any]]]:
     """Give all kernels of a model that the patterns select a closed form, in place, or on failure none of them."""
     selection = module_kernels(model, patterns)
     warn_of_unsupported(selection)

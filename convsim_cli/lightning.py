@@ -7,7 +7,7 @@ program uses. Importing this module needs neither: the class is made when its na
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from convsim_cli import ConvSimPenalty, TurnMonitor
-    from convsim_cli.objectives import Value
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 FIGURES = ("fm_corr", "fm_rank", "ncs", "norm")  # of `measure`, logged for each layer
@@ -44,7 +43,7 @@ class _Hooks:
     def __init__(
         self,
         beta: float = 0.0,
-        objective: str | Value = "cs",
+        objective: str | Callable[..., Tensor] = "cs",
         *,
         preserve_norm: bool = False,
         include: Sequence[str] = (),

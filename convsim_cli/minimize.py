@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from convsim_cli.kernels import (
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.objectives import find_objective, rescale_
 from convsim_cli.precision import full_precision
@@ -96,7 +95,7 @@ def minimize_(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     advance: Advance | None = None,
-) -> list[Record]:
+) -> list[dict[str, Any]]:
     """Minimize an objective of every convolution of a module, in place, and return a record per layer (Algorithm 1).
 
     iterations ≥ 0, lr > 0, objective: see `Minimization`. include, exclude: globs over names of kernels, such
@@ -157,7 +156,7 @@ def minimize_weight_(
 
 def minimize_kernels(
     layers: Iterable[Layer], settings: Minimization, advance: Advance | None = None
-) -> Iterator[tuple[Tensor, Record]]:
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Yield each layer's minimized weight, in the stored shape and dtype, on its device, and its record; in order.
 
     layers: kernels and their weights as stored, on one device; the weights are not written to. Half types are minimized
