@@ -29,6 +29,7 @@ def page_faults_of_large_blocks(kept: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.slow
 def test_freed_blocks_are_reused_without_being_cleared() -> None:
     kept = call_in_fork(page_faults_of_large_blocks, True)
     assert kept < 1000

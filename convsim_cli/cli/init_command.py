@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,6 +144,11 @@ def _show(content: dict[str, Any], console: Console) -> None:
         console.note(f"{method} in place of {content['method']}: {', '.join(names)}")
     backup = f"; the original is kept in {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
+    console.note(f"next: convsim measure {shlex.quote(content['output'])}")
+    reasons = Counter(entry["reason"] for entry in content["skipped"] if "matched by" not in entry["reason"])
+    if reasons.total() > len(layers):
+        why = "; ".join(reason for reason, _ in reasons.most_common(2))
+        console.note(f"only {len(layers)} of {len(layers) + reasons.total()} layers changed; the others: {why}")
 
 
 def _method(content: dict[str, Any]) -> str:

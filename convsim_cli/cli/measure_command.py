@@ -191,6 +191,8 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
         console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
+    if not top and len(reports) == 1 and any(layer["removable"] for layer in reports[0]["layers"]):
+        console.note("next: --top 3 lists the most similar pairs; .docs/measure.md shows how to remove filters")
 
 
 def _show_layers(reports: Sequence[ReportDocument], console: Console, as_csv: bool) -> None:

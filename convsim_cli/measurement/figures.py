@@ -198,14 +198,17 @@ def what_stands_out(layers: Sequence[Record]) -> str:
     """Return one line: the maps that are most correlated against chance, the lowest rank, and removable filters."""
     alike = sorted(_against_chance(layers, "fm_corr"), key=lambda found: -found[0])
     ranks = sorted(_against_chance(layers, "fm_rank"), key=lambda found: found[0])
-    removable = sum(layer["removable"] or 0 for layer in layers)
+    removable = {layer["name"]: layer["removable"] for layer in layers if layer["removable"]}
     listed = [f"{layer['name']} ({ratio:.1f} times)" for ratio, layer in alike[:_NAMED] if ratio >= _ALIKE]
     said = [f"maps most correlated against chance: {', '.join(listed)}"] if listed else []
     if ranks and ranks[0][0] <= _LOW:
         layer = ranks[0][1]
         said.append(f"lowest rank: {layer['name']} ({layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f})")
     said = said or ["no layer's maps stand out against chance"]
-    return "; ".join([*said, f"{removable} filter{'s' * (removable != 1)} removable"])
+    count, most = sum(removable.values()), sorted(removable, key=removable.__getitem__, reverse=True)
+    where = ", ".join(f"{removable[name]} of {name}" for name in most[:_NAMED])
+    more = " and others" * (len(most) > _NAMED)
+    return "; ".join([*said, f"{count} filter{'s' * (count != 1)} removable" + f" ({where}{more})" * bool(where)])
 
 
 def sort_layers(layers: list[Record], by: str) -> None:

@@ -89,6 +89,7 @@ for case in range(20):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_save_at_once_keep_every_file(tmp_path: Path, start: Start) -> None:
     (tmp_path / "file").write_bytes(b"first")
     children = [start(tmp_path, number, code=REPLACE_OFTEN) for number in range(4)]

@@ -152,8 +152,19 @@ def test_a_pipe_gets_tsv_on_stdout_and_all_else_on_stderr(tmp_path: Path, convsi
     assert [row["name"] for row in outcome.rows] == ["stem.weight"]
     assert float(outcome.rows[0]["cs_after"]) < float(outcome.rows[0]["cs_before"])
     assert "skipped 2 (not matched by --include)" in outcome.err.splitlines()
-    assert f"wrote {path}" in outcome.err
+    assert outcome.err.splitlines()[-2:] == [f"wrote {path}", f"next: convsim measure {path}"]
     assert not (tmp_path / "model.safetensors.bak").exists()
+
+
+def test_a_network_of_few_kernels_says_how_few_and_why(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "mobile.safetensors"
+    blocks = {
+        f"b{n}.{kind}.weight": shape for n in (1, 2) for kind, shape in (("dw", (8, 1, 3, 3)), ("pw", (8, 8, 1, 1)))
+    }
+    save_file({name: torch.randn(shape) for name, shape in ({"stem.weight": (8, 3, 3, 3)} | blocks).items()}, path)
+    last = convsim("init", path, "--iterations", 1, "--preserve-norm").err.splitlines()[-1]
+    assert last.startswith("only 1 of 5 layers changed; the others: depthwise")
+    assert "1×1" in last
 
 
 def test_quiet_says_nothing_on_stderr(tmp_path: Path, convsim: Convsim) -> None:

@@ -507,7 +507,7 @@ def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -
     err = convsim("measure", tmp_path / "m.safetensors").err
     assert "m.safetensors: maps most correlated against chance: a (" in err
     assert "lowest rank: a (" in err
-    assert "5 filters removable" in err
+    assert "5 filters removable (5 of a)\nnext: --top 3 lists the most similar pairs" in err
 
 
 def test_real_vanished_filters_are_counted_as_dead(checkpoint_dir: Path, convsim: Convsim) -> None:

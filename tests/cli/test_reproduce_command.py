@@ -104,6 +104,7 @@ def test_a_killed_reproduction_resumes_to_the_same_result(
     assert len(list((tmp_path / "killed").glob("*/args.json"))) == 2
 
 
+@pytest.mark.slow
 def test_two_reproductions_at_once_share_the_work_and_agree(data_dir: Path, tmp_path: Path, start: Start) -> None:
     how = ("table5", *REDUCED, "--arms", "baseline,reg", "--epochs", 2, "--data-dir", data_dir, "--run-dir", tmp_path)
     children = [start("reproduce", *how) for _ in range(2)]

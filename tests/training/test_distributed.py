@@ -85,6 +85,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_only_rank_zero_writes_and_logs_and_a_run_can_be_resumed(tmp_path: Path, ranks: Ranks, start: Start) -> None:
     train = ("train", *SMALL, "--mode", "init", "--iterations", 5, "--run-dir", tmp_path)
     part = [
