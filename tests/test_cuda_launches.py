@@ -62,6 +62,7 @@ def test_an_iteration_is_a_few_launches_and_no_wait(shape: tuple[int, ...], pres
     assert "cumsum" not in trace.launches  # a chain of dependent steps, as long as there are filters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

@@ -260,6 +260,7 @@ def fresh_network() -> nn.Sequential:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -176,6 +176,7 @@ def test_a_checkout_that_is_not_installed_is_found_first() -> None:
     assert records.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(records.ROOT)
 
 
+@pytest.mark.slow
 def test_the_documented_command_collects_every_gpu_test_and_nothing_else() -> None:
     (command,) = (line for line in (gpu.__doc__ or "").splitlines() if "-m pytest" in line)
     program, *arguments = shlex.split(command)

@@ -94,6 +94,7 @@ def test_an_option_and_a_mode_are_seen_in_help_arguments_and_checks(tmp_path: Pa
     assert "--warp 4: the run" in errors[2]
 
 
+@pytest.mark.slow
 def test_an_arm_is_seen_in_help_and_table_5(data_dir: Path, tmp_path: Path, with_entries: WithEntries) -> None:
     how = ("--archs", "cnn1", "--arms", "twice", "--limit-train", 32, "--limit-test", 16, "--epochs", 1)
     place = ("--data-dir", data_dir, "--run-dir", tmp_path, "-q")

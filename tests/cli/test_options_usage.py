@@ -76,6 +76,7 @@ def _empty() -> Iterator[tuple[str, ...]]:
                         yield name, f"{option}="
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [*_empty()], ids=" ".join)
 def test_an_empty_argument_is_refused_and_named(
     arguments: tuple[str, ...], convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
         assert not list(part.glob(".convsim-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_the_same_seed_twice_is_the_same_to_the_bit(tmp_path: Path, convsim: Convsim) -> None:
     first, second = (tmp_path / name for name in ("one", "two"))

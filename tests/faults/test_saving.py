@@ -67,6 +67,7 @@ def save_one_file(path: Path, value: float) -> None:
     open_checkpoint(path).write(path, [("a.weight", kernel)], backup=True)
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.zeros(64, 64, 9, 9), "b": torch.full((1000,), 7.0)}, path)
@@ -97,6 +98,7 @@ def save_shards_slowly(index: Path, value: float) -> None:
         open_checkpoint(index).write(index, kernels, backup=True)
 
 
+@pytest.mark.slow
 def test_a_killed_save_of_shards_is_all_old_or_all_new_to_the_next_writer(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     shards = [f"model-{number}-of-8.safetensors" for number in range(8)]

@@ -20,6 +20,7 @@ from convsim_cli.errors import InputError
 from convsim_cli.inputs.datasets import folder_digest, load_dataset
 
 
+@pytest.mark.slow
 def test_cifar10_is_whole_and_its_channels_are_normalized(data_dir: Path) -> None:
     data = load_dataset("cifar10", data_dir)
     assert data.train.images.shape == (50_000, 32, 32, 3)
