@@ -40,7 +40,7 @@ from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Sk
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KNOWN: tuple[Any, ...] = _CONVOLUTIONS + _TRANSPOSED  # torch 2.6 cannot compile a lookup of a class in a set
-_FORWARDS = frozenset(chain.from_iterable((kind.forward, getattr(kind, "_conv_forward", None)) for kind in _KNOWN))
+_FORWARDS = tuple(chain.from_iterable((kind.forward, getattr(kind, "_conv_forward", None)) for kind in _KNOWN))
 _FUNCTIONS = frozenset(
     getattr(nn.functional, f"{name}{axes}d") for name in ("conv", "conv_transpose") for axes in (1, 2, 3)
 )
@@ -298,7 +298,7 @@ def overrides_forward(layer: nn.Module) -> bool:
     kind = type(layer)
     if kind in _KNOWN or "forward" in layer.__dict__:
         return "forward" in layer.__dict__
-    return not {kind.forward, getattr(kind, "_conv_forward", None)} <= _FORWARDS
+    return kind.forward not in _FORWARDS or getattr(kind, "_conv_forward", None) not in _FORWARDS
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:

@@ -237,7 +237,19 @@ def test_the_penalty_changes_nothing_in_a_layer_that_it_runs() -> None:
         assert all(torch.equal(layer.state_dict()[name], was) for name, was in before.items()), kind
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    "fullgraph",
+    [
+        pytest.param(
+            False,
+            marks=pytest.mark.xfail(
+                torch.__version__.startswith("2.6."),
+                reason="torch 2.6 raises what newer versions leave out of the graph",
+            ),
+        ),
+        True,
+    ],
+)
 def test_a_compiled_loss_computes_the_weight_outside_of_the_graph(fullgraph: bool) -> None:
     model = nn.Sequential(StdConv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
     plain = ConvSimPenalty(model)
