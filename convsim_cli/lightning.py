@@ -96,6 +96,8 @@ class _Hooks:
             try:
                 records = measure(pl_module, images, **self._patterns)
             except NotImplementedError as error:
+                if "forward" not in str(error):  # another one of the network's own
+                    raise
                 raise InputError(
                     f"ConvSimCallback: {type(pl_module).__name__} cannot be measured without a `forward` that takes "
                     "images; define it, or set `measure_every` to 0"

@@ -174,6 +174,6 @@ def _require_shard(index: Path, name: str) -> None:
     if not found:
         what, which = "no such file", "missing shard"
         if os.path.lexists(place):
-            what = "no regular file" if place.exists() else f"a link to {place.readlink()}, which is no file"
+            what = "not a regular file" if place.exists() else f"a link to {place.readlink()}, which does not exist"
             which = "shard"
         raise CheckpointError(f"{place}: {what}, but {index.name} names it; fetch the {which}")

@@ -143,7 +143,7 @@ class _Walk:
         self.images = next((usual for usual in (3, 1) if usual in channels), first)
         self.of_one = Counter(len(kernel.shape) for kernel in kernels.values() if _is_of_one_channel(kernel))
         self.alike = Counter(_pattern(name) for name, kernel in kernels.items() if _is_of_one_channel(kernel))
-        self.places: dict[str, set[str]] = defaultdict(set)  # the pattern of a name → the modules around such layers
+        self.places: dict[str, set[str]] = defaultdict(set)  # a name's pattern → the parents of layers so named
         for link in links:
             self.places[_pattern(link.name)].add(next(iter(_prefixes(link.name)[1:]), ""))
         self.starts: dict[str, int] = {}  # a module → what comes in: the output of the layer before its first

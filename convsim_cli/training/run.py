@@ -588,7 +588,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise InputError(f"`run_dir` {path}: exists, and is no folder; name another one") from error
+        raise InputError(f"`run_dir` {path}: exists but is not a folder; name another one") from error
     except (OSError, RecursionError) as error:  # mkdir calls itself for each missing parent
         raise InputError(f"`run_dir` {path}: cannot be created ({brief(error)})") from error
 

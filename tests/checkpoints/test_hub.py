@@ -269,7 +269,7 @@ def test_without_a_network_the_cache_serves_and_its_lack_is_said(
 
 
 @pytest.mark.slow
-def test_the_environment_of_the_hub_is_used_and_a_lack_of_its_package_named(
+def test_the_hubs_environment_is_used_and_its_missing_package_is_named(
     hub: Hub, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     hub.put("model.safetensors", save(state))

@@ -152,11 +152,15 @@ def test_a_shard_that_is_there_but_no_file_is_not_called_missing(folder: Path) -
     place = folder / SHARDS[0]
     place.unlink()
     place.symlink_to("gone")
-    with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: a link to gone, which is no file, but {INDEX} names it"):
+    with pytest.raises(
+        CheckpointError, match=f"{SHARDS[0]}: a link to gone, which does not exist, but {INDEX} names it"
+    ):
         open_checkpoint(folder)
     place.unlink()
     os.mkfifo(place)
-    with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: no regular file, but {INDEX} names it; fetch the shard"):
+    with pytest.raises(
+        CheckpointError, match=f"{SHARDS[0]}: not a regular file, but {INDEX} names it; fetch the shard"
+    ):
         open_checkpoint(folder)
 
 

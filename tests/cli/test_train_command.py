@@ -73,7 +73,7 @@ def test_a_run_dir_that_cannot_be_created_is_named(tmp_path: Path, convsim: Conv
         outcome = convsim(*command, "--run-dir", tmp_path / "file")
         assert outcome.code == 2
         assert "--run-dir" in outcome.error
-        assert "is no folder" in outcome.error
+        assert "is not a folder" in outcome.error
 
 
 def test_resume_takes_more_epochs_and_refuses_anything_else(tmp_path: Path, convsim: Convsim) -> None:
