@@ -174,6 +174,6 @@ def _require_shard(index: Path, name: str) -> None:
     if not found:
         what, which = "no such file", "missing shard"
         if os.path.lexists(place):
-            what = "not a regular file" if place.exists() else f"a link to {place.readlink()}, which does not exist"
+            what = "not a regular file" if place.exists() else f"a broken link to {place.readlink()}"
             which = "shard"
         raise CheckpointError(f"{place}: {what}, but {index.name} names it; fetch the {which}")
