@@ -37,6 +37,7 @@ from convsim_cli.measurement.figures import (
     side_by_side,
     sort_layers,
     what_stands_out,
+    why_duplicates,
 )
 from convsim_cli.plots import PICTURE_SUFFIXES, check_picture, draw_heat, require_matplotlib, save_figure
 from convsim_cli.settings import MeasureOptions
@@ -191,6 +192,8 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
         console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
+        if reason := why_duplicates(report["layers"]):
+            console.note(f"{report['source']}: {reason}")
     if not top and len(reports) == 1 and any(layer["removable"] for layer in reports[0]["layers"]):
         console.note("next: --top 3 lists the most similar pairs; .docs/measure.md shows how to remove filters")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from math import prod
 from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
@@ -209,6 +210,24 @@ def what_stands_out(layers: Sequence[Record]) -> str:
     where = ", ".join(f"{removable[name]} of {name}" for name in most[:_NAMED])
     more = " and others" * (len(most) > _NAMED)
     return "; ".join([*said, f"{count} filter{'s' * (count != 1)} removable" + f" ({where}{more})" * bool(where)])
+
+
+def why_duplicates(layers: Sequence[Record]) -> str | None:
+    """Return one line about the first layer whose duplicates come from minimizing L_CS at unchanged norms, or None.
+
+    There `ncs` is over half the way from 1 to its lower bound (S − c) / (S − 1), where c is ‖A‖² of a constant kernel
+    of norm 1: only that minimization goes so far.
+    """
+    for layer in layers:
+        if not layer["removable"] or layer["ncs"] is None:
+            continue
+        constant = prod((2 * size**2 + 1) / (3 * size) for size in layer["shape"][2:])
+        if (1 - layer["ncs"]) * (layer["filters"] / layer["groups"] - 1) > max(1e-6, (constant - 1) / 2):
+            return (
+                f"{layer['name']} has duplicates because its ncs is near its lower bound: L_CS at unchanged norms "
+                "gives each filter one pattern, and in few input channels the filters of a pattern are alike"
+            )
+    return None
 
 
 def sort_layers(layers: list[Record], by: str) -> None:

@@ -510,6 +510,14 @@ def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -
     assert "5 filters removable (5 of a)\nnext: --top 3 lists the most similar pairs" in err
 
 
+def test_duplicates_that_init_leaves_in_a_first_layer_are_explained(convsim: Convsim, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file({"a": 0.1 * torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))}, file)
+    assert "a has duplicates because" not in convsim("measure", file, "--input", "natural").err
+    assert convsim("init", file, "--preserve-norm", "--iterations", 500).code == 0
+    assert "m.safetensors: a has duplicates because its ncs" in convsim("measure", file, "--input", "natural").err
+
+
 def test_real_vanished_filters_are_counted_as_dead(checkpoint_dir: Path, convsim: Convsim) -> None:
     layers = convsim("measure", checkpoint_dir / "espnet_decoder.pth", "--samples", 1, "--json").document["layers"]
     assert sum(layer["dead"] for layer in layers) == 92

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from convsim_cli.errors import InputError
-from convsim_cli.measurement.figures import sort_layers, what_stands_out
+from convsim_cli.measurement.figures import sort_layers, what_stands_out, why_duplicates
 
 
 def record(name: str, cos: float | None, rank: float | None, removable: int | None = 0) -> dict[str, Any]:
@@ -29,6 +29,16 @@ def test_at_most_three_layers_that_stand_out_are_named() -> None:
     removable = what_stands_out([record(name, 0.11, 19.0, number) for number, name in enumerate("abcde")])
     assert removable.endswith("; 10 filters removable (4 of e, 3 of d, 2 of c and others)")
     assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps stand out")
+
+
+def test_only_a_minimum_at_unchanged_norms_explains_duplicates() -> None:
+    layer = {**record("a", 0.2, 18.0, 2), "filters": 64, "groups": 1, "shape": [64, 3, 3, 3], "ncs": 0.962}
+    assert (why_duplicates([layer]) or "").startswith("a has duplicates because its ncs is near its lower bound")
+    assert why_duplicates([{**layer, "removable": 0}]) is None
+    assert why_duplicates([{**layer, "ncs": 0.98}]) is None  # half the way is 0.9726
+    assert why_duplicates([{**layer, "ncs": None}]) is None
+    assert why_duplicates([{**layer, "shape": [64, 3, 1, 1], "ncs": 1.0}]) is None
+    assert why_duplicates([{**layer, "filters": 1}]) is None
 
 
 def test_layers_are_sorted_by_a_figure_with_null_last() -> None:
