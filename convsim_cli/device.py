@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from convsim_cli.errors import ConvsimError, InputError, did_you_mean
+from convsim_cli.errors import ConvsimError, InputError, did_you_mean, no_name_twice
 
 Advance = Callable[[int], None]  # takes the number of steps completed since the last call
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # takes a description and the total number of steps
@@ -190,14 +190,6 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises OSError, and ValueError for damage."""
     try:
         with open_regular(path) as file:
-            return json.loads(file.read(), object_pairs_hook=_without_duplicates)
+            return json.loads(file.read(), object_pairs_hook=no_name_twice)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)} is there twice")
-    return content

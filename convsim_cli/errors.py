@@ -6,8 +6,10 @@ the option of that name instead (--lr). Only a whole command to copy (convsim tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 _LISTED = 12  # names in an error, at most
 
@@ -76,6 +78,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
     said = ("allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON file, given to `json.loads`; raise ValueError for duplicate names.
+
+    JSON does not define which of their values counts, and readers differ.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[:80]!r} appears twice")
+    return found
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint
 from convsim_cli.checkpoints.diagnose import Source
-from convsim_cli.errors import CheckpointError
+from convsim_cli.errors import CheckpointError, no_name_twice
 from convsim_cli.kernels import TensorInfo
 
 _TYPES = {  # the format's name of a type → torch's, where it has one, and its bits
@@ -189,15 +188,6 @@ def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> byt
     header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
-
-
-def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse duplicate names: JSON does not define which value counts, and readers differ."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice[:80]!r} appears twice")
-    return found
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

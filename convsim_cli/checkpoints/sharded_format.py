@@ -18,8 +18,8 @@ from torch import Tensor
 from convsim_cli.checkpoints.atomic import Replacements, free_names
 from convsim_cli.checkpoints.base import Changes, Checkpoint
 from convsim_cli.checkpoints.diagnose import Source, is_index
-from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, natural_order, no_name_twice
-from convsim_cli.errors import CheckpointError, InputError, WriteError
+from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, natural_order
+from convsim_cli.errors import CheckpointError, InputError, WriteError, no_name_twice
 
 _LARGEST = 100_000_000  # bytes of an index, as of the header of a shard
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # unlike the .5 of a folder called v1.5

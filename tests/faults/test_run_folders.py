@@ -316,7 +316,7 @@ def test_hostile_arguments_are_one_line(content: str, run: Run, convsim: Convsim
         ('{"lr": true}', r"lr True: expected a number above 0"),
         ('{"seed": ' + "9" * 5000 + "}", r"a number of thousands of digits"),
         ("\udcff", r"it is no text in UTF-8"),
-        ('{"seed": 1, "lr": 0.1, "seed": 2}', "seed is there twice"),
+        ('{"seed": 1, "lr": 0.1, "seed": 2}', "'seed' appears twice"),
         (json.dumps({"lr": "x" * 100_000}), "x … x"),
     ],
 )
