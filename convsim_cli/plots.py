@@ -1,7 +1,8 @@
 """Figures: training curves, the paper's Figures 1 to 5, and heat maps of feature-map similarity.
 
 Curves and bars can be read in gray and by color-blind readers: the colors are Okabe and Ito's, each curve also has its
-own dash pattern, and each bar its own hatching. A figure is saved in the format that the file's suffix names.
+own dash pattern, and each bar its own hatching. Figures are as wide as a column or a page of a paper, and their
+texts have 6 points or more there. A figure is saved in the format that the file's suffix names.
 
 matplotlib is the extra `plot`. Importing this module imports neither it nor torch: help texts name the `PICTURES`.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from math import ceil, nan
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,8 +32,8 @@ COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))
 UNITS = {  # by column of results.csv, and of layers.csv as a median over layers
     "cs": "$L_{CS}$ (Eq. 10, weight$^4$)",
-    "train_loss": "training loss (cross entropy, nats)",
-    "test_loss": "test loss (cross entropy, nats)",
+    "train_loss": "training loss (nats)",
+    "test_loss": "test loss (nats)",
     "train_accuracy": "train accuracy (%)",
     "test_accuracy": "test accuracy (%)",
     "turned": "turn since the start (degrees)",
@@ -40,11 +41,9 @@ UNITS = {  # by column of results.csv, and of layers.csv as a median over layers
 }
 LOGARITHMIC = {"cs", "train_loss", "turn_per_step"}
 
-HEAT_PANELS = ((1, 6.0), (4, 4.2), (9, 3.0), (16, 2.4))  # inches of a panel, up to so many layers
-SMALL_PANEL = 1.9  # inches, beyond
-TICK_LABEL = 0.062  # inches that a filter's index takes in the smallest font
-
-DPI = 200
+COLUMN, PAGE = 3.5, 7.2  # inches: the width of a column and of a page
+TEXT, SMALL = 7, 6  # points; a smaller text cannot be read in print
+DPI = 300  # of a PNG
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,16 @@ class Curve:
     histories: Sequence[Sequence[Row]]
 
 
-def draw_runs(curves: Sequence[Curve]) -> Figure:
+def draw_runs(curves: Sequence[Curve], title: str) -> Figure:
     """Draw the loss, accuracies and L_CS of runs in one figure, and how far their filters turned if that is known."""
     turns = [row for curve in curves for rows in curve.histories for row in rows if row.get("turned") is not None]
     columns = ["train_loss", "test_accuracy", "train_accuracy", "cs"]
     columns[2:2] = ["turned"] if turns else []
     columns += ["turn_per_step"] if turns else []
-    figure, axes = _panels(2, len(columns) // 2)
+    figure, axes = _panels(len(columns), len(columns) // 2)
     for panel, column in zip(axes, columns, strict=True):
         _draw_curves(panel, curves, column)
-    _finish(figure, axes[0], "")
+    _finish(figure, axes[0], title)
     return figure
 
 
@@ -102,7 +101,7 @@ def draw_arms(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """
     column = next(column for column in UNITS if column in rows[0])
     by_arch = [(arch, list(found)) for arch, found in groupby(rows, key=lambda row: row["arch"])]
-    figure, axes = _panels(1, len(by_arch))
+    figure, axes = _panels(len(by_arch), min(3, len(by_arch)))
     for panel, (arch, found) in zip(axes, by_arch, strict=True):
         curves = []
         for arm, seeds in groupby(found, key=lambda row: row["arm"]):
@@ -112,22 +111,22 @@ def draw_arms(rows: Sequence[dict[str, Any]], title: str) -> Figure:
             ]
             curves.append(Curve(arm, histories))
         _draw_curves(panel, curves, column)
-        panel.set_title(plain_text(arch.upper() if arch.startswith("cnn") else arch), fontsize=9)
+        panel.set_title(plain_text(arch.upper() if arch.startswith("cnn") else arch), fontsize=TEXT)
     _finish(figure, axes[0], title)
     return figure
 
 
 def draw_grid(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """Draw Figure 4: test accuracy with and without Algorithm 1, in bars, for each learning rate and batch size."""
-    figure, (axes,) = _panels(1, 1, width=max(4.5, 1.5 + 0.8 * len(rows)))
+    figure, (axes,) = _panels(1, 1, COLUMN if len(rows) <= 4 else PAGE)
     sides = (("baseline", "baseline", "#BBBBBB", ""), ("init", "Algorithm 1 before training", COLORS[2], "///"))
     for index, (side, label, color, hatch) in enumerate(sides):
         heights, spreads = _over_seeds([row["measured"][side] for row in rows], "best_test_accuracy")
         places = [position + 0.4 * index - 0.2 for position in range(len(rows))]
         style: dict[str, Any] = {"color": color, "edgecolor": "black", "linewidth": 0.6, "hatch": hatch}
         bars = axes.bar(places, heights, 0.38, yerr=spreads, label=label, **style)
-        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=7)
-    axes.set_xticks(range(len(rows)), [f"lr {row['lr']:g}\nbatch {row['batch_size']}" for row in rows], fontsize=7)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=SMALL)
+    axes.set_xticks(range(len(rows)), [f"lr {row['lr']:g}\nbatch {row['batch_size']}" for row in rows])
     axes.set_xlabel("learning rate and batch size (images)")
     axes.set_ylabel("best test accuracy (%)")
     axes.margins(y=0.12)
@@ -142,7 +141,7 @@ def draw_iterations(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     counts = [row["iterations"] for row in rows]
     for index, (key, label) in enumerate((("best_test_accuracy", "best"), ("last_test_accuracy", "last epoch"))):
         values, spreads = _over_seeds([row["measured"] for row in rows], key)
-        style = {"color": COLORS[2 + index], "linestyle": DASHES[index], "marker": "os"[index], "markersize": 4}
+        style = {"color": COLORS[2 + index], "linestyle": DASHES[index], "marker": "os"[index], "markersize": 3}
         axes.errorbar(counts, values, yerr=spreads, label=label, capsize=2, **style)
     axes.set_xlabel("iterations I of Algorithm 1 (0 is the baseline)")
     axes.set_ylabel("test accuracy (%)")
@@ -153,36 +152,50 @@ def draw_iterations(rows: Sequence[dict[str, Any]], title: str) -> Figure:
 def draw_heat(heat: Mapping[str, HeatMap], captions: Mapping[str, str], title: str) -> Figure:
     """Draw heat maps side by side, from −1 (opposite) over 0 to 1 (the same), with the indices of the filters.
 
-    captions: a line below each layer's name. Readable for 50 layers and more.
+    captions: a line below each layer's name. Readable for 50 layers and more, which fit a page.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    panel = next((inches for most, inches in HEAT_PANELS if len(heat) <= most), SMALL_PANEL)
-    columns = min(8, max(1, ceil(len(heat) ** 0.5)))
+    columns = max(1, len(heat)) if len(heat) <= 3 else min(8, ceil(len(heat) ** 0.5))
     rows = max(1, ceil(len(heat) / columns))
-    lines = wrap(title, int(12 * panel * columns))
-    size = ((panel + 0.25) * columns + 0.8, (panel + 0.45) * rows + 0.3 + 0.17 * len(lines))
-    figure = Figure(figsize=size, layout="constrained")
+    width = COLUMN if len(heat) <= 1 else PAGE
+    panel = (width - 0.9) / columns - 0.25  # inches, beside the labels of the filters and the scale
+    letters = int(22 * (panel + 0.2))  # of a name, in a line
+    ending = ".weight" if any(len(name) > letters for name in heat) else ""
+    names = {}
+    for name in heat:
+        short = name.removesuffix(ending)
+        parts = [short] if len(short) <= letters else wrap(short.replace(".", ". "), letters)  # it breaks after dots
+        names[name] = [plain_text(part.replace(". ", ".")) for part in parts]
+    lines = wrap(title, int(17 * width))
+    around = 0.3 + 0.11 * max((len(parts) for parts in names.values()), default=0)
+    figure = Figure(figsize=(width, (panel + around) * rows + 0.25 + 0.13 * len(lines)), layout="compressed")
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     colors = colormaps["RdBu_r"].with_extremes(bad="0.88")
     image = None
-    for axis, (name, drawn) in zip(axes, heat.items(), strict=False):
+    for index, (axis, (name, drawn)) in enumerate(zip(axes, heat.items(), strict=False)):
         image = axis.imshow(drawn.cells.numpy(), vmin=-1, vmax=1, cmap=colors, interpolation="nearest")
-        names = map(plain_text, wrap(name, int(14 * panel)))
-        axis.set_title("\n".join([*names, captions[name]]), fontsize=6, pad=3)
-        places = range(0, len(drawn.labels), ceil(len(drawn.labels) * TICK_LABEL / panel))
+        axis.set_title("\n".join([*names[name], captions[name]]), fontsize=SMALL, pad=2)
+        room = 0.06 + 0.05 * len(str(max(drawn.labels)))  # inches that the label of a filter takes
+        step = 1
+        while len(drawn.labels) * room > step * panel:
+            step *= 2
+        places = range(0, len(drawn.labels), step)
         shown = [str(drawn.labels[place]) for place in places]
-        axis.set_xticks(places, shown, fontsize=3.5, rotation=90)
-        axis.set_yticks(places, shown, fontsize=3.5)
-        axis.tick_params(length=1.5, pad=1, width=0.3)
+        axis.set_xticks(places, shown, fontsize=SMALL)
+        axis.set_yticks(places, shown, fontsize=SMALL)
+        axis.tick_params(length=2, pad=1, width=0.4)
+        axis.set_xlabel("filter" if index + columns >= len(heat) else "", fontsize=SMALL, labelpad=1)
+        axis.set_ylabel("" if index % columns else "filter", fontsize=SMALL, labelpad=1)
     for axis in axes[len(heat) :]:
         axis.set_visible(False)
     if image is not None:
-        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=14, label="correlation")
-        bar.ax.tick_params(labelsize=6)
-        bar.ax.yaxis.label.set_fontsize(7)
-    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=8)
+        shape: dict[str, Any] = {"shrink": min(1.0, 1.6 / rows), "aspect": 28, "pad": 0.02}
+        bar = figure.colorbar(image, ax=axes, ticks=(-1, -0.5, 0, 0.5, 1), **shape)
+        bar.set_label("correlation of two feature maps", fontsize=SMALL)
+        bar.ax.tick_params(labelsize=SMALL, length=2)
+    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=TEXT)
     return figure
 
 
@@ -192,7 +205,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
     check_picture(path)
     picture = PICTURES[path.suffix.lower()]
-    with rc_context({"svg.hashsalt": "convsim"}):  # the ids in an SVG are random otherwise
+    # Type 3 fonts, which journals refuse, and text as outlines otherwise; and ids in an SVG that are random
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "convsim"}):
         replace_file(path, lambda file: figure.savefig(file, format=picture.name, dpi=DPI, metadata=picture.metadata))
 
 
@@ -234,20 +248,22 @@ def plain_text(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, columns: int, width: float | None = None) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    size = (width or (4.5 if columns == 1 else 3.6 * columns), 3.4 if rows == 1 else 2.7 * rows)
-    figure = Figure(figsize=size, layout="constrained")
+    rows, width = ceil(count / columns), width or (COLUMN if columns == 1 else PAGE)
+    figure = Figure(figsize=(width, rows * min(2.7, 0.55 * width / columns + 0.7)), layout="constrained")
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in axes:
         panel.grid(color="#DDDDDD", linewidth=0.5)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(which="both", labelsize=8)
-        panel.xaxis.label.set_fontsize(9)
-        panel.yaxis.label.set_fontsize(9)
-    return figure, axes
+        panel.tick_params(which="both", labelsize=TEXT)
+        panel.xaxis.label.set_fontsize(TEXT)
+        panel.yaxis.label.set_fontsize(TEXT)
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    return figure, axes[:count]
 
 
 def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
@@ -262,7 +278,7 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
         epochs, values = list(by_epoch), list(by_epoch.values())  # a diverged seed has fewer epochs
         marker = "o" if len(epochs) == 1 else None
         means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
-        axes.plot(epochs, means, linewidth=1.4, marker=marker, label=label, **style)
+        axes.plot(epochs, means, linewidth=1.2, marker=marker, markersize=4, label=label, **style)
         if len(curve.histories) > 1:
             spreads = [stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
             low = [center - spread for center, spread in zip(means, spreads, strict=True)]
@@ -272,7 +288,8 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC:
         _use_log_scale(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single epoch is a single tick
+    round_steps = MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)  # a single epoch is a single tick
+    axes.xaxis.set_major_locator(round_steps)
     axes.set_xlabel("epoch")
     axes.set_ylabel(UNITS[column])
 
@@ -302,10 +319,15 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
     """Add the title and one legend for all panels, and make the figure higher for them."""
     handles, labels = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
-    labels = [fill(label, int((width - 0.75) / 0.08), break_on_hyphens=False) for label in labels]
-    columns = max(1, min(len(labels), int(width / (0.75 + 0.065 * max(map(len, labels), default=1)))))
-    legend_lines = sum(label.count("\n") for label in labels) + ceil(len(labels) / columns)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, handlelength=4)
-    lines = wrap(title, int(15 * width))
-    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=9)
-    figure.set_figheight(height + 0.17 * (legend_lines + len(lines)))
+    labels = [fill(label, int((width - 0.5) / 0.06), break_on_hyphens=False) for label in labels]
+    style: dict[str, Any] = {"frameon": False, "handlelength": 3, "columnspacing": 1.2}
+    for rows, size in product(range(1, max(1, len(labels)) + 1), (TEXT, SMALL)):  # as few rows as fit
+        columns = max(1, ceil(len(labels) / rows))
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=size, **style)
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or (columns, size) == (1, SMALL):
+            break
+        legend.remove()
+    lines = wrap(title, int(17 * width))
+    figure.suptitle("\n".join(map(plain_text, lines)), fontsize=TEXT)
+    figure.set_figheight(height + box.height / figure.dpi + 0.13 * len(lines))

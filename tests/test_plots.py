@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from convsim_cli.errors import InputError
 from convsim_cli.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs, require_matplotlib, save_figure
@@ -19,7 +22,7 @@ FIGURES = MEASURED | {"last_test_accuracy_std": None}
 
 
 def test_curves_differ_without_their_color() -> None:
-    figure = draw_runs([Curve(f"run {n}", [HISTORY]) for n in range(16)])
+    figure = draw_runs([Curve(f"run {n}", [HISTORY]) for n in range(16)], "")
     for axes in figure.axes:
         lines = axes.get_lines()
         assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 16  # type: ignore[attr-defined]
@@ -27,10 +30,10 @@ def test_curves_differ_without_their_color() -> None:
 
 
 def test_axes_bear_their_units_and_falling_quantities_a_log_scale() -> None:
-    figure = draw_runs([Curve("a", [HISTORY])])
+    figure = draw_runs([Curve("a", [HISTORY])], "")
     said = {axes.get_ylabel(): axes.get_yscale() for axes in figure.axes}
     assert said == {
-        "training loss (cross entropy, nats)": "log",
+        "training loss (nats)": "log",
         "test accuracy (%)": "linear",
         "train accuracy (%)": "linear",
         "$L_{CS}$ (Eq. 10, weight$^4$)": "log",
@@ -55,7 +58,7 @@ def test_seeds_of_an_arm_are_one_curve_with_a_band() -> None:
 
 def test_the_band_is_one_standard_deviation_to_either_side_of_the_mean() -> None:
     seeds = [[{**row, "test_accuracy": row["test_accuracy"] + shift} for row in HISTORY] for shift in (0, 3, 9)]
-    axes = draw_runs([Curve("seeds", seeds)]).axes[1]
+    axes = draw_runs([Curve("seeds", seeds)], "").axes[1]
     spread = stdev([0, 3, 9])
     box = axes.collections[0].get_paths()[0].get_extents()
     assert list(axes.get_lines()[0].get_ydata()) == [row["test_accuracy"] + 4 for row in HISTORY]
@@ -64,8 +67,15 @@ def test_the_band_is_one_standard_deviation_to_either_side_of_the_mean() -> None
 
 def test_a_band_on_a_log_scale_stays_above_zero() -> None:
     seeds = [[{**row, "cs": scale * row["cs"]} for row in HISTORY] for scale in (1.0, 1.0, 100.0)]
-    axes = draw_runs([Curve("seeds", seeds)]).axes[3]
+    axes = draw_runs([Curve("seeds", seeds)], "").axes[3]
     assert axes.collections[0].get_paths()[0].get_extents().ymin == pytest.approx(900 / 5)
+
+
+def smallest_text(figure: Figure) -> float:
+    """The size of a figure's smallest visible text, in points."""
+    figure.draw_without_rendering()
+    found = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible() and text.get_text()]
+    return min(text.get_fontsize() for text in found)
 
 
 def ticks(axes: Axes, which: str) -> list[str]:
@@ -84,7 +94,7 @@ def ticks(axes: Axes, which: str) -> list[str]:
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_the_epochs_on_an_axis_are_whole(epochs: int) -> None:
-    figure = draw_runs([Curve("a", [HISTORY[:epochs]])])
+    figure = draw_runs([Curve("a", [HISTORY[:epochs]])], "")
     figure.draw_without_rendering()
     for axes in figure.axes:
         found = ticks(axes, "x")
@@ -92,11 +102,51 @@ def test_the_epochs_on_an_axis_are_whole(epochs: int) -> None:
         assert set(found) <= {str(epoch) for epoch in range(1, epochs + 1)}
 
 
+@pytest.mark.parametrize(("epochs", "expected"), [(7, range(1, 8)), (30, range(0, 31, 5)), (100, range(0, 101, 20))])
+def test_the_epochs_on_an_axis_are_round(epochs: int, expected: Sequence[int]) -> None:
+    rows = [{**HISTORY[0], "epoch": epoch, "turned": 1.0, "turn_per_step": 1.0} for epoch in range(1, epochs + 1)]
+    figure = draw_runs([Curve("a", [rows])], "")
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 6
+    for axes in figure.axes:
+        assert ticks(axes, "x") == [str(epoch) for epoch in expected]
+
+
+@pytest.mark.parametrize("turned", [None, 1.0])
+def test_a_figure_of_runs_is_as_wide_as_a_page_and_can_be_read_there(turned: float | None) -> None:
+    rows = [{**row, "turned": turned, "turn_per_step": turned} for row in HISTORY]
+    figure = draw_runs([Curve("mode=init", [rows])], "cnn1, 5 epochs")
+    assert figure.get_figwidth() == 7.2
+    assert smallest_text(figure) >= 6
+    assert figure.get_suptitle() == "cnn1, 5 epochs"
+
+
+def test_the_legend_of_eight_arms_takes_two_rows_within_the_figure() -> None:
+    names = ["baseline", "init", "init, preserve_norm=true", "reg, beta=auto", "init, method=dct"]
+    names += ["init, method=orthogonal", "rescale, factor=0.07", "rescale, factor=0.07, warmup=2"]
+    figure = draw_runs([Curve(f"mode={name}", [HISTORY]) for name in names], "")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len({round(text.get_window_extent().y0) for text in legend.get_texts()}) == 2
+    box = legend.get_window_extent()
+    assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
+    assert smallest_text(figure) >= 6
+
+
+@pytest.mark.parametrize(("networks", "width"), [(1, 3.5), (2, 7.2), (5, 7.2)])
+def test_networks_stand_side_by_side_on_a_page(networks: int, width: float) -> None:
+    rows = [{"arch": f"net{n}", "arm": "init", "epoch": [1, 2], "cs": [9.0, 8.0]} for n in range(networks)]
+    figure = draw_arms(rows, "title")
+    drawn = [axes for axes in figure.axes if axes.get_visible()]
+    assert ([axes.get_title() for axes in drawn], figure.get_figwidth()) == ([row["arch"] for row in rows], width)
+    assert smallest_text(figure) >= 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0001, 1.05, 1.5, 3, 9.9, 50, 1e5])
 def test_a_log_scale_has_several_labels_however_little_it_spans(factor: float) -> None:
     rows = [{**row, "train_loss": factor ** (row["epoch"] / 5), "cs": 1.0} for row in HISTORY]
-    figure = draw_runs([Curve("a", [rows])])
+    figure = draw_runs([Curve("a", [rows])], "")
     figure.draw_without_rendering()
     found = ticks(figure.axes[0], "y")
     assert 2 <= len(found) <= 12
@@ -104,13 +154,13 @@ def test_a_log_scale_has_several_labels_however_little_it_spans(factor: float) -
 
 
 def test_a_diverged_seed_counts_up_to_its_last_epoch() -> None:
-    figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])])
+    figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])], "")
     assert [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes] == [5] * 4  # type: ignore[arg-type]
 
 
 def test_any_name_is_drawn_as_it_is_and_stands_in_the_legend(tmp_path: Path) -> None:
     names = ["a$b_$c", "a$x^^$", "_hidden"]
-    figure = draw_runs([Curve(name, [HISTORY]) for name in names])
+    figure = draw_runs([Curve(name, [HISTORY]) for name in names], "")
     save_figure(figure, tmp_path / "x.png")
     said = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
     assert said == names
@@ -135,7 +185,7 @@ def test_a_long_title_stays_within_the_figure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["momentum=0.9, " * 12, "x" * 150])
 def test_a_long_label_stays_within_the_figure(label: str) -> None:
-    figure = draw_runs([Curve(label, [HISTORY]), Curve("short", [HISTORY])])
+    figure = draw_runs([Curve(label, [HISTORY]), Curve("short", [HISTORY])], "")
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)

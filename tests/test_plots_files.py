@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import IRREGULAR, Convsim
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from convsim_cli.errors import InputError
 from convsim_cli.plots import PICTURES, save_figure
@@ -29,6 +30,18 @@ def test_a_picture_is_of_the_format_that_its_suffix_says(suffix: str, tmp_path: 
     save_figure(drawn(), tmp_path / f"X{suffix.upper()}")
     assert (tmp_path / f"x{suffix}").read_bytes().startswith(MAGIC[suffix])
     assert (tmp_path / f"X{suffix.upper()}").read_bytes().startswith(MAGIC[suffix])
+
+
+def test_text_in_a_pdf_and_an_svg_stays_text(tmp_path: Path) -> None:
+    for suffix in (".pdf", ".svg"):
+        save_figure(drawn(), tmp_path / f"x{suffix}")
+    assert b"/FontFile2" in (tmp_path / "x.pdf").read_bytes()  # TrueType
+    assert ">a</text>" in (tmp_path / "x.svg").read_text()
+
+
+def test_a_png_has_300_dots_per_inch(tmp_path: Path) -> None:
+    save_figure(drawn(), tmp_path / "x.png")
+    assert imread(tmp_path / "x.png").shape[:2] == (4.8 * 300, 6.4 * 300)
 
 
 @pytest.mark.parametrize("suffix", PICTURES)

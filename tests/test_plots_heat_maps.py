@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from matplotlib.text import Text
 
 from convsim_cli.measurement import pairs as pairs_module
 from convsim_cli.measurement.pairs import make_heat_map
@@ -52,8 +55,40 @@ def test_of_many_filters_a_cell_shows_the_strongest_pair_with_its_sign(
 def test_the_scale_is_signed_and_filters_are_numbered() -> None:
     heat = {"a": make_heat_map(mean_of((0, 3, 0.9))), "b": make_heat_map(torch.eye(120)[None])}
     figure = draw_heat(heat, {"a": "fm_corr 0.1", "b": "fm_corr 0.2"}, "title")
-    small, large = figure.axes[:2]
+    small, large, *scales = figure.axes
     assert small.images[0].get_clim() == (-1, 1)
     assert [label.get_text() for label in small.get_yticklabels()] == [str(label) for label in heat["a"].labels]
-    assert 20 < len(large.get_yticklabels()) <= 120
+    assert [label.get_text() for label in large.get_yticklabels()] == [str(label) for label in heat["b"].labels[::16]]
+    assert list(large.get_yticks()) == list(range(0, 120, 16))
     assert small.get_title() == "a\nfm_corr 0.1"
+    assert [scale.get_ylabel() for scale in scales] == ["correlation of two feature maps"]
+
+
+@pytest.mark.parametrize(("layers", "width"), [(1, 3.5), (3, 7.2), (20, 7.2), (53, 7.2)])
+def test_heat_maps_fit_a_page_and_can_be_read_there(layers: int, width: float) -> None:
+    heat = {f"layer{n}.0.downsample.0.weight": make_heat_map(torch.eye(64 if n else 1024)[None]) for n in range(layers)}
+    figure = draw_heat(heat, dict.fromkeys(heat, "fm_corr 0.0123"), "title")
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() == width
+    assert figure.get_figheight() <= 9.7
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        assert text.get_fontsize() >= 6 or not (text.get_visible() and text.get_text())
+    for axes in figure.axes[:layers]:
+        for axis in (axes.xaxis, axes.yaxis):
+            boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+            assert len(boxes) >= 2
+            assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+
+
+def test_the_outer_axes_of_heat_maps_say_filter() -> None:
+    heat = {str(n): make_heat_map(torch.eye(4)[None]) for n in range(5)}
+    axes = draw_heat(heat, dict.fromkeys(heat, "caption"), "title").axes[:5]
+    assert [found.get_ylabel() for found in axes] == ["filter", "", "", "filter", ""]
+    assert [found.get_xlabel() for found in axes] == ["", "", "filter", "filter", "filter"]
+
+
+def test_a_long_name_of_a_layer_breaks_after_dots() -> None:
+    heat = {f"features.{n}.depthwise_separable.conv.weight": make_heat_map(torch.eye(4)[None]) for n in range(36)}
+    names = [axes.get_title() for axes in draw_heat(heat, dict.fromkeys(heat, "caption"), "title").axes[:36]]
+    assert names[0] == "features.0.\ndepthwise_separable.\nconv\ncaption"

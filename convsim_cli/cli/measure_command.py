@@ -176,7 +176,7 @@ def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) ->
 def _draw(report: MeasureReport, page: Path) -> None:
     heat = report.heat or {}
     captions = {layer["name"]: f"fm_corr {layer['fm_corr']:.3g}" for layer in report.layers if layer["name"] in heat}
-    title = f"{report.source}: correlation of feature maps, filter by filter ({report.input} inputs)"
+    title = f"{report.source}, {report.input} inputs; similar filters adjacent"
     if any(map_.pooled for map_ in heat.values()):
         title += "; in large layers a cell shows the strongest of several pairs"
     save_figure(draw_heat(heat, captions, title), page)

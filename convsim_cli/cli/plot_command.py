@@ -13,7 +13,7 @@ from convsim_cli.cli.options import JsonOption, QuietOption, add_options
 from convsim_cli.plots import PICTURE_SUFFIXES, Curve, check_picture, draw_runs, require_matplotlib, save_figure
 
 if TYPE_CHECKING:
-    from convsim_cli.training.comparison import RunResults
+    from convsim_cli.training.comparison import Group
 
 EXAMPLES = """\b
 Examples:
@@ -33,30 +33,48 @@ def plot(
 ) -> None:
     """Draw the loss, accuracies, L_CS and rotation of runs over epochs. Runs may still be training.
 
-    Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side.
+    Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side. Curves
+    are named by the settings in which they differ, as `convsim compare` names them.
     """
-    from convsim_cli.training.comparison import read_runs
+    from convsim_cli.training.comparison import group_by_seed, read_runs
 
     console = Console(quiet, as_json)
     check_picture(output)
     require_matplotlib()
     found = read_runs(runs)
-    save_figure(draw_runs(_curves(found)), output)
+    groups = group_by_seed(found)
+    save_figure(draw_runs(_curves(groups), _common_settings(groups)), output)
     console.document("plot", {"output": str(output), "runs": [str(run.folder) for run in found]})
     console.note(f"wrote {output}")
 
 
-def _curves(runs: Sequence[RunResults]) -> list[Curve]:
-    """Return a curve per group of seeds, and one per other run, named after its folder (if ambiguous, its path)."""
-    from convsim_cli.training.comparison import group_by_seed, rows_with_turns
+def _curves(groups: Sequence[Group]) -> list[Curve]:
+    """Return a curve per group of seeds, named as `compare` names it, or by folders where nothing else differs."""
+    from convsim_cli.training.comparison import rows_with_turns
 
-    names = [run.folder.resolve().name for run in runs]
-    are_unique = len(set(names)) == len(names)
-    labels = {run.folder: name if are_unique else str(run.folder) for run, name in zip(runs, names, strict=True)}
+    one_size = len({len(group.runs) for group in groups}) == 1
     curves = []
-    for group in group_by_seed(runs):
-        if len(group.runs) > 1 and len(set(group.seeds)) == len(group.runs):
-            curves.append(Curve(f"{group.name} (n = {len(group.runs)})", [rows_with_turns(run) for run in group.runs]))
+    for group in groups:
+        histories = [rows_with_turns(run) for run in group.runs]
+        if len(set(group.seeds)) == len(group.runs):
+            curves.append(Curve(group.name + ("" if one_size else f" (n = {len(group.runs)})"), histories))
         else:
-            curves += [Curve(labels[run.folder], [rows_with_turns(run)]) for run in group.runs]
+            names = [run.folder.resolve().name for run in group.runs]
+            if len(set(names)) < len(names):
+                names = [str(run.folder) for run in group.runs]
+            curves += [Curve(name, [history]) for name, history in zip(names, histories, strict=True)]
     return curves
+
+
+def _common_settings(groups: Sequence[Group]) -> str:
+    """Return what all runs share, for a title: for instance `cnn1, cifar10, 100 epochs, seed 0`."""
+    arguments = [run.arguments for group in groups for run in group.runs]
+    each: list[set[str]] = [
+        {found.arch for found in arguments},
+        {group.data for group in groups},
+        {f"first {found.limit_train} training images" if found.limit_train else "" for found in arguments},
+        {f"{found.epochs} epochs" if found.epochs > 1 else "1 epoch" for found in arguments},
+        {f"seed {found.seed}" for found in arguments},
+        {f"mean ± standard deviation of {n} seeds" if (n := len(set(group.seeds))) > 1 else "" for group in groups},
+    ]
+    return ", ".join(value for values in each if len(values) == 1 for value in values if value)

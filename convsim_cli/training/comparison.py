@@ -282,15 +282,31 @@ def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[G
         grouped.setdefault(tuple(values.items()), []).append(run)
     configurations, known = [dict(key) for key in grouped], declarations(Arguments)
     differing = [name for name in known if len({values[name] for values in configurations if name in values}) > 1]
-    groups = []
-    for configuration, found in zip(configurations, grouped.values(), strict=True):
+    owns, settings = [], []
+    for configuration in configurations:
         own = {name: configuration[name] for name in differing if name in configuration}
         # named by the mode, if it differs, and what else differs from the defaults; by the first if nothing does
         named = [name for name, value in own.items() if name == "mode" or value != known[name].default]
-        shown = [(name, configuration[name]) for name in named or [*own][:1] or ["mode"]]
-        name = ", ".join(f"{n}={str(v).lower() if v is None or isinstance(v, bool) else v}" for n, v in shown)
-        groups.append(Group(name, own, tuple(sorted(found, key=lambda run: run.seed))))
-    return groups
+        owns.append(own)
+        settings.append({name: configuration[name] for name in named or [*own][:1] or ["mode"]})
+    names = [_join_settings(shown, "{:.3g}") for shown in settings]
+    if len(set(names)) < len(names):
+        names = [_join_settings(shown, "{}") for shown in settings]
+    members = [tuple(sorted(found, key=lambda run: run.seed)) for found in grouped.values()]
+    return [Group(*group) for group in zip(names, owns, members, strict=True)]
+
+
+def _join_settings(settings: dict[str, Any], number: str) -> str:
+    """Return for instance `mode=rescale, factor=0.07`. number: the format of floats."""
+    values = {
+        name: number.format(value)
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else str(value).lower()
+        for name, value in settings.items()
+    }
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from conftest import Convsim
+from matplotlib.figure import Figure
 
 from convsim_cli.plots import Curve, draw_runs
 
@@ -20,17 +22,49 @@ def test_runs_are_drawn_as_a_png(tmp_path: Path, convsim: Convsim) -> None:
     assert f"wrote {tmp_path / 'x.png'}" in outcome.err
 
 
-def test_seeds_are_one_curve_and_other_runs_keep_their_names(
-    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Curve], str]]:
+    """The curves and the titles of the figures that are drawn."""
+    found: list[tuple[list[Curve], str]] = []
+
+    def draw(curves: list[Curve], title: str) -> Figure:
+        found.append((curves, title))
+        return draw_runs(curves, title)
+
+    monkeypatch.setattr("convsim_cli.cli.plot_command.draw_runs", draw)
+    return found
+
+
+def test_seeds_are_one_curve_and_runs_are_named_by_what_differs(
+    tmp_path: Path, convsim: Convsim, drawn: list[tuple[list[Curve], str]]
 ) -> None:
-    drawn: list[Curve] = []
-    drawing = "convsim_cli.cli.plot_command.draw_runs"
-    monkeypatch.setattr(drawing, lambda curves: draw_runs([*curves, *(drawn.extend(curves) or [])]))
     convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path / "runs", "--seeds", 3, "-q")
     convsim("train", *SMALL, "--epochs", 2, "--run-dir", tmp_path / "runs", "--lr", 0.1, "--name", "fast", "-q")
     outcome = convsim("plot", tmp_path / "runs", "-o", tmp_path / "x.png", "--json")
-    assert [(curve.label, len(curve.histories)) for curve in drawn] == [("lr=0.01 (n = 3)", 3), ("fast", 1)]
+    assert [(curve.label, len(curve.histories)) for curve in drawn[0][0]] == [
+        ("lr=0.01 (n = 3)", 3),
+        ("lr=0.1 (n = 1)", 1),
+    ]
+    assert drawn[0][1] == "cnn:4, digits, first 30 test images, first 60 training images"
     assert len(outcome.document["runs"]) == 4
+    assert convsim("plot", *(tmp_path / "runs").glob("*-s[012]"), "-o", tmp_path / "x.png").code == 0
+    assert [curve.label for curve in drawn[1][0]] == ["mode=baseline"]
+    assert drawn[1][1].endswith("first 60 training images, 1 epoch, mean ± standard deviation of 3 seeds")
+
+
+def test_runs_that_differ_in_nothing_are_named_by_their_folders(
+    tmp_path: Path, convsim: Convsim, drawn: list[tuple[list[Curve], str]]
+) -> None:
+    convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "a", "-q")
+    for copy in ("b", "more/a"):
+        copytree(tmp_path / "a", tmp_path / copy)
+    assert convsim("plot", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "x.png").code == 0
+    assert convsim("plot", tmp_path / "a", tmp_path / "more/a", "-o", tmp_path / "x.png").code == 0
+    assert [[curve.label for curve in curves] for curves, _ in drawn] == [
+        ["a", "b"],
+        [str(tmp_path / "a"), str(tmp_path / "more/a")],
+    ]
+    assert drawn[0][1].endswith("1 epoch, seed 0")
 
 
 def test_a_folder_that_is_no_run_and_a_missing_extra_are_one_line(

@@ -169,6 +169,8 @@ def test_intervals_are_announced_only_where_there_are_some(
             ["schedule=constant"] + [f"epochs={n}, schedule=cosine" for n in (6, 7)],
         ),
         ([{"device": "cuda:0"}, {"device": "cuda:1", "seed": 1}], ["mode=baseline"]),
+        ([{}, {"lr": 0.0123456}, {"lr": 2e-5}], ["lr=0.01", "lr=0.0123", "lr=2e-05"]),
+        ([{}, {"lr": 0.0123456}, {"lr": 0.0123457}], ["lr=0.01", "lr=0.0123456", "lr=0.0123457"]),
         ([{"data_dir": "a"}, {"data_dir": "b", "seed": 1}], ["mode=baseline"]),
     ],
 )
