@@ -127,7 +127,7 @@ def test_the_legend_of_eight_arms_takes_two_rows_within_the_figure() -> None:
     figure = draw_runs([Curve(f"mode={name}", [HISTORY]) for name in names], "")
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert len({round(text.get_window_extent().y0) for text in legend.get_texts()}) == 2
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == 4  # columns
     box = legend.get_window_extent()
     assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
     assert smallest_text(figure) >= 6
