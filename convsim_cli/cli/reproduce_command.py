@@ -25,7 +25,7 @@ from convsim_cli.cli.options import (
 )
 from convsim_cli.cli.train_command import epoch_line
 from convsim_cli.errors import InputError
-from convsim_cli.plots import check_picture, draw_experiment, require_matplotlib, save_figure
+from convsim_cli.plots import check_picture, draw_experiment, save_figure
 from convsim_cli.reproduction.published import ALL, ARMS, NUMERICAL_TABLES, SETS, USUAL_ARMS, arms_of
 from convsim_cli.training.config import Arguments
 
@@ -39,7 +39,7 @@ EXAMPLES = """\b
 Examples:
  convsim reproduce table1                        # half a minute, no data
  convsim reproduce table2 --json | jq '.rows[].measured.cos_after'
- convsim reproduce table5 --archs cnn1 --arms baseline,init --epochs 10
+ convsim reproduce table5 --dry-run              # how many runs, how long
  convsim reproduce figure3 --archs cnn1 --arms baseline,init --epochs 10
  convsim reproduce table5 --arms published,controls --seeds 5 \\
    --archs cnn1 --limit-train 10000 --epochs 30
@@ -118,6 +118,9 @@ def reproduce(
         int | None,
         typer.Option(metavar="N", help="Epochs of a run. Default: the paper's.", min=1, show_default=False),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count runs and epochs, and estimate their time. Writes nothing.")
+    ] = False,
     run_dir: Annotated[
         Path, typer.Option("--run-dir", metavar="DIR", help="Where the folders of runs are created.")
     ] = Path("runs"),
@@ -134,7 +137,7 @@ def reproduce(
     L_CS; some columns are not in the paper.
 
     On two CPU cores, table1, 2, 3 and 6 take half a minute each, an epoch of cnn1 on CIFAR-10 takes 30 seconds, and
-    one of resnet18 takes 7 minutes.
+    one of resnet18 takes 7 minutes. --dry-run estimates the time of the others on your machine.
     """
     console = Console(quiet, as_json, wide)
     given = {**context.params, "run_dir": run_dir}  # a path as text in older typers
@@ -144,21 +147,30 @@ def reproduce(
             raise InputError(f"{name} has no `{key}`")
     if is_numerical:
         _run_numerical(name, given, console)
+    elif dry_run:
+        _show_estimate(name, given, console)
     else:
         _run_trained(name, given, console)
 
 
 def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
-    from convsim_cli.reproduction.numerical import EPISODES, numerical_steps, reproduce_table
+    from convsim_cli.reproduction.numerical import EPISODES, find_table, numerical_steps, reproduce_table
     from convsim_cli.training.run import make_folder, write_json
 
     if given["device"] != "auto" and choose_device(given["device"], console).type != "cpu":
         raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")
-    document = given["run_dir"] / f"{name}.json"
+    document, episodes, steps = given["run_dir"] / f"{name}.json", given["episodes"] or EPISODES, numerical_steps(name)
     _check_output(name, given["run_dir"])
+    if given["dry_run"]:
+        counts = {"episodes": episodes, "iterations": steps}
+        console.document("reproduce", {"name": name, "title": find_table(name).title, "dry_run": True, **counts})
+        if not console.as_json:
+            console.table(["name", *counts], [[name, *counts.values()]])
+            console.note(f"half a minute for {EPISODES:,} episodes on two CPU cores; needs no data")
+        return
     make_folder(given["run_dir"])
-    with console.progress(name, numerical_steps(name)) as advance:
-        content = reproduce_table(name, given["episodes"] or EPISODES, given["seed"], advance)
+    with console.progress(name, steps) as advance:
+        content = reproduce_table(name, episodes, given["seed"], advance)
     write_json(document, console.document("reproduce", content))
     if not console.as_json:
         console.table(*numerical_table(content["rows"]), LEAST)
@@ -168,20 +180,34 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
         console.note(f"saved {document}")
 
 
+def _show_estimate(name: str, given: dict[str, Any], console: Console) -> None:
+    from convsim_cli.reproduction.experiments import estimate_experiment, find_experiment
+
+    experiment = find_experiment(name)
+    _check_output(name, given["run_dir"])
+    choices = _choices(given, console)
+    console.note("timing a part of an epoch of each network and batch size")
+    content = console.document("reproduce", estimate_experiment(experiment, choices, given["run_dir"]))
+    if not console.as_json:
+        columns = ["arch", "batch_size", "runs", "finished", "epochs", "epochs_done", "seconds_per_epoch"]
+        rows = [[*(row[column] for column in columns), duration(row["seconds"])] for row in content["rows"]]
+        console.table([*columns, "time"], rows)
+        left = f"the others take about {duration(content['seconds'])} here" if content["seconds"] else "none are left"
+        console.note(
+            f"{name}: {content['runs']} run{'s' if content['runs'] > 1 else ''}, {content['finished']} finished; "
+            f"{content['epochs']:,} epochs, {content['epochs_done']:,} done; {left}"
+        )
+        console.note(f"not in this estimate: {content['not_estimated']}")
+
+
 def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
-    from convsim_cli.device import keep_freed_memory
     from convsim_cli.reproduction.experiments import CampaignCallbacks, find_experiment, run_experiment
     from convsim_cli.training.run import write_json
 
     experiment = find_experiment(name)
     _check_output(name, given["run_dir"])
     is_figure = name.startswith("figure")
-    if is_figure:
-        require_matplotlib()
-    place = choose_device(given["device"], console)
-    if place.type == "cpu":
-        keep_freed_memory()
-    choices = _choices(given, str(place))
+    choices = _choices(given, console)
     console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
     with ExitStack() as bar:
         screen = CampaignScreen(console, name, bar)
@@ -279,9 +305,13 @@ def _check_output(name: str, run_dir: Path) -> None:
         check_picture(run_dir / f"{name}.png")
 
 
-def _choices(given: dict[str, Any], device: str) -> Choices:
+def _choices(given: dict[str, Any], console: Console) -> Choices:
+    from convsim_cli.device import keep_freed_memory
     from convsim_cli.reproduction.experiments import Choices
 
+    device = choose_device(given["device"], console)
+    if device.type == "cpu":
+        keep_freed_memory()
     base = Arguments(
         data_dir=given["data_dir"],
         limit_train=given["limit_train"],
@@ -289,7 +319,7 @@ def _choices(given: dict[str, Any], device: str) -> Choices:
         precision=given["precision"],
         compile=given["compile"],
         seed=given["seed"],
-        device=device,
+        device=str(device),
     )
     lists = {option: _list(option, given[option]) for option in _LISTS}
     return Choices(base, given["seeds"] or 1, given["epochs"], **lists)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from convsim_cli.errors import BusyError, DivergedError, InputError, did_you_mean
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.reproduction import published as paper
@@ -21,7 +23,7 @@ from convsim_cli.reproduction.published import ARMS, CURVES, arms_of, choose_arm
 from convsim_cli.training.comparison import epochs_to
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import find_or_create_run, find_run, is_finished, plain_name
-from convsim_cli.training.prepare import build_with_weights, check_network, load_data
+from convsim_cli.training.prepare import build_with_weights, check_network, load_data, used_images
 from convsim_cli.training.run import (
     ACCURACIES,
     Row,
@@ -34,9 +36,14 @@ from convsim_cli.training.run import (
     spread,
     train_run,
 )
+from convsim_cli.training.trainer import STATISTICS_IMAGES, Trainer, choose_algorithms
 
 FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
 POLL = 2.0  # seconds between checks on a run that another process is working on
+TIMED_SECONDS = 2.0  # that the part of an epoch takes which a dry run extrapolates from
+WARM_UP_IMAGES = 16  # of the first part, which is not timed
+TIMED_LR = 1e-6  # of its steps: a rate does not change how long they take, and at this one none diverges
+NOT_ESTIMATED = "Algorithm 1 before the first epoch, saves, differences between arms, and compilation"
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,90 @@ def run_experiment(
     cannot be used.
     """
     cells = plan_cells(experiment, choices)
-    dataset = load_data(choices.base)
-    reduced = reductions(experiment, choices, dataset)
     jobs = [job for cell in cells for job in cell.jobs]
-    for arguments in {job.arguments.arch: job.arguments for job in jobs}.values():
-        check_network(build_with_weights(arguments, dataset.classes), arguments, dataset)
+    dataset = load_checked(jobs)
     make_folder(run_dir)
     outcomes = iter(run_all(jobs, run_dir, dataset, report))  # in the order of the jobs
+    return {
+        **describe(experiment, choices, dataset),
+        "rows": experiment.rows([(cell, [next(outcomes) for _ in cell.jobs]) for cell in cells]),
+    }
+
+
+def estimate_experiment(experiment: Experiment, choices: Choices, run_dir: Path) -> dict[str, Any]:
+    """Return the content of a dry run's JSON: the runs that `run_experiment` would train, and about how long it takes.
+
+    Each network and batch size with epochs left is a part with a time of its own, of its first unfinished run. Nothing
+    is written or downloaded. Raises InputError as `run_experiment`.
+    """
+    from torchvision.datasets import CIFAR10
+
+    jobs = [job for cell in plan_cells(experiment, choices) for job in cell.jobs]
+    folder = Path(choices.base.data_dir) / CIFAR10.base_folder
+    if not folder.is_dir():
+        raise InputError(
+            f"CIFAR10 is not in {folder}; name its parent with `data_dir`, or download it by training without `dry_run`"
+        )
+    dataset = load_checked(jobs)
+    parts: dict[tuple[str, int], dict[Job, int]] = {}
+    for job in jobs:
+        part = parts.setdefault((job.arguments.arch, job.arguments.batch_size), {})
+        part[job] = epochs_left(job, run_dir)
+    rows: list[dict[str, Any]] = []
+    for (arch, batch_size), left in parts.items():
+        first = next((job for job, epochs in left.items() if epochs), None)
+        seconds = time_epoch(first.arguments, dataset) if first else None
+        epochs = sum(job.arguments.epochs for job in left)
+        rows.append(
+            {
+                "arch": arch,
+                "batch_size": batch_size,
+                "runs": len(left),
+                "finished": sum(not epochs for epochs in left.values()),
+                "epochs": epochs,
+                "epochs_done": epochs - sum(left.values()),
+                "seconds_per_epoch": seconds,
+                "seconds": (seconds or 0.0) * sum(left.values()),
+            }
+        )
+    totals = {key: sum(row[key] for row in rows) for key in ("runs", "finished", "epochs", "epochs_done", "seconds")}
+    about = describe(experiment, choices, dataset)
+    return {**about, "dry_run": True, **totals, "not_estimated": NOT_ESTIMATED, "rows": rows}
+
+
+def time_epoch(arguments: Arguments, dataset: Dataset) -> float:
+    """Return about how many seconds an epoch of a run takes here.
+
+    Parts of an epoch are trained and evaluated: a few images to warm up, then twice as many each time, until a part
+    takes `TIMED_SECONDS`. A slow network takes that for less than a batch.
+    """
+    data, model = used_images(arguments, dataset), build_with_weights(arguments, dataset.classes)
+    arguments = replace(arguments, lr=TIMED_LR, compile=False)
+    choose_algorithms(arguments.deterministic)
+    images = WARM_UP_IMAGES
+    while True:
+        part = data.limited(images, images)
+        trainer = Trainer(model, part, arguments, torch.device(arguments.device))
+        seconds = trainer.run_epoch()["seconds"]
+        if images > WARM_UP_IMAGES and (seconds >= TIMED_SECONDS or images >= len(data.train)):
+            break
+        images *= 2
+    evaluated, in_all = (min(len(each.train), STATISTICS_IMAGES) + len(each.test) for each in (part, data))
+    training = (seconds - trainer.evaluation_seconds) * len(data.train) / len(part.train)
+    return training + trainer.evaluation_seconds * in_all / evaluated
+
+
+def load_checked(jobs: Sequence[Job]) -> Dataset:
+    """Return the data set of the jobs. Raises InputError where it, or one of their networks, cannot be used."""
+    dataset = load_data(jobs[0].arguments)
+    for arguments in {job.arguments.arch: job.arguments for job in jobs}.values():
+        check_network(build_with_weights(arguments, dataset.classes), arguments, dataset)
+    return dataset
+
+
+def describe(experiment: Experiment, choices: Choices, dataset: Dataset) -> dict[str, Any]:
+    """Return what the JSON of an experiment and of its dry run begin with."""
+    reduced = reductions(experiment, choices, dataset)
     return {
         "name": experiment.name,
         "title": experiment.title + (f" (reduced: {'; '.join(reduced)})" if reduced else ""),
@@ -136,7 +220,6 @@ def run_experiment(
         "precision": choices.base.precision,
         "compile": choices.base.compile,
         "bn_statistics": choices.base.bn_statistics,
-        "rows": experiment.rows([(cell, [next(outcomes) for _ in cell.jobs]) for cell in cells]),
     }
 
 

@@ -77,6 +77,7 @@ class Trainer:
         ]
         self.turned = TurnMonitor(self.model, every=math.ceil(self.steps / SAMPLED_STEPS))
         self.epoch = 0
+        self.evaluation_seconds = 0.0  # of the last epoch
         self.first_loss: Tensor | None = None
         self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
         self._parallel: Callable[[Tensor], Tensor] = processes.parallel(self.model)
@@ -97,8 +98,10 @@ class Trainer:
         with (tf32 if self.arguments.precision == "tf32" else full_precision)(self.device):
             loss, accuracy = self.train_batches(advance)
             self.processes.broadcast_buffers(self.model)
+            trained = time.perf_counter()
             with self._autocast():
                 (test_loss, test_accuracy), *validation = self.evaluate()
+            self.evaluation_seconds = time.perf_counter() - trained
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss,

@@ -10,9 +10,13 @@ import pytest
 import torch
 from conftest import Convsim, Start
 
+from convsim_cli.inputs.datasets import DATASETS
 from convsim_cli.inputs.images import Dataset, Split
+from convsim_cli.networks.architectures import build_network
 from convsim_cli.reproduction import experiments, published
+from convsim_cli.training.config import Arguments
 from convsim_cli.training.run import read_results
+from convsim_cli.training.trainer import Trainer
 
 REDUCED = ("--archs", "cnn1", "--limit-train", 96, "--limit-test", 32)
 
@@ -197,6 +201,90 @@ def test_precision_and_compile_are_those_of_the_runs_and_tell_them_apart(
         ("cnn1-baseline-s0-3", "bf16", True),
         ("cnn1-baseline-s0", "fp32", False),
     ]
+
+
+@pytest.fixture
+def tiny_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for CIFAR-10, with black images."""
+    split = Split(torch.zeros(40, 32, 32, 3, dtype=torch.uint8), torch.arange(40) % 10)
+    data = Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.3,) * 3)
+    monkeypatch.setitem(DATASETS, "cifar10", lambda _: data)
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    return tmp_path / "data"
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_counts_what_is_left_and_writes_nothing(
+    tiny_cifar10: Path, tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "time_epoch", lambda arguments, data: 10.0)
+    how = ("table5", "--archs", "cnn:2,cnn:4", "--arms", "baseline,reg", "--data-dir", tiny_cifar10)
+    how += ("--run-dir", tmp_path / "runs", "--device", "cpu")
+    planned = convsim("reproduce", *how, "--epochs", 3, "--dry-run", "--json").document
+    assert (planned["runs"], planned["finished"], planned["epochs"], planned["epochs_done"]) == (4, 0, 12, 0)
+    assert planned["seconds"] == 120.0
+    assert not (tmp_path / "runs").exists()
+    assert convsim("reproduce", *how, "--archs", "cnn:2", "--epochs", 2).code == 0
+    before = files(tmp_path)
+    outcome = convsim("reproduce", *how, "--epochs", 3, "--dry-run")
+    counts = [(row["arch"], row["epochs"], row["epochs_done"], row["time"]) for row in outcome.rows]
+    assert counts == [("cnn:2", "6", "4", "20 s"), ("cnn:4", "6", "0", "1 min 0 s")]
+    assert "table5: 4 runs, 0 finished; 12 epochs, 4 done; the others take about 1 min 20 s here" in outcome.err
+    finished = convsim("reproduce", *how, "--archs", "cnn:2", "--epochs", 2, "--dry-run")
+    assert "2 runs, 2 finished; 4 epochs, 4 done; none are left" in finished.err
+    assert files(tmp_path) == before
+
+
+def test_a_dry_run_downloads_nothing(tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASETS, "cifar10", lambda _: pytest.fail("it was about to be downloaded"))
+    outcome = convsim("reproduce", "figure4", "--dry-run", "--data-dir", tmp_path, "--run-dir", tmp_path / "runs")
+    assert outcome.code == 2
+    assert f"CIFAR10 is not in {tmp_path / 'cifar-10-batches-py'}; name its parent with --data-dir" in outcome.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_epoch_is_timed_in_parts_and_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split(torch.zeros(6000, 1, 1, 3, dtype=torch.uint8), torch.arange(6000) % 10)
+    data = Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.3,) * 3)
+    timed = []
+
+    class Clockwork:
+        """A trainer that takes 1 ms for an image in training, and 0.1 ms in evaluation."""
+
+        def __init__(self, model: Any, part: Dataset, arguments: Arguments, device: Any) -> None:
+            self.images = len(part.train)
+            self.evaluation_seconds = 0.0001 * (min(4096, self.images) + len(part.test))
+
+        def run_epoch(self) -> dict[str, float]:
+            timed.append(self.images)
+            return {"seconds": 0.001 * self.images + self.evaluation_seconds}
+
+    monkeypatch.setattr(experiments, "Trainer", Clockwork)
+    whole = experiments.time_epoch(Arguments(arch="cnn:2", device="cpu"), data)
+    assert whole == pytest.approx(0.001 * 6000 + 0.0001 * (4096 + 6000))
+    assert timed == [16, 32, 64, 128, 256, 512, 1024, 2048]  # the first that takes two seconds
+    timed.clear()
+    small = experiments.time_epoch(Arguments(arch="cnn:2", device="cpu", limit_train=20, limit_test=10), data)
+    assert small == pytest.approx(0.001 * 20 + 0.0001 * (20 + 10))
+    assert timed == [16, 20]
+
+
+def test_the_evaluation_of_an_epoch_is_timed_apart() -> None:
+    split = Split(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.arange(8))
+    data = Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.3,) * 3)
+    arguments = Arguments(arch="cnn:2", device="cpu")
+    trainer = Trainer(build_network("cnn:2", 10, 0), data, arguments, torch.device("cpu"))
+    seconds = trainer.run_epoch()["seconds"]
+    assert 0 < trainer.evaluation_seconds < seconds
+
+
+def test_a_dry_run_of_a_numerical_table_counts_its_iterations(tmp_path: Path, convsim: Convsim) -> None:
+    outcome = convsim("reproduce", "table2", "--dry-run", "--episodes", 50, "--run-dir", tmp_path / "runs")
+    assert outcome.rows == [{"name": "table2", "episodes": "50", "iterations": "5000"}]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("settings", [("--precision", "tf32"), ("--compile",)], ids=str)
