@@ -4,7 +4,7 @@ Curves and bars can be read in gray and by color-blind readers: the colors are O
 own dash pattern, and each bar its own hatching. Figures are as wide as a column or a page of a paper, and their
 texts have 6 points or more there. A figure is saved in the format that the file's suffix names.
 
-matplotlib is the extra `plot`. Importing this module imports neither it nor torch: help texts name the `PICTURES`.
+Importing this module imports neither matplotlib nor torch: help texts name the `PICTURES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
 
 from convsim_cli.checkpoints.atomic import check_regular, replace_file
-from convsim_cli.errors import InputError, one_of, to_install
+from convsim_cli.errors import InputError, one_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -232,14 +232,6 @@ def check_picture(path: Path) -> None:
 
 
 PICTURE_SUFFIXES = one_of(PICTURES)
-
-
-def require_matplotlib() -> None:
-    """Raise InputError, saying what to install, if matplotlib is missing."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"figures need matplotlib, which is not installed: {to_install('plot')}") from error
 
 
 def plain_text(text: str) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
@@ -10,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from convsim_cli.errors import InputError
-from convsim_cli.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs, require_matplotlib, save_figure
+from convsim_cli.plots import Curve, draw_arms, draw_grid, draw_iterations, draw_runs, save_figure
 
 HISTORY = [
     {"epoch": e, "cs": 900 / e, "train_loss": 2 / e, "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e}
@@ -190,10 +188,3 @@ def test_a_long_label_stays_within_the_figure(label: str) -> None:
     box = figure.legends[0].get_window_extent()
     assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
     assert box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
-
-
-def test_without_matplotlib_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"pip install 'convsim\[plot\]', or in a clone pip install -e"):
-        require_matplotlib()

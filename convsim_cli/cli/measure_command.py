@@ -39,7 +39,7 @@ from convsim_cli.measurement.figures import (
     what_stands_out,
     why_duplicates,
 )
-from convsim_cli.plots import PICTURE_SUFFIXES, check_picture, draw_heat, require_matplotlib, save_figure
+from convsim_cli.plots import PICTURE_SUFFIXES, check_picture, draw_heat, save_figure
 from convsim_cli.settings import MeasureOptions
 
 if TYPE_CHECKING:
@@ -170,7 +170,6 @@ def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) ->
         sort_layers([], sort)
     for page in pages:
         check_picture(page)
-        require_matplotlib()
 
 
 def _draw(report: MeasureReport, page: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from convsim_cli.cli.console import Console
 from convsim_cli.cli.options import JsonOption, QuietOption, add_options
-from convsim_cli.plots import PICTURE_SUFFIXES, Curve, check_picture, draw_runs, require_matplotlib, save_figure
+from convsim_cli.plots import PICTURE_SUFFIXES, Curve, check_picture, draw_runs, save_figure
 
 if TYPE_CHECKING:
     from convsim_cli.training.comparison import Group
@@ -40,7 +40,6 @@ def plot(
 
     console = Console(quiet, as_json)
     check_picture(output)
-    require_matplotlib()
     found = read_runs(runs)
     groups = group_by_seed(found)
     save_figure(draw_runs(_curves(groups), _common_settings(groups)), output)

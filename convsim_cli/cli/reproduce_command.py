@@ -137,7 +137,7 @@ def reproduce(
     L_CS; some columns are not in the paper.
 
     On two CPU cores, table1, 2, 3 and 6 take half a minute each, an epoch of cnn1 on CIFAR-10 takes 30 seconds, and
-    one of resnet18 takes 7 minutes. --dry-run estimates the time of the others on your machine.
+    one of resnet18 takes 7 minutes. To estimate the time on your machine, add --dry-run.
     """
     console = Console(quiet, as_json, wide)
     given = {**context.params, "run_dir": run_dir}  # a path as text in older typers

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
- convsim train --dataset digits --epochs 5       # needs no download
+ convsim train --epochs 2 --limit-train 2000     # a try; downloads CIFAR-10
+ convsim train --dataset digits --epochs 5       # no download; extra: demo
  convsim train --mode init --data-dir data       # the paper's best mode
  convsim train --mode reg --beta auto --epochs 20 --name reg20
  convsim train --resume runs/reg20 --epochs 40

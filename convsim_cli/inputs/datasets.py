@@ -113,7 +113,8 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
             ) from error
         raise InputError(
             f"{kind} is not in {folder} and cannot be downloaded ({str(error).rstrip('.')}); "
-            f"unpack {source.url} there, or name its parent with `data_dir`; the data set digits needs no download"
+            f"unpack {source.url} there, or name its parent with `data_dir`; "
+            "the data set digits needs scikit-learn, but no download"
         ) from error
     finally:
         with suppress(OSError):  # of the folders of a failed download, only empty ones go

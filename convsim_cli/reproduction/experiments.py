@@ -40,7 +40,7 @@ from convsim_cli.training.trainer import STATISTICS_IMAGES, Trainer, choose_algo
 
 FULL_TRAIN_ACCURACY = 99.0  # per cent: "near 100 %" of Figure 3
 POLL = 2.0  # seconds between checks on a run that another process is working on
-TIMED_SECONDS = 2.0  # that the part of an epoch takes which a dry run extrapolates from
+TIMED_SECONDS = 4.0  # that the part of an epoch takes which a dry run extrapolates from
 WARM_UP_IMAGES = 16  # of the first part, which is not timed
 TIMED_LR = 1e-6  # of its steps: a rate does not change how long they take, and at this one none diverges
 NOT_ESTIMATED = "Algorithm 1 before the first epoch, saves, differences between arms, and compilation"

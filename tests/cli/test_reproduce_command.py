@@ -265,7 +265,7 @@ def test_an_epoch_is_timed_in_parts_and_extrapolated(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(experiments, "Trainer", Clockwork)
     whole = experiments.time_epoch(Arguments(arch="cnn:2", device="cpu"), data)
     assert whole == pytest.approx(0.001 * 6000 + 0.0001 * (4096 + 6000))
-    assert timed == [16, 32, 64, 128, 256, 512, 1024, 2048]  # the first that takes two seconds
+    assert timed == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]  # the first that takes four seconds
     timed.clear()
     small = experiments.time_epoch(Arguments(arch="cnn:2", device="cpu", limit_train=20, limit_test=10), data)
     assert small == pytest.approx(0.001 * 20 + 0.0001 * (20 + 10))

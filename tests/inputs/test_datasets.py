@@ -62,7 +62,7 @@ def test_without_a_network_the_error_says_which_file_goes_where(
     for said in (
         "cifar-10-python.tar.gz",
         str(tmp_path / "cifar-10-batches-py"),
-        "digits needs no download",
+        "digits needs scikit-learn, but no download",
         "no route",
     ):
         assert said in str(caught.value)
