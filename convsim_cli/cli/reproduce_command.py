@@ -192,7 +192,11 @@ def _show_estimate(name: str, given: dict[str, Any], console: Console) -> None:
         columns = ["arch", "batch_size", "runs", "finished", "epochs", "epochs_done", "seconds_per_epoch"]
         rows = [[*(row[column] for column in columns), duration(row["seconds"])] for row in content["rows"]]
         console.table([*columns, "time"], rows)
-        left = f"the others take about {duration(content['seconds'])} here" if content["seconds"] else "none are left"
+        left = (
+            f"the rest takes about {duration(content['seconds'])} at the present load"
+            if content["seconds"]
+            else "none are left"
+        )
         console.note(
             f"{name}: {content['runs']} run{'s' if content['runs'] > 1 else ''}, {content['finished']} finished; "
             f"{content['epochs']:,} epochs, {content['epochs_done']:,} done; {left}"

@@ -232,7 +232,10 @@ def test_a_dry_run_counts_what_is_left_and_writes_nothing(
     outcome = convsim("reproduce", *how, "--epochs", 3, "--dry-run")
     counts = [(row["arch"], row["epochs"], row["epochs_done"], row["time"]) for row in outcome.rows]
     assert counts == [("cnn:2", "6", "4", "20 s"), ("cnn:4", "6", "0", "1 min 0 s")]
-    assert "table5: 4 runs, 0 finished; 12 epochs, 4 done; the others take about 1 min 20 s here" in outcome.err
+    assert (
+        "table5: 4 runs, 0 finished; 12 epochs, 4 done; the rest takes about 1 min 20 s at the present load"
+        in outcome.err
+    )
     finished = convsim("reproduce", *how, "--archs", "cnn:2", "--epochs", 2, "--dry-run")
     assert "2 runs, 2 finished; 4 epochs, 4 done; none are left" in finished.err
     assert files(tmp_path) == before
