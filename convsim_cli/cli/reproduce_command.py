@@ -192,14 +192,11 @@ def _show_estimate(name: str, given: dict[str, Any], console: Console) -> None:
         columns = ["arch", "batch_size", "runs", "finished", "epochs", "epochs_done", "seconds_per_epoch"]
         rows = [[*(row[column] for column in columns), duration(row["seconds"])] for row in content["rows"]]
         console.table([*columns, "time"], rows)
-        left = (
-            f"the rest takes about {duration(content['seconds'])} at the present load"
-            if content["seconds"]
-            else "none are left"
-        )
+        runs, epochs, rest = content["runs"], content["epochs"], duration(content["seconds"])
+        left = f"the rest takes about {rest} at the present load" if content["seconds"] else "none are left"
         console.note(
-            f"{name}: {content['runs']} run{'s' if content['runs'] > 1 else ''}, {content['finished']} finished; "
-            f"{content['epochs']:,} epochs, {content['epochs_done']:,} done; {left}"
+            f"{name}: {runs} run{'s' if runs > 1 else ''}, {content['finished']} finished; "
+            f"{epochs:,} epoch{'s' if epochs > 1 else ''}, {content['epochs_done']:,} done; {left}"
         )
         console.note(f"not in this estimate: {content['not_estimated']}")
 
