@@ -255,7 +255,7 @@ def test_a_forged_journal_replaces_nothing(folder: Path, convsim: Convsim) -> No
 def test_a_journal_from_an_archive_replaces_nothing(folder: Path, tmp_path: Path, convsim: Convsim) -> None:
     interrupt(folder)
     shutil.make_archive(str(tmp_path / "archive"), "tar", folder)
-    shutil.unpack_archive(tmp_path / "archive.tar", tmp_path / "unpacked")
+    shutil.unpack_archive(tmp_path / "archive.tar", tmp_path / "unpacked", filter="tar")
     assert_left_alone(tmp_path / "unpacked", "it was made in another place and copied here", convsim)
 
 
