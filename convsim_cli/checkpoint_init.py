@@ -142,7 +142,7 @@ def init_checkpoint(
     began = time.perf_counter()
     keeps_backup = target is not None and not chosen.no_backup and bool(checkpoint.replaced_by(target))
     kept = checkpoint.backup_for(target) if target and keeps_backup else None
-    _warn(checkpoint, method, None if chosen.dry_run else kept)
+    _warn(checkpoint, method, target, None if chosen.dry_run else kept)
     source.selection.require_kernels(f"{checkpoint.name}:")
     for kernel in source.selection.kernels:  # all of them before anything is written
         check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.name)
@@ -164,15 +164,22 @@ def init_checkpoint(
     return InitReport(given, target, kept, chosen, device, time.perf_counter() - began, layers, skipped)
 
 
-def _warn(checkpoint: Checkpoint, method: Method, backup: Path | None) -> None:
+def _warn(checkpoint: Checkpoint, method: Method, target: Path | None, backup: Path | None) -> None:
     """Warn of weights that look trained, of what the method may do, and of choices made in reading the file."""
+    has_statistics = any(name.endswith("running_var") for name in checkpoint.tensors)
     if looks_trained(checkpoint):
         kept = f"; the original is kept in {backup}" if backup else ""
         message = (
             f"{checkpoint.name} looks trained, and init is for weights before training: until it is trained again, the "
-            f"network will lose its training{kept}"
+            f"network will lose what it has learned{kept}"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=3)
+        if target is not None and has_statistics and ".safetensors" not in target.name:  # a pickle has no record
+            message = (
+                f"{target} cannot record that its batch-norm statistics belong to other kernels: to run the network, "
+                "convsim measure --arch NAME --bn-statistics inputs"
+            )
+            warnings.warn(message, ConvsimWarning, stacklevel=3)
     caution = method.warning({name: info.shape for name, info in checkpoint.tensors.items()})
     for note in (*([caution] if caution else []), *checkpoint.notes):
         warnings.warn(note, ConvsimWarning, stacklevel=3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Convsim
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
@@ -48,15 +49,31 @@ def test_it_returns_what_the_command_prints(path: Path, convsim: Convsim, tmp_pa
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("suffix", "said"), [(".safetensors", []), (".pth", ["belong to other kernels"])])
+def test_a_pickle_is_said_to_keep_older_batch_norm_statistics(tmp_path: Path, suffix: str, said: list[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model(torch.randn(4, 3, 8, 8))
+    path = tmp_path / f"model{suffix}"
+    save_file(model.state_dict(), path) if suffix == ".safetensors" else torch.save(model.state_dict(), path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        init_checkpoint(path, iterations=1)
+    trained, *others = [str(warning.message) for warning in caught]
+    assert "looks trained" in trained
+    assert len(others) == len(said)
+    assert all(words in other for words, other in zip(said, others, strict=True))
+
+
 def test_a_checkpoint_that_looks_trained_is_warned_about_once(path: Path, tmp_path: Path) -> None:
     save_file({**load_file(path), "bn.num_batches_tracked": torch.tensor(9)}, path)
     with pytest.warns(
-        ConvsimWarning, match=r"looks trained.*lose its training; the original is kept in .*model\.safetensors\.bak$"
+        ConvsimWarning,
+        match=r"looks trained.*lose what it has learned; the original is kept in .*model\.safetensors\.bak$",
     ) as caught:
         init_checkpoint(path, iterations=1)
     assert len(caught) == 1
     assert Path(caught[0].filename) == Path(__file__)
-    with pytest.warns(ConvsimWarning, match="will lose its training$"):
+    with pytest.warns(ConvsimWarning, match="will lose what it has learned$"):
         init_checkpoint(path, tmp_path / "other.safetensors", iterations=1)
 
 

@@ -212,7 +212,7 @@ def test_a_checkpoint_that_looks_trained_is_warned_about(tmp_path: Path, convsim
     save_file(make(path) | {"bn.num_batches_tracked": torch.tensor(9)}, path)
     outcome = convsim("init", path, "--iterations", 1, "-q")
     assert "looks trained" in outcome.err
-    assert f"will lose its training; the original is kept in {path}.bak" in outcome.err
+    assert f"will lose what it has learned; the original is kept in {path}.bak" in outcome.err
 
 
 def test_nan_in_a_kernel_is_named_before_any_work_and_the_file_stays(tmp_path: Path, convsim: Convsim) -> None:
