@@ -209,7 +209,7 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
     _check_output(name, given["run_dir"])
     is_figure = name.startswith("figure")
     choices = _choices(given, console)
-    console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help)")
+    console.note(f"batch-norm statistics in evaluation: {choices.base.bn_statistics} (see convsim train --help-all)")
     with ExitStack() as bar:
         screen = CampaignScreen(console, name, bar)
         report = CampaignCallbacks(screen.begin, screen.progress, screen.epoch, screen.plan, screen.end, screen.wait)

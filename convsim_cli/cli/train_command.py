@@ -209,6 +209,9 @@ def _show(finished: list[tuple[Run, dict[str, Any]]], console: Console) -> None:
     rows = [[one["run"], *(one[key] for key in keys), duration(one["seconds"])] for one in documents]
     least = ["images_per_second", "best_epoch", "cs", "time", "last_train_accuracy"]
     console.table(["run", *keys, "time"], rows, least)
+    for run, summary in finished:
+        if run.arguments.beta == "auto" and summary["beta"] is not None:
+            console.note(f"{run.folder}: beta auto was {summary['beta']:.3g}")
     if len(documents) > 1:
         for key, found in means.items():
             seeds = f"{found['mean']:.2f} ± {found['std']:.2f} % over {len(documents)} seeds"

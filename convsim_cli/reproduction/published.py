@@ -79,7 +79,8 @@ NUMERICAL_TABLES = (
         "minimizing Convolutional Similarity, the effect",
         "cs",
         "full",
-        "the paper gives no cells; the text: feature-map similarity falls in all cases, near 100 % orthogonality",
+        "its cells are missing in the text version of the paper; the text: feature-map similarity falls in all cases, "
+        "near 100 % orthogonality",
     ),
     NumericalTable("table6", "minimizing Convolutional Similarity, valid cross-correlation", "cs", "valid"),
 )
@@ -105,7 +106,9 @@ NUMERICAL_ROWS = (
     NumericalRow("table6", 16, "adam", (0.77, 0.28, 99.9, 99.80, 2.49, 688.54, None)),
     NumericalRow("table6", 16, "sgd", (0.851, 0.23, 98.6, 98.68, 8.20, 10.90e4, 40.35e4)),
 )
-TABLE_9: dict[tuple[int, str], RowSettings] = {  # by N and optimizer; the paper does not give Tables 7 and 8
+TABLE_9: dict[
+    tuple[int, str], RowSettings
+] = {  # by N and optimizer; our text of the paper lacks Tables 7 and 8
     (3, "adam"): RowSettings(0.1, 300),
     (3, "sgd"): RowSettings(0.1, 300),
     (9, "adam"): RowSettings(0.1, 300),
@@ -122,7 +125,11 @@ ARCHS = ("cnn1", "cnn2")
 EPOCHS = 100
 FIGURE_4 = {(0.001, 128): 20.0}  # points of test accuracy gained, by lr and batch size; section 4.3 names no other
 DEEP_ARCH, DEEP_EPOCHS, DEEP_ITERATIONS = "resnet18", 50, 200  # section 4.3
-LEARNING_RATES = (0.1, 0.01, 0.001)  # the paper gives no axes of Figure 4; FIGURE_4 and Figure 5 name points on them
+LEARNING_RATES = (
+    0.1,
+    0.01,
+    0.001,
+)  # our text lacks the axes of Figure 4; FIGURE_4 and Figure 5 name points on them
 BATCH_SIZES = (64, 128, 256)
 FIGURE_5 = (0, 10, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200)  # values of I
 FIGURE_5_LR, FIGURE_5_BATCH_SIZE = 0.01, 64

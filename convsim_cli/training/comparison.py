@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from math import atan2, cos, pi, sin, sqrt, tan
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from convsim_cli.errors import ConvsimWarning, InputError, did_you_mean
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_layers, read_results, spread
@@ -86,13 +87,15 @@ def compare_runs(
         tested = run.arguments.folder_digest or run.arguments.dataset, run.arguments.limit_test
         tables.setdefault(tested, []).append(run)
     compared = [_compare_groups(_of_one_length(found)) for found in tables.values()]
-    named = [_named_groups(groups) for groups in compared]
-    if baseline is not None and not any(baseline in names or str(Path(baseline)) in names for names in named):
-        known = [name for names in named for name in names]
-        raise InputError(f"`baseline` {baseline!r}: no such group or run; {did_you_mean(baseline, known)}")
+    if baseline is not None and not any(_matching(groups, baseline) for groups in compared):
+        known = [name for groups in compared for name in _named_groups(groups)]
+        close = get_close_matches(baseline, known, n=1)
+        groups_there = "groups are " + "; ".join(group.name for groups in compared for group in groups)
+        hint = f"did you mean {close[0]!r}?" if close else groups_there
+        raise InputError(f"`baseline` {baseline!r}: no such group or run; {hint}")
     figures, references = [], []
-    for groups, names in zip(compared, named, strict=True):
-        reference = _find_baseline(groups, names, baseline)
+    for groups in compared:
+        reference = _find_baseline(groups, baseline)
         references.append(reference.name if reference else None)
         figures += _with_holm([_figures(group, reference, accuracy) for group in groups])
     return {
@@ -125,16 +128,11 @@ def _of_one_length(runs: Sequence[RunResults]) -> list[RunResults]:
 
 
 def _compare_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """Return the groups of runs on the same test images. Raises InputError for one that is there twice."""
+    """Return the groups of runs on the same test images, without runs of the arguments and the seed of another one."""
     groups = group_by_seed(runs, by_length=True)
-    for group in groups:
-        for one, other in pairwise(group.runs):
-            if one.seed == other.seed:
-                raise InputError(
-                    f"{one.folder} and {other.folder} have the same arguments and the same seed {one.seed}: they would "
-                    "count as two; leave one out"
-                )
-    return groups
+    pairs = [(one, other) for group in groups for one, other in pairwise(group.runs) if one.seed == other.seed]
+    reasons = [f"{other.folder}: has the arguments and the seed of {one.folder}" for one, other in pairs]
+    return group_by_seed(_without([other for _, other in pairs], runs, reasons), by_length=True) if pairs else groups
 
 
 def _named_groups(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -147,7 +145,14 @@ def _named_groups(groups: Sequence[Group]) -> dict[str, list[Group]]:
     return by_name
 
 
-def _find_baseline(groups: Sequence[Group], by_name: dict[str, list[Group]], name: str | None) -> Group | None:
+def _matching(groups: Sequence[Group], name: str) -> list[Group]:
+    """Return the groups of that name, of a run of that name or path, or else those whose names contain its settings."""
+    by_name, settings = _named_groups(groups), set(name.split(", "))
+    exact = by_name.get(name) or by_name.get(str(Path(name)))
+    return exact or [group for group in groups if settings <= set(group.name.split(", "))]
+
+
+def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     if name is None:
         plain = [group for group in groups if group.runs[0].arguments.mode == "baseline"]
         if len(plain) > 1:  # then the one whose other arguments are the defaults
@@ -158,9 +163,10 @@ def _find_baseline(groups: Sequence[Group], by_name: dict[str, list[Group]], nam
                 if all(value == known[key].default for key, value in group.arguments.items() if key != "epochs")
             ]
         return plain[0] if len(plain) == 1 else None
-    found = by_name.get(name) or by_name.get(str(Path(name))) or []
+    found = _matching(groups, name)
     if len(found) > 1:
-        raise InputError(f"`baseline` {name!r}: several runs have this name; give the path of one")
+        those = "; ".join(group.name for group in found)
+        raise InputError(f"`baseline` {name!r}: {len(found)} groups are so named ({those}); give the path of a run")
     return found[0] if found else None
 
 

@@ -191,6 +191,26 @@ def test_the_baseline_is_a_group_or_the_group_of_a_run(runs: Path) -> None:
         compare_runs([runs], "mode=inti")
 
 
+def test_some_of_a_groups_settings_name_it_where_they_are_its_own(runs: Path) -> None:
+    make_run(runs, "large", [50.0] * 6, lr=0.1, seed=1)
+    make_run(runs, "larger", [50.0] * 6, lr=0.2, seed=1, mode="init")
+    assert compare_runs([runs], "lr=0.1")["baseline"] == "mode=baseline, lr=0.1"
+    assert compare_runs([runs], "lr=0.2, mode=init")["baseline"] == "mode=init, lr=0.2"
+    assert compare_runs([runs], "mode=init")["baseline"] == "mode=init"  # the one of that very name
+    make_run(runs, "also large", [50.0] * 6, lr=0.1, seed=1, mode="init")
+    with pytest.raises(InputError, match=r"2 groups are so named \(mode=.*, lr=0.1; mode=.*, lr=0.1\)"):
+        compare_runs([runs], "lr=0.1")
+    with pytest.raises(InputError, match=r"no such group or run; groups are mode=.*; mode="):
+        compare_runs([runs], "momentum=9")
+
+
+def test_a_run_that_is_there_twice_counts_once_with_a_warning(runs: Path, tmp_path: Path) -> None:
+    alone = compare_runs([runs])
+    make_run(tmp_path / "twice", "again", [99.0] * 6, seed=1)
+    with pytest.warns(ConvsimWarning, match=r"left out: .*again: has the arguments and the seed of .*baseline-s1$"):
+        assert compare_runs([runs, tmp_path / "twice"]) == alone
+
+
 def test_without_a_single_baseline_there_are_no_differences(tmp_path: Path) -> None:
     for lr in (0.1, 0.3):
         make_run(tmp_path, f"run-{lr}", [50.0] * 6, lr=lr)
@@ -217,12 +237,9 @@ def test_finished_runs_of_other_lengths_are_groups_of_their_own(runs: Path) -> N
         compare_runs([part], epochs=3)
 
 
-def test_runs_that_cannot_be_compared_are_one_error(runs: Path, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a run's folder .* and it holds none"):
         compare_runs([tmp_path / "nowhere"])
-    make_run(tmp_path / "twice", "again", [50.0] * 6, seed=1)
-    with pytest.raises(InputError, match="have the same arguments and the same seed 1"):
-        compare_runs([runs, tmp_path / "twice"])
     empty = make_run(tmp_path, "empty", [], seed=8)
     with pytest.raises(InputError, match="has no finished epoch yet"):
         compare_runs([empty])
