@@ -106,9 +106,7 @@ NUMERICAL_ROWS = (
     NumericalRow("table6", 16, "adam", (0.77, 0.28, 99.9, 99.80, 2.49, 688.54, None)),
     NumericalRow("table6", 16, "sgd", (0.851, 0.23, 98.6, 98.68, 8.20, 10.90e4, 40.35e4)),
 )
-TABLE_9: dict[
-    tuple[int, str], RowSettings
-] = {  # by N and optimizer; our text of the paper lacks Tables 7 and 8
+TABLE_9: dict[tuple[int, str], RowSettings] = {  # by N and optimizer; our text of the paper lacks Tables 7 and 8
     (3, "adam"): RowSettings(0.1, 300),
     (3, "sgd"): RowSettings(0.1, 300),
     (9, "adam"): RowSettings(0.1, 300),
