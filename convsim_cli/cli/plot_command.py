@@ -42,6 +42,8 @@ def plot(
     check_picture(output)
     found = read_runs(runs)
     groups = group_by_seed(found)
+    if len(tested := {group.data for group in groups}) > 1:
+        console.warn(f"these runs were tested on different images: {'; '.join(sorted(tested))}")
     save_figure(draw_runs(_curves(groups), _common_settings(groups)), output)
     console.document("plot", {"output": str(output), "runs": [str(run.folder) for run in found]})
     console.note(f"wrote {output}")

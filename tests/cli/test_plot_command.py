@@ -66,6 +66,14 @@ def test_runs_that_differ_in_nothing_are_named_by_their_folders(
     assert drawn[0][1].endswith("1 epoch, seed 0")
 
 
+def test_runs_on_different_test_images_are_drawn_with_a_warning(tmp_path: Path, convsim: Convsim) -> None:
+    convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "a", "-q")
+    assert "different images" not in convsim("plot", tmp_path, "-o", tmp_path / "x.png").err
+    convsim("train", *SMALL, "--limit-test", 20, "--epochs", 1, "--run-dir", tmp_path, "--name", "b", "-q")
+    said = "these runs were tested on different images: digits, first 20 test images; digits, first 30 test images"
+    assert said in convsim("plot", tmp_path, "-o", tmp_path / "x.png").err
+
+
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, convsim: Convsim) -> None:
     outcome = convsim("plot", tmp_path, "-o", tmp_path / "x.png")
     assert (outcome.code, "not a run's folder" in outcome.error) == (2, True)
