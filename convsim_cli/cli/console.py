@@ -24,7 +24,7 @@ Cell = str | int | float | bool | None
 Least = Sequence[str | tuple[str, ...]]  # columns in the order in which they are left out; a tuple goes together
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
-GAP = 3  # characters between two columns
+GAP, TIGHT_GAP = 3, 2  # characters between two columns; those of a table with names above its rows
 EDGES = 2  # characters left and right of a table
 _SECOND_LINE = re.compile(
     "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
@@ -72,11 +72,19 @@ class Console:
                 print(json.dumps(document, indent=2, allow_nan=False))
         return document
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least = (), **usual: Cell) -> None:
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        least: Least = (),
+        above: int = 1,
+        **usual: Cell,
+    ) -> None:
         """Print a table: TSV with a header line where stdout is no terminal.
 
-        least: the columns that a terminal does without where they do not fit, in the order in which they go. usual:
-        columns that it is spared where every row has this value.
+        least: the columns that a terminal does without where they do not fit, in the order in which they go; where the
+        others do not fit either, the first `above` columns, which name a row, stand above it. usual: columns that it is
+        spared where every row has this value.
         """
         if not self.is_screen:
             return self.delimited(columns, rows, "\t")
@@ -85,9 +93,10 @@ class Console:
             for index, column in enumerate(columns)
             if column not in usual or any(row[index] != usual[column] for row in rows)
         ]
-        self._on_screen([columns[index] for index in kept], [[row[index] for index in kept] for row in rows], least)
+        shown = [[row[index] for index in kept] for row in rows]
+        self._on_screen([columns[index] for index in kept], shown, least, above)
 
-    def _on_screen(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least) -> None:
+    def _on_screen(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], least: Least, above: int) -> None:
         from rich import box
         from rich.cells import cell_len
         from rich.console import Console as RichConsole
@@ -104,9 +113,10 @@ class Console:
         by_index = [[columns.index(name) for name in names if name in columns] for names in groups]
         screen = 10_000 if self.wide else screen_width(sys.stdout)  # the terminal wraps what is wider
         kept = fitting_columns(widths, by_index, screen)
-        name_above = kept is None and len(columns) > 1 and widths[0] + EDGES <= screen
+        name_above = kept is None and len(columns) > above and max(widths[:above]) + EDGES <= screen
+        above, gap = (above, TIGHT_GAP) if name_above else (0, GAP)
         if name_above:
-            kept = fitting_columns([0, *widths[1:]], by_index, screen + GAP)
+            kept = fitting_columns([0] * above + widths[above:], by_index, screen + above * gap, gap)
         if kept is None:
             self.note(f"the table is wider than {screen} characters: one line per value (--wide shows the table)")
             with _while_read():
@@ -114,12 +124,12 @@ class Console:
             return
         if left_out := [column for index, column in enumerate(columns) if index not in kept]:
             self.note(f"not shown in {screen} characters: {', '.join(left_out)} (--wide shows all)")
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index in kept[name_above:]:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 2, 0, 1), pad_edge=False)
+        for index in kept[above:]:
             right = any(isinstance(row[index], int | float) for row in rows)
             table.add_column(Text(headers[index]), justify="right" if right else "left", no_wrap=True)
         for row in cells:
-            table.add_row(*(Text(row[index]) for index in kept[name_above:]))
+            table.add_row(*(Text(row[index]) for index in kept[above:]))
         with _while_read():  # a dumb terminal is given its width only with a height
             rich = RichConsole(width=screen, height=100)
             if not name_above:
@@ -129,7 +139,9 @@ class Console:
             lines = drawn.get().rstrip().split("\n")
             print("\n".join(lines[: -len(cells)]))
             for row, line in zip(cells, lines[-len(cells) :], strict=True):
-                print(f" {row[0]}\n{line}")
+                names = "  ".join(row[:above])
+                print("\n ".join([" " + names] if len(names) + EDGES <= screen else [" " + row[0], *row[1:above]]))
+                print(line)
 
     def delimited(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], delimiter: str) -> None:
         """Print a header line and rows, their numbers in six digits."""
@@ -202,15 +214,18 @@ def _make_bar() -> Any:
     return progress.Progress(*columns, console=RichConsole(stderr=True), transient=True)
 
 
-def fitting_columns(widths: Sequence[int], least: Sequence[Sequence[int]], screen: int) -> list[int] | None:
+def fitting_columns(
+    widths: Sequence[int], least: Sequence[Sequence[int]], screen: int, gap: int = GAP
+) -> list[int] | None:
     """Return the columns to show on a screen, by index; None where they do not fit even without all of `least`.
 
-    widths: characters of each column; least: groups of columns in the order in which they are left out.
+    widths: characters of each column; least: groups of columns in the order in which they are left out; gap: characters
+    between two columns.
     """
     kept = list(range(len(widths)))
     for group in [(), *least]:
         kept = [index for index in kept if index not in group]
-        if sum(widths[index] for index in kept) + GAP * (len(kept) - 1) + EDGES <= screen:
+        if sum(widths[index] for index in kept) + gap * (len(kept) - 1) + EDGES <= screen:
             return kept
     return None
 

@@ -36,6 +36,7 @@ from convsim_cli.measurement.figures import (
     shown_keys,
     side_by_side,
     sort_layers,
+    what_changed,
     what_stands_out,
     why_duplicates,
 )
@@ -193,8 +194,22 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
         console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
         if reason := why_duplicates(report["layers"]):
             console.note(f"{report['source']}: {reason}")
+    short = _differing_ends([report["source"] for report in reports])
+    for report in reports[1:]:
+        if changed := what_changed(reports[0], report):
+            console.note(f"{short[report['source']]} against {short[reports[0]['source']]}: {changed}")
     if not top and len(reports) == 1 and any(layer["removable"] for layer in reports[0]["layers"]):
         console.note("next: --top 3 lists the most similar pairs; .docs/measure.md shows how to remove filters")
+
+
+def _differing_ends(paths: Sequence[str]) -> dict[str, str]:
+    """Each path → its last parts, as many as tell the paths apart."""
+    split = {path: path.split("/") for path in paths}
+    for count in range(1, max(map(len, split.values())) + 1):
+        ends = {path: "/".join(parts[-count:]) for path, parts in split.items()}
+        if len({*ends.values()}) == len(ends):
+            break
+    return ends
 
 
 def _show_layers(reports: Sequence[ReportDocument], console: Console, as_csv: bool) -> None:
@@ -213,11 +228,12 @@ def _show_layers(reports: Sequence[ReportDocument], console: Console, as_csv: bo
         ]
         for report, layer in side_by_side(reports)
     ]
-    least = least_important_keys()
-    least.insert(least.index("norm"), "shape")
-    if several:  # chance is about the same for each
-        least += ["fm_corr_random", "fm_rank_random", "fm_corr"]
-    console.delimited(columns, rows, ",") if as_csv else show_layers(columns, rows, least, console)
+    if as_csv:
+        return console.delimited(columns, rows, ",")
+    if several and console.is_screen:
+        short = _differing_ends([report["source"] for report in reports])
+        rows = [[name, short[source], *rest] for name, source, *rest in rows]
+    show_layers(columns, rows, ["shape", *least_important_keys(several)], console, above=1 + several)
 
 
 def _show_pairs(reports: Sequence[ReportDocument], console: Console, as_csv: bool) -> None:

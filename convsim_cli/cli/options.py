@@ -224,10 +224,10 @@ def parse_groups(groups: list[str]) -> dict[str, int]:
     return parsed
 
 
-def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console: Console) -> None:
-    """Print the table of layers, and a note where groups are guesses. least: see `Console.table`."""
+def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console: Console, above: int = 1) -> None:
+    """Print the table of layers, and a note where groups are guesses. least, above: see `Console.table`."""
     assumed = [row[columns.index("assumed")] for row in rows]
-    console.table(columns, rows, ["assumed", "groups", *least], groups=1, assumed=all(assumed))
+    console.table(columns, rows, ["assumed", "groups", *least], above, groups=1, assumed=all(assumed))
     if any(assumed):
         which = "groups are" if all(assumed) else "groups marked assumed are"
         console.note(f"{which} assumed from names and shapes; correct them with --groups, --transposed or --arch")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
+from statistics import median
 from typing import Any
 
 from convsim_cli.errors import InputError, did_you_mean
@@ -33,7 +34,8 @@ class Figure:
     dimensionless; moves_with_scale: whether scaling a layer's weights changes it; shown: whether tables have a column
     for it (JSON has every figure), wide: whether only with `--wide`; compared: whether several checkpoints also get its
     change, under `KEY_change`; several: whether only they have it; keep: on a terminal that is too narrow for all
-    columns, those with a lower number go first.
+    columns, those with a lower number go first, and with them their changes; keep_beside: the same number for several
+    checkpoints, where it is another.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Figure:
     compared: bool = False
     several: bool = False
     keep: int = 0
+    keep_beside: int | None = None
 
 
 FIGURES: tuple[Figure, ...] = (
@@ -63,7 +66,7 @@ FIGURES: tuple[Figure, ...] = (
         compared=True,
         keep=LAST,
     ),
-    Figure("fm_corr_random", "fm_corr of random kernels on the same inputs", keep=LAST),
+    Figure("fm_corr_random", "fm_corr of random kernels on the same inputs", keep=LAST, keep_beside=0),
     Figure(
         "fm_rank",
         "effective rank of the feature maps' correlation matrix: number of effectively independent maps",
@@ -76,6 +79,7 @@ FIGURES: tuple[Figure, ...] = (
         "fm_rank of random kernels, one per filter that is not dead, on the same inputs",
         "filters",
         keep=LAST,
+        keep_beside=0,
     ),
     Figure("redundant", "filters with a partner whose correlation exceeds the threshold", "filters", keep=2),
     Figure(
@@ -105,7 +109,7 @@ FIGURES: tuple[Figure, ...] = (
         moves_with_scale=True,
         wide=True,
     ),
-    Figure("norm", "‖W‖ of the layer", "weight", moves_with_scale=True, keep=3),
+    Figure("norm", "‖W‖ of the layer", "weight", moves_with_scale=True, keep=3, keep_beside=LAST),
     Figure(
         "dead",
         "filters whose norm is below 1e-6 of the layer's largest, or whose map is constant on all inputs",
@@ -117,7 +121,7 @@ FIGURES: tuple[Figure, ...] = (
         "with several checkpoints: median angle between a filter and the same filter in the first checkpoint",
         "degrees",
         several=True,
-        keep=8,
+        keep=LAST,
     ),
 )
 
@@ -127,15 +131,11 @@ def compared_keys() -> list[str]:
     return [figure.key for figure in FIGURES if figure.compared]
 
 
-def least_important_keys() -> list[str]:
-    """Return the columns of tables in the order in which a narrow terminal does without them, with their changes."""
-    figures = sorted((figure for figure in FIGURES if figure.shown), key=lambda figure: figure.keep)
-    return [
-        key
-        for figure in figures
-        for key in (figure.key, f"{figure.key}_change")
-        if figure.keep < LAST or key != figure.key
-    ]
+def least_important_keys(several: bool = False) -> list[tuple[str, str]]:
+    """Return the figures in the order in which a narrow terminal does without them, each with its change."""
+    beside = {figure.key: figure.keep_beside for figure in FIGURES if several and figure.keep_beside is not None}
+    keep = {figure.key: beside.get(figure.key, figure.keep) for figure in FIGURES if figure.shown}
+    return [(key, f"{key}_change") for key in sorted(keep, key=keep.__getitem__) if keep[key] < LAST]
 
 
 def shown_keys(wide: bool = True, several: bool = True) -> list[str]:
@@ -193,6 +193,22 @@ def _common(names: Iterable[str]) -> int:
     low, high = min(names), max(names)  # what these two share, all in between do
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
     return low.rfind(".", 0, shared) + 1
+
+
+def what_changed(first: ReportDocument, report: ReportDocument) -> str:
+    """Return how far a report's filters turned from the first report's, and how norm and fm_corr changed.
+
+    Each is the median over the layers that both have; empty where they have none. `add_changes` comes first.
+    """
+    partners = partners_of(first, report)
+    pairs = [(partners[layer["name"]], layer) for layer in report["layers"] if layer["name"] in partners]
+    turned = [layer["turned"] for _, layer in pairs if layer.get("turned") is not None]
+    norms = [100 * (layer["norm"] / former["norm"] - 1) for former, layer in pairs if former.get("norm")]
+    corr = [layer["fm_corr_change"] for _, layer in pairs if layer["fm_corr_change"] is not None]
+    said = [f"turned {median(turned):.0f}°"] if turned else []
+    said += [f"norm {median(norms):+.0f} %"] if norms else []
+    said += [f"fm_corr {median(corr):+.2g}"] if corr else []
+    return "median " * bool(said) + ", ".join(said).replace("-", "−")
 
 
 def what_stands_out(layers: Sequence[Record]) -> str:

@@ -196,6 +196,33 @@ def test_the_main_figures_are_the_last_that_a_narrow_terminal_shows(
     assert all(word in text for word in ("filters", "fm_rank", "random", "removable", "stage.layer1.0.conv1.weight"))
 
 
+def test_a_comparison_in_80_columns_keeps_what_changed(
+    terminal: Terminal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run_name in ("before", "after"):
+        folder = tmp_path / ("r" * 60) / run_name
+        folder.mkdir(parents=True)
+        name = "module.backbone.stage.layer1.0.conv1.weight"
+        save_file({name: torch.randn(16, 3, 3, 3)}, folder / "last.safetensors")
+    paths = [str(tmp_path / ("r" * 60) / run_name / "last.safetensors") for run_name in ("before", "after")]
+    lines = terminal(80)
+    assert run(["measure", *paths, "--samples", "1"]) == 0
+    shown = [line.rstrip() for line in lines() if line.strip()]
+    check(shown, 80)
+    rule = next(index for index, line in enumerate(shown) if "─" in line)
+    header = " ".join(shown[:rule]).split()
+    assert header.count("change") == 2
+    assert {"filters", "fm_corr", "fm_rank", "removable", "norm", "turned"} <= {*header}
+    labels = [line.split() for line in shown[rule + 1 :: 2]]
+    assert labels == [[name, "before/last.safetensors"], [name, "after/last.safetensors"]]
+    said = capsys.readouterr().err
+    assert all(f"{key}_random" in said for key in ("fm_corr", "fm_rank"))  # which are about equal
+    closing = (
+        r"after/last.safetensors against before/last.safetensors: median turned \d+°, norm [+−]\d+ %, fm_corr [+−]"
+    )
+    assert re.search(closing, " ".join(said.split()))
+
+
 @given(some.lists(some.integers(1, 40), min_size=1, max_size=9), some.integers(10, 200), some.data())
 def test_the_columns_chosen_fit_and_no_group_went_in_vain(
     widths: list[int], screen: int, data: some.DataObject

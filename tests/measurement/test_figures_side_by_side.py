@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from convsim_cli.measurement.figures import add_changes, compared_keys, side_by_side
+from convsim_cli.measurement.figures import add_changes, compared_keys, side_by_side, what_changed
 
 
 def report(source: str, **layers: float | None) -> dict[str, Any]:
@@ -31,6 +31,17 @@ def test_names_that_differ_by_a_common_prefix_are_paired() -> None:
     assert add_changes(reports) == []
     assert [layer["ncs_change"] for layer in reports[1]["layers"]] == [2.0, 2.0]
     assert [layer["name"] for _, layer in side_by_side(reports)] == ["x.a", "module.x.a", "x.b", "module.x.b"]
+
+
+def test_what_changed_is_a_median_over_the_layers_of_both() -> None:
+    first, second = report("one", a=1.0, b=0.5, c=None, d=3.0), report("two", a=0.5, b=0.4, c=2.0, e=9.0)
+    for layer, norm in zip(first["layers"], (10.0, 2.0, 0.0, 1.0), strict=True):
+        layer["norm"] = norm
+    for layer, norm, turned in zip(second["layers"], (6.0, 1.6, 1.0, 8.0), (30.0, 40.0, None, None), strict=True):
+        layer |= {"norm": norm, "turned": turned}
+    add_changes([first, second])
+    assert what_changed(first, second) == "median turned 35°, norm −30 %, fm_corr −0.3"
+    assert what_changed(first, report("other", z=1.0)) == ""
 
 
 @pytest.mark.parametrize("others", [["two"], ["two", "three"]])
