@@ -30,6 +30,7 @@ from convsim_cli.cli.options import (
 from convsim_cli.errors import InputError
 from convsim_cli.measurement.figures import (
     FIGURES,
+    Record,
     ReportDocument,
     compared_keys,
     least_important_keys,
@@ -198,8 +199,18 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
     for report in reports[1:]:
         if changed := what_changed(reports[0], report):
             console.note(f"{short[report['source']]} against {short[reports[0]['source']]}: {changed}")
-    if not top and len(reports) == 1 and any(layer["removable"] for layer in reports[0]["layers"]):
-        console.note("next: --top 3 lists the most similar pairs; .docs/measure.md shows how to remove filters")
+    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"])):
+        console.note(f"next: {advice}")
+
+
+def _what_next(layers: Sequence[Record]) -> str | None:
+    """What to do about duplicates or dead filters, None without any."""
+    page = "the page 'measure' of the documentation shows how to remove"
+    if why_duplicates(layers):
+        return "convsim init --method dct creates no duplicates in first layers"
+    if any(layer["removable"] for layer in layers):
+        return f"--top 3 lists the most similar pairs; {page} filters"
+    return f"{page} dead filters" if any(layer["dead"] for layer in layers) else None
 
 
 def _differing_ends(paths: Sequence[str]) -> dict[str, str]:

@@ -212,20 +212,25 @@ def what_changed(first: ReportDocument, report: ReportDocument) -> str:
 
 
 def what_stands_out(layers: Sequence[Record]) -> str:
-    """Return one line: the maps that are most correlated against chance, the lowest rank, and removable filters."""
+    """Return one line: the most correlated maps and the lowest rank, against chance, and what can be removed."""
     alike = sorted(_against_chance(layers, "fm_corr"), key=lambda found: -found[0])
     ranks = sorted(_against_chance(layers, "fm_rank"), key=lambda found: found[0])
-    removable = {layer["name"]: layer["removable"] for layer in layers if layer["removable"]}
     listed = [f"{layer['name']} ({ratio:.1f} times)" for ratio, layer in alike[:_NAMED] if ratio >= _ALIKE]
     said = [f"maps most correlated against chance: {', '.join(listed)}"] if listed else []
     if ranks and ranks[0][0] <= _LOW:
         layer = ranks[0][1]
-        said.append(f"lowest rank: {layer['name']} ({layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f})")
+        rank = f"{layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f}"
+        said.append(f"lowest rank against chance: {layer['name']} ({rank})")
     said = said or ["no layer's maps stand out against chance"]
-    count, most = sum(removable.values()), sorted(removable, key=removable.__getitem__, reverse=True)
-    where = ", ".join(f"{removable[name]} of {name}" for name in most[:_NAMED])
-    more = " and others" * (len(most) > _NAMED)
-    return "; ".join([*said, f"{count} filter{'s' * (count != 1)} removable" + f" ({where}{more})" * bool(where)])
+    for key in ("removable", "dead"):
+        counts = {layer["name"]: layer[key] for layer in layers if layer[key]}
+        count, most = sum(counts.values()), sorted(counts, key=counts.__getitem__, reverse=True)
+        where = ", ".join(f"{counts[name]} of {name}" for name in most[:_NAMED])
+        more = " and others" * (len(most) > _NAMED)
+        what = f" filter{'s' * (count != 1)}" * (key == "removable")
+        if count or key == "removable":
+            said.append(f"{count}{what} {key}" + f" ({where}{more})" * bool(where))
+    return "; ".join(said)
 
 
 def why_duplicates(layers: Sequence[Record]) -> str | None:

@@ -506,8 +506,17 @@ def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -
     save_file({"a": weight, "b": torch.randn(8, 3, 3, 3)}, tmp_path / "m.safetensors")
     err = convsim("measure", tmp_path / "m.safetensors").err
     assert "m.safetensors: maps most correlated against chance: a (" in err
-    assert "lowest rank: a (" in err
+    assert "lowest rank against chance: a (" in err
     assert "5 filters removable (5 of a)\nnext: --top 3 lists the most similar pairs" in err
+
+
+def test_dead_filters_alone_bring_the_next_step(convsim: Convsim, tmp_path: Path) -> None:
+    weight = torch.randn(8, 3, 3, 3)
+    weight[2:4] = 0
+    save_file({"a": weight}, tmp_path / "m.safetensors")
+    err = convsim("measure", tmp_path / "m.safetensors").err
+    assert "; 0 filters removable; 2 dead (2 of a)\nnext: the page 'measure' of the documentation shows how" in err
+    assert "m.safetensors" in err and ".docs/" not in err
 
 
 def test_duplicates_that_init_leaves_in_a_first_layer_are_explained(convsim: Convsim, tmp_path: Path) -> None:
@@ -515,7 +524,9 @@ def test_duplicates_that_init_leaves_in_a_first_layer_are_explained(convsim: Con
     save_file({"a": 0.1 * torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))}, file)
     assert "a has duplicates because" not in convsim("measure", file, "--input", "natural").err
     assert convsim("init", file, "--preserve-norm", "--iterations", 500).code == 0
-    assert "m.safetensors: a has duplicates because its ncs" in convsim("measure", file, "--input", "natural").err
+    err = convsim("measure", file, "--input", "natural").err
+    assert "m.safetensors: a has duplicates because its ncs" in err
+    assert err.endswith("\nnext: convsim init --method dct creates no duplicates in first layers\n")
 
 
 def test_real_vanished_filters_are_counted_as_dead(checkpoint_dir: Path, convsim: Convsim) -> None:

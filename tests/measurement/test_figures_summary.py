@@ -10,13 +10,14 @@ from convsim_cli.measurement.figures import sort_layers, what_stands_out, why_du
 
 def record(name: str, cos: float | None, rank: float | None, removable: int | None = 0) -> dict[str, Any]:
     chance = {"fm_corr_random": 0.1 if cos else None, "fm_rank_random": 20.0 if rank else None}
-    return {"name": name, "fm_corr": cos, "fm_rank": rank, "removable": removable, **chance}
+    return {"name": name, "fm_corr": cos, "fm_rank": rank, "removable": removable, "dead": 0, **chance}
 
 
 def test_what_stands_out_is_named() -> None:
     layers = [record("a", 0.2, 18.0), record("b", 0.4, 6.0, 3), record("c", 0.12, 19.0), record("d", None, None, None)]
     assert what_stands_out(layers) == (
-        "maps most correlated against chance: b (4.0 times), a (2.0 times); lowest rank: b (6.0, chance 20.0); "
+        "maps most correlated against chance: b (4.0 times), a (2.0 times); lowest rank against chance: "
+        "b (6.0, chance 20.0); "
         "3 filters removable (3 of b)"
     )
 
@@ -29,6 +30,16 @@ def test_at_most_three_layers_that_stand_out_are_named() -> None:
     removable = what_stands_out([record(name, 0.11, 19.0, number) for number, name in enumerate("abcde")])
     assert removable.endswith("; 10 filters removable (4 of e, 3 of d, 2 of c and others)")
     assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps stand out")
+
+
+def test_dead_filters_are_counted_beside_removable_ones() -> None:
+    layers = [
+        record("a", None, None, 2),
+        {**record("b", None, None), "dead": 14},
+        {**record("c", None, None), "dead": 1},
+    ]
+    assert what_stands_out(layers).endswith("; 2 filters removable (2 of a); 15 dead (14 of b, 1 of c)")
+    assert what_stands_out(layers[1:]).endswith("; 0 filters removable; 15 dead (14 of b, 1 of c)")
 
 
 def test_only_a_minimum_at_unchanged_norms_explains_duplicates() -> None:
