@@ -7,11 +7,12 @@ the option of that name instead (--lr). Only a whole command to copy (convsim tr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 _LISTED = 12  # names in an error, at most
+_NAMED = 3  # of a list in a line
 
 
 class ConvsimError(Exception):
@@ -109,6 +110,11 @@ def one_of(names: Iterable[str]) -> str:
     """Return "a", "a or b", "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first names of a list, and how many more there are: "a, b, c and 37 more"."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def to_install(extra: str) -> str:

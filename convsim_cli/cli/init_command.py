@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from convsim_cli.cli.options import (
     show_skipped,
     typed,
 )
+from convsim_cli.errors import CheckpointError, InputError, some_of
 from convsim_cli.settings import InitOptions
 
 EXAMPLES = """\b
@@ -91,7 +91,6 @@ def init(
 def _recover(context: typer.Context, name: str | None, console: Console) -> None:
     from convsim_cli.checkpoints.atomic import finish_saves
     from convsim_cli.checkpoints.formats import is_on_hub
-    from convsim_cli.errors import CheckpointError, InputError
 
     if name is None or is_on_hub(name):
         raise InputError(f"`recover` requires a `checkpoint` on this machine{f', got {name}' if name else ''}")
@@ -135,22 +134,24 @@ def _show(content: dict[str, Any], console: Console) -> None:
     total = content["total"]
     if "after" not in total:
         return console.note(f"L_CS {total['before']:.4g}; a dry run: nothing was written")
-    console.note(f"L_CS {total['before']:.4g} → {total['after']:.4g} ({_method(content)}), {content['seconds']:.1f} s")
+    norms, change = "norms kept" if content["preserve_norm"] else "raw", f"{total['before']:.4g} → {total['after']:.4g}"
+    if content["lr"] is not None:
+        console.note(f"L_CS {change} ({content['method']}, {norms}), {content['seconds']:.1f} s")
+    else:  # a closed form
+        hint = "" if "fm_corr" in keys else "; --probe natural shows fm_corr"
+        what = f"{content['method']}, {norms}, {content['seconds']:.1f} s"
+        console.note(f"{what}; it does not minimize L_CS ({change}){hint}")
     others: dict[str, list[str]] = {}
     for layer in layers:
         if layer.get("method", content["method"]) != content["method"]:
             others.setdefault(layer["method"], []).append(layer["name"])
     for method, names in others.items():
-        console.note(f"{method} in place of {content['method']}: {', '.join(names)}")
+        console.note(f"{method} in place of {content['method']}: {some_of(names)}")
     backup = f"; the original is kept in {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
     console.note(f"next: convsim measure {shlex.quote(content['output'])}")
-    reasons = Counter(entry["reason"] for entry in content["skipped"] if "matched by" not in entry["reason"])
-    if reasons.total() > len(layers):
-        why = "; ".join(reason for reason, _ in reasons.most_common(2))
-        console.note(f"only {len(layers)} of {len(layers) + reasons.total()} layers changed; the others: {why}")
-
-
-def _method(content: dict[str, Any]) -> str:
-    norms = "norms kept" if content["preserve_norm"] else "raw"
-    return f"{content['method']}, {norms}"
+    reasons = [entry["reason"] for entry in content["skipped"] if "matched by" not in entry["reason"]]
+    if len(reasons) > len(layers):
+        pointwise = any(reason.startswith("1×1") for reason in reasons)
+        hint = "; 1×1 layers: --method orthogonal or decorrelate" * pointwise
+        console.note(f"only {len(layers)} of {len(layers) + len(reasons)} layers changed{hint}")

@@ -22,13 +22,13 @@ from typer.core import TyperCommand
 
 from convsim_cli.checkpoints.formats import HUB_FORM, new_suffixes
 from convsim_cli.cli.console import Console, Least
-from convsim_cli.errors import InputError, one_of
+from convsim_cli.errors import InputError, one_of, some_of
 from convsim_cli.settings import Declaration, declarations
 
 if TYPE_CHECKING:
     import torch
 
-SKIPPED_LINES, SKIPPED_NAMES = 3, 3  # on the screen, after the headline; names in a line
+SKIPPED_LINES = 3  # on the screen, after the headline
 OUTPUT = "Output"  # the heading of --json and its like
 MOST_SEEDS = 10_000  # of one command: more would only be a mistyped number
 HEADINGS = (  # in the order of the help
@@ -229,7 +229,8 @@ def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console
     assumed = [row[columns.index("assumed")] for row in rows]
     console.table(columns, rows, ["assumed", "groups", *least], above, groups=1, assumed=all(assumed))
     if any(assumed):
-        which = "groups are" if all(assumed) else "groups marked assumed are"
+        names = [row[columns.index("name")] for row in rows if row[columns.index("assumed")]]
+        which = "groups are" if all(assumed) else f"groups of {some_of(names)} are"
         console.note(f"{which} assumed from names and shapes; correct them with --groups, --transposed or --arch")
 
 
@@ -248,8 +249,7 @@ def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: 
     lines = []
     for reason, names in most_first:
         by_user = reason.startswith(("not matched by", "matched by"))  # what the user left out is counted, not listed
-        more = f" and {len(names) - SKIPPED_NAMES} more" if len(names) > SKIPPED_NAMES else ""
-        listed = "" if by_user else f": {', '.join(names[:SKIPPED_NAMES])}{more}"
+        listed = "" if by_user else f": {some_of(names)}"
         lines.append(f"skipped {len(names)} ({reason}){listed}")
     if len(lines) > SKIPPED_LINES:
         rest = [names for _, names in most_first[SKIPPED_LINES - 1 :]]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import time
@@ -162,9 +163,35 @@ def test_a_network_of_few_kernels_says_how_few_and_why(tmp_path: Path, convsim: 
         f"b{n}.{kind}.weight": shape for n in (1, 2) for kind, shape in (("dw", (8, 1, 3, 3)), ("pw", (8, 8, 1, 1)))
     }
     save_file({name: torch.randn(shape) for name, shape in ({"stem.weight": (8, 3, 3, 3)} | blocks).items()}, path)
-    last = convsim("init", path, "--iterations", 1, "--preserve-norm").err.splitlines()[-1]
-    assert last.startswith("only 1 of 5 layers changed; the others: depthwise")
-    assert "1×1" in last
+    err = convsim("init", path, "--iterations", 1, "--preserve-norm").err
+    assert err.endswith("\nonly 1 of 5 layers changed; 1×1 layers: --method orthogonal or decorrelate\n")
+    assert err.count("pure norm") == 1
+    assert convsim("init", path, "--iterations", 1).err.splitlines()[-1].startswith("next: ")
+
+
+def test_lists_of_layers_name_three_at_most(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "m.safetensors"
+    state = {f"point{number}.weight": torch.randn(8, 8, 1, 1) for number in range(40)}
+    save_file({"stem.weight": torch.randn(8, 3, 3, 3), **state}, path)
+    err = convsim("init", path, "--method", "dct", "--no-backup").err
+    assert "\northogonal in place of dct: point0.weight, point1.weight, point2.weight and 37 more\n" in err
+
+
+def test_some_guessed_groups_are_those_of_named_layers(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({name: torch.randn(8, 4, 3, 3) for name in ("a", "b", "c", "d", "e", "f")}, path)
+    for command in (("init", path, "--dry-run"), ("measure", path, "--samples", 1)):
+        err = convsim(*command, "--groups", "[ab]=2").err
+        assert "groups of c, d, e and 1 more are assumed from names and shapes; correct them with --groups" in err
+
+
+def test_a_closed_form_does_not_lead_with_the_objective_of_others(tmp_path: Path, convsim: Convsim) -> None:
+    path = tmp_path / "model.safetensors"
+    make(path)
+    how = ("init", path, "--method", "orthogonal", "--no-backup")
+    said = r"orthogonal, norms kept, [0-9.]+ s; it does not minimize L_CS \(\S+ → \S+\)"
+    assert re.search(f"^{said}; --probe natural shows fm_corr$", convsim(*how).err, re.MULTILINE)
+    assert re.search(f"^{said}$", convsim(*how, "--probe", "natural").err, re.MULTILINE)
 
 
 def test_quiet_says_nothing_on_stderr(tmp_path: Path, convsim: Convsim) -> None:
