@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, signature
 from os import PathLike
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -158,8 +159,8 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputOptions:
-    """What a network runs on."""
+class InputOptions(CheckpointOptions):
+    """And what the network runs on."""
 
     input: str | None = setting(None, "What the network runs on.", "Inputs", metavar="INPUT", known=INPUTS)
     samples: int = setting(16, "Number of inputs.", "Inputs", metavar="N", above=0)
@@ -188,9 +189,16 @@ class InputOptions:
     )
     std: Channels | None = setting(None, "Normalize images by this standard deviation.", "Inputs", metavar="R,G,B")
 
+    def check(self) -> None:
+        """Raise InputError for a value of another type or out of range, and for an input that is a path to nothing."""
+        super().check()
+        path = self.input or ""
+        if "/" in path and not path.startswith("folder:") and not Path(path).is_dir():
+            raise InputError(f"`input` {path}: no such folder")
+
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions(InputOptions, CheckpointOptions):
+class InitOptions(InputOptions):
     """What `init` can be told: a method, its settings, and what is saved."""
 
     method: str = setting("cs", "How to change the kernels.", "Method", metavar="NAME", common=True, choices=METHODS)
@@ -240,7 +248,7 @@ class InitOptions(InputOptions, CheckpointOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureOptions(InputOptions, CheckpointOptions):
+class MeasureOptions(InputOptions):
     """What `measure` can be told: its inputs, and what is listed beside the figures."""
 
     input: str = setting(

@@ -138,6 +138,15 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
     return checkpoint
 
 
+def check_exists(path: str | Path, *, for_writing: bool = False) -> None:
+    """Raise CheckpointError for a path on this machine to nothing; as `open_checkpoint`, without importing torch."""
+    file = Path(path)
+    with explained(file):
+        if not is_on_hub(path) and not file.exists():
+            finish_saves(file) if for_writing else refuse_interrupted(file)
+            file.stat()
+
+
 def is_on_hub(path: object) -> bool:
     """Return whether a checkpoint is named as one on the Hugging Face Hub. A Path never is: it would lose a slash."""
     return isinstance(path, str) and path.startswith(HUB)

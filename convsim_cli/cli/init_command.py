@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convsim_cli.checkpoints.formats import check_exists, is_on_hub
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
     CheckpointArgument,
@@ -71,14 +72,18 @@ def init(
     The paper's objective, cs, mostly shrinks the filters; with --preserve-norm every filter keeps its norm. A trained
     network loses its accuracy.
     """
-    from convsim_cli.checkpoint_init import init_checkpoint
-    from convsim_cli.device import return_freed_memory
-
     console = Console(quiet, as_json, wide)
     if recover:
         return _recover(context, checkpoint, console)
+    options = parse_options(arguments)
+    InitOptions(**options).check()
+    if checkpoint is not None:
+        check_exists(checkpoint, for_writing=not options["dry_run"])
+    from convsim_cli.checkpoint_init import init_checkpoint  # it imports torch, which takes seconds
+    from convsim_cli.device import return_freed_memory
+
     return_freed_memory()
-    options = {**parse_options(arguments), "device": str(choose_device(arguments["device"], console))}
+    options["device"] = str(choose_device(options["device"], console))
     with redirect_stdout(sys.stderr):  # a network may print
         report = init_checkpoint(checkpoint, output, progress=console.progress, **options)
     content = report.document()
@@ -90,7 +95,6 @@ def init(
 
 def _recover(context: typer.Context, name: str | None, console: Console) -> None:
     from convsim_cli.checkpoints.atomic import finish_saves
-    from convsim_cli.checkpoints.formats import is_on_hub
 
     if name is None or is_on_hub(name):
         raise InputError(f"`recover` requires a `checkpoint` on this machine{f', got {name}' if name else ''}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convsim_cli.checkpoints.formats import HUB_FORM
+from convsim_cli.checkpoints.formats import HUB_FORM, check_exists
 from convsim_cli.cli.console import Console, shape
 from convsim_cli.cli.options import (
     OUTPUT,
@@ -104,14 +104,17 @@ def measure(
     if figures:
         typer.echo(_explain_figures())
         return
-    from convsim_cli.checkpoint_measure import measure_checkpoints
-
     console = Console(quiet, as_json, wide)
     kind = "pretrained" if arguments["pretrained"] else "fresh"
     paths, arguments["arch"] = _choose_networks(checkpoints or [], arguments["arch"], kind, console)
     options = parse_options(arguments)
     pages = [] if plot is None else _pages(plot, len(paths))
     _check_output(pages, sort, as_csv and as_json)
+    MeasureOptions(**options).check()
+    for path in filter(None, paths):
+        check_exists(path)
+    from convsim_cli.checkpoint_measure import measure_checkpoints  # it imports torch, which takes seconds
+
     options["device"] = str(choose_device(options["device"], console))
     with redirect_stdout(sys.stderr):  # a network may print
         reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, heat=plot is not None)

@@ -125,6 +125,26 @@ def test_a_bar_shows_the_share_that_is_done_and_the_time_left(tmp_path: Path) ->
     assert re.search(r"\d+ %, \d+ s left", drawn)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("measure", "model.safetensors", "modle.safetensors"), "modle.safetensors: no such file; did you mean model"),
+        (("init", "modle.safetensors"), "modle.safetensors: no such file; did you mean model.safetensors?"),
+        (("measure", "--arch", "cnn1", "--input", "photos/"), "--input photos/: no such folder"),
+        (("init", "--arch", "cnn1", "--method", "decorrelate", "--input", "no/photos"), "no/photos: no such folder"),
+    ],
+)
+def test_a_wrong_path_is_reported_before_torch_is_imported(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": torch.randn(4, 3, 3, 3)}, tmp_path / "model.safetensors")
+    code = f"import sys; from convsim_cli.cli import run; print(run({arguments!r}), 'torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["2", "False"]
+    assert message in ended.stderr.splitlines()[-1]
+
+
 def test_waiting_threads_sleep_unless_the_user_set_how_they_wait() -> None:
     code = "import os; from convsim_cli.cli import share_cores; share_cores(); print(os.environ.get('GOMP_SPINCOUNT'))"
     assert run_code(code)[1] == f"{SPINS}\n"

@@ -276,6 +276,8 @@ def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: 
     ("arguments", "message"),
     [
         (["--arch", "cnn:4", "--input", "cifar1"], "did you mean 'cifar10'?"),
+        (["--arch", "cnn:4", "--input", "nophotos/"], "error: --input nophotos/: no such folder"),
+        (["m.safetensors", "--input", "./digits"], "error: --input ./digits: no such folder"),
         (["--arch", "cnn:4", "--mean", "0.5"], "--mean '0.5': expected three numbers, for instance 0.485,0.456,0.406"),
         (["--arch", "cnn:4", "--std", "1,1,0"], "--std '1,1,0': expected numbers above 0"),
         (["--arch", "cnn:4", "--input", "digits", "--std", "1,nan,1"], "--std '1,nan,1': expected finite numbers"),
