@@ -30,6 +30,10 @@ _SECOND_LINE = re.compile(
     "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
 )  # of a header
 
+_COMMAND = re.compile(  # to copy: up to a comma, a semicolon or a bracket outside quotes
+    r"""(convsim (init|measure|train|compare|reproduce|plot)|pip install|python -c)( ('[^']*'|"[^"]*"|[^\s,;()'"])+)+"""
+)
+
 
 class Console:
     """The two streams of a command: what it found, and what it says on the way.
@@ -45,14 +49,8 @@ class Console:
         self.wide = wide
 
     def note(self, message: str) -> None:
-        """Say something in passing, on stderr; a terminal's lines end between words."""
-        if self.quiet:
-            return
-        if is_terminal(sys.stderr):
-            width = screen_width(sys.stderr)
-            for line in wrap(printable(message), width, break_long_words=False, break_on_hyphens=False):
-                say(line)
-        else:
+        """Say something in passing, on stderr."""
+        if not self.quiet:
             say(message)
 
     def note_fitting(self, *messages: str) -> None:
@@ -241,10 +239,18 @@ def _stacked(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str
 
 
 def say(message: str) -> None:
-    """Print a line on stderr for as long as somebody reads it; work goes on without a listener."""
+    """Print a line on stderr for as long as somebody reads it; work goes on without a listener.
+
+    A terminal's lines end between words, and never in a command to copy.
+    """
+    text = printable(message)
+    if is_terminal(sys.stderr):
+        whole = _COMMAND.sub(lambda found: found[0].replace(" ", "\0"), text)
+        lines = wrap(whole, screen_width(sys.stderr), break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(lines).replace("\0", " ")
     try:
         if sys.stderr is not None:  # as Python has it where it was closed
-            print(printable(message), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
 

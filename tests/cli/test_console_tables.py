@@ -304,3 +304,30 @@ def test_notes_wrap_at_words_on_a_terminal(
     assert " ".join(said) == sentence
     assert path in said
     assert all(len(line) <= width for line in said if line != path)
+
+
+COMMANDS_TO_COPY = (
+    f"convsim init '{'my runs/' * 8}last.safetensors' --recover",
+    "convsim train --resume runs/cnn1-init-s0 --data-dir /data/cifar-10 --devices 4 --seeds 5",
+    "pip install 'convsim[timm]'",
+    "pip install -e '.[timm]'",
+    """python -c "import sys, numpy, torch; torch.save(numpy.load(sys.argv[1]), sys.argv[2])" a.npy a.pt""",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS_TO_COPY)
+def test_errors_and_warnings_wrap_at_words_but_never_in_a_command(
+    command: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = (
+        f"what was found is nothing that can be used here, and before training it has to be mended: {command}, or so"
+    )
+    lines = terminal(80)
+    monkeypatch.setattr("sys.stderr", sys.stdout)
+    Console().warn(sentence)
+    said = [line for line in lines() if line]
+    assert " ".join(said) == f"convsim: warning: {sentence}"
+    assert any(command in line for line in said)
+    assert all(len(line) <= 80 for line in said if command not in line)
+    assert run(["measure", "--input", f"no/{'such folder/' * 12}"]) == 2
+    assert max(len(line) for line in lines()) <= 80
