@@ -55,7 +55,8 @@ Examples:
  convsim measure model.pth --sort -fm_rank   # the lowest rank first
  convsim measure model.pth --top 3           # the three most correlated pairs
  convsim measure best.safetensors --arch cnn1 --input cifar10 --data-dir data
- convsim measure --arch torchvision:resnet50 --input photos/ --plot maps.png
+ convsim measure --arch torchvision:resnet50 --pretrained --input photos/
+ convsim measure model.pth --plot maps.png   # each layer's correlations
  convsim measure --figures                   # what the columns mean"""
 
 
@@ -131,7 +132,7 @@ def measure(
     documents = [{**report.document(), "skipped": name_options(report.skipped, context.command)} for report in reports]
     console.document("measure", documents[0] if len(documents) == 1 else {"checkpoints": documents})
     if not as_json:
-        _show(documents, console, as_csv, options["top"])
+        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "")
 
 
 def _explain_figures() -> str:
@@ -186,7 +187,8 @@ def _draw(report: MeasureReport, page: Path) -> None:
     save_figure(draw_heat(heat, captions, title), page)
 
 
-def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int) -> None:
+def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str) -> None:
+    """Show what was found. kind: what a network without a file is, "fresh " or "pretrained "."""
     if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
     if top:
@@ -194,10 +196,11 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
     for report in reports:
         show_skipped(report["skipped"], len(report["layers"]), "can be measured", console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
-        console.note(f"{report['source']}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
-        console.note(f"{report['source']}: {what_stands_out(report['layers'])}")
+        name = f"{kind}{report['source']}"
+        console.note(f"{name}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
+        console.note(f"{name}: {what_stands_out(report['layers'])}")
         if reason := why_duplicates(report["layers"]):
-            console.note(f"{report['source']}: {reason}")
+            console.note(f"{name}: {reason}")
     short = _differing_ends([report["source"] for report in reports])
     for report in reports[1:]:
         if changed := what_changed(reports[0], report):

@@ -219,6 +219,8 @@ def _resolved(pattern: str, names: Collection[str]) -> str:
             return meant
     some = [name for name, _ in zip(names, range(3), strict=False)]
     like = f"names look like {', '.join(some)}" if some else "there are no kernels to match"
+    if matches(names, [f"*{pattern}"]):  # behind a prefix, such as `module.`
+        like = f"did you mean {f'*{pattern}'!r}?"
     raise InputError(f"the pattern {pattern!r} matches no tensor; {like}")
 
 

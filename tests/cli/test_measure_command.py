@@ -72,6 +72,20 @@ def test_without_a_checkpoint_it_takes_the_folders_model_else_a_fresh_cnn1(
     assert len(outcome.rows) == 2
 
 
+def test_the_summary_of_a_network_without_a_file_says_what_it_is(convsim: Convsim) -> None:
+    err = convsim("measure", "--arch", "cnn:4", "--samples", 1).err
+    assert "\nfresh cnn:4: L_CS " in err
+    assert "\nfresh cnn:4: no layer's maps" in err or "\nfresh cnn:4: maps most" in err
+
+
+def test_a_pattern_that_lacks_a_prefix_is_suggested_with_a_star(convsim: Convsim, tmp_path: Path) -> None:
+    save_file({"module.layer3.0.conv1.weight": torch.randn(4, 3, 3, 3)}, tmp_path / "m.safetensors")
+    for command in ("measure", "init"):
+        error = convsim(command, tmp_path / "m.safetensors", "--include", "layer3.*").error
+        assert "the pattern 'layer3.*' matches no tensor; did you mean '*layer3.*'?" in error
+    assert "names look like module.layer3" in convsim("measure", tmp_path / "m.safetensors", "--include", "x*").error
+
+
 def test_with_arch_real_outputs_count_as_in_the_library(convsim: Convsim) -> None:
     document = convsim(
         "measure", "--arch", "cnn:8", "--input", "natural", "--samples", 4, "--seed", 5, "--json"
