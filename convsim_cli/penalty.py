@@ -131,14 +131,18 @@ class ConvSimPenalty:
     def gradient_ratio(self, preserve_norm: bool = False) -> Tensor:
         """Return ‖gradient‖ that the parameters behind the kernels hold / ‖gradient‖ that `add_gradient_(1)` would add.
 
-        A scalar on the kernels' device, to choose β by: 0.01 of it makes the penalty's gradient 1 % of the task's.
-        preserve_norm, errors: as `add_gradient_`. ∞ or NaN where the penalty's gradient is zero.
+        A scalar on the kernels' device, to choose β by: 0.01 of it makes the penalty's gradient 1 % of the task's. Call
+        it right before `add_gradient_`: after the last `backward()` of an accumulated gradient, and with a gradient
+        scaler after `unscale_`. preserve_norm, errors: as `add_gradient_`. ∞ or NaN where the penalty's gradient is
+        zero. Raises InputError where no parameter behind the kernels has a gradient.
         """
         own, behind = self._contributions(1.0, preserve_norm)
         added = [*own.values(), *behind.values()]
         if not added:
             return torch.tensor(math.nan, device="cpu")
         held = [parameter.grad for parameter in own | behind if parameter.grad is not None]
+        if not held:
+            raise InputError("no parameter behind the kernels has a gradient; call it after `backward()`")
         return _norm(held, added[0]) / _norm(added, added[0])
 
     def _contributions(
@@ -227,7 +231,7 @@ def _strides(tensor: Tensor) -> list[int]:
 def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
     """The L2 norm of all values together, as a scalar on the device of `like`."""
     norms = [torch.linalg.vector_norm(gradient.float()).to(like.device) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=like.device)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class SimilarityHold:

@@ -122,6 +122,18 @@ def test_the_gradient_ratio_is_that_of_the_task_to_the_penalty(preserve_norm: bo
     assert all(torch.equal(a, b) for a, b in zip(grown(model), before, strict=True))
 
 
+def test_a_gradient_ratio_without_a_gradient_is_refused() -> None:
+    model = network()
+    penalty, images = ConvSimPenalty(model), torch.randn(2, 3, 8, 8)
+    with pytest.raises(InputError, match=r"^no parameter behind the kernels has a gradient; call it after `backward"):
+        penalty.gradient_ratio()
+    model(images).square().sum().backward()
+    assert penalty.gradient_ratio() > 0
+    model.zero_grad()
+    with pytest.raises(InputError, match="no parameter behind the kernels has a gradient"):
+        penalty.gradient_ratio()
+
+
 def test_neighbours_are_what_the_authors_code_sums() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3)).double()
     expected = literal_neighbouring_similarity(model[0].weight)
