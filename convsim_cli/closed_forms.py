@@ -110,6 +110,7 @@ def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     >>> torch.allclose(rows @ rows.T, torch.eye(8), atol=1e-5)
     True
     """
+    to_filters(weight, groups)  # raises for what is no weight
     kernel = Kernel("weight", tuple(weight.shape), groups)
     with torch.no_grad():
         return weight.copy_(orthogonalize_kernel(kernel, weight))

@@ -106,6 +106,14 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"known are {', '.join(known[:_LISTED])}{more}"
 
 
+def kind_of(value: object) -> str:
+    """Return what a value is: "None", "the class Conv2d", "an OrderedDict"."""
+    if value is None or isinstance(value, type):
+        return "None" if value is None else f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
 def one_of(names: Iterable[str]) -> str:
     """Return "a", "a or b", "a, b or c"."""
     *first, last = names

@@ -53,6 +53,8 @@ def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
     Contiguous on the CPU: its batched products like this layout, a view of a channels_last weight, best. Elsewhere a
     view of any weight, if there is one: a copy would be a launch. Half types become float32.
     """
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"expected a torch.Tensor, got {type(weight).__name__}")
     if weight.dtype not in _TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
         raise ValueError(f"expected a weight in {known}, got {weight.dtype} {list(weight.shape)}; convert it first")

@@ -34,7 +34,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from convsim_cli.errors import InputError, brief
+from convsim_cli.errors import InputError, brief, kind_of
 from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -145,7 +145,12 @@ def _calls_convolutions(kind: type) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DataParallel, DistributedDataParallel and torch.compile: running it waits for nobody."""
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile: running it waits for nobody.
+
+    Raises InputError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`model` is {kind_of(model)}; expected a torch.nn.Module")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
