@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any
 
 _LISTED = 12  # names in an error, at most
@@ -99,11 +100,17 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     prefix: what is typed before a name.
     """
     known = list(known)
-    close = get_close_matches(name, known, n=1)
+    lower = {each.lower(): each for each in known}
+    close = get_close_matches(name.lower(), lower, n=1)
     if close:
-        return f"did you mean {prefix + close[0]!r}?"
+        return f"did you mean {prefix + lower[close[0]]!r}?"
     more = f", … ({len(known)} in all)" if len(known) > _LISTED else ""
     return f"known are {', '.join(known[:_LISTED])}{more}"
+
+
+def is_number(value: object, whole: bool = False) -> bool:
+    """Return whether a value is a number, also one of numpy's; truth is none."""
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
 
 
 def kind_of(value: object) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.device import Advance, repeated
-from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.errors import DivergedError, InputError, is_number
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -62,9 +62,9 @@ class Minimization:
     objective: str = "cs"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 0:
+        if not is_number(self.iterations, whole=True) or self.iterations < 0:
             raise InputError(f"`iterations` is {self.iterations!r}; expected a whole number ≥ 0")
-        if not 0 < self.lr < math.inf:
+        if not (is_number(self.lr) and 0 < self.lr < math.inf):
             raise InputError(f"`lr` is {self.lr!r}; expected a finite number > 0")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"`optimizer` is {self.optimizer!r}; expected {' or '.join(OPTIMIZERS)}")

@@ -36,7 +36,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from convsim_cli.errors import InputError, did_you_mean
+from convsim_cli.errors import InputError, did_you_mean, kind_of
 from convsim_cli.precision import Differentiable, Taps, constant, full_precision
 from convsim_cli.similarity import (
     convolve,
@@ -111,6 +111,8 @@ class Objective:
 
 def find_objective(name: str) -> Objective:
     """Return the objective of that name. Raises InputError with the closest name for an unknown one."""
+    if not isinstance(name, str):
+        raise InputError(f"`objective` is {kind_of(name)}; expected a name: {', '.join(OBJECTIVES)}")
     if name not in OBJECTIVES:
         raise InputError(f"unknown `objective` {name!r}; {did_you_mean(name, OBJECTIVES)}")
     return OBJECTIVES[name]
@@ -120,7 +122,10 @@ def make_objective(function: Value) -> Objective:
     """Return the objective whose value is function(filters, taps), with the gradient that autograd gives it.
 
     function: takes filters `[groups, S / groups, N, C]` and the kernel's size, and returns a differentiable scalar.
+    Raises InputError for what cannot be called.
     """
+    if not callable(function):
+        raise InputError(f"`objective` is {kind_of(function)}; expected a name or a function")
 
     def gradient(filters: Tensor, taps: Taps, out: Tensor | None) -> Tensor:
         with torch.enable_grad():

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import InputError, is_number
 from convsim_cli.kernels import (
     VANISHED,
     Kernel,
@@ -201,6 +201,11 @@ def _check_beta(beta: float | Tensor) -> None:
             raise InputError(f"`beta` has the shape {list(beta.shape)}; expected one number")
         if beta.device.type != "cpu":
             return
+    elif not is_number(beta):
+        raise InputError(
+            f"`beta` {beta!r}: expected a number or a tensor of one value; `ConvSimPenalty.gradient_ratio` helps to "
+            "choose it"
+        )
     if not 0 <= float(beta) < math.inf:
         raise InputError(f"`beta` is {float(beta)}; expected a finite number ≥ 0")
 

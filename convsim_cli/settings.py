@@ -81,7 +81,7 @@ class Declaration:
             fits = (value >= self.least if self.above is None else value > self.above) and value <= self.most
             fits = fits and value < math.inf
         if not fits:
-            close = get_close_matches(str(value), self.choices, n=1)
+            close = get_close_matches(str(value).lower(), self.choices, n=1)
             closest = f"; did you mean {close[0]!r}?" if close else ""
             expected = one_of([*self.choices, *self._expected_types()])
             if isinstance(value, float) and not math.isfinite(value):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import InputError, kind_of
 from convsim_cli.precision import Taps
 from convsim_cli.similarity import to_filters, to_weight
 
@@ -127,7 +127,7 @@ class Patterns:
     include: only these, and of these also 3-D and 5-D tensors; exclude: not these; groups: (glob, number of groups);
     transposed: these are kernels of transposed convolutions; layout: how a file stores its kernels, guessed for None. A
     pattern that equals a tensor's name matches only that tensor, whatever characters it contains. Raises InputError for
-    a string in place of a list.
+    anything but a list of strings.
     """
 
     include: Sequence[str] = ()
@@ -141,6 +141,11 @@ class Patterns:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise InputError(f"`{name}` is the string {value!r}; expected a list of patterns, such as [{value!r}]")
+            if not isinstance(value, Collection):
+                raise InputError(f"`{name}` is {kind_of(value)}; expected a list of patterns, such as ['layer1.*']")
+            for pattern in value:
+                if not isinstance(pattern, str):
+                    raise InputError(f"`{name}` holds {pattern!r}; expected patterns, such as ['layer1.*']")
 
     def resolved(self, names: Collection[str]) -> Patterns:
         """Return the same patterns with what is literal in these names escaped: `layers[0].weight`, `layers[0].*`.

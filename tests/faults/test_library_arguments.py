@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import convsim_cli
 from convsim_cli import (
     ConvSimPenalty,
     TurnMonitor,
     convolutional_similarity,
     dct_,
     decorrelate_,
+    init_checkpoint,
     measure,
     minimize_,
     minimize_weight_,
@@ -69,3 +68,52 @@ def test_what_is_no_weight_is_named(call: Call) -> None:
     layer = nn.Conv2d(3, 4, 3)
     refused(lambda: call(layer), "expected a torch.Tensor, got Conv2d")
     refused(lambda: call(layer.weight.detach().numpy()), "expected a torch.Tensor, got ndarray")
+
+
+NAMES = "cs, neighbours, kernel, expected, ocnn, srip, orthoreg"
+
+
+@pytest.mark.parametrize(("objective", "found"), [(None, "None"), (3, "an int"), (["0.*"], "a list")])
+def test_an_objective_that_is_none_is_refused_when_the_penalty_is_made(objective: Any, found: str) -> None:
+    refused(lambda: ConvSimPenalty(network(), objective), f"`objective` is {found}; expected a name or a function")
+
+
+def test_minimizing_takes_objectives_by_name_alone() -> None:
+    def own(filters: Any, taps: Any) -> Any:
+        return filters.square().sum()
+
+    said = f"`objective` is a function; expected a name: {NAMES}"
+    refused(lambda: minimize_(network(), objective=own), said)  # type: ignore[arg-type]
+    refused(lambda: minimize_weight_(torch.randn(4, 3, 3, 3), objective=own), said)  # type: ignore[arg-type]
+
+
+def test_a_name_in_capitals_is_recognized() -> None:
+    refused(lambda: ConvSimPenalty(network(), "CS"), "unknown `objective` 'CS'; did you mean 'cs'?")
+    said = "`optimizer` ADAM: expected adam or sgd; did you mean 'adam'?"
+    refused(lambda: init_checkpoint("a.pt", optimizer="ADAM"), said)
+
+
+@pytest.mark.parametrize("beta", ["0.1", None, [0.1], True, "auto"])
+def test_a_beta_that_is_no_number_is_refused(beta: Any) -> None:
+    model = network()
+    penalty = ConvSimPenalty(model)
+    expected = "expected a number or a tensor of one value; `ConvSimPenalty.gradient_ratio` helps to choose it"
+    refused(lambda: penalty.add_gradient_(beta), f"`beta` {beta!r}: {expected}")
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": "1e-3"}, "`lr` is '1e-3'; expected a finite number > 0"),
+        ({"lr": True}, "`lr` is True; expected a finite number > 0"),
+        ({"iterations": True}, "`iterations` is True; expected a whole number ≥ 0"),
+        ({"iterations": None}, "`iterations` is None; expected a whole number ≥ 0"),
+        ({"include": [3]}, "`include` holds 3; expected patterns, such as ['layer1.*']"),
+        ({"exclude": None}, "`exclude` is None; expected a list of patterns, such as ['layer1.*']"),
+        ({"include": 3}, "`include` is an int; expected a list of patterns, such as ['layer1.*']"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused(settings: dict[str, Any], said: str) -> None:
+    refused(lambda: minimize_(network(), **settings), said)
