@@ -44,7 +44,7 @@ from torch.nn.functional import normalize, pad
 
 from convsim_cli.batch_norm import batch_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import InputError
+from convsim_cli.errors import InputError, kind_of
 from convsim_cli.kernels import (
     VANISHED,
     Kernel,
@@ -335,6 +335,8 @@ def decorrelate_kernels_(
 ) -> list[dict[str, Any]]:
     """Do to the given kernels of a model what `decorrelate_` does. Those that are never called have no record."""
     model = unwrapped(model)
+    if not isinstance(images, Tensor):
+        raise InputError(f"`images` is {kind_of(images)}; expected a batch [B, C, …]")
     if not len(images):
         raise InputError("`images` is empty; expected a batch of at least one image")
     weights = [weight_of(model, kernel) for kernel in kernels]

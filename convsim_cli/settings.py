@@ -92,7 +92,8 @@ class Declaration:
 
     def _expected_types(self) -> list[str]:
         limits = f"of {self.least} or above" if self.most == math.inf else f"from {self.least} to {self.most}"
-        limits = limits if self.above is None else f"above {self.above}"
+        if self.above is not None:
+            limits = f"above {self.above}" if self.most == math.inf else f"in ({self.above}, {self.most}]"
         if float in self.types:
             return [f"a number {limits}"]
         if int in self.types:

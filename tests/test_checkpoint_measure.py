@@ -45,7 +45,7 @@ def test_a_fresh_network_is_measured_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"threshold": 0}, "`threshold` 0: expected a number above 0"),
+        ({"threshold": 0}, r"`threshold` 0: expected a number in \(0, 1\]"),
         ({"threshold": 1.5}, "`threshold` 1.5: expected a number"),
         ({"samples": 0}, "`samples` 0: expected a whole number above 0"),
         ({"input": "digits"}, "`input` digits: needs `arch`"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimError, InputError, brief, is_number, is_out_of_memory, kind_of
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -29,7 +29,6 @@ from convsim_cli.layers import find_convolution, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import LayerMaps, inputs_at_once
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import measure_layer
-from convsim_cli.measurement.pairs import THRESHOLD
 from convsim_cli.precision import full_precision
 
 PIXELS = "pixel_values"  # the images of a batch that is a dictionary
@@ -41,7 +40,7 @@ def measure(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    threshold: float = THRESHOLD,
+    threshold: float = 0.95,
     bn_statistics: str = "auto",
     seed: int = 0,
 ) -> list[Record]:
@@ -56,7 +55,8 @@ def measure(
 
     The model is run in evaluation mode, without autocast or TF32, and left as it was. A layer that is never called has
     null feature-map figures; warns of layers that are left out. Raises InputError for a kernel with NaN or Inf, a
-    pattern that matches nothing, or images of another form. Keys of a record: `measurement.figures.FIGURES`.
+    pattern that matches nothing, images of another form or that the model fails on, and feature maps with NaN or Inf,
+    as images with such values have. Keys of a record: `measurement.figures.FIGURES`.
 
     >>> from torch import nn
     >>> record = measure(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 32, 32))[0]
@@ -64,6 +64,10 @@ def measure(
     ('0.weight', [8, 3, 3, 3], 0)
     """
     model = unwrapped(model)
+    if not (is_number(threshold) and 0 < threshold <= 1):
+        raise InputError(f"`threshold` {threshold!r}: expected a number in (0, 1]")
+    if not (is_number(seed, whole=True) and 0 <= seed < 1 << 63):
+        raise InputError(f"`seed` {seed!r}: expected a whole number from 0 to 2^63 − 1")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise InputError(
             "`model` is sharded (FullyShardedDataParallel); measure it before it is wrapped, or a copy of it"
@@ -78,11 +82,24 @@ def measure(
         chosen = choose_statistics(model, bn_statistics)
         if chosen == INPUTS and isinstance(images, Iterator):
             images = list(images)  # to be taken twice
-        maps = record_feature_maps(model, selection.kernels, Batches(images, device), bn_statistics=chosen, seed=seed)
-    return [
-        measure_layer(kernel, weight, maps[kernel.name], threshold)
-        for kernel, weight in zip(selection.kernels, weights, strict=True)
-    ]
+        batches = Batches(images, device)
+        try:
+            maps = record_feature_maps(model, selection.kernels, batches, bn_statistics=chosen, seed=seed)
+        except (RuntimeError, ValueError) as error:
+            own = isinstance(error, ConvsimError | NotImplementedError) or is_out_of_memory(error)
+            if own or not batches.running:
+                raise
+            raise InputError(
+                f"the model fails on images {batches.running} ({brief(error)}); expected a batch [B, C, …] as the "
+                "model takes it"
+            ) from error
+    records = []
+    for kernel, weight in zip(selection.kernels, weights, strict=True):
+        layer = maps[kernel.name]
+        records.append(measure_layer(kernel, weight, layer, threshold))
+        if records[-1]["fm_rank"] is None and layer.moments.count > 1 and layer.compared.any():
+            raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
+    return records
 
 
 def fm_corr_by_layer(model: nn.Module, images: Tensor, kernels_changed: bool = False) -> dict[str, float | None]:
@@ -173,18 +190,24 @@ def _record(
 class Batches:
     """The images of batches of any form, moved to a device. Raises InputError for another form, or none.
 
-    images: as `measure` takes them. advance: takes the number of images that have run since the last call.
+    images: as `measure` takes them. advance: takes the number of images that have run since the last call. running: the
+    type and shape of the batch that is in use, empty between batches.
     """
 
     def __init__(self, images: Tensor | Iterable[Any], device: torch.device, advance: Advance | None = None) -> None:
+        if not (isinstance(images, Iterable) or hasattr(images, "__getitem__")):
+            raise InputError(f"`images` is {kind_of(images)}; expected a batch [B, C, …] or several")
         self._batches = [images] if isinstance(images, Tensor) else images
+        self.running = ""
         self._device, self._advance = device, advance
 
     def __iter__(self) -> Iterator[Tensor]:
         number = 0
         for number, batch in enumerate(self._batches, 1):
             images = _images(batch, number).to(self._device)
+            self.running = f"{images.dtype} {list(images.shape)}"
             yield images
+            self.running = ""
             if self._advance:
                 self._advance(len(images))
         if not number:
@@ -205,4 +228,6 @@ def _images(batch: Any, number: int) -> Tensor:
             f"batch {number}: got {found}; expected floating images [B, C, …], (images, labels) "
             f"or a dictionary with {PIXELS!r}"
         )
+    if not images.numel():
+        raise InputError(f"batch {number} is empty: {list(images.shape)}")
     return images

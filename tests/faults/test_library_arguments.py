@@ -17,6 +17,7 @@ from convsim_cli import (
     decorrelate_,
     init_checkpoint,
     measure,
+    measure_checkpoint,
     minimize_,
     minimize_weight_,
     orthogonalize_,
@@ -79,7 +80,7 @@ def test_an_objective_that_is_none_is_refused_when_the_penalty_is_made(objective
 
 
 def test_minimizing_takes_objectives_by_name_alone() -> None:
-    def own(filters: Any, taps: Any) -> Any:
+    def own(filters: Any, _: Any) -> Any:
         return filters.square().sum()
 
     said = f"`objective` is a function; expected a name: {NAMES}"
@@ -117,3 +118,69 @@ def test_a_beta_that_is_no_number_is_refused(beta: Any) -> None:
 )
 def test_settings_of_another_type_are_refused(settings: dict[str, Any], said: str) -> None:
     refused(lambda: minimize_(network(), **settings), said)
+
+
+@pytest.mark.parametrize("threshold", [2, -1, 0, float("nan"), "0.9", True, None])
+def test_a_threshold_is_a_number_above_0_and_at_most_1(threshold: Any) -> None:
+    said = f"`threshold` {threshold!r}: expected a number in (0, 1]"
+    refused(lambda: measure(network(), IMAGES, threshold=threshold), said)
+
+
+def test_both_calls_name_the_same_range_of_thresholds() -> None:
+    said = "`threshold` 2: expected a number in (0, 1]"
+    refused(lambda: measure_checkpoint("a.pt", threshold=2), said)
+    assert measure(network(), IMAGES, threshold=1)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, None, -1, 1 << 70])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    said = f"`seed` {seed!r}: expected a whole number from 0 to 2^63 − 1"
+    refused(lambda: measure(network(), IMAGES, seed=seed), said)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_with_nan_or_inf_are_refused(value: float) -> None:
+    images = IMAGES.clone()
+    images[1, 2, 3, 4] = value
+    said = "0.weight: its feature maps on these `images` hold NaN or Inf; check the images"
+    refused(lambda: measure(network(), images), said)
+    refused(lambda: decorrelate_(network(), images), said)
+
+
+@pytest.mark.parametrize(("images", "found"), [(None, "None"), (3, "an int")])
+def test_what_are_no_images_is_named(images: Any, found: str) -> None:
+    refused(lambda: measure(network(), images), f"`images` is {found}; expected a batch [B, C, …] or several")
+    refused(lambda: decorrelate_(network(), images), f"`images` is {found}; expected a batch [B, C, …]")
+
+
+def test_an_empty_batch_is_named() -> None:
+    refused(lambda: measure(network(), IMAGES[:0]), "batch 1 is empty: [0, 3, 8, 8]")
+    refused(lambda: measure(network(), [IMAGES, IMAGES[:0]]), "batch 2 is empty: [0, 3, 8, 8]")
+
+
+@pytest.mark.parametrize("bn_statistics", ["stored", "inputs"])
+@pytest.mark.parametrize(
+    ("images", "found", "reason"),
+    [
+        (IMAGES[0], "torch.float32 [3, 8, 8]", "expected 4D input (got 3D input)"),
+        (IMAGES.half(), "torch.float16 [2, 3, 8, 8]", ""),
+        (torch.ones(2, 1, 8, 8), "torch.float32 [2, 1, 8, 8]", ""),
+    ],
+    ids=["one image", "half", "channels"],
+)
+def test_images_that_the_model_fails_on_are_described(images: Any, found: str, reason: str, bn_statistics: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(InputError) as caught:
+        measure(model, images, bn_statistics=bn_statistics)
+    said = str(caught.value)
+    assert said.startswith(f"the model fails on images {found} ({reason}")
+    assert said.endswith("); expected a batch [B, C, …] as the model takes it")
+
+
+def test_errors_of_a_loader_are_not_laid_on_the_model() -> None:
+    def loader() -> Any:
+        yield IMAGES
+        raise RuntimeError("a worker exited")
+
+    with pytest.raises(RuntimeError, match="^a worker exited"):
+        measure(network(), loader())
