@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from convsim_cli.checkpoint_measure import measure_checkpoint
     from convsim_cli.checkpoints.formats import open_checkpoint
     from convsim_cli.closed_forms import dct_, decorrelate_, orthogonalize_
+    from convsim_cli.errors import ConvsimWarning, DivergedError, InputError
     from convsim_cli.measurement.network import measure
     from convsim_cli.minimize import minimize_, minimize_weight_
     from convsim_cli.penalty import ConvSimPenalty
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = [
     "ConvSimPenalty",
+    "ConvsimWarning",
+    "DivergedError",
+    "InputError",
     "TurnMonitor",
     "convolutional_similarity",
     "dct_",
@@ -79,6 +83,9 @@ __all__ = [
 
 _HOMES = {
     "ConvSimPenalty": "penalty",
+    "ConvsimWarning": "errors",
+    "DivergedError": "errors",
+    "InputError": "errors",
     "TurnMonitor": "rotation",
     "convolutional_similarity": "similarity",
     "dct_": "closed_forms",

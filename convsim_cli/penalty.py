@@ -77,8 +77,8 @@ class ConvSimPenalty:
     ) -> None:
         self._objective = find_objective(objective) if isinstance(objective, str) else make_objective(objective)
         selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
-        warn_of_unsupported(selection)
         selection.require_kernels("the model has")
+        warn_of_unsupported(selection)
         self._model, self._kernels = model, selection.kernels
         layers = (layer for _, layer in layers_of(model, self._kernels))
         self._runs_layers = any(kernel.computed for kernel in self._kernels) and any(map(overrides_forward, layers))

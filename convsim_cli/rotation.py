@@ -11,14 +11,22 @@ the arc cosine loses everything below 0.02 degrees in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError
-from convsim_cli.kernels import Kernel, living_filters, module_kernels, weight_of
+from convsim_cli.errors import InputError, is_number
+from convsim_cli.kernels import (
+    Kernel,
+    Patterns,
+    living_filters,
+    module_kernels,
+    refuse_meta,
+    warn_of_unsupported,
+    weight_of,
+)
 
 
 def filter_angles(kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
@@ -37,11 +45,16 @@ def filter_angles(kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
 class TurnMonitor:
     """Watches how far the filters of a model's convolutions turn: call it after each optimizer step.
 
-    every: look at every so many steps, the first one included; in between, a call costs nothing. The monitor keeps a
-    copy of the kernels as they are when it is made, and another one during the steps that it looks at. Filters that are
-    dead at the start (`living_filters`) count nowhere. Parametrized layers count with the weight that they compute.
-    Nothing waits for the device before `rows`, which
-    waits once.
+    every: look at every so many steps, the first one included; in between, a call costs nothing. include, exclude:
+    globs over names of kernels, such as `layer1.*`. The monitor keeps a copy of the kernels as they are when it is
+    made, and another one during the steps that it looks at. Filters that are dead at the start (a norm below 1e-6 of
+    the largest in their layer) count nowhere. Parametrized layers count with the weight that they compute. Nothing
+    waits for the device before `rows`, which waits once and restarts `turn_per_step`. To resume a training, save
+    `state()` and pass it to `load_state` of a new monitor, once the model has its weights.
+
+    Warns of layers that are left out because convsim cannot act on them, and of a model without kernels. Raises
+    InputError for another `every`, for a pattern that matches nothing and for a model on the meta device. A call raises
+    InputError where a layer is gone, or has a weight of another shape than when the monitor was made.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> optimizer, turned = torch.optim.SGD(model.parameters(), lr=0.1), TurnMonitor(model)
@@ -52,11 +65,15 @@ class TurnMonitor:
     ['0.weight']
     """
 
-    def __init__(self, model: nn.Module, every: int = 1) -> None:
-        if every < 1:
-            raise InputError(f"`every` is {every}; expected a number of steps, 1 or more")
+    def __init__(
+        self, model: nn.Module, every: int = 1, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> None:
+        if not (is_number(every, whole=True) and every >= 1):
+            raise InputError(f"`every` is {every!r}; expected a number of steps, 1 or more")
         self._model, self._every, self._steps = model, every, 0
-        self._kernels = module_kernels(model, parametrized=True).kernels
+        selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
+        warn_of_unsupported(selection)
+        self._kernels = selection.kernels
         self._start: Mapping[str, Tensor] = self._copies()
         self._living = {
             kernel.name: living_filters(kernel.to_filters(self._start[kernel.name])).flatten()
@@ -70,7 +87,7 @@ class TurnMonitor:
         """Note that the optimizer has made a step."""
         if self._before is not None:
             for kernel in self._kernels:
-                angles = self._angles(kernel, weight_of(self._model, kernel), self._before[kernel.name])
+                angles = self._angles(kernel, self._weight(kernel), self._before[kernel.name])
                 self._turns.setdefault(kernel.name, []).append(angles)
             self._before = None
         self._steps += 1
@@ -87,7 +104,7 @@ class TurnMonitor:
         """
         found = []
         for kernel in self._kernels:
-            weight, turns = weight_of(self._model, kernel), self._turns.pop(kernel.name, [])
+            weight, turns = self._weight(kernel), self._turns.pop(kernel.name, [])
             norms = torch.linalg.vector_norm(kernel.to_filters(weight), dim=(-2, -1)).flatten()
             start = self._start.get(kernel.name)
             norm = norms.masked_fill(~self._living[kernel.name], torch.nan).nanmean()
@@ -113,7 +130,14 @@ class TurnMonitor:
         return dict(self._start)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a `state`, and the weights that the model has now. Without kernels nothing has `turned`."""
+        """Continue from a `state`, and the weights that the model has now. Without kernels nothing has `turned`.
+
+        Raises InputError for the state of another network; the monitor is then as it was.
+        """
+        shapes = {kernel.name: kernel.shape for kernel in self._kernels}
+        for name, was in state.items():
+            if was.shape != shapes.get(name):
+                raise InputError(f"`state` is of another network: it holds {name} {list(was.shape)}")
         self._start = {name: was.to(self._living[name].device) for name, was in state.items()}
         for kernel in self._kernels:
             if kernel.name in self._start:
@@ -124,9 +148,19 @@ class TurnMonitor:
     def _angles(self, kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
         return filter_angles(kernel, weight, former).masked_fill(~self._living[kernel.name], torch.nan)
 
+    def _weight(self, kernel: Kernel) -> Tensor:
+        weight = weight_of(self._model, kernel)
+        refuse_meta(kernel.name, weight)
+        if weight.shape != kernel.shape:
+            raise InputError(
+                f"{kernel.name}: its shape is {list(weight.shape)}, and was {list(kernel.shape)} when the TurnMonitor "
+                "was made; make a new one"
+            )
+        return weight
+
     @torch.no_grad()
     def _copies(self) -> dict[str, Tensor]:
-        return {kernel.name: weight_of(self._model, kernel).detach().clone() for kernel in self._kernels}
+        return {kernel.name: self._weight(kernel).detach().clone() for kernel in self._kernels}
 
 
 def median_angle(angles: Tensor) -> float | None:

@@ -4,7 +4,7 @@ Filters form pairs only where they see the same input: all i < j of a dense laye
 one. A module tells exactly (`modules`); a file holds names and shapes only, so its kernels are assumed (`guess`).
 """
 
-from convsim_cli.kernels.guess import TensorInfo, file_kernels
+from convsim_cli.kernels.guess import WRAPPERS, TensorInfo, file_kernels, is_averaged, is_optimizer_state
 from convsim_cli.kernels.kernel import (
     FLOATING,
     VANISHED,
@@ -35,6 +35,7 @@ from convsim_cli.kernels.modules import (
 __all__ = [
     "FLOATING",
     "VANISHED",
+    "WRAPPERS",
     "ConvolutionCall",
     "Kernel",
     "Patterns",
@@ -45,7 +46,9 @@ __all__ = [
     "effective_weight",
     "evaluation_mode",
     "file_kernels",
+    "is_averaged",
     "is_convolution",
+    "is_optimizer_state",
     "living_filters",
     "module_kernels",
     "overrides_forward",

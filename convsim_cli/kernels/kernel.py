@@ -190,12 +190,14 @@ class Selection:
     def require_kernels(self, subject: str) -> None:
         """Raise InputError, with what is left out, where nothing is selected. subject: "the model has", or "FILE:"."""
         if not self.kernels:
-            own = ("not matched by", "matched by")  # the user's patterns: known, so they come last
-            skipped = sorted(self.skipped, key=lambda entry: entry.reason.startswith(own))
-            left_out = ", ".join(f"{entry.name} ({entry.reason})" for entry in skipped[:3])
-            raise InputError(
-                f"{subject} no convolution kernels that form pairs" + (f"; left out: {left_out}" if left_out else "")
-            )
+            raise InputError(f"{subject} {self.no_kernels()}")
+
+    def no_kernels(self) -> str:
+        """Return what to say where nothing is selected, with what is left out."""
+        own = ("not matched by", "matched by")  # the user's patterns: known, so they come last
+        skipped = sorted(self.skipped, key=lambda entry: entry.reason.startswith(own))
+        left_out = ", ".join(f"{entry.name} ({entry.reason})" for entry in skipped[:3])
+        return "no convolution kernels that form pairs" + (f"; left out: {left_out}" if left_out else "")
 
     def add(self, kernel: Kernel, reason: str | None = None, unsupported: bool = False) -> None:
         """Select the kernel, or list it as skipped where there is a reason or it has no pairs."""

@@ -34,7 +34,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from convsim_cli.errors import InputError, brief, kind_of
+from convsim_cli.errors import ConvsimWarning, InputError, brief, kind_of
 from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -161,7 +161,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def warn_of_unsupported(selection: Selection, category: type[Warning] = UserWarning) -> None:
-    """Warn, once, of all layers that a library call leaves out because convsim cannot act on them."""
+    """Warn, once, of all layers that a library call leaves out because convsim cannot act on them, or of no kernels."""
     by_reason: dict[str, list[str]] = {}
     for skipped in selection.skipped:
         if skipped.unsupported:
@@ -169,6 +169,8 @@ def warn_of_unsupported(selection: Selection, category: type[Warning] = UserWarn
     if by_reason:
         listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
         warnings.warn(f"convsim leaves out {listed}", category, stacklevel=3)
+    elif not selection.kernels:
+        warnings.warn(f"the model has {selection.no_kernels()}", ConvsimWarning, stacklevel=3)
 
 
 def weight_of(model: nn.Module, kernel: Kernel) -> Tensor:

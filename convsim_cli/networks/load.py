@@ -22,8 +22,18 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.base import Checkpoint, LaidOutCheckpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.errors import ConvsimError, InputError, brief, did_you_mean
-from convsim_cli.kernels import FLOATING, Kernel, Patterns, Selection, file_kernels, is_convolution, module_kernels
-from convsim_cli.kernels.guess import WRAPPERS, is_averaged, is_optimizer_state
+from convsim_cli.kernels import (
+    FLOATING,
+    WRAPPERS,
+    Kernel,
+    Patterns,
+    Selection,
+    file_kernels,
+    is_averaged,
+    is_convolution,
+    is_optimizer_state,
+    module_kernels,
+)
 from convsim_cli.layers import side_effect_free
 from convsim_cli.networks.architectures import build_network, usual_side, warn_of_random_weights
 from convsim_cli.settings import InputOptions

@@ -11,6 +11,7 @@ from torch import nn
 
 from convsim_cli import (
     ConvSimPenalty,
+    InputError,
     TurnMonitor,
     convolutional_similarity,
     dct_,
@@ -23,7 +24,6 @@ from convsim_cli import (
     orthogonalize_,
 )
 from convsim_cli.closed_forms import dct_weight_, orthogonalize_weight_
-from convsim_cli.errors import InputError
 
 IMAGES = torch.randn(2, 3, 8, 8)
 Call = Callable[[Any], Any]
@@ -182,5 +182,5 @@ def test_errors_of_a_loader_are_not_laid_on_the_model() -> None:
         yield IMAGES
         raise RuntimeError("a worker exited")
 
-    with pytest.raises(RuntimeError, match="^a worker exited"):
+    with pytest.raises(RuntimeError, match="a worker exited"):
         measure(network(), loader())
