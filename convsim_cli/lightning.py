@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from convsim_cli.errors import InputError, to_install
+from convsim_cli.errors import InputError, is_number, to_install
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,8 +28,9 @@ class _Hooks:
 
     beta: weight of the penalty, dimensionless; 0 adds none. objective, preserve_norm, include, exclude: as
     `ConvSimPenalty` and its `add_gradient_` take them; layers that are left out are not measured either. images: what
-    `measure` takes; if None, the first training batch of each epoch. measure_every: epochs between measurements, 0 for
-    none. turn_every: steps between those whose turn is looked at, the first one of each epoch included.
+    `measure` takes; if None, the first training batch of each epoch, which is tried before the first step.
+    measure_every: epochs between measurements, 0 for none. turn_every: steps between those whose turn is looked at, the
+    first one of each epoch included. Raises InputError for another argument when it is made.
 
     The gradient is added before each optimizer step: after the gradients were unscaled, accumulated and averaged over
     processes, and before they are clipped. Of several optimizers, toggle those that do not step
@@ -53,8 +54,12 @@ class _Hooks:
         turn_every: int = 50,
     ) -> None:
         super().__init__()
-        if measure_every < 0:
-            raise InputError(f"`measure_every` is {measure_every}; expected a number of epochs, or 0 for none")
+        from convsim_cli.penalty import check_settings
+
+        check_settings(beta, objective, include, exclude)
+        for name, value, least in (("measure_every", measure_every, 0), ("turn_every", turn_every, 1)):
+            if not (is_number(value, whole=True) and value >= least):
+                raise InputError(f"`{name}` is {value!r}; expected a whole number ≥ {least}")
         self._beta, self._objective, self._preserve_norm = beta, objective, preserve_norm
         self._patterns: dict[str, Any] = {"include": include, "exclude": exclude}
         self._images, self._measure_every, self._turn_every = images, measure_every, turn_every
@@ -62,19 +67,24 @@ class _Hooks:
         self._monitor: TurnMonitor | None = None
         self._start: dict[str, Tensor] | None = None  # the kernels of a training that is resumed
         self._batch: Any = None
+        self._measurable = False  # whether a training batch has been measured
         self._steps = 0
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         from convsim_cli import ConvSimPenalty, TurnMonitor
 
         self._penalty = ConvSimPenalty(pl_module, self._objective, **self._patterns) if self._beta else None
-        self._monitor = TurnMonitor(pl_module, self._turn_every)
+        self._monitor = TurnMonitor(pl_module, self._turn_every, **self._patterns)
         if self._start is not None:
-            self._monitor.load_state(self._start)
+            watched = self._monitor.state()
+            self._monitor.load_state({name: was for name, was in self._start.items() if name in watched})
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 and self._is_measured(trainer) and self._images is None:
             self._batch = batch
+            if not self._measurable:  # tell now, not after an epoch
+                self._measure(pl_module, [batch], "; pass `images=`, or set `measure_every` to 0")
+                self._measurable = True
         self._steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
@@ -86,24 +96,29 @@ class _Hooks:
             self._monitor()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        from convsim_cli import measure
-
         assert self._monitor is not None
         turns = {row.pop("layer"): row for row in self._monitor.rows()}
         found = [(f"{key}/{name}", row[key]) for name, row in turns.items() for key in ("turn_per_step", "turned")]
         if self._is_measured(trainer):
             images, self._batch = [self._batch] if self._images is None else self._images, None
-            try:
-                records = measure(pl_module, images, **self._patterns)
-            except NotImplementedError as error:
-                if "forward" not in str(error):  # another one of the network's own
-                    raise
-                raise InputError(
-                    f"ConvSimCallback: {type(pl_module).__name__} cannot be measured without a `forward` that takes "
-                    "images; define it, or set `measure_every` to 0"
-                ) from error
+            records = self._measure(pl_module, images)
             found += [(f"{key}/{record['name']}", record[key]) for record in records for key in FIGURES]
         pl_module.log_dict({name: value for name, value in found if value is not None}, rank_zero_only=True)
+
+    def _measure(self, pl_module: nn.Module, images: Any, hint: str = "") -> list[dict[str, Any]]:
+        from convsim_cli import measure
+
+        try:
+            return measure(pl_module, images, **self._patterns)
+        except InputError as error:
+            raise InputError(f"ConvSimCallback: {error}{hint}") from error
+        except NotImplementedError as error:
+            if "forward" not in str(error):  # another one of the network's own
+                raise
+            raise InputError(
+                f"ConvSimCallback: {type(pl_module).__name__} cannot be measured without a `forward` that takes "
+                "images; define it, or set `measure_every` to 0"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._monitor is None else {"kernels_at_start": self._monitor.state()}

@@ -75,7 +75,7 @@ class ConvSimPenalty:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        self._objective = find_objective(objective) if isinstance(objective, str) else make_objective(objective)
+        self._objective = _to_objective(objective)
         selection = module_kernels(model, Patterns(include, exclude), parametrized=True)
         selection.require_kernels("the model has")
         warn_of_unsupported(selection)
@@ -193,6 +193,19 @@ def _filters(objective: Objective, kernel: Kernel, weight: Tensor) -> Tensor:
     if objective.vanishes_with_filters:
         return filters
     return filters.masked_fill(~living_filters(filters.detach())[..., None, None], 0)
+
+
+def check_settings(
+    beta: float | Tensor, objective: str | Value, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Raise InputError for what `ConvSimPenalty` and its `add_gradient_` refuse whatever the model."""
+    _check_beta(beta)
+    _to_objective(objective)
+    Patterns(include, exclude)
+
+
+def _to_objective(objective: str | Value) -> Objective:
+    return find_objective(objective) if isinstance(objective, str) else make_objective(objective)
 
 
 def _check_beta(beta: float | Tensor) -> None:

@@ -52,9 +52,10 @@ def train(package: Any, module: Any, callback: Any, folder: Path, **options: Any
     logger = import_module(f"{package.__name__}.loggers").CSVLogger(folder, name="", version="")
     options = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": False} | options
     resume = options.pop("ckpt_path", None)
+    loader = options.pop("loader", torch.utils.data.DataLoader(IMAGES, batch_size=4))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
     trainer = package.Trainer(callbacks=[callback], logger=logger, default_root_dir=folder, **quiet, **options)
-    trainer.fit(module, torch.utils.data.DataLoader(IMAGES, batch_size=4), ckpt_path=resume)
+    trainer.fit(module, loader, ckpt_path=resume)
     return trainer
 
 
@@ -138,10 +139,53 @@ def test_a_module_without_forward_is_named_with_what_to_do(package: Any, tmp_pat
         train(package, module, make(), tmp_path)
 
 
-def test_a_negative_number_of_epochs_is_refused() -> None:
+def test_layers_that_are_left_out_have_no_turns_either(package: Any, tmp_path: Path) -> None:
+    train(package, network(package), make(measure_every=0, include=["layers.2.*"]), tmp_path)
+    assert all(row.keys() == {"turn_per_step/layers.2.weight", "turned/layers.2.weight"} for row in logged(tmp_path))
+
+
+def test_a_resumed_training_may_leave_out_more_layers(package: Any, tmp_path: Path) -> None:
+    trainer = train(package, network(package), make(), tmp_path / "a", max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fewer = make(include=["layers.2.*"])
+    train(package, network(package), fewer, tmp_path / "b", ckpt_path=tmp_path / "a.ckpt")
+    assert "turned/layers.2.weight" in logged(tmp_path / "b")[-1]
+
+
+def test_batches_that_cannot_be_measured_are_refused_at_the_first(package: Any, tmp_path: Path) -> None:
+    module, steps = network(package), []
+    type(module).training_step = lambda self, batch, _: steps.append(batch) or self(batch["x"]).square().mean()
+    loader = torch.utils.data.DataLoader([{"x": image} for image in IMAGES], batch_size=4)
+    said = (
+        "^ConvSimCallback: batch 1: a dictionary with x; expected 'pixel_values'; pass `images=`, or set "
+        "`measure_every` to 0$"
+    )
+    with pytest.raises(InputError, match=said):
+        train(package, module, make(), tmp_path / "a", loader=loader)
+    assert not steps
+    train(package, module, make(images=IMAGES), tmp_path / "b", loader=loader)
+    assert "fm_corr/layers.2.weight" in logged(tmp_path / "b")[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"measure_every": -1}, "`measure_every` is -1; expected a whole number ≥ 0"),
+        ({"measure_every": 1.5}, "`measure_every` is 1.5; expected a whole number ≥ 0"),
+        ({"turn_every": 0}, "`turn_every` is 0; expected a whole number ≥ 1"),
+        ({"turn_every": "5"}, "`turn_every` is '5'; expected a whole number ≥ 1"),
+        ({"beta": "auto"}, "`beta` 'auto': expected a number .*; `ConvSimPenalty.gradient_ratio` helps to choose it"),
+        ({"beta": -1.0}, r"`beta` is -1\.0; expected a finite number ≥ 0"),
+        ({"objective": "CS"}, "unknown `objective` 'CS'; did you mean 'cs'"),
+        ({"objective": None}, "`objective` is None; expected a name or a function"),
+        ({"include": "layers.0.*"}, "`include` is the string"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_when_the_callback_is_made(options: dict[str, Any], said: str) -> None:
     pytest.importorskip("lightning")
-    with pytest.raises(InputError, match="`measure_every` is -1; expected a number of epochs, or 0"):
-        make(measure_every=-1)
+    with pytest.raises(InputError, match=f"^{said}"):
+        make(**options)
 
 
 def test_the_callback_can_be_pickled_for_processes_that_are_spawned() -> None:
