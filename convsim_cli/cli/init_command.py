@@ -119,7 +119,7 @@ def _least(preserve_norm: bool, probed: bool) -> list[str | tuple[str, ...]]:
     return ["shape", *(pairs[key] for key in order[: 3 if probed else 2])]
 
 
-def _show(content: dict[str, Any], console: Console) -> None:
+def _show(content: dict[str, Any], probe: str | None, console: Console) -> None:
     layers, when = content["layers"], list(content["total"])
     keys = [key for key in ("cs", "ncs", "norm", "fm_corr") if any(key in layer["before"] for layer in layers)]
     columns = ["name", "shape", "groups", "assumed", *(f"{key}_{moment}" for key in keys for moment in when)]
@@ -153,7 +153,8 @@ def _show(content: dict[str, Any], console: Console) -> None:
         console.note(f"{method} in place of {content['method']}: {some_of(names)}")
     backup = f"; the original is kept in {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
-    console.note(f"next: convsim measure {shlex.quote(content['output'])}")
+    inputs = f" --input {probe}" if probe else ""
+    console.note(f"next: convsim measure {shlex.quote(content['output'])}{inputs}")
     reasons = [entry["reason"] for entry in content["skipped"] if "matched by" not in entry["reason"]]
     if len(reasons) > len(layers):
         pointwise = any(reason.startswith("1×1") for reason in reasons)
