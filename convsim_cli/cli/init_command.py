@@ -90,7 +90,7 @@ def init(
     content["skipped"] = name_options(content["skipped"], context.command)
     document = console.document("init", content)
     if not as_json:
-        _show(document, console)
+        _show(document, options["probe"], console)
 
 
 def _recover(context: typer.Context, name: str | None, console: Console) -> None:

@@ -155,6 +155,8 @@ def test_a_pipe_gets_tsv_on_stdout_and_all_else_on_stderr(tmp_path: Path, convsi
     assert "skipped 2 (not matched by --include)" in outcome.err.splitlines()
     assert outcome.err.splitlines()[-2:] == [f"wrote {path}", f"next: convsim measure {path}"]
     assert not (tmp_path / "model.safetensors.bak").exists()
+    probed = convsim("init", path, "--iterations", 1, "--probe", "natural", "--force")
+    assert probed.err.splitlines()[-1].startswith(f"next: convsim measure {path} --input natural")
 
 
 def test_a_network_of_few_kernels_says_how_few_and_why(tmp_path: Path, convsim: Convsim) -> None:
