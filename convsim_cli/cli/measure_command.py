@@ -249,7 +249,11 @@ def _show_layers(reports: Sequence[ReportDocument], console: Console, as_csv: bo
         return console.delimited(columns, rows, ",")
     if several and console.is_screen:
         short = _differing_ends([report["source"] for report in reports])
-        rows = [[name, short[source], *rest] for name, source, *rest in rows]
+        for row in rows:
+            row[1] = short[row[1]]
+            for index, column in enumerate(columns):
+                if column.endswith("_change") and row[index] is not None:  # two digits, to leave room
+                    row[index] = float(f"{row[index]:.2g}")
     show_layers(columns, rows, ["shape", *least_important_keys(several)], console, above=1 + several)
 
 

@@ -223,6 +223,19 @@ def test_a_comparison_in_80_columns_keeps_what_changed(
     assert re.search(closing, " ".join(said.split()))
 
 
+def test_a_comparison_with_minute_changes_still_fits(
+    terminal: Terminal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"layer{number}.weight": 1e-4 * torch.randn(64, 16, 3, 3) for number in range(4)}
+    save_file(state, tmp_path / "one.safetensors")
+    moved = {name: weight * (1 + 1e-3 * torch.randn_like(weight)) for name, weight in state.items()}
+    save_file(moved, tmp_path / "two.safetensors")
+    lines = terminal(80)
+    assert run(["measure", *(str(tmp_path / f"{name}.safetensors") for name in ("one", "two")), "--samples", "1"]) == 0
+    check(lines(), 80)
+    assert "one line per value" not in capsys.readouterr().err
+
+
 @given(some.lists(some.integers(1, 40), min_size=1, max_size=9), some.integers(10, 200), some.data())
 def test_the_columns_chosen_fit_and_no_group_went_in_vain(
     widths: list[int], screen: int, data: some.DataObject
