@@ -85,11 +85,12 @@ def orthogonalize_(
 ) -> list[dict[str, Any]]:
     """Make the filters of every convolution of a module orthogonal, in place, and return a record per layer.
 
-    Every filter keeps its norm, and dead ones their bits; the formula is in this module's head. include, exclude: globs
-    over names of tensors; advance: called with the number of layers done since the last call. A record holds `name`,
-    `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns of parametrized layers,
-    which are left out. Raises InputError for a pattern that matches nothing and for a kernel with NaN or Inf; the model
-    is then untouched.
+    The filters of a group, as rows, become U Vᵀ of their singular value decomposition U Σ Vᵀ, each filter's mean per
+    channel subtracted first. Every filter keeps its norm, and dead ones their bits. include, exclude: globs over names
+    of tensors; advance: called with the number of layers done since the last call. A record holds `name`, `shape`,
+    `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns of layers that are left out, such
+    as parametrized ones, and of a model without kernels. Raises InputError for a pattern that matches nothing and for a
+    kernel with NaN or Inf; the model is then untouched.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> record = orthogonalize_(model)[0]
@@ -103,8 +104,7 @@ def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     """Make the filters of a weight `[S, C, *taps]` orthogonal, in place, each at its own norm, and return the weight.
 
     Use it like torch.nn.init. groups: S filters in that many consecutive groups, each orthogonal by itself. Raises
-    ValueError for another shape, type or number of groups, and InputError for NaN or Inf. The formula is in this
-    module's head.
+    ValueError for another shape, type or number of groups, and InputError for NaN or Inf. Formula: `orthogonalize_`.
 
     >>> rows = nn.functional.normalize(orthogonalize_weight_(torch.randn(8, 4, 3, 3)).flatten(1))
     >>> torch.allclose(rows @ rows.T, torch.eye(8), atol=1e-5)
@@ -151,8 +151,10 @@ def dct_(
 ) -> list[dict[str, Any]]:
     """Give each filter of every convolution of a module one pattern of the DCT, in place; return a record per layer.
 
-    Arguments, records, warnings and errors: as `orthogonalize_`. A record also holds `method`: `dct`, or `orthogonal`
-    for a layer where that serves better (`dct_method`). The formula is in this module's head.
+    A filter K becomes ‖K‖ · u ⊗ B: B is a pattern of the orthonormal DCT-II basis over the taps, u weighs the channels.
+    Each pattern takes as many filters as any other. Arguments, records, warnings and errors: as `orthogonalize_`. A
+    record also holds `method`: `dct`, or `orthogonal` for a layer where that serves better, one of 1×1 kernels or of
+    more filters than taps times channels.
 
     >>> model = nn.Sequential(nn.Conv2d(16, 32, 3))
     >>> record = dct_(model)[0]
@@ -305,14 +307,16 @@ def decorrelate_(
 
     images: `[B, C, …]`, as the model takes them and on its device; B × positions should be many times the number of a
     layer's filters, or the maps of other images stay correlated. include, exclude, advance and the records, which come
-    in the order of execution: as `orthogonalize_`. The formula is in this module's head.
+    in the order of execution: as `orthogonalize_`. With s and G, the standard deviations and the correlation matrix of
+    the layer's maps, K ← D G^(−1/2) diag(s)⁻¹ K, where D restores each filter's norm.
 
     The model runs in evaluation mode, but batch normalization by the statistics of this batch, in two passes and one
     more for each layer that is called several times (its maps are those of all calls, with the layers before it changed
     already). Only the kernels change: modes, buffers, hooks and the random number generators are left as they were.
 
-    Warns of layers that are left out: parametrized, or never called. Raises InputError for a pattern that matches
-    nothing, an empty batch, and NaN or Inf in a kernel or a feature map. After any exception the kernels are as before.
+    Warns of layers that are left out: parametrized, or never called; and of a model without kernels. Raises InputError
+    for a pattern that matches nothing, an empty batch, and NaN or Inf in a kernel or a feature map. After any
+    exception the kernels are as before.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> images = torch.randn(64, 3, 8, 8)

@@ -98,12 +98,14 @@ def minimize_(
 ) -> list[dict[str, Any]]:
     """Minimize an objective of every convolution of a module, in place, and return a record per layer (Algorithm 1).
 
-    iterations ≥ 0, lr > 0, objective: see `Minimization`. include, exclude: globs over names of kernels, such
-    as `layer1.*`. advance: takes the steps completed since the last call; each value of a kernel takes one step per
-    iteration. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and
-    `norm`. Warns of layers that are left out because convsim cannot act on them: parametrized, lazy, of unknown types.
-    Raises InputError for settings out of range, a pattern that matches nothing, a sharded weight and a kernel with NaN
-    or Inf, and DivergedError for a loss that stops being finite; the model is then untouched.
+    iterations: a whole number ≥ 0. lr: step size, > 0. preserve_norm: hold every filter at its own L2 norm. objective:
+    `cs` (Eq. 10), `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. include, exclude: globs over
+    names of kernels, such as `layer1.*`. advance: takes the steps completed since the last call; each value of a
+    kernel takes one step per iteration. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and
+    `after`, `cs`, `ncs` and `norm`. Warns of layers that are left out because convsim cannot act on them
+    (parametrized, lazy, of unknown types), and of a model without kernels. Raises InputError for settings out of
+    range, a pattern that matches nothing, a sharded weight and a kernel with NaN or Inf, and DivergedError for a
+    loss that stops being finite; the model is then untouched.
 
     >>> from torch import nn
     >>> record = minimize_(nn.Sequential(nn.Conv2d(3, 8, 3)), iterations=100)[0]
@@ -134,9 +136,10 @@ def minimize_weight_(
     """Minimize an objective of one convolution's weight, in place, and return the weight, as `torch.nn.init` does.
 
     weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups. For a
-    transposed convolution without groups pass `weight.transpose(0, 1)`. The settings are those of `minimize_`. Warns
-    where there is nothing to minimize. Raises ValueError for another shape, type or number of groups, for settings out
-    of range and for NaN or Inf, and DivergedError for a loss that stops being finite; the weight is then untouched.
+    transposed convolution without groups pass `weight.transpose(0, 1)`. objective: `cs` (Eq. 10), `neighbours`,
+    `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. The other settings are those of `minimize_`. Warns where there
+    is nothing to minimize. Raises ValueError for another shape, type or number of groups, for settings out of range and
+    for NaN or Inf, and DivergedError for a loss that stops being finite; the weight is then untouched.
 
     >>> weight = minimize_weight_(torch.nn.init.kaiming_normal_(torch.empty(8, 3, 3, 3)), iterations=100)
     """

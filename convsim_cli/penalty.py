@@ -43,9 +43,9 @@ from convsim_cli.similarity import normalized_gradient
 class ConvSimPenalty:
     """An objective, summed over a model's convolutions: `loss = task_loss + beta * penalty()`.
 
-    model: any module. objective: `cs` is Eq. 10, and `convsim_cli.objectives.OBJECTIVES` lists all; or a function of
-    a layer's filters `[groups, S / groups, N, C]` and its kernel size that returns a differentiable scalar. include,
-    exclude: globs over names of kernels, such as `layer1.*`.
+    model: any module. objective: `cs` (Eq. 10), `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`; or a
+    function of a layer's filters `[groups, S / groups, N, C]` and its kernel size that returns a differentiable scalar.
+    include, exclude: globs over names of kernels, such as `layer1.*`.
 
     The penalty selects layers by name when it is created, and looks their weights up at each call: it follows replaced
     and compiled layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 import torch
 from references import LITERAL
 from torch import Tensor
 
-from convsim_cli.errors import InputError
-from convsim_cli.minimize import minimize_weight_
+import convsim_cli
+from convsim_cli import ConvSimPenalty, InputError, minimize_, minimize_weight_
 from convsim_cli.objectives import OBJECTIVES, Objective, find_objective
 from convsim_cli.similarity import to_filters, to_weight
 
@@ -207,3 +209,17 @@ def test_an_unknown_objective_is_refused_with_the_closest_name() -> None:
 def test_the_table_is_in_the_order_of_the_documentation_and_keyed_by_name() -> None:
     assert list(OBJECTIVES) == ["cs", "neighbours", "kernel", "expected", "ocnn", "srip", "orthoreg"]
     assert all(objective.name == name for name, objective in OBJECTIVES.items())
+
+
+def test_docstrings_of_the_library_name_every_objective() -> None:
+    for public in (ConvSimPenalty, minimize_, minimize_weight_):
+        for name in OBJECTIVES:
+            assert f"`{name}`" in (public.__doc__ or ""), (public.__name__, name)
+
+
+@pytest.mark.parametrize("name", [*convsim_cli.__all__, "closed_forms.orthogonalize_weight_"])
+def test_docstrings_of_the_library_send_the_reader_nowhere_else(name: str) -> None:
+    said = pkgutil.resolve_name(f"convsim_cli.{name}").__doc__
+    assert said
+    for elsewhere in ("module's head", "OBJECTIVES", "Minimization", "FIGURES", "living_filters", "dct_method"):
+        assert elsewhere not in said

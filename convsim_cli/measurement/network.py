@@ -56,7 +56,11 @@ def measure(
     The model is run in evaluation mode, without autocast or TF32, and left as it was. A layer that is never called has
     null feature-map figures; warns of layers that are left out. Raises InputError for a kernel with NaN or Inf, a
     pattern that matches nothing, images of another form or that the model fails on, and feature maps with NaN or Inf,
-    as images with such values have. Keys of a record: `measurement.figures.FIGURES`.
+    as images with such values have.
+
+    A record holds `name`, `shape`, `groups` and figures, among them `fm_corr`, the mean |correlation| of two feature
+    maps; `fm_corr_random`, the same for random kernels; `fm_rank`, the effective number of independent maps; `cs`,
+    Eq. 10; `ncs`, Eq. 10 of filters of norm 1 per pair; and `dead`, the number of dead filters.
 
     >>> from torch import nn
     >>> record = measure(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 32, 32))[0]
