@@ -153,8 +153,8 @@ def dct_(
 
     A filter K becomes ‖K‖ · u ⊗ B: B is a pattern of the orthonormal DCT-II basis over the taps, u weighs the channels.
     Each pattern takes as many filters as any other. Arguments, records, warnings and errors: as `orthogonalize_`. A
-    record also holds `method`: `dct`, or `orthogonal` for a layer where that serves better, one of 1×1 kernels or of
-    more filters than taps times channels.
+    record also holds `method`: `dct`, or `orthogonal` where that serves better: for 1×1 kernels, and for more filters
+    than taps times channels, unless there are 3 channels.
 
     >>> model = nn.Sequential(nn.Conv2d(16, 32, 3))
     >>> record = dct_(model)[0]
@@ -341,7 +341,7 @@ def decorrelate_kernels_(
     model = unwrapped(model)
     if not isinstance(images, Tensor):
         raise InputError(f"`images` is {kind_of(images)}; expected a batch [B, C, …]")
-    if not len(images):
+    if not images.numel():
         raise InputError("`images` is empty; expected a batch of at least one image")
     weights = [weight_of(model, kernel) for kernel in kernels]
     check_finite(list(zip(kernels, weights, strict=True)))

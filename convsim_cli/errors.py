@@ -97,11 +97,11 @@ def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return "did you mean …?" for the closest known name, or else a list of the first known names.
 
-    prefix: what is typed before a name.
+    prefix: what is typed before a name. The case of letters does not count.
     """
     known = list(known)
     lower = {each.lower(): each for each in known}
-    close = get_close_matches(name.lower(), lower, n=1)
+    close = get_close_matches(str(name).lower(), lower, n=1)
     if close:
         return f"did you mean {prefix + lower[close[0]]!r}?"
     more = f", … ({len(known)} in all)" if len(known) > _LISTED else ""

@@ -153,6 +153,18 @@ def test_what_are_no_images_is_named(images: Any, found: str) -> None:
     refused(lambda: decorrelate_(network(), images), f"`images` is {found}; expected a batch [B, C, …]")
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8)])
+def test_an_empty_batch_is_not_decorrelated_on(shape: tuple[int, ...]) -> None:
+    said = "`images` is empty; expected a batch of at least one image"
+    refused(lambda: decorrelate_(network(), torch.ones(shape)), said)
+
+
+@pytest.mark.parametrize("wanted", [None, 3])
+def test_batch_norm_statistics_that_are_no_name_are_refused(wanted: Any) -> None:
+    said = f"unknown `bn_statistics` {wanted!r}: known are auto, stored, inputs"
+    refused(lambda: measure(network(), IMAGES, bn_statistics=wanted), said)
+
+
 def test_an_empty_batch_is_named() -> None:
     refused(lambda: measure(network(), IMAGES[:0]), "batch 1 is empty: [0, 3, 8, 8]")
     refused(lambda: measure(network(), [IMAGES, IMAGES[:0]]), "batch 2 is empty: [0, 3, 8, 8]")
