@@ -119,7 +119,15 @@ def run(arguments: list[str]) -> int:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvsimWarning)
-        warnings.showwarning = lambda message, *_: _show("warning", " ".join(str(message).split()), arguments)
+        shown = set[str]()
+
+        def show_once(message: Warning | str, *_: Any, **__: Any) -> None:  # a run warns of a network more than once
+            text = " ".join(str(message).split())
+            if text not in shown:
+                shown.add(text)
+                _show("warning", text, arguments)
+
+        warnings.showwarning = show_once
         try:
             code = app(arguments or ["--help"], standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):

@@ -160,7 +160,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def warn_of_unsupported(selection: Selection, category: type[Warning] = UserWarning) -> None:
+def warn_of_unsupported(selection: Selection) -> None:
     """Warn, once, of all layers that a library call leaves out because convsim cannot act on them, or of no kernels."""
     by_reason: dict[str, list[str]] = {}
     for skipped in selection.skipped:
@@ -168,7 +168,7 @@ def warn_of_unsupported(selection: Selection, category: type[Warning] = UserWarn
             by_reason.setdefault(skipped.reason, []).append(skipped.name)
     if by_reason:
         listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-        warnings.warn(f"convsim leaves out {listed}", category, stacklevel=3)
+        warnings.warn(f"convsim leaves out {listed}", ConvsimWarning, stacklevel=3)
     elif not selection.kernels:
         warnings.warn(f"the model has {selection.no_kernels()}", ConvsimWarning, stacklevel=3)
 

@@ -150,7 +150,7 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
     network is then untouched.
     """
     method, selection = _method(settings), module_kernels(model)
-    warn_of_unsupported(selection, ConvsimWarning)
+    warn_of_unsupported(selection)
     if caution := method and method.warning({name: value.shape for name, value in model.state_dict().items()}):
         warnings.warn(caution, ConvsimWarning, stacklevel=2)
     minimization, norms = _minimizations(settings)

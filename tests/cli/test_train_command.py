@@ -270,3 +270,18 @@ def test_a_class_without_training_images_is_warned_about(tmp_path: Path, convsim
     outcome = convsim("train", "--arch", "cnn:2", "--dataset", f"folder:{tmp_path / 'images'}", *how)
     assert outcome.code == 0, outcome.err
     assert "convsim: warning: no training images of 1 of 3 classes (elk)" in outcome.err
+
+
+def test_a_layer_that_is_left_out_is_warned_of_once(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "left_out.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Mine(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))\n\n"
+        "    def forward(self, x):\n        return nn.functional.conv2d(x, self.weight)\n\n\n"
+        "def net(num_classes=10):\n    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), Mine(), *pooled, nn.Linear(4, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    how = ("--dataset", "digits", "--limit-train", 20, "--limit-test", 10, "--epochs", 1, "--run-dir", tmp_path, "-q")
+    assert convsim("train", "--arch", "left_out:net", *how).err.count("leaves out 1.weight") == 1
