@@ -174,7 +174,7 @@ def _warn(checkpoint: Checkpoint, method: Method, target: Path | None, backup: P
             f"network will lose what it has learned{kept}"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=3)
-        if target is not None and has_statistics and ".safetensors" not in target.name:  # a pickle has no record
+        if target is not None and has_statistics and not checkpoint.keeps_record(target):
             message = (
                 f"{target} cannot record that its batch-norm statistics belong to other kernels: to run the network, "
                 "convsim measure --arch NAME --bn-statistics inputs"

@@ -104,8 +104,9 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = get_close_matches(str(name).lower(), lower, n=1)
     if close:
         return f"did you mean {prefix + lower[close[0]]!r}?"
-    more = f", … ({len(known)} in all)" if len(known) > _LISTED else ""
-    return f"known are {', '.join(known[:_LISTED])}{more}"
+    between = "; " if any("," in each for each in known) else ", "
+    more = f"{between}… ({len(known)} in all)" if len(known) > _LISTED else ""
+    return f"known are {between.join(known[:_LISTED])}{more}"
 
 
 def is_number(value: object, whole: bool = False) -> bool:

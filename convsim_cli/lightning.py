@@ -108,17 +108,16 @@ class _Hooks:
     def _measure(self, pl_module: nn.Module, images: Any, hint: str = "") -> list[dict[str, Any]]:
         from convsim_cli import measure
 
+        forward = type(pl_module).forward
+        if any(forward is module.LightningModule.forward for module in _imported()):  # which only raises
+            raise InputError(
+                f"ConvSimCallback: {type(pl_module).__name__} cannot be measured without a `forward` that takes "
+                "images; define it, or set `measure_every` to 0"
+            )
         try:
             return measure(pl_module, images, **self._patterns)
         except InputError as error:
             raise InputError(f"ConvSimCallback: {error}{hint}") from error
-        except NotImplementedError as error:
-            if "forward" not in str(error):  # another one of the network's own
-                raise
-            raise InputError(
-                f"ConvSimCallback: {type(pl_module).__name__} cannot be measured without a `forward` that takes "
-                "images; define it, or set `measure_every` to 0"
-            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._monitor is None else {"kernels_at_start": self._monitor.state()}
@@ -134,7 +133,7 @@ def __getattr__(name: str) -> Any:
     """Make the class when it is first used, for every package of Lightning's that the program has imported."""
     if name != "ConvSimCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = [module for package in PACKAGES if (module := sys.modules.get(package))]
+    found = _imported()
     for package in PACKAGES if not found else ():
         with suppress(ModuleNotFoundError):
             found = [import_module(package)]
@@ -146,3 +145,8 @@ def __getattr__(name: str) -> Any:
     )
     globals()[name] = made  # the same class from now on, also for pickle
     return made
+
+
+def _imported() -> list[Any]:
+    """Return the packages of Lightning's that the program has imported."""
+    return [module for package in PACKAGES if (module := sys.modules.get(package))]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,12 +51,21 @@ def test_it_returns_what_the_command_prints(path: Path, convsim: Convsim, tmp_pa
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("suffix", "said"), [(".safetensors", []), (".pth", ["belong to other kernels"])])
-def test_a_pickle_is_said_to_keep_older_batch_norm_statistics(tmp_path: Path, suffix: str, said: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "save", "said"),
+    [
+        ("model.safetensors", save_file, []),
+        ("model.bin", save_file, []),  # known by its content
+        ("model.pth", torch.save, ["belong to other kernels"]),
+    ],
+)
+def test_a_pickle_is_said_to_keep_older_batch_norm_statistics(
+    tmp_path: Path, name: str, save: Callable[..., Any], said: list[str]
+) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     model(torch.randn(4, 3, 8, 8))
-    path = tmp_path / f"model{suffix}"
-    save_file(model.state_dict(), path) if suffix == ".safetensors" else torch.save(model.state_dict(), path)
+    path = tmp_path / name
+    save(model.state_dict(), path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         init_checkpoint(path, iterations=1)

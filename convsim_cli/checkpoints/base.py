@@ -55,6 +55,10 @@ class Checkpoint(ABC):
         InputError for a target whose suffix belongs to another format, WriteError if it cannot be written.
         """
 
+    def keeps_record(self, target: Path) -> bool:
+        """Return whether the file that is written to `target` has a place for the record."""
+        return True
+
     def target_for(self, output: Path) -> Path:
         """Return the file to write for an `output` of the user. Raises InputError where it cannot be written there."""
         check_regular(output)
@@ -125,6 +129,9 @@ class LaidOutCheckpoint(Checkpoint):
                 del tensor  # one layer less in memory while the next one is changed
 
         return self._stored.write(target, stored(), record, backup=backup)
+
+    def keeps_record(self, target: Path) -> bool:
+        return self._stored.keeps_record(target)
 
     def target_for(self, output: Path) -> Path:
         return self._stored.target_for(output)

@@ -56,7 +56,8 @@ class Format:
 
     name: what a file of it is called, with its article; suffixes: of its file names; recognizes: takes a path and the
     file's first bytes; open: takes the open file, and the key if the format has `keys`; write: takes a new file, a
-    state dict and metadata, None for a format that can only be written back.
+    state dict and metadata, None for a format that can only be written back; keeps_record: whether a file of it has a
+    place for the `convsim.*` record.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Format:
     open: Callable[..., Checkpoint]
     write: Callable[[BinaryIO, Mapping[str, Tensor], Mapping[str, str]], None] | None
     keys: bool = False
+    keeps_record: bool = True
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -94,6 +96,7 @@ FORMATS: tuple[Format, ...] = (
         _lazy("pickle_format", "PickledCheckpoint"),
         _lazy("pickle_format", "write_state_dict"),
         keys=True,
+        keeps_record=False,
     ),
 )
 
@@ -250,6 +253,9 @@ class StateDict(Checkpoint):
             write_new(file, self._state | dict(changes), record or {})
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+
+    def keeps_record(self, target: Path) -> bool:
+        return format_for(target).keeps_record
 
     def check_suffix(self, target: Path) -> None:
         format_for(target)

@@ -70,6 +70,9 @@ class PickledCheckpoint(Checkpoint):
         tensor: Tensor = self._state[name].detach()
         return tensor
 
+    def keeps_record(self, target: Path) -> bool:
+        return False
+
     def write(
         self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
     ) -> Path | None:

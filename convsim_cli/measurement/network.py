@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import ConvsimError, InputError, brief, is_number, is_out_of_memory, kind_of
+from convsim_cli.errors import InputError, brief, is_number, is_out_of_memory, kind_of
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -90,8 +90,7 @@ def measure(
         try:
             maps = record_feature_maps(model, selection.kernels, batches, bn_statistics=chosen, seed=seed)
         except (RuntimeError, ValueError) as error:
-            own = isinstance(error, ConvsimError | NotImplementedError) or is_out_of_memory(error)
-            if own or not batches.running:
+            if isinstance(error, InputError) or is_out_of_memory(error) or not batches.running:
                 raise
             raise InputError(
                 f"the model fails on images {batches.running} ({brief(error)}); expected a batch [B, C, …] as the "

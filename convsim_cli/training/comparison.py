@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from math import atan2, cos, pi, sin, sqrt, tan
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.errors import ConvsimWarning, InputError, did_you_mean
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_layers, read_results, spread
@@ -89,10 +88,7 @@ def compare_runs(
     compared = [_compare_groups(_of_one_length(found)) for found in tables.values()]
     if baseline is not None and not any(_matching(groups, baseline) for groups in compared):
         known = [name for groups in compared for name in _named_groups(groups)]
-        close = get_close_matches(baseline, known, n=1)
-        groups_there = "groups are " + "; ".join(group.name for groups in compared for group in groups)
-        hint = f"did you mean {close[0]!r}?" if close else groups_there
-        raise InputError(f"`baseline` {baseline!r}: no such group or run; {hint}")
+        raise InputError(f"`baseline` {baseline!r}: no such group or run; {did_you_mean(baseline, known)}")
     figures, references = [], []
     for groups in compared:
         reference = _find_baseline(groups, baseline)

@@ -332,9 +332,7 @@ COMMANDS_TO_COPY = (
 def test_errors_and_warnings_wrap_at_words_but_never_in_a_command(
     command: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sentence = (
-        f"what was found is nothing that can be used here, and before training it has to be mended: {command}, or so"
-    )
+    sentence = f"this checkpoint cannot be used here and must be repaired before any training: {command}, or similar"
     lines = terminal(80)
     monkeypatch.setattr("sys.stderr", sys.stdout)
     Console().warn(sentence)

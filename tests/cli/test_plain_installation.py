@@ -69,7 +69,7 @@ def test_the_first_example_of_every_help_runs_without_an_extra(convsim: Convsim)
         ("timm", ("measure", "--arch", "timm:resnet18")),
     ],
 )
-def test_a_missing_extra_is_named_as_installed_from_an_index_and_in_a_clone(
+def test_a_missing_extra_is_named_as_from_an_index_and_in_a_clone(
     extra: str, arguments: tuple[str, ...], convsim: Convsim
 ) -> None:
     assert extra in extras()

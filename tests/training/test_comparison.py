@@ -200,7 +200,7 @@ def test_some_of_a_groups_settings_name_it_where_they_are_its_own(runs: Path) ->
     make_run(runs, "also large", [50.0] * 6, lr=0.1, seed=1, mode="init")
     with pytest.raises(InputError, match=r"2 groups are so named \(mode=.*, lr=0.1; mode=.*, lr=0.1\)"):
         compare_runs([runs], "lr=0.1")
-    with pytest.raises(InputError, match=r"no such group or run; groups are mode=.*; mode="):
+    with pytest.raises(InputError, match=r"no such group or run; known are mode=.*; mode="):
         compare_runs([runs], "momentum=9")
 
 
