@@ -84,11 +84,17 @@ def measure_checkpoint(
 
 
 def measure_checkpoints(
-    paths: Sequence[str | Path | None], options: MeasureOptions, progress: Progress = unreported, heat: bool = False
+    paths: Sequence[str | Path | None],
+    options: MeasureOptions,
+    progress: Progress = unreported,
+    *,
+    paper: bool = True,
+    heat: bool = False,
 ) -> list[MeasureReport]:
     """Return a report per checkpoint; those of several have the changes from the first (`add_changes`).
 
-    Opens all of them before it measures the first. heat: whether to make heat maps. Errors as `measure_checkpoint`.
+    Opens all of them before it measures the first. paper: whether to take the paper's figures of feature maps,
+    None otherwise. heat: whether to make heat maps. Errors as `measure_checkpoint`.
     """
     options.check()
     check_inputs(options)
@@ -108,7 +114,7 @@ def measure_checkpoints(
         )
         for path in paths
     ]
-    reports = [_measure(source, options, heat, device, progress) for source in sources]
+    reports = [_measure(source, options, paper, heat, device, progress) for source in sources]
     if len(reports) > 1:
         reports[0].warnings += add_changes([report.document() for report in reports])
         for source, report in zip(sources[1:], reports[1:], strict=True):
@@ -130,7 +136,7 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
 
 
 def _measure(
-    source: ModelCheckpoint, options: MeasureOptions, heat: bool, device: torch.device, progress: Progress
+    source: ModelCheckpoint, options: MeasureOptions, paper: bool, heat: bool, device: torch.device, progress: Progress
 ) -> MeasureReport:
     skipped = [entry.record() for entry in source.selection.skipped]
     report = MeasureReport(source.checkpoint.name, options.input, skipped=skipped, heat={} if heat else None)
@@ -139,17 +145,22 @@ def _measure(
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
         return_freed_memory()  # slower, but layers this wide then need half the memory
     if source.model is None:
-        _measure_layers(report, source, options, device, progress)
+        _measure_layers(report, source, options, paper, device, progress)
     else:
         with redirect_stdout(sys.stderr):  # what a user's network prints is no data
-            _measure_network(report, source, options, device, progress)
+            _measure_network(report, source, options, paper, device, progress)
     report.notes += _sample_notes(report.layers)
     report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
     return report
 
 
 def _measure_layers(
-    report: MeasureReport, source: ModelCheckpoint, options: MeasureOptions, device: torch.device, progress: Progress
+    report: MeasureReport,
+    source: ModelCheckpoint,
+    options: MeasureOptions,
+    paper: bool,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
     require_layer_inputs(options)
     checkpoint, kernels = source.checkpoint, source.selection.kernels
@@ -163,7 +174,7 @@ def _measure_layers(
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)
             norm = _load_norm(checkpoint, norms[kernel.name], device) if kernel.name in norms else None
-            _add(report, options, kernel, weight, layer_probe.look(kernel, weight, norm))
+            _add(report, options, kernel, weight, layer_probe.look(kernel, weight, norm, paper=paper))
             advance(1)
 
 
@@ -176,7 +187,12 @@ def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> Batch
 
 
 def _measure_network(
-    report: MeasureReport, source: ModelCheckpoint, options: MeasureOptions, device: torch.device, progress: Progress
+    report: MeasureReport,
+    source: ModelCheckpoint,
+    options: MeasureOptions,
+    paper: bool,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
     from convsim_cli.inputs.images import measure_accuracy
     from convsim_cli.layers import layers_of
@@ -201,7 +217,8 @@ def _measure_network(
         progress(f"feature maps of {path}", len(images) * (2 if chosen == INPUTS else 1)) as advance,
     ):
         batches = Batches(images.tensor_split(count), device, advance)
-        maps = record_feature_maps(model, kernels, batches, source.names, bn_statistics=chosen, seed=options.seed)
+        how: dict[str, Any] = {"bn_statistics": chosen, "seed": options.seed, "paper": paper}
+        maps = record_feature_maps(model, kernels, batches, source.names, **how)
     with progress(f"measure {path}", len(kernels)) as advance:
         for kernel in kernels:
             of_layer = maps.pop(kernel.name)

@@ -118,7 +118,8 @@ def measure(
 
     options["device"] = str(choose_device(options["device"], console))
     with redirect_stdout(sys.stderr):  # a network may print
-        reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, heat=plot is not None)
+        which = {"paper": _needs_paper_figures(as_json, wide, sort), "heat": plot is not None}
+        reports = measure_checkpoints(paths, MeasureOptions(**options), console.progress, **which)
     for report in reports:
         for line in report.warnings:
             console.warn(with_options(line, context.command))
@@ -176,6 +177,11 @@ def _check_output(pages: Sequence[Path], sort: str | None, two_formats: bool) ->
         sort_layers([], sort)
     for page in pages:
         check_picture(page)
+
+
+def _needs_paper_figures(as_json: bool, wide: bool, sort: str | None) -> bool:
+    """Whether the paper's figures, whose second product of all maps takes time, are shown or sorted by."""
+    return as_json or wide or (sort is not None and sort.removeprefix("-") not in shown_keys(wide=False))
 
 
 def _draw(report: MeasureReport, page: Path) -> None:

@@ -39,17 +39,25 @@ class LayerMaps:
     """
 
     def __init__(
-        self, kernel: Kernel, weight: Tensor, *, scale: float = 1.0, seed: int = 0, whole: bool = True
+        self,
+        kernel: Kernel,
+        weight: Tensor,
+        *,
+        scale: float = 1.0,
+        seed: int = 0,
+        chance: bool = True,
+        paper: bool = True,
     ) -> None:
         """weight: as stored; it says which filters are dead. scale: what the maps are divided by beforehand.
 
-        seed: of the random kernels and the sample. whole: take chance and the paper's figures too, not only `moments`.
+        seed: of the random kernels and the sample. chance: take the maps of random kernels too. paper: take the paper's
+        figures too, which are a second product of every two maps.
         """
         self.living = living_filters(kernel.to_filters(weight))
         self.sample = _draw_sample(kernel.filters // kernel.groups, seed)
         self.moments = MapMoments(kernel.groups, self.sample)
-        self.paper = PaperSimilarity(kernel.groups, scale=scale, living=self._sampled(self.living)) if whole else None
-        self.chance = RandomKernels(kernel, seed) if whole else None
+        self.paper = PaperSimilarity(kernel.groups, scale=scale, living=self._sampled(self.living)) if paper else None
+        self.chance = RandomKernels(kernel, seed) if chance else None
         self.calls = 0
 
     def update(self, maps: Tensor) -> None:

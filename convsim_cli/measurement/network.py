@@ -112,7 +112,7 @@ def fm_corr_by_layer(model: nn.Module, images: Tensor, kernels_changed: bool = F
     """
     kernels = module_kernels(model, parametrized=True).kernels
     statistics = choose_statistics(model, kernels_changed=kernels_changed)
-    maps = record_feature_maps(model, kernels, [images], bn_statistics=statistics, whole=False)
+    maps = record_feature_maps(model, kernels, [images], bn_statistics=statistics, chance=False, paper=False)
     return {name: layer.fm_corr() for name, layer in maps.items()}
 
 
@@ -124,14 +124,15 @@ def record_feature_maps(
     *,
     bn_statistics: str | None = None,
     seed: int = 0,
-    whole: bool = True,
+    chance: bool = True,
+    paper: bool = True,
 ) -> dict[str, LayerMaps]:
     """Run batches through a network and return what is recorded of each kernel's maps, by the kernel's name.
 
     batches: on the model's device. names: the model's name of a tensor → the kernel's, where they differ.
     bn_statistics: `inputs` to re-estimate batch-norm statistics on the batches first, which are then taken twice.
-    whole: take chance and the paper's figures too. The network is left as it was, parameters included. One layer's maps
-    are held at a time.
+    chance: take the maps of random kernels too. paper: take the paper's figures too. The network is left as it was,
+    parameters included. One layer's maps are held at a time.
     """
     maps: dict[str, LayerMaps] = {}
     model = unwrapped(model)
@@ -144,7 +145,7 @@ def record_feature_maps(
             if kernel.name not in maps:
                 weight = effective_weight(layer)
                 assert weight is not None  # a layer without one is not selected
-                maps[kernel.name] = LayerMaps(kernel, weight.detach(), seed=seed, whole=whole)
+                maps[kernel.name] = LayerMaps(kernel, weight.detach(), seed=seed, chance=chance, paper=paper)
             hook = partial(_record, kernel, maps[kernel.name])
             hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         for images in batches:

@@ -87,12 +87,15 @@ class LayerProbe:
         self._kept: tuple[object, Tensor] | None = None
         self._chances: dict[object, RandomKernels] = {}  # on the inputs that are kept
 
-    def look(self, kernel: Kernel, weight: Tensor, norm: BatchNormBefore | None = None) -> LayerMaps:
+    def look(
+        self, kernel: Kernel, weight: Tensor, norm: BatchNormBefore | None = None, *, paper: bool = True
+    ) -> LayerMaps:
         """Return a layer's maps, chance included.
 
         weight: as stored, on the device to compute on. norm: γ and β of the batch norm before it, for `features`.
+        paper: take the paper's figures too.
         """
-        maps = self._run(kernel, weight, norm)
+        maps = self._run(kernel, weight, norm, chance=True, paper=paper)
         assert maps.chance is not None
         key = kernel.shape, kernel.groups, kernel.transposed
         if norm is None and key in self._chances:  # as for thousands of layers of one shape
@@ -114,15 +117,17 @@ class LayerProbe:
 
         living: which filters take part, by their norms for None.
         """
-        maps = self._run(kernel, weight, None, whole=False)
+        maps = self._run(kernel, weight, None, chance=False, paper=False)
         maps.living = maps.living if living is None else living
         return maps.fm_corr()
 
-    def _run(self, kernel: Kernel, weight: Tensor, norm: BatchNormBefore | None, whole: bool = True) -> LayerMaps:
+    def _run(
+        self, kernel: Kernel, weight: Tensor, norm: BatchNormBefore | None, *, chance: bool, paper: bool
+    ) -> LayerMaps:
         """Return the maps of a layer's own filters."""
         scale = weight.abs().amax().double().item() or 1.0  # other maps could leave the range of float32
         filters = (kernel.to_convolution(weight) / scale).float()
-        maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed, whole=whole)
+        maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed, chance=chance, paper=paper)
         for images in self._batches(kernel, weight.device, kernel.filters, norm):
             maps.update(self._convolve(kernel, images, filters))
         return maps

@@ -14,6 +14,7 @@ from torch import nn
 
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.inputs.images import evaluation_totals
+from convsim_cli.measurement.feature_maps import PaperSimilarity
 from convsim_cli.measurement.network import measure
 from convsim_cli.measurement.synthetic import make_inputs
 from convsim_cli.networks.architectures import build_network
@@ -514,6 +515,22 @@ def test_rows_and_json_are_sorted_by_a_figure(convsim: Convsim, tmp_path: Path) 
     outcome = convsim("measure", tmp_path / "m.safetensors", "--sort", "fm_rnk")
     assert outcome.code == 2
     assert "--sort fm_rnk: did you mean 'fm_rank'?" in outcome.error
+
+
+@pytest.mark.parametrize("how", [("--json",), ("--wide",), ("--sort", "fm_cos")])
+def test_the_papers_figures_are_computed_only_where_they_are_shown(
+    convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
+) -> None:
+    computed: list[int] = []
+    original = PaperSimilarity._add
+    monkeypatch.setattr(PaperSimilarity, "_add", lambda *given: (computed.append(1), original(*given)))
+    make(tmp_path / "m.safetensors")
+    for source in ((tmp_path / "m.safetensors",), ("--arch", "cnn:4", "--samples", 4)):
+        assert "fm_cos" not in convsim("measure", *source).rows[0]
+        assert not computed
+        assert convsim("measure", *source, *how).code == 0
+        assert computed
+        computed.clear()
 
 
 def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -> None:
