@@ -38,7 +38,7 @@ from convsim_cli.networks.load import (
     load_inputs,
     open_model_checkpoint,
 )
-from convsim_cli.settings import InitOptions, with_signature_of
+from convsim_cli.settings import InitOptions, path_of, with_signature_of
 
 if TYPE_CHECKING:  # what most calls do not need
     from convsim_cli.measurement.synthetic import LayerProbe
@@ -106,6 +106,9 @@ def init_checkpoint(
     """
     chosen = InitOptions(**options)
     chosen.check()
+    for name, given in ("path", path), ("output", output):
+        if given is not None:
+            path_of(name, given)
     groups = list((chosen.groups or {}).items())
     patterns = Patterns(chosen.include, chosen.exclude, groups, chosen.transposed, chosen.layout)
     in_place = path is not None and not is_on_hub(path)

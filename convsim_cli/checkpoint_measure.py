@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from math import ceil
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from convsim_cli.networks.load import (
     require_layer_inputs,
 )
 from convsim_cli.rotation import filter_angles, median_angle
-from convsim_cli.settings import MeasureOptions, with_signature_of
+from convsim_cli.settings import MeasureOptions, path_of, with_signature_of
 
 MAP_BATCH = 32  # images that a network runs on at once
 
@@ -77,7 +77,9 @@ def measure_checkpoint(
     Warns of what a reader of the file had to choose between. Raises InputError for a file without kernels, a kernel
     with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
-    (report,) = measure_checkpoints([None if path is None else fspath(path)], MeasureOptions(**options), progress)
+    (report,) = measure_checkpoints(
+        [None if path is None else path_of("path", path)], MeasureOptions(**options), progress
+    )
     for line in report.warnings:
         warnings.warn(line, stacklevel=3)
     return report

@@ -110,8 +110,13 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Return whether a value is a number, also one of numpy's; truth is none."""
-    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    """Return whether a value is a number, also one of numpy's, within the range of a float unless `whole`."""
+    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+        return False
+    try:
+        return whole or isinstance(float(value), float)
+    except OverflowError:
+        return False
 
 
 def kind_of(value: object) -> str:
@@ -120,6 +125,13 @@ def kind_of(value: object) -> str:
         return "None" if value is None else f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
+def model_failed(images: str, error: Exception) -> InputError:
+    """Return what to raise in place of a model's own error on images, described as `type [shape]`."""
+    return InputError(
+        f"the model fails on images {images} ({brief(error)}); expected a batch [B, C, …] as the model takes it"
+    )
 
 
 def one_of(names: Iterable[str]) -> str:

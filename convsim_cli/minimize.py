@@ -68,6 +68,8 @@ class Minimization:
             raise InputError(f"`lr` is {self.lr!r}; expected a finite number > 0")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"`optimizer` is {self.optimizer!r}; expected {' or '.join(OPTIMIZERS)}")
+        if self.preserve_norm not in (True, False):
+            raise InputError(f"`preserve_norm` is {self.preserve_norm!r}; expected true or false")
         find_objective(self.objective)
 
     def select(self, selection: Selection) -> Selection:

@@ -136,9 +136,11 @@ def make_objective(function: Value) -> Objective:
     def value(filters: Tensor, taps: Taps) -> Tensor:
         with full_precision(filters.device):
             found = function(filters, taps)
-        if not isinstance(found, Tensor) or found.ndim:
-            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"`objective` {name}: returned {shape}; expected a scalar tensor")
+        if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
+            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"`objective` {name}: returned {kind}; expected a real scalar tensor")
+        if filters.requires_grad and torch.is_grad_enabled() and not found.requires_grad:
+            raise InputError(f"`objective` {name}: its value does not depend on the filters differentiably")
         return found
 
     name = getattr(function, "__name__", type(function).__name__)

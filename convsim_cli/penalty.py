@@ -210,8 +210,9 @@ def _to_objective(objective: str | Value) -> Objective:
 
 def _check_beta(beta: float | Tensor) -> None:
     if isinstance(beta, Tensor):
-        if beta.numel() != 1:
-            raise InputError(f"`beta` has the shape {list(beta.shape)}; expected one number")
+        if beta.numel() != 1 or beta.is_complex() or beta.is_meta or beta.layout != torch.strided:
+            kind = f"{'meta ' * beta.is_meta}{beta.dtype} {list(beta.shape)}"
+            raise InputError(f"`beta` is a {kind} tensor; expected one real number")
         if beta.device.type != "cpu":
             return
     elif not is_number(beta):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError, is_number
+from convsim_cli.errors import InputError, is_number, kind_of
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -34,10 +34,9 @@ def filter_angles(kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
 
     weight, former: as stored. NaN for a filter that is zero in either.
     """
-    ours, theirs = (
-        nn.functional.normalize(kernel.to_filters(each).flatten(0, 1).flatten(1), dim=-1, eps=0)
-        for each in (weight, former)
-    )
+    rows = [kernel.to_filters(each).flatten(0, 1).flatten(1) for each in (weight, former)]
+    units = [each / each.abs().amax(-1, keepdim=True) for each in rows]  # their squares stay in float32's range
+    ours, theirs = (nn.functional.normalize(each, dim=-1, eps=0) for each in units)
     apart, together = torch.linalg.vector_norm(ours - theirs, dim=-1), torch.linalg.vector_norm(ours + theirs, dim=-1)
     return torch.rad2deg(2 * torch.atan2(apart, together))
 
@@ -105,7 +104,8 @@ class TurnMonitor:
         found = []
         for kernel in self._kernels:
             weight, turns = self._weight(kernel), self._turns.pop(kernel.name, [])
-            norms = torch.linalg.vector_norm(kernel.to_filters(weight), dim=(-2, -1)).flatten()
+            wide = torch.float32 if weight.device.type == "mps" else torch.float64  # small squares must not underflow
+            norms = torch.linalg.vector_norm(kernel.to_filters(weight), dim=(-2, -1), dtype=wide).flatten()
             start = self._start.get(kernel.name)
             norm = norms.masked_fill(~self._living[kernel.name], torch.nan).nanmean()
             unknown = torch.full_like(norm, torch.nan)  # on the layer's device, whatever the default one is
@@ -134,10 +134,15 @@ class TurnMonitor:
 
         Raises InputError for the state of another network; the monitor is then as it was.
         """
-        shapes = {kernel.name: kernel.shape for kernel in self._kernels}
+        if not isinstance(state, Mapping):
+            raise InputError(f"`state` is {kind_of(state)}; expected what `state()` returned")
+        weights = {kernel.name: self._weight(kernel) for kernel in self._kernels}
         for name, was in state.items():
-            if was.shape != shapes.get(name):
-                raise InputError(f"`state` is of another network: it holds {name} {list(was.shape)}")
+            found = f"{was.dtype} {list(was.shape)}" if isinstance(was, Tensor) else kind_of(was)
+            if not isinstance(was, Tensor) or name not in weights or was.shape != weights[name].shape:
+                raise InputError(f"`state` is of another network: it holds {name}, {found}")
+            if not was.is_floating_point() or was.is_meta or was.layout != torch.strided:
+                raise InputError(f"`state` holds {name}, {found}; expected dense floating values")
         self._start = {name: was.to(self._living[name].device) for name, was in state.items()}
         for kernel in self._kernels:
             if kernel.name in self._start:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, signature
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from convsim_cli.errors import InputError, one_of
+from convsim_cli.errors import InputError, is_number, one_of
 from convsim_cli.methods import METHODS
 
 Channels = tuple[float, float, float]
@@ -87,6 +87,12 @@ class Declaration:
             if isinstance(value, float) and not math.isfinite(value):
                 expected = expected.replace("a number", "a finite number")
             raise InputError(f"`{self.name}` {value}: expected {expected}{closest}")
+        if isinstance(value, tuple) and tuple in self.types and not (len(value) == 3 and all(map(is_number, value))):
+            raise InputError(f"`{self.name}` {value}: expected three numbers")
+        if isinstance(value, Mapping):
+            for pattern, number in value.items():
+                if not (isinstance(pattern, str) and is_number(number, whole=True)):
+                    raise InputError(f"`{self.name}` {pattern!r}: {number!r}; expected a pattern and a whole number")
         if isinstance(value, int) and value > LARGEST:
             raise InputError(f"`{self.name}` {value}: expected a number of 64 bits, at most {LARGEST}")
 
@@ -104,6 +110,15 @@ class Declaration:
 def setting(default: Any, help: str, group: str | None = None, **more: Any) -> Any:
     """Declare a field. help, group and the rest: as in `Declaration`."""
     return field(default=default, metadata={"help": help, "group": group, **more})
+
+
+def path_of(name: str, value: object) -> str:
+    """Return a path, given as the argument `name`, as a string; raise InputError for what is none."""
+    if isinstance(value, str | PathLike):
+        path = fspath(value)
+        if isinstance(path, str) and path and "\0" not in path:
+            return path
+    raise InputError(f"`{name}` is {value!r}; expected a path")
 
 
 @cache

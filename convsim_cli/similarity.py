@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import log2, prod
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -58,11 +59,16 @@ def to_filters(weight: Tensor, groups: int = 1) -> tuple[Tensor, Taps]:
     if weight.dtype not in _TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
         raise ValueError(f"expected a weight in {known}, got {weight.dtype} {list(weight.shape)}; convert it first")
+    if weight.layout != torch.strided or weight.is_nested:
+        kind = "nested" if weight.is_nested else weight.layout
+        raise ValueError(f"expected a dense weight, got a {kind} tensor; convert it first")
     if not 3 <= weight.ndim <= 5 or 0 in weight.shape:
         raise ValueError(
             "expected a convolution weight [S, C, taps…] of 3 to 5 axes, none of them empty, "
             f"got {weight.dtype} {list(weight.shape)}"
         )
+    if not isinstance(groups, Integral) or isinstance(groups, bool):
+        raise ValueError(f"`groups` is {groups!r}; expected a whole number")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(
             f"{groups} groups do not divide the {weight.shape[0]} filters of a weight {list(weight.shape)}"

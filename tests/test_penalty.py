@@ -524,5 +524,7 @@ def test_an_objective_of_the_users_own_is_penalized_like_a_known_one() -> None:
 
 def test_an_objective_that_returns_no_scalar_is_named() -> None:
     penalty = ConvSimPenalty(nn.Sequential(nn.Conv2d(3, 4, 3)), lambda filters, taps: filters)
-    with pytest.raises(InputError, match=r"`objective` <lambda>: returned \[1, 4, 9, 3\]; expected a scalar"):
+    with pytest.raises(
+        InputError, match=r"`objective` <lambda>: returned torch.float32 \[1, 4, 9, 3\]; expected a real scalar"
+    ):
         penalty()

@@ -115,7 +115,7 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
     name = str(path)
     if is_on_hub(path):
         path, for_writing = _fetch(name), False
-    path = Path(path)
+    path = Path(str(path))
     with explained(path):
         finish_saves(path) if for_writing else refuse_interrupted(path)
         if path.is_dir():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import InputError, brief, is_number, is_out_of_memory, kind_of
+from convsim_cli.errors import ConvsimError, InputError, is_number, is_out_of_memory, kind_of, model_failed
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -89,13 +89,10 @@ def measure(
         batches = Batches(images, device)
         try:
             maps = record_feature_maps(model, selection.kernels, batches, bn_statistics=chosen, seed=seed)
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, InputError) or is_out_of_memory(error) or not batches.running:
+        except Exception as error:  # whatever a model's own code raises
+            if isinstance(error, ConvsimError) or is_out_of_memory(error) or not batches.running:
                 raise
-            raise InputError(
-                f"the model fails on images {batches.running} ({brief(error)}); expected a batch [B, C, …] as the "
-                "model takes it"
-            ) from error
+            raise model_failed(batches.running, error) from error
     records = []
     for kernel, weight in zip(selection.kernels, weights, strict=True):
         layer = maps[kernel.name]
@@ -226,8 +223,12 @@ def _images(batch: Any, number: int) -> Tensor:
         images = batch[PIXELS]
     elif isinstance(batch, list | tuple) and batch:
         images = batch[0]
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.is_meta:
+        found = (
+            f"{'meta ' * images.is_meta}{images.dtype} {list(images.shape)}"
+            if isinstance(images, Tensor)
+            else type(images).__name__
+        )
         raise InputError(
             f"batch {number}: got {found}; expected floating images [B, C, …], (images, labels) "
             f"or a dictionary with {PIXELS!r}"

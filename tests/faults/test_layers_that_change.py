@@ -93,7 +93,9 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing() -> None:
     model = network()
     turned = TurnMonitor(model)
     for other in (nn.Sequential(nn.Conv2d(3, 5, 3)), nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3))):
-        with pytest.raises(InputError, match=r"^`state` is of another network: it holds [01]\.weight \["):
+        with pytest.raises(
+            InputError, match=r"^`state` is of another network: it holds [01]\.weight, torch.float32 \["
+        ):
             turned.load_state(TurnMonitor(other).state())
     turned.load_state(copy.deepcopy(turned.state()))
     assert turned.rows()[0]["turned"] == pytest.approx(0, abs=1e-3)

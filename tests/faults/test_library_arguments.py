@@ -200,3 +200,143 @@ def test_errors_of_a_loader_are_not_laid_on_the_model() -> None:
 
     with pytest.raises(RuntimeError, match="a worker exited"):
         measure(network(), loader())
+
+
+@pytest.mark.parametrize("groups", ["2", None, 2.0, True, [2]], ids=repr)
+@pytest.mark.parametrize(
+    "call", [convolutional_similarity, minimize_weight_, orthogonalize_weight_, dct_weight_], ids=lambda f: f.__name__
+)
+def test_a_number_of_groups_is_a_whole_number(call: Call, groups: Any) -> None:
+    assert refusal(lambda: call(torch.ones(4, 3, 3, 3), groups)) == f"`groups` is {groups!r}; expected a whole number"
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (torch.ones(4, 3, 3, 3).to_sparse(), "torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(3, 3, 3)], layout=torch.jagged), "nested"),
+    ],
+    ids=["sparse", "nested"],
+)
+@pytest.mark.parametrize(
+    "call", [convolutional_similarity, minimize_weight_, orthogonalize_weight_, dct_weight_], ids=lambda f: f.__name__
+)
+def test_a_weight_is_a_dense_tensor(call: Call, weight: torch.Tensor, kind: str) -> None:
+    assert refusal(lambda: call(weight)) == f"expected a dense weight, got a {kind} tensor; convert it first"
+
+
+@pytest.mark.parametrize("images", [IMAGES.to("meta"), IMAGES.int(), IMAGES.cfloat()], ids=["meta", "int", "complex"])
+def test_images_are_floating_and_hold_values(images: torch.Tensor) -> None:
+    found = f"{'meta ' * images.is_meta}{images.dtype} [2, 3, 8, 8]"
+    assert refusal(lambda: decorrelate_(network(), images)) == f"`images` is {found}; expected floating images"
+    assert refusal(lambda: measure(network(), images)).startswith(f"batch 1: got {found}; expected floating images")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [IMAGES[0, 0, 0, 0], IMAGES.half(), IMAGES.double(), IMAGES.to_sparse(), torch.ones(2, 1, 8, 8), IMAGES[..., :2]],
+    ids=["a number", "half", "double", "sparse", "channels", "too small"],
+)
+def test_images_that_cannot_be_decorrelated_on_are_described(images: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = model[0].weight.detach().clone()
+    said = refusal(lambda: decorrelate_(model, images))
+    assert said.startswith(f"the model fails on images {images.dtype} {list(images.shape)} (")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_whatever_a_model_raises_is_reported_with_its_images() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.conv(images)[[5, 6][len(images)]]
+
+    for call in (measure, decorrelate_):
+        said = refusal(lambda call=call: call(Broken(), IMAGES))
+        assert said.startswith("the model fails on images torch.float32 [2, 3, 8, 8] (list index out of range)")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "x",
+        None,
+        {"0.weight": [1.0]},
+        {"0.weight": None},
+        {"0.weight": torch.ones(4, 3, 3, 3).to_sparse()},
+        {"0.weight": torch.ones(4, 3, 3, 3, device="meta")},
+        {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.int32)},
+        {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.complex64)},
+        {3: torch.ones(4, 3, 3, 3)},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_kind_leaves_the_monitor_as_it_was(state: Any) -> None:
+    turned = TurnMonitor(network())
+    before = turned.state()
+    assert "`state`" in refusal(lambda: turned.load_state(state))
+    assert all(torch.equal(before[name], was) for name, was in turned.state().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mean": ("a", 1, 2)}, "`mean` ('a', 1, 2): expected three numbers"),
+        ({"std": (1, 2)}, "`std` (1, 2): expected three numbers"),
+        ({"groups": {"*": "2"}}, "`groups` '*': '2'; expected a pattern and a whole number"),
+        ({"groups": {1: 2}}, "`groups` 1: 2; expected a pattern and a whole number"),
+        ({"groups": {"*": 2.0}}, "`groups` '*': 2.0; expected a pattern and a whole number"),
+    ],
+    ids=str,
+)
+def test_entries_of_options_have_their_types(options: dict[str, Any], said: str) -> None:
+    assert refusal(lambda: measure_checkpoint("a.pt", **options)) == said
+
+
+@pytest.mark.parametrize("path", [5, [], b"x", "a\0b", ""], ids=repr)
+def test_a_path_is_a_string_or_a_path(path: Any) -> None:
+    assert refusal(lambda: measure_checkpoint(path)) == f"`path` is {path!r}; expected a path"
+    assert refusal(lambda: init_checkpoint(path)) == f"`path` is {path!r}; expected a path"
+    assert refusal(lambda: init_checkpoint(None, path)) == f"`output` is {path!r}; expected a path"
+
+
+@pytest.mark.parametrize(
+    ("beta", "kind"),
+    [
+        (torch.tensor(1j), "torch.complex64 []"),
+        (torch.ones((), device="meta"), "meta torch.float32 []"),
+        (torch.ones(1).to_sparse(), "torch.float32 [1]"),
+        (torch.ones(2), "torch.float32 [2]"),
+    ],
+    ids=["complex", "meta", "sparse", "two"],
+)
+def test_a_tensor_beta_is_one_real_number(beta: torch.Tensor, kind: str) -> None:
+    penalty = ConvSimPenalty(network())
+    assert refusal(lambda: penalty.add_gradient_(beta)) == f"`beta` is a {kind} tensor; expected one real number"
+
+
+def test_numbers_beyond_floats_are_no_numbers() -> None:
+    penalty = ConvSimPenalty(network())
+    assert refusal(lambda: penalty.add_gradient_(10**400)).startswith("`beta` 1000")
+    assert refusal(lambda: minimize_(network(), lr=10**400)).startswith("`lr` is 1000")
+
+
+def test_preserve_norm_is_true_or_false() -> None:
+    said = "`preserve_norm` is 'no'; expected true or false"
+    assert refusal(lambda: minimize_weight_(torch.ones(4, 3, 3, 3), preserve_norm="no")) == said  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (lambda filters, _: filters.detach().square().sum(), "does not depend on the filters differentiably"),
+        (lambda filters, _: filters.square().sum() * 1j, "returned torch.complex64 []; expected a real scalar tensor"),
+    ],
+    ids=["detached", "complex"],
+)
+def test_an_objective_is_real_and_differentiable(objective: Any, said: str) -> None:
+    penalty = ConvSimPenalty(network(), objective)
+    assert said in refusal(lambda: penalty.add_gradient_(1.0))

@@ -58,6 +58,22 @@ def test_small_angles_keep_their_digits_in_float32(degrees: float) -> None:
     assert found == pytest.approx(degrees, rel=1e-4)
 
 
+@pytest.mark.parametrize("scales", [(1e-30, 1e-30), (1e-23, 1e-23), (1e19, 1e19), (1e30, 1e30), (1, 1e-24)])
+def test_angles_do_not_depend_on_scale(scales: tuple[float, float]) -> None:
+    kernel, (weight, former) = Kernel("weight", (6, 4, 3, 3)), torch.randn(2, 6, 4, 3, 3)
+    found = filter_angles(kernel, weight * scales[0], former * scales[1])
+    assert found.tolist() == pytest.approx(filter_angles(kernel, weight, former).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e19])
+def test_norms_of_very_small_and_large_filters_are_known(scale: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    norms = model[0].weight.detach().double().flatten(1).norm(dim=1)
+    assert TurnMonitor(model).rows()[0]["norm"] == pytest.approx(norms.mean().item(), rel=1e-5, abs=0)
+
+
 def at_degrees(*angles: float) -> Tensor:
     """Filters of one tap and two channels, `[S, 2, 1]`, at these angles from the first axis."""
     turns = torch.tensor(angles).deg2rad()
