@@ -15,7 +15,7 @@ This page is the architecture. A module imports only from its own line and the l
     rotation            how far filters turn while a network trains
     checkpoints/        `base`, `formats` (the table) and one module per format; `atomic` and `journal` write,
                         `diagnose` and `pickle_globals` explain what cannot be read
-    inputs/             images in memory, and accuracy on them; data sets and folders by name
+    inputs/             images in memory, and accuracy on them; datasets and folders by name
     networks/           networks by name, checkpoints loaded into them, and what they run on
     checkpoint_init, checkpoint_measure   two library calls, which the commands `init` and `measure` show
     training/           `config` (arguments and modes), `launch`, `run`, `trainer`, `prepare`, `distributed`,
@@ -40,7 +40,7 @@ What happens in a command, in order:
 
 Where a change goes: a method, its function in closed_forms or objectives.OBJECTIVES and its entry in methods.METHODS;
 an option of init or measure, settings; of training, or a mode, training/config; a figure, figures.FIGURES and
-kernel_figures.measure_layer; a format, checkpoints/formats.FORMATS; a data set, inputs/datasets.DATASETS; a network,
+kernel_figures.measure_layer; a format, checkpoints/formats.FORMATS; a dataset, inputs/datasets.DATASETS; a network,
 networks/architectures; an arm, reproduction/published.ARMS. Help texts, checks, completion, JSON and tables read these.
 `.github/CONTRIBUTING.md` goes through each.
 """

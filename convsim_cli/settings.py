@@ -195,11 +195,11 @@ class InputOptions(CheckpointOptions):
         above=0,
     )
     data_dir: str | PathLike[str] = setting(
-        "data", "Where data sets are, or are downloaded to.", "Inputs", metavar="DIR"
+        "data", "Where datasets are, or are downloaded to.", "Inputs", metavar="DIR"
     )
     mean: Channels | None = setting(
         None,
-        "Normalize images by this mean. On a scale from 0 to 1; by default the data set's own.",
+        "Normalize images by this mean. On a scale from 0 to 1; by default the dataset's own.",
         "Inputs",
         metavar="R,G,B",
     )

@@ -140,7 +140,7 @@ def run(arguments: list[str]) -> int:
             if isinstance(error, ConvsimError):
                 code, message = error.exit_code, str(error)
             elif is_out_of_memory(error):
-                message = f"not enough memory ({brief(error)}); free some, or use a smaller network, batch or data set"
+                message = f"not enough memory ({brief(error)}); free some, or use a smaller network, batch or dataset"
             elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
                 code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); name another path"
             elif hasattr(error, "format_message"):  # a usage error of the parser

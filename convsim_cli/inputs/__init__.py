@@ -1,1 +1,1 @@
-"""Images to train and measure with: data sets and folders."""
+"""Images to train and measure with: datasets and folders."""

@@ -1,4 +1,4 @@
-"""Image data sets by name, and folders of image files: labeled, or inputs to measure with.
+"""Image datasets by name, and folders of image files: labeled, or inputs to measure with.
 
 A labeled folder holds a folder of images per class, in PATH/train and PATH/val or in PATH itself. Any other layout is
 refused: images in the wrong place would be trained on with wrong labels.
@@ -43,14 +43,14 @@ def load_dataset(
     *,
     test_only: bool = False,
 ) -> Dataset:
-    """Read a data set by its name.
+    """Read a dataset by its name.
 
     name: `cifar10` or `cifar100`, downloaded through torchvision if not in `data_dir`; `digits`, which needs no file;
     or `folder:PATH` with one folder of images per class, in PATH/train (or training) and PATH/val (or valid,
     validation, test, testing), or in PATH itself, where every fifth image is then for testing. Images of a folder are
     resized and center-cropped to side × side pixels; each split is in a fixed shuffled order, so that its first images
     are from all classes.
-    mean, std: normalize by these instead of the data set's own. test_only: do not decode the training images of a
+    mean, std: normalize by these instead of the dataset's own. test_only: do not decode the training images of a
     folder. Raises InputError for an unknown name, and for data that is missing and cannot be downloaded: it says which
     file to get and where to put it.
     """
@@ -62,7 +62,7 @@ def load_dataset(
         splits = (_decoded_split([] if test_only else train, side), _decoded_split(test, side))
         found = Dataset(f"folder:{path}", *splits, len(classes), IMAGENET_MEAN, IMAGENET_STD, tuple(classes))
     else:
-        raise InputError(f"unknown data set {name!r}: {did_you_mean(name, NAMES)}")
+        raise InputError(f"unknown dataset {name!r}: {did_you_mean(name, NAMES)}")
     return replace(found, mean=mean or found.mean, std=std or found.std)
 
 
@@ -96,7 +96,7 @@ def folder_digest(path: Path) -> str:
 
 
 def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Path) -> Dataset:
-    """Read torchvision's data set of this class, downloaded if it is not there."""
+    """Read torchvision's dataset of this class, downloaded if it is not there."""
     from torchvision import datasets
 
     source = getattr(datasets, kind)
@@ -114,7 +114,7 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
         raise InputError(
             f"{kind} is not in {folder} and cannot be downloaded ({str(error).rstrip('.')}); "
             f"unpack {source.url} there, or name its parent with `data_dir`; "
-            "the data set digits needs scikit-learn, but no download"
+            "the dataset digits needs scikit-learn, but no download"
         ) from error
     finally:
         with suppress(OSError):  # of the folders of a failed download, only empty ones go
@@ -125,7 +125,7 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
 
 
 def _refuse_inside(data_dir: Path, source: Any) -> None:
-    """Raise InputError if `data_dir` is the data set's own folder, or one of its files, instead of the parent."""
+    """Raise InputError if `data_dir` is the dataset's own folder, or one of its files, instead of the parent."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     if (data_dir / source.base_folder).is_dir():
@@ -133,7 +133,7 @@ def _refuse_inside(data_dir: Path, source: Any) -> None:
     real = data_dir.resolve()
     for other in (CIFAR10, CIFAR100):
         if real.name == other.base_folder and real.is_dir():
-            raise InputError(f"`data_dir` {data_dir} is the data set itself; name its parent: `data_dir` {real.parent}")
+            raise InputError(f"`data_dir` {data_dir} is the dataset itself; name its parent: `data_dir` {real.parent}")
         files = {name for name, _ in other.train_list + other.test_list}
         if real.is_dir() and all((real / name).is_file() for name in files):
             raise InputError(
@@ -150,7 +150,7 @@ def _digits(_: Path) -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            f"the data set digits needs scikit-learn, which is not installed: {to_install('demo')}"
+            f"the dataset digits needs scikit-learn, which is not installed: {to_install('demo')}"
         ) from error
     bunch = load_digits()
     gray = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)  # 0 to 16 as shipped
@@ -216,7 +216,7 @@ def decode_image(path: Path, side: int) -> Tensor:
 
 
 def find_splits(path: Path) -> tuple[list[str], Labeled, Labeled]:
-    """Return the classes of a data set, its training files and its test files, class by class.
+    """Return the classes of a dataset, its training files and its test files, class by class.
 
     Without a folder for testing every fifth file is for that. Hidden folders and files are ignored. Raises InputError
     for a folder of another layout, with the path to use where there is one.

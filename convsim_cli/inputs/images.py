@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1.
+    """A dataset, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1.
 
     class_names: in the order of the labels, where they have names.
     validation: images set apart from the training images (`hold_out`), if any.
@@ -70,11 +70,11 @@ class Dataset:
         return {name: {"train": train[label], "test": test[label]} for label, name in enumerate(names)}
 
     def limited(self, train: int | None, test: int | None) -> Dataset:
-        """Return the data set with the first images of each split only, all of them for None."""
+        """Return the dataset with the first images of each split only, all of them for None."""
         return replace(self, train=self.train.first(train), test=self.test.first(test))
 
     def hold_out(self, count: int | None) -> Dataset:
-        """Return the data set with its last `count` training images set apart for validation, none for None.
+        """Return the dataset with its last `count` training images set apart for validation, none for None.
 
         Raises InputError if no training image would be left.
         """
@@ -90,7 +90,7 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, in the data set's layout."""
+        """Return uint8 images `[B, height, width, 3]` as float32 `[B, 3, height, width]`, in the dataset's layout."""
         scale, shift = scale_and_shift(self.mean, self.std, images.device)
         normalized = torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
         return normalized.contiguous(memory_format=self.layout)  # no copy where that is channels_last

@@ -278,7 +278,7 @@ def check_inputs(options: InputOptions) -> None:
         raise InputError(f"`input_channels` goes with synthetic inputs: the images of `input` {options.input} have 3")
     if options.input in LAYER_PROBES and (options.mean, options.std) != (None, None):
         raise InputError(
-            f"`mean` and `std` normalize images: `input` {options.input} has none; name a data set or folder"
+            f"`mean` and `std` normalize images: `input` {options.input} has none; name a dataset or folder"
         )
 
 
@@ -300,9 +300,9 @@ def require_layer_inputs(options: InputOptions) -> None:
 def load_inputs(
     options: InputOptions, seed: int, model: nn.Module, arch: str, training: bool = False
 ) -> tuple[Tensor, Dataset | None]:
-    """Return the inputs `[samples, C, …]` of a network, and the data set that they are from where they have labels.
+    """Return the inputs `[samples, C, …]` of a network, and the dataset that they are from where they have labels.
 
-    seed: of synthetic inputs. training: take the first training images of a data set, in place of its test images.
+    seed: of synthetic inputs. training: take the first training images of a dataset, in place of its test images.
     Raises InputError.
     """
     from convsim_cli.inputs.datasets import NAMES, load_dataset, load_images
@@ -319,7 +319,7 @@ def load_inputs(
     if name == FEATURES:
         raise InputError(
             f"`input` {FEATURES} stands in for what a layer of a file alone sees; with `arch` the network's own layers "
-            "see it: name white, natural, a data set or a folder"
+            "see it: name white, natural, a dataset or a folder"
         )
     if not _is_labeled(name):
         if not Path(name).is_dir():

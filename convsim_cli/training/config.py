@@ -172,7 +172,7 @@ class Arguments:
         metavar="NAME",
         common=True,
     )
-    data_dir: str = setting("data", "Where data sets are, or are downloaded to.", "Data", metavar="DIR", common=True)
+    data_dir: str = setting("data", "Where datasets are, or are downloaded to.", "Data", metavar="DIR", common=True)
     image_size: int | None = setting(
         None,
         "folder:PATH: pixels along each axis. Unless given, 32 for the built-in networks and 224 for others.",
@@ -181,7 +181,7 @@ class Arguments:
         above=0,
     )
     mean: str | None = setting(
-        None, "Normalize images by this mean, on a scale from 0 to 1, not the data set's.", "Data", metavar="R,G,B"
+        None, "Normalize images by this mean, on a scale from 0 to 1, not the dataset's.", "Data", metavar="R,G,B"
     )
     std: str | None = setting(None, "Normalize images by this standard deviation.", "Data", metavar="R,G,B")
     limit_train: int | None = setting(None, "Only the first N training images.", "Data", metavar="N", above=0)

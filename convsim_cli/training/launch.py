@@ -82,11 +82,11 @@ def resume_run(run: Run, callbacks: RunCallbacks) -> list[tuple[Run, dict[str, A
 
 
 def _load_checked(arguments: Arguments) -> tuple[nn.Module, Dataset]:
-    """Return a run's network and data set, after every check that needs no folder."""
+    """Return a run's network and dataset, after every check that needs no folder."""
     arguments.check()
     if arguments.tensorboard:
         import_summary_writer()
-    find_network(arguments.arch, arguments.pretrained)  # before a data set is downloaded
+    find_network(arguments.arch, arguments.pretrained)  # before a dataset is downloaded
     dataset = load_data(arguments)
     model = build_with_weights(arguments, dataset.classes)
     check_network(model, arguments, dataset)

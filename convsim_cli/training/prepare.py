@@ -32,7 +32,7 @@ IMAGES = 1024  # the first training images, on which `decorrelate` makes feature
 
 
 def load_data(arguments: Arguments) -> Dataset:
-    """Return the whole data set of a run.
+    """Return the whole dataset of a run.
 
     Raises InputError if it cannot be read, and for an image folder with other images than those of the run.
     """
@@ -74,7 +74,7 @@ def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
 
 
 def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> None:
-    """Raise InputError for a network that a run on this data set cannot train. The network is left as it is."""
+    """Raise InputError for a network that a run on this dataset cannot train. The network is left as it is."""
     if not (arguments.pretrained or arguments.weights):
         warn_of_random_weights(arguments.arch)
     try:

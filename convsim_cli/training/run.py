@@ -100,7 +100,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Train a run to its number of epochs, resuming after its last whole epoch, and return its summary.
 
-    dataset: the run's whole data set, if it is loaded already. model: what `build_with_weights` gives, if it is built
+    dataset: the run's whole dataset, if it is loaded already. model: what `build_with_weights` gives, if it is built
     already. Only rank 0 touches the folder; the other processes return an empty summary. Raises DivergedError (the last
     good checkpoint is kept), InputError for a damaged `state.pt`, a lost one or that of another run, and BusyError for
     a run that another process is working on.
@@ -114,7 +114,7 @@ def train_run(
     choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
-        state = processes.on_rank_zero(lambda: read_state(run))  # refused before a data set is downloaded
+        state = processes.on_rank_zero(lambda: read_state(run))  # refused before a dataset is downloaded
         data = used_images(arguments, dataset or load_data(arguments))
         callbacks.begin(run, data)
         if state:

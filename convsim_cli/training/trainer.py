@@ -305,7 +305,7 @@ def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], where: 
 
 
 def resident(dataset: Dataset, device: torch.device) -> Dataset:
-    """Return the data set with all of its images on a device. Raises ConvsimError where they do not fit."""
+    """Return the dataset with all of its images on a device. Raises ConvsimError where they do not fit."""
     try:
         return dataset.to(device)
     except torch.cuda.OutOfMemoryError as error:

@@ -53,7 +53,7 @@ def bare(arch: str, batch: int, data: Dataset, device: torch.device) -> Callable
 
 
 class Normalized(Images[tuple[torch.Tensor, int]]):
-    """Images one at a time, as torchvision's data sets and transforms give them."""
+    """Images one at a time, as torchvision's datasets and transforms give them."""
 
     def __init__(self, data: Dataset) -> None:
         self.data = data

@@ -496,7 +496,7 @@ def test_weights_that_are_damaged_do_not_stay_after_a_resume(harm: str, run: Run
 
 
 class Odd(nn.Module):
-    """Networks that fit a data set in evaluation alone."""
+    """Networks that fit a dataset in evaluation alone."""
 
     def __init__(self, kind: str, classes: int) -> None:
         super().__init__()

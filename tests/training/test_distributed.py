@@ -115,7 +115,7 @@ def the_error_in(said: str) -> str:
 @pytest.mark.parametrize(
     ("mistake", "code", "said"),
     [
-        (("--dataset", "nodata"), 2, "unknown data set 'nodata'"),
+        (("--dataset", "nodata"), 2, "unknown dataset 'nodata'"),
         (("--lr", "1e30"), 1, "epoch 1: the loss is nan"),
     ],
     ids=["bad input", "diverging"],
