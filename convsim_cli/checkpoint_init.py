@@ -97,12 +97,12 @@ def init_checkpoint(
 
     path: the checkpoint, a file, a folder of shards, or `hf://…` (`open_checkpoint`); None for a new network, which
     `arch` names, with `pretrained` that of its library. output: where to save; in place if None, unless on the Hub. A
-    file that is replaced is kept as `FILE.bak` (`.bak.1`, …) unless `no_backup`. progress: shows how far it has come,
-    see `device.Progress`. options: the fields of `settings.InitOptions`, which are the options of `convsim init`.
+    file that is replaced is kept as `FILE.bak` (`.bak.1`, …) unless `no_backup`. progress: shows the progress, see
+    `device.Progress`. options: the fields of `settings.InitOptions`, which are the options of `convsim init`.
 
-    Completes an interrupted save to `path` or `output` first; a dry run refuses one to `path`. Warns, with
-    ConvsimWarning, of a checkpoint that looks trained and of choices made in reading it. Raises CheckpointError,
-    InputError, DivergedError and WriteError; files are then unchanged.
+    Completes an interrupted save to `path` or `output` first; a dry run refuses one to `path`. Warns (ConvsimWarning)
+    about a checkpoint that looks trained and about choices made when reading it. Raises CheckpointError, InputError,
+    DivergedError and WriteError; files are then unchanged.
     """
     chosen = InitOptions(**options)
     chosen.check()
@@ -173,14 +173,14 @@ def _warn(checkpoint: Checkpoint, method: Method, target: Path | None, backup: P
     if looks_trained(checkpoint):
         kept = f"; the original is kept in {backup}" if backup else ""
         message = (
-            f"{checkpoint.name} looks trained, and init is for weights before training: until it is trained again, the "
-            f"network will lose what it has learned{kept}"
+            f"{checkpoint.name} looks trained, and init is for weights before training: it destroys what the network "
+            f"has learned{kept}"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=3)
         if target is not None and has_statistics and not checkpoint.keeps_record(target):
             message = (
-                f"{target} cannot record that its batch-norm statistics belong to other kernels: to run the network, "
-                "convsim measure --arch NAME --bn-statistics inputs"
+                f"{target} cannot record that its batch-norm statistics no longer match its kernels: to run the "
+                "network, convsim measure --arch NAME --bn-statistics inputs"
             )
             warnings.warn(message, ConvsimWarning, stacklevel=3)
     caution = method.warning({name: info.shape for name, info in checkpoint.tensors.items()})
@@ -301,7 +301,7 @@ def looks_trained(checkpoint: Checkpoint) -> bool:
 
     Batch-norm statistics decide where there are any: training leaves a counter above zero or a running mean other than
     zero. Without them the filters' norms do: their spread is `SPREAD` times that of independent weights or more, in the
-    median over the layers. What `convsim init` wrote is then not taken for trained.
+    median over the layers. Files written by `convsim init` then do not count as trained.
     """
     statistics = [name for name in checkpoint.tensors if name.endswith(("num_batches_tracked", "running_mean"))]
     if statistics:

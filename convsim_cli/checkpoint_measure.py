@@ -71,10 +71,10 @@ def measure_checkpoint(
     """Measure how similar the filters and feature maps of a checkpoint are, layer by layer.
 
     path: a checkpoint, a file, a folder of shards, or `hf://…` (`open_checkpoint`); None for a fresh network. With
-    `arch` the network runs; without it each layer is probed by itself. progress: shows how far it has come, see
+    `arch` the network runs; without it each layer is probed by itself. progress: shows the progress, see
     `device.Progress`. options: the fields of `settings.MeasureOptions`, which are the options of `convsim measure`.
 
-    Warns of what a reader of the file had to choose between. Raises InputError for a file without kernels, a kernel
+    Warns about choices made when reading the file. Raises InputError for a file without kernels, a kernel
     with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
     (report,) = measure_checkpoints(
@@ -250,7 +250,7 @@ def _call_notes(layers: Sequence[Record]) -> list[str]:
     """What a reader has to know of layers that the network does not call exactly once."""
     never = [layer["name"] for layer in layers if layer["calls"] == 0]
     often = [f"{layer['name']} ({layer['calls']} times)" for layer in layers if layer["calls"] > 1]
-    notes = [f"never called, so without feature maps: {', '.join(never)}"] if never else []
+    notes = [f"never called, so no feature maps: {', '.join(never)}"] if never else []
     return notes + ([f"called more than once, every call counts: {', '.join(often)}"] if often else [])
 
 
@@ -258,6 +258,6 @@ def _sample_notes(layers: Sequence[Record]) -> list[str]:
     """Which layers have too many filters to compare the maps of every two."""
     large = [f"{layer['name']} ({layer['sampled']} per group)" for layer in layers if "sampled" in layer]
     figures = "redundant, opposite, removable and clusters are null"
-    return [f"too many filters to compare all maps, so a sample is compared, and {figures}: {', '.join(large)}"] * bool(
+    return [f"too many filters to compare all maps: a sample is compared, and {figures}: {', '.join(large)}"] * bool(
         large
     )

@@ -86,11 +86,11 @@ def orthogonalize_(
     """Make the filters of every convolution of a module orthogonal, in place, and return a record per layer.
 
     The filters of a group, as rows, become U Vᵀ of their singular value decomposition U Σ Vᵀ, each filter's mean per
-    channel subtracted first. Every filter keeps its norm, and dead ones their bits. include, exclude: globs over names
-    of tensors; advance: called with the number of layers done since the last call. A record holds `name`, `shape`,
-    `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns of layers that are left out, such
-    as parametrized ones, and of a model without kernels. Raises InputError for a pattern that matches nothing and for a
-    kernel with NaN or Inf; the model is then untouched.
+    channel subtracted first. Every filter keeps its norm; dead filters stay bit-identical. include, exclude: globs over
+    names of tensors; advance: called with the number of layers done since the last call. A record contains `name`,
+    `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns about skipped layers,
+    such as parametrized ones, and about a model without kernels. Raises InputError for a pattern that matches nothing
+    and for a kernel with NaN or Inf; the model is then untouched.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> record = orthogonalize_(model)[0]
@@ -153,7 +153,7 @@ def dct_(
 
     A filter K becomes ‖K‖ · u ⊗ B: B is a pattern of the orthonormal DCT-II basis over the taps, u weighs the channels.
     Each pattern takes as many filters as any other. Arguments, records, warnings and errors: as `orthogonalize_`. A
-    record also holds `method`: `dct`, or `orthogonal` where that serves better: for 1×1 kernels, and for more filters
+    record also contains `method`: `dct`, or `orthogonal` if that works better: for 1×1 kernels, and for more filters
     than taps times channels, unless there are 3 channels.
 
     >>> model = nn.Sequential(nn.Conv2d(16, 32, 3))
@@ -168,7 +168,7 @@ def dct_(
 def dct_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     """Give each filter of a weight `[S, C, *taps]` one pattern of the DCT, in place, at its norm; return the weight.
 
-    groups, errors: as `orthogonalize_weight_`. Warns where filters form no pairs; the weight is then left as it is.
+    groups, errors: as `orthogonalize_weight_`. Warns if filters form no pairs; the weight is then unchanged.
 
     >>> rows = nn.functional.normalize(dct_weight_(torch.randn(8, 4, 3, 3)).flatten(1))
     >>> torch.allclose(rows @ rows.T, torch.eye(8), atol=1e-5)
@@ -178,7 +178,7 @@ def dct_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     selection, kernel = Selection(), Kernel("weight", tuple(weight.shape), groups)
     selection.add(kernel)
     if selection.skipped:
-        warnings.warn(f"the weight is left as it is: {selection.skipped[0].reason}", stacklevel=2)
+        warnings.warn(f"the weight is unchanged: {selection.skipped[0].reason}", stacklevel=2)
         return weight
     with torch.no_grad():
         return weight.copy_(dct_kernel(kernel, weight))
@@ -312,11 +312,10 @@ def decorrelate_(
 
     The model runs in evaluation mode, but batch normalization by the statistics of this batch, in two passes and one
     more for each layer that is called several times (its maps are those of all calls, with the layers before it changed
-    already). Only the kernels change: modes, buffers, hooks and the random number generators are left as they were.
-
-    Warns of layers that are left out: parametrized, or never called; and of a model without kernels. Raises InputError
-    for a pattern that matches nothing, an empty batch, and NaN or Inf in a kernel or a feature map. After any
-    exception the kernels are as before.
+    already). Only the kernels change; modes, buffers, hooks and random number generators do not. Warns about skipped
+    layers (parametrized, or never called) and about a model without kernels. Raises InputError for a pattern that
+    matches nothing, an empty batch, and NaN or Inf in a kernel or a feature map. After any exception the kernels are
+    unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> images = torch.randn(64, 3, 8, 8)
@@ -335,7 +334,7 @@ def decorrelate_(
         raise model_failed(f"{images.dtype} {list(images.shape)}", error) from error
     called = {record["name"] for record in records}
     if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
-        warnings.warn(f"layers that the model does not call are left out: {', '.join(uncalled)}", stacklevel=2)
+        warnings.warn(f"skipped layers that the model does not call: {', '.join(uncalled)}", stacklevel=2)
     return records
 
 
@@ -443,7 +442,7 @@ def _decorrelated_directions(kernel: Kernel, moments: MapMoments) -> Directions:
     correlation = moments.correlation(dtype=torch.float64)
     spread = moments.variance.sqrt()
     if correlation is None and not are_finite([spread]):
-        raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
+        raise InputError(f"{kernel.name}: its feature maps on these `images` contain NaN or Inf; check the images")
     size = (moments.variance + moments.mean.square()).sqrt()
 
     def whitened(filters: Tensor, living: Tensor) -> Tensor:
@@ -508,7 +507,7 @@ def check_range(kernel: Kernel, weight: Tensor) -> None:
     """Raise InputError where a new weight does not fit the type in which it is stored."""
     if not are_finite([weight]):
         kind = str(weight.dtype).removeprefix("torch.")
-        raise InputError(f"{kernel.name}: the new kernels leave the range of {kind}; scale this layer down first")
+        raise InputError(f"{kernel.name}: the new kernels exceed the range of {kind}; scale this layer down first")
 
 
 def _norms(filters: Tensor) -> Tensor:

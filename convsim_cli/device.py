@@ -31,7 +31,7 @@ _LARGE = 1 << 20  # bytes
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the first accelerator that is there.
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the first available accelerator.
 
     Raises InputError for an unknown name and for a device that this machine does not have: never a silent fallback.
     """
@@ -44,12 +44,12 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"`device` {name}: {did_you_mean(kind, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= there:
-        raise InputError(f"`device` {name}: this machine has {there} {kind} devices; take `device` cpu or auto")
+        raise InputError(f"`device` {name}: this machine has {there} {kind} devices; use `device` cpu or auto")
     return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, before a clock is read."""
+    """Wait until the device has finished its work, before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -100,7 +100,7 @@ class _Graphed:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the global generators of torch, Python and numpy: a network of the user's may draw from any of them."""
+    """Seed the global generators of torch, Python and numpy: user networks may draw from any of them."""
     import numpy
 
     torch.manual_seed(seed)

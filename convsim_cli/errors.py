@@ -37,7 +37,7 @@ class ReadError(ConvsimError):
 
 
 class DownloadError(ConvsimError):
-    """Something is not here and cannot be downloaded."""
+    """Something is not available locally and cannot be downloaded."""
 
 
 class BusyError(InputError):
@@ -69,9 +69,9 @@ def brief(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnicodeDecodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     if "int_max_str_digits" in str(error):
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
     said = " ".join(str(error).split())[:200]
     return said if " " in said else ": ".join(filter(None, (type(error).__name__, said)))
 
@@ -83,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of a JSON file, given to `json.loads`; raise ValueError for duplicate names.
+    """Return a JSON object; raise ValueError for duplicate names. A hook for `json.loads`.
 
     JSON does not define which of their values counts, and readers differ.
     """
@@ -106,11 +106,11 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
         return f"did you mean {prefix + lower[close[0]]!r}?"
     between = "; " if any("," in each for each in known) else ", "
     more = f"{between}… ({len(known)} in all)" if len(known) > _LISTED else ""
-    return f"known are {between.join(known[:_LISTED])}{more}"
+    return f"choose from {between.join(known[:_LISTED])}{more}"
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Return whether a value is a number, also one of numpy's, within the range of a float unless `whole`."""
+    """Return whether a value is a number, including numpy's, in the range of a float unless `whole`; a bool is not."""
     if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
         return False
     try:
@@ -130,7 +130,7 @@ def kind_of(value: object) -> str:
 def model_failed(images: str, error: Exception) -> InputError:
     """Return what to raise in place of a model's own error on images, described as `type [shape]`."""
     return InputError(
-        f"the model fails on images {images} ({brief(error)}); expected a batch [B, C, …] as the model takes it"
+        f"the model fails on images {images} ({brief(error)}); expected a batch [B, C, …] that it accepts"
     )
 
 

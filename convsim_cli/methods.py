@@ -50,7 +50,7 @@ class Method:
     def warning(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
         """Return a warning if the network of these tensors, name → shape, may not train after this method.
 
-        Filters without means pass no means on, so that only a normalization layer keeps the signal at its scale. Such
+        Such filters remove the mean of their input, so only a normalization layer keeps the signal at its scale. Such
         a layer has running statistics, or a weight and a bias of one axis each.
         """
         vectors = {name for name, shape in shapes.items() if len(shape) == 1}
@@ -58,8 +58,8 @@ class Method:
         if not self.without_means or any(norms):
             return None
         return (
-            f"`method` {self.name} takes the means from filters, and no layer here normalizes the maps: the signal may "
-            "die out from layer to layer, and training with it; dct and cs keep it"
+            f"`method` {self.name} subtracts the means of filters, and no layer here normalizes the maps: the "
+            "signal may vanish from layer to layer, and training may fail; use dct or cs"
         )
 
 

@@ -78,7 +78,8 @@ class Minimization:
             return selection
         kept = Selection(skipped=list(selection.skipped))
         for kernel in selection.kernels:
-            kept.add(kernel, "1×1: its L_CS is pure norm, which `preserve_norm` holds" if kernel.pointwise else None)
+            fixed = "1×1: its L_CS depends only on norms, which `preserve_norm` fixes"
+            kept.add(kernel, fixed if kernel.pointwise else None)
         return kept
 
     def steps(self, kernels: Iterable[Kernel]) -> int:
@@ -103,11 +104,11 @@ def minimize_(
     iterations: a whole number ≥ 0. lr: step size, > 0. preserve_norm: hold every filter at its own L2 norm. objective:
     `cs` (Eq. 10), `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. include, exclude: globs over
     names of kernels, such as `layer1.*`. advance: takes the steps completed since the last call; each value of a
-    kernel takes one step per iteration. A record holds `name`, `shape`, `groups`, `assumed` and, under `before` and
-    `after`, `cs`, `ncs` and `norm`. Warns of layers that are left out because convsim cannot act on them
-    (parametrized, lazy, of unknown types), and of a model without kernels. Raises InputError for settings out of
-    range, a pattern that matches nothing, a sharded weight and a kernel with NaN or Inf, and DivergedError for a
-    loss that stops being finite; the model is then untouched.
+    kernel takes one step per iteration. A record contains `name`, `shape`, `groups`, `assumed` and, under `before` and
+    `after`, `cs`, `ncs` and `norm`. Warns about layers that convsim cannot change (parametrized, lazy, of unknown
+    types), and about a model without kernels. Raises InputError for settings out of range, a pattern that matches
+    nothing, a sharded weight and a kernel with NaN or Inf, and DivergedError for a loss that stops being finite; the
+    model is then untouched.
 
     >>> from torch import nn
     >>> record = minimize_(nn.Sequential(nn.Conv2d(3, 8, 3)), iterations=100)[0]
@@ -139,8 +140,8 @@ def minimize_weight_(
 
     weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups. For a
     transposed convolution without groups pass `weight.transpose(0, 1)`. objective: `cs` (Eq. 10), `neighbours`,
-    `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. The other settings are those of `minimize_`. Warns where there
-    is nothing to minimize. Raises ValueError for another shape, type or number of groups, for settings out of range and
+    `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. The other settings are those of `minimize_`. Warns if there is
+    nothing to minimize. Raises ValueError for another shape, type or number of groups, for settings out of range and
     for NaN or Inf, and DivergedError for a loss that stops being finite; the weight is then untouched.
 
     >>> weight = minimize_weight_(torch.nn.init.kaiming_normal_(torch.empty(8, 3, 3, 3)), iterations=100)
@@ -152,7 +153,7 @@ def minimize_weight_(
     selection.add(Kernel("weight", tuple(weight.shape), groups))
     selection = settings.select(selection)
     if selection.skipped:
-        warnings.warn(f"the weight is left as it is: {selection.skipped[0].reason}", stacklevel=2)
+        warnings.warn(f"the weight is unchanged: {selection.skipped[0].reason}", stacklevel=2)
         return weight
     ((minimized, _),) = minimize_kernels([(selection.kernels[0], weight)], settings)
     with torch.no_grad():
@@ -174,7 +175,7 @@ def minimize_kernels(
         if not are_finite(list(minimized.values())):
             kernel, weight = next(layer for layer in batch if not are_finite([minimized[layer[0].name]]))
             kind = str(weight.dtype).removeprefix("torch.")
-            raise DivergedError(f"{kernel.name}: the kernels left the range of {kind}; lower `lr`")
+            raise DivergedError(f"{kernel.name}: the kernels exceeded the range of {kind}; lower `lr`")
         records = compare_weights([(kernel, weight, minimized[kernel.name]) for kernel, weight in batch])
         for (kernel, _), record in zip(batch, records, strict=True):
             yield minimized.pop(kernel.name), record
@@ -329,5 +330,5 @@ def _check_losses(stacks: Sequence[Stack], settings: Minimization, done: int) ->
         if not math.isfinite(loss):
             raise DivergedError(
                 f"{kernel.name}: the objective is {loss} after {done} iterations at `lr` {settings.lr:g}; nothing was "
-                "written, lower `lr`, or scale kernels this large down first"
+                "written; lower `lr`, or scale kernels this large down first"
             )

@@ -90,7 +90,7 @@ class ConvSimPenalty:
         if torch.compiler.is_compiling():
             raise InputError(
                 "torch.compile cannot trace a penalty on weights that layers compute in their `forward`; call the "
-                "penalty outside of what is compiled with fullgraph"
+                "penalty outside the code compiled with fullgraph"
             )
         # loading torch.compile takes seconds: where it has not been loaded, nothing is compiled
         call = torch.compiler.disable(self._sum) if "torch._dynamo" in sys.modules else self._sum

@@ -219,16 +219,16 @@ def check_picture(path: Path) -> None:
         raise InputError(f"{path}: expected a name that ends in {PICTURE_SUFFIXES}")
     check_regular(path, f"a {PICTURE_SUFFIXES}")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}; create it first")
+        raise InputError(f"{path}: folder {path.parent} does not exist; create it first")
     if not path.exists():
         return
     try:
         with path.open("rb") as file:
             start = file.read(4096)
     except OSError as error:
-        raise InputError(f"{path}: exists and cannot be read ({error.strerror}); name a new file") from error
+        raise InputError(f"{path}: exists and cannot be read ({error.strerror}); choose a new file") from error
     if start and not PICTURES[path.suffix.lower()].recognizes(start):
-        raise InputError(f"{path}: exists and is no {path.suffix[1:].upper()} picture; name a new file")
+        raise InputError(f"{path}: exists and is not a {path.suffix[1:].upper()} picture; choose a new file")
 
 
 PICTURE_SUFFIXES = one_of(PICTURES)

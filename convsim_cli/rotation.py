@@ -42,7 +42,7 @@ def filter_angles(kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
 
 
 class TurnMonitor:
-    """Watches how far the filters of a model's convolutions turn: call it after each optimizer step.
+    """Measures how far the filters of a model's convolutions turn: call it after each optimizer step.
 
     every: look at every so many steps, the first one included; in between, a call costs nothing. include, exclude:
     globs over names of kernels, such as `layer1.*`. The monitor keeps a copy of the kernels as they are when it is
@@ -51,9 +51,9 @@ class TurnMonitor:
     waits for the device before `rows`, which waits once and restarts `turn_per_step`. To resume a training, save
     `state()` and pass it to `load_state` of a new monitor, once the model has its weights.
 
-    Warns of layers that are left out because convsim cannot act on them, and of a model without kernels. Raises
-    InputError for another `every`, for a pattern that matches nothing and for a model on the meta device. A call raises
-    InputError where a layer is gone, or has a weight of another shape than when the monitor was made.
+    Warns about layers that convsim cannot act on, and about a model without kernels. Raises InputError for another
+    `every`, for a pattern that matches nothing and for a model on the meta device. A call raises InputError where a
+    layer is gone, or has a weight of another shape than when the monitor was made.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> optimizer, turned = torch.optim.SGD(model.parameters(), lr=0.1), TurnMonitor(model)
@@ -83,7 +83,7 @@ class TurnMonitor:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Note that the optimizer has made a step."""
+        """Record one optimizer step."""
         if self._before is not None:
             for kernel in self._kernels:
                 angles = self._angles(kernel, self._weight(kernel), self._before[kernel.name])
@@ -140,9 +140,9 @@ class TurnMonitor:
         for name, was in state.items():
             found = f"{was.dtype} {list(was.shape)}" if isinstance(was, Tensor) else kind_of(was)
             if not isinstance(was, Tensor) or name not in weights or was.shape != weights[name].shape:
-                raise InputError(f"`state` is of another network: it holds {name}, {found}")
+                raise InputError(f"`state` is of another network: it contains {name}, {found}")
             if not was.is_floating_point() or was.is_meta or was.layout != torch.strided:
-                raise InputError(f"`state` holds {name}, {found}; expected dense floating values")
+                raise InputError(f"`state` contains {name}, {found}; expected dense floating values")
         self._start = {name: was.to(self._living[name].device) for name, was in state.items()}
         for kernel in self._kernels:
             if kernel.name in self._start:
@@ -159,7 +159,7 @@ class TurnMonitor:
         if weight.shape != kernel.shape:
             raise InputError(
                 f"{kernel.name}: its shape is {list(weight.shape)}, and was {list(kernel.shape)} when the TurnMonitor "
-                "was made; make a new one"
+                "was created; create a new one"
             )
         return weight
 

@@ -65,7 +65,7 @@ class Declaration:
     most: float = math.inf
 
     def has_type(self, value: Any) -> bool:
-        """Return whether a value has one of the types; truth is no number, and a string no list."""
+        """Return whether a value has one of the types; a bool is not a number, and a string is not a list."""
         if isinstance(value, bool | str):
             return type(value) in self.types
         return isinstance(value, self.types)
@@ -74,7 +74,7 @@ class Declaration:
         """Raise InputError for a value of another type, out of range, or not among the choices."""
         fits = self.has_type(value)
         if "\0" in str(value):
-            raise InputError(f"`{self.name}` {value!r}: holds a NUL character, which no name has")
+            raise InputError(f"`{self.name}` {value!r}: contains a NUL character")
         if fits and isinstance(value, str):
             fits = not self.choices or value in self.choices
         elif fits and isinstance(value, int | float) and not isinstance(value, bool):
@@ -94,7 +94,7 @@ class Declaration:
                 if not (isinstance(pattern, str) and is_number(number, whole=True)):
                     raise InputError(f"`{self.name}` {pattern!r}: {number!r}; expected a pattern and a whole number")
         if isinstance(value, int) and value > LARGEST:
-            raise InputError(f"`{self.name}` {value}: expected a number of 64 bits, at most {LARGEST}")
+            raise InputError(f"`{self.name}` {value}: expected a 64-bit number, at most {LARGEST}")
 
     def _expected_types(self) -> list[str]:
         limits = f"of {self.least} or above" if self.most == math.inf else f"from {self.least} to {self.most}"
@@ -138,10 +138,10 @@ def declarations(options: type) -> dict[str, Declaration]:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Which network is meant, and which of its tensors; where to compute."""
+    """The network, the tensors to use, and the device."""
 
     arch: str | None = setting(None, ARCH_HELP, "Network", metavar="NAME", common=True)
-    pretrained: bool = setting(False, "With --arch: the weights that torchvision or timm publishes.", "Network")
+    pretrained: bool = setting(False, "Weights published by torchvision or timm. Requires --arch.", "Network")
     num_classes: int | None = setting(
         None, "Number of classes. Default: that of the --arch network.", "Network", metavar="N", above=0
     )
@@ -160,8 +160,8 @@ class CheckpointOptions:
     )
     layout: Literal["torch", "hwio", "ohwi"] | None = setting(
         None,
-        "How the file stores its kernels. torch: out, in, taps; hwio: taps, in, out; ohwi: out, taps, in, each also "
-        "for 1-D and 3-D kernels. Without it, files of other frameworks are refused.",
+        "Axis order of the file's kernels. torch: out, in, taps; hwio: taps, in, out; ohwi: out, taps, in; for 1-D, "
+        "2-D and 3-D kernels. Without it, files of other frameworks are refused.",
         "Layers",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", "Run", metavar="NAME")
@@ -176,9 +176,9 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions(CheckpointOptions):
-    """And what the network runs on."""
+    """The checkpoint options, and the network's input."""
 
-    input: str | None = setting(None, "What the network runs on.", "Inputs", metavar="INPUT", known=INPUTS)
+    input: str | None = setting(None, "Input of the network.", "Inputs", metavar="INPUT", known=INPUTS)
     samples: int = setting(16, "Number of inputs.", "Inputs", metavar="N", above=0)
     input_size: int | None = setting(
         None,
@@ -189,24 +189,24 @@ class InputOptions(CheckpointOptions):
     )
     input_channels: int | None = setting(
         None,
-        "Channels of a synthetic input, with --arch. Default: found by a dry run.",
+        "Channels of a synthetic input, with --arch. Default: found by trial.",
         "Inputs",
         metavar="N",
         above=0,
     )
     data_dir: str | PathLike[str] = setting(
-        "data", "Where datasets are, or are downloaded to.", "Inputs", metavar="DIR"
+        "data", "Dataset folder; missing datasets are downloaded.", "Inputs", metavar="DIR"
     )
     mean: Channels | None = setting(
         None,
-        "Normalize images by this mean. On a scale from 0 to 1; by default the dataset's own.",
+        "Mean to normalize images by. On a scale from 0 to 1. Default: the dataset's.",
         "Inputs",
         metavar="R,G,B",
     )
-    std: Channels | None = setting(None, "Normalize images by this standard deviation.", "Inputs", metavar="R,G,B")
+    std: Channels | None = setting(None, "Standard deviation to normalize images by.", "Inputs", metavar="R,G,B")
 
     def check(self) -> None:
-        """Raise InputError for a value of another type or out of range, and for an input that is a path to nothing."""
+        """Raise InputError for a value of another type or out of range, and for an input path that does not exist."""
         super().check()
         path = self.input or ""
         if "/" in path and not path.startswith("folder:") and not Path(path).is_dir():
@@ -215,7 +215,7 @@ class InputOptions(CheckpointOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions(InputOptions):
-    """What `init` can be told: a method, its settings, and what is saved."""
+    """The options of `init`: a method, its settings, and what is saved."""
 
     method: str = setting("cs", "How to change the kernels.", "Method", metavar="NAME", common=True, choices=METHODS)
     preserve_norm: bool = setting(False, "Keep each filter's L2 norm fixed.", "Method", common=True)
@@ -224,8 +224,8 @@ class InitOptions(InputOptions):
     optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer of Algorithm 1.", "Method")
     input: str | None = setting(
         None,
-        "Images for decorrelate: cifar10, folder:PATH, …. With --arch; training images of cifar10, cifar100, digits or "
-        "folder:PATH, a folder of images, or white, uniform or natural noise.",
+        "Images for decorrelate: cifar10, folder:PATH, …. Requires --arch. Training images of cifar10, cifar100, "
+        "digits or folder:PATH, a folder of images, or white, uniform or natural noise.",
         "Inputs",
         metavar="INPUT",
         common=True,
@@ -234,7 +234,7 @@ class InitOptions(InputOptions):
     samples: int = setting(256, "Number of inputs.", "Inputs", metavar="N", above=0)
     probe: Literal["white", "uniform", "natural"] | None = setting(
         None,
-        "Show fm_corr before and after on white, uniform or natural. The inputs are synthetic.",
+        "Show fm_corr before and after, on white, uniform or natural noise.",
         "Figures",
         metavar="INPUT",
         common=True,
@@ -244,19 +244,19 @@ class InitOptions(InputOptions):
     force: bool = setting(False, "Also overwrite read-only and shared files.", "Saving")
 
     def check(self) -> None:
-        """Raise InputError for a value of another type or out of range, and for one without effect on the method."""
+        """Raise InputError for a value of another type or out of range, and for options that the method ignores."""
         super().check()
         method = METHODS[self.method]
         for name, declaration in declarations(InitOptions).items():
             if getattr(self, name) == declaration.default:
                 continue
             if name == "preserve_norm" and not method.iterates:
-                raise InputError(f"`method` {self.method} keeps every filter's norm; leave out `preserve_norm`")
+                raise InputError(f"`method` {self.method} already keeps every filter's norm; remove `preserve_norm`")
             if name in ("iterations", "lr", "optimizer") and not method.iterates:
                 raise InputError(f"`{name}` has no effect on `method` {self.method}, which is a closed form")
             if declaration.group == "Inputs" and not method.needs_images:
                 takers = ", ".join(one.name for one in METHODS.values() if one.needs_images)
-                raise InputError(f"`{name}` goes with `method` {takers}, got `method` {self.method}")
+                raise InputError(f"`{name}` requires `method` {takers}, got `method` {self.method}")
         if method.needs_images and self.input is None:
             raise InputError(f"`method` {self.method} requires `input`, for instance cifar10")
         if method.needs_images and self.arch is None:
@@ -265,7 +265,7 @@ class InitOptions(InputOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions(InputOptions):
-    """What `measure` can be told: its inputs, and what is listed beside the figures."""
+    """The options of `measure`: its inputs, and what is listed beside the figures."""
 
     input: str = setting(
         "white",
@@ -278,7 +278,7 @@ class MeasureOptions(InputOptions):
     )
     bn_statistics: Literal["auto", "stored", "inputs"] = setting(
         "auto",
-        "Which batch-norm statistics the --arch network uses. auto: the stored ones, unless they no longer match the "
+        "Batch-norm statistics of the --arch network. auto: the stored ones, unless they no longer match the "
         "kernels; then those of the inputs.",
         "Figures",
     )

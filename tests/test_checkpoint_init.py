@@ -56,7 +56,7 @@ def test_it_returns_what_the_command_prints(path: Path, convsim: Convsim, tmp_pa
     [
         ("model.safetensors", save_file, []),
         ("model.bin", save_file, []),  # known by its content
-        ("model.pth", torch.save, ["belong to other kernels"]),
+        ("model.pth", torch.save, ["no longer match its kernels"]),
     ],
 )
 def test_a_pickle_is_said_to_keep_older_batch_norm_statistics(
@@ -79,19 +79,19 @@ def test_a_checkpoint_that_looks_trained_is_warned_about_once(path: Path, tmp_pa
     save_file({**load_file(path), "bn.num_batches_tracked": torch.tensor(9)}, path)
     with pytest.warns(
         ConvsimWarning,
-        match=r"looks trained.*lose what it has learned; the original is kept in .*model\.safetensors\.bak$",
+        match=r"destroys what the network has learned; the original is kept in .*model\.safetensors\.bak$",
     ) as caught:
         init_checkpoint(path, iterations=1)
     assert len(caught) == 1
     assert Path(caught[0].filename) == Path(__file__)
-    with pytest.warns(ConvsimWarning, match="will lose what it has learned$"):
+    with pytest.warns(ConvsimWarning, match="destroys what the network has learned$"):
         init_checkpoint(path, tmp_path / "other.safetensors", iterations=1)
 
 
 def test_a_choice_made_in_reading_the_file_is_warned_about(tmp_path: Path) -> None:
     weights = {"a.weight": torch.randn(4, 3, 3, 3)}
     torch.save({"state_dict": weights, "ema": weights}, tmp_path / "model.pt")
-    with pytest.warns(ConvsimWarning, match="took the tensors under state_dict; there are others under ema"):
+    with pytest.warns(ConvsimWarning, match="loaded the tensors under state_dict; there are others under ema"):
         init_checkpoint(tmp_path / "model.pt", iterations=1)
 
 
@@ -158,7 +158,7 @@ def test_a_new_network_is_saved_and_opened_by_its_path_as_text(tmp_path: Path) -
 def test_an_error_gives_the_reason_of_the_layer_that_was_asked_for(tmp_path: Path) -> None:
     state = {f"a{number}.weight": torch.randn(8, 8, 3, 3) for number in range(4)}
     torch.save(state | {"last.weight": torch.randn(8, 8, 1, 1)}, tmp_path / "m.pt")
-    with pytest.raises(InputError, match=r"left out: last.weight \(1×1: its L_CS is pure norm"):
+    with pytest.raises(InputError, match=r"skipped: last.weight \(1×1: its L_CS depends only on norms"):
         init_checkpoint(tmp_path / "m.pt", include=["last.weight"], preserve_norm=True)
 
 

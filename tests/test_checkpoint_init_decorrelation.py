@@ -85,7 +85,7 @@ def test_a_dry_run_of_decorrelate_names_it_and_changes_nothing(convsim: Convsim)
     [
         (
             ("--method", "orthogonal", "--preserve-norm"),
-            "--method orthogonal keeps every filter's norm; leave out",
+            "--method orthogonal already keeps every filter's norm; remove",
         ),
         (
             (*DECORRELATE, "white", "--iterations", 5),
@@ -96,7 +96,7 @@ def test_a_dry_run_of_decorrelate_names_it_and_changes_nothing(convsim: Convsim)
         (("--method", "decorrelate"), "--method decorrelate requires --input, for instance cifar10"),
         ((*DECORRELATE, "nowhere"), "'nowhere'"),
         ((*DECORRELATE, "white", "--mean", "0,0,0"), "--mean and --std normalize images"),
-        (("--input-size", 16), "--input-size goes with --method decorrelate, got --method cs"),
+        (("--input-size", 16), "--input-size requires --method decorrelate, got --method cs"),
         (
             (*DECORRELATE, "white", "--input-size", 4),
             "does not run on inputs .256, 3, 4, 4.* try another --input-size",

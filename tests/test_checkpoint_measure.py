@@ -89,7 +89,7 @@ def test_layers_of_which_a_sample_of_filters_is_compared_are_named(file: Path, m
     assert large["top"] == []
     assert small["removable"] is not None
     assert report.notes == [
-        "too many filters to compare all maps, so a sample is compared, and redundant, opposite, removable and "
+        "too many filters to compare all maps: a sample is compared, and redundant, opposite, removable and "
         "clusters are null: a.weight (5 per group)"
     ]
 
@@ -172,5 +172,5 @@ def test_features_of_a_file_take_the_batch_norm_before_the_layer(tmp_path: Path)
 
 
 def test_features_are_refused_with_a_network() -> None:
-    with pytest.raises(InputError, match="`input` features stands in for what a layer of a file alone sees"):
+    with pytest.raises(InputError, match="`input` features applies only without `arch`"):
         measure_checkpoint(arch="cnn:4", input="features")

@@ -133,7 +133,7 @@ def test_a_result_that_the_type_cannot_hold_is_refused() -> None:
     weight[0, :, 0] = 0  # off its mean, each value is half as large; at the filter's norm √½ of 60,000, not more
     weight[1, 0, 0] = 0  # off its mean in one channel alone, which then takes all of the norm
     before = weight.clone()
-    with pytest.raises(InputError, match="leave the range of float16"):
+    with pytest.raises(InputError, match="exceed the range of float16"):
         orthogonalize_weight_(weight)
     assert torch.equal(weight, before)
 
@@ -187,7 +187,7 @@ def test_a_model_is_untouched_when_one_layer_fails() -> None:
 def test_parametrized_layers_are_named_in_a_warning() -> None:
     model = network()
     nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.warns(UserWarning, match=r"leaves out 0\.weight"):
+    with pytest.warns(UserWarning, match=r"skips 0\.weight"):
         assert [record["name"] for record in orthogonalize_(model)] == ["2.weight", "4.weight"]
 
 
@@ -200,7 +200,7 @@ def test_init_warns_where_no_layer_normalizes_a_signal_without_means(
         state |= {"1.weight": torch.ones(8), "1.bias": torch.zeros(8)}
     save_file(state, tmp_path / "model.safetensors")
     said = convsim("init", tmp_path / "model.safetensors", "--method", method).err
-    assert ("--method orthogonal takes the means from filters" in said) == (not normalizes and method == "orthogonal")
+    assert ("--method orthogonal subtracts the means of filters" in said) == (not normalizes and method == "orthogonal")
 
 
 def test_training_warns_of_it_too(tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,4 +221,4 @@ def test_training_warns_of_it_too(tmp_path: Path, convsim: Convsim, monkeypatch:
     ]
     outcome = convsim("train", "--arch", "plain_network:plain", *run, "--method", "orthogonal")
     sys.modules.pop("plain_network", None)
-    assert (outcome.code, "takes the means from filters" in outcome.err) == (0, True), outcome.err
+    assert (outcome.code, "subtracts the means of filters" in outcome.err) == (0, True), outcome.err

@@ -122,7 +122,7 @@ def test_frozen_kernels_and_those_without_a_gradient_are_left_alone() -> None:
 def test_a_layer_that_cannot_be_held_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     nn.utils.parametrizations.weight_norm(model[1])
-    with pytest.warns(UserWarning, match=r"leaves out 1\.weight .*parametrized"):
+    with pytest.warns(UserWarning, match=r"skips 1\.weight .*parametrized"):
         SimilarityHold(model)
 
 

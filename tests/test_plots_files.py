@@ -64,7 +64,9 @@ def test_a_picture_replaces_no_file_that_is_something_else(suffix: str, content:
     path.write_bytes(content)
     if content == MAGIC[suffix] and suffix != ".svg":  # any XML is not yet an SVG
         return save_figure(drawn(), path)
-    with pytest.raises(InputError, match=rf"x{suffix}: exists and is no {suffix[1:].upper()} picture; name a new file"):
+    with pytest.raises(
+        InputError, match=rf"x{suffix}: exists and is not a {suffix[1:].upper()} picture; choose a new file"
+    ):
         save_figure(drawn(), path)
     assert path.read_bytes() == content
 
@@ -84,7 +86,7 @@ def test_a_command_draws_over_nothing_but_a_regular_file(
     }
     outcome = convsim(command, *how[command])
     assert outcome.code == 2
-    assert f"{path}: is {kind}; name a new file or a .png, .pdf or .svg to replace" in outcome.error
+    assert f"{path}: is {kind}; choose a new file or a .png, .pdf or .svg to replace" in outcome.error
     assert os.path.samestat(path.lstat(), before)
     assert [entry.name for entry in tmp_path.iterdir()] == ["figure1.png"]
 
@@ -106,7 +108,7 @@ def test_no_folder_is_created_for_a_picture(tmp_path: Path, convsim: Convsim) ->
     path = tmp_path / "new" / "x.png"
     for command in (("plot", tmp_path, "-o", path), ("measure", "--arch", "cnn:4", "--plot", path)):
         outcome = convsim(*command)
-        assert (outcome.code, f"{path}: there is no folder {path.parent}; create it first" in outcome.error) == (
+        assert (outcome.code, f"{path}: folder {path.parent} does not exist; create it first" in outcome.error) == (
             2,
             True,
         )
@@ -116,7 +118,7 @@ def test_no_folder_is_created_for_a_picture(tmp_path: Path, convsim: Convsim) ->
 def test_every_page_of_a_measurement_is_checked_before_it(tmp_path: Path, convsim: Convsim) -> None:
     (tmp_path / "x-2.png").write_text("mine")
     outcome = convsim("measure", "no-file", "nor-here", "--plot", tmp_path / "x.png")
-    assert (outcome.code, "x-2.png: exists and is no PNG picture" in outcome.error) == (2, True)
+    assert (outcome.code, "x-2.png: exists and is not a PNG picture" in outcome.error) == (2, True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x-2.png"]
 
 

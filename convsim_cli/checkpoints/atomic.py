@@ -68,8 +68,8 @@ def check_regular(target: Path, replaceable: str = "a regular one") -> None:
     else:
         if stat.S_ISREG(mode):
             return
-        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-    raise InputError(f"{target}: is {kind}; name a new file or {replaceable} to replace, or move it away")
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
+    raise InputError(f"{target}: is {kind}; choose a new file or {replaceable} to replace, or move it away")
 
 
 def check_folder(folder: Path) -> None:
@@ -78,7 +78,9 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: is read-only; allow writing there, or copy it elsewhere and use the copy")
     for file in sorted(folder.iterdir()):
         if file.is_symlink() and file.is_file():
-            raise InputError(f"{file}: is a link to {file.readlink()}; replace it by a copy: that file would change")
+            raise InputError(
+                f"{file}: is a link to {file.readlink()}; replace the link with a copy: that file would change"
+            )
 
 
 def free_names(names: Collection[Path]) -> list[Path]:
@@ -140,7 +142,7 @@ def _explained_journal(path: Path, folder: Path, strict: bool = False) -> Iterat
     except OSError as error:
         raise CheckpointError(
             f"{path}: a save to {folder} was interrupted and cannot be completed ({error.strerror or error}); "
-            f"once you may write there, run {_recovery(path)}"
+            f"once you have write permission, run {_recovery(path)}"
         ) from error
 
 
@@ -206,7 +208,7 @@ class Replacements:
         except OSError as error:
             raise WriteError(
                 f"{next(iter(self._made))}: written, but its folder could not be flushed to disk "
-                f"({error.strerror or error}); after a power failure you may find the old file again"
+                f"({error.strerror or error}); after a power failure the old file may reappear"
             ) from error
         return {target: backups[target].with_name(place.name) for target, place in kept.items()}
 
@@ -288,7 +290,7 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        intact = "; the former file is intact" if target.exists() else ""
+        intact = "; the original is intact" if target.exists() else ""
         raise WriteError(f"{target}: cannot be written ({error.strerror or error}){intact}") from error
 
 

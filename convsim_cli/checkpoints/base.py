@@ -63,7 +63,7 @@ class Checkpoint(ABC):
         """Return the file to write for an `output` of the user. Raises InputError where it cannot be written there."""
         check_regular(output)
         if not output.parent.is_dir():
-            raise InputError(f"{output}: there is no folder {output.parent}; create it first")
+            raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
         self.check_suffix(output)
         return output
 
@@ -75,8 +75,8 @@ class Checkpoint(ABC):
         own = target.suffix.lower() == self.path.suffix.lower() or self.is_in_place(target)
         if self.suffixes and not own and not target.name.lower().endswith(self.suffixes):
             raise InputError(
-                f"{target}: expected a name that ends in {one_of(self.suffixes)}; a checkpoint is written back in the "
-                "format that it has"
+                f"{target}: expected a name that ends in {one_of(self.suffixes)}; a checkpoint is written back in its "
+                "own format"
             )
 
     def is_in_place(self, target: Path) -> bool:

@@ -38,10 +38,10 @@ from convsim_cli.errors import CheckpointError, ReadError, is_out_of_memory
 
 _ADVICE = {  # what to do about an error of the system
     errno.EMFILE: "; close other files or raise the limit of this process (ulimit -n)",
-    errno.ENFILE: "; close files of other programs",
+    errno.ENFILE: "; close files in other programs",
     errno.ENOMEM: "; free memory and try again",
     errno.ELOOP: "; its links lead to each other",
-    errno.ENXIO: "; it is a socket or a device, no file",
+    errno.ENXIO: "; it is a socket or a device, not a file",
 }
 _OF_THE_PATH = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR),
@@ -92,7 +92,7 @@ _FROM_NPY = (
     "sys.argv[2])"
 )
 _ASK = (
-    "ask its author for the weights alone (a safetensors file, or model.state_dict() saved by torch.save); convert it "
+    "ask its author for a weights-only file (safetensors, or model.state_dict() saved by torch.save); convert it "
     "yourself only if you trust its origin, in the environment it was made in"
 )
 
@@ -169,7 +169,7 @@ def _open_regular(path: str, flags: int) -> int:
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` refuses a folder by itself
         return descriptor
     os.close(descriptor)
-    raise CheckpointError(f"{path}: a pipe or a device; save what it gives to a file first")
+    raise CheckpointError(f"{path}: a pipe or a device; save its output to a file first")
 
 
 def describe_unknown(path: Path, start: bytes) -> str:
@@ -343,7 +343,7 @@ def _why_not_archive(path: Path, file: BinaryIO, error: Exception) -> str:
             return f"{what}, which runs code when it is loaded; {_ASK}"
     inner = next((name for name in sorted(names, key="policy.pth".__ne__) if name.lower().endswith(PICKLES)), None)
     if inner and not any(name.endswith("/data.pkl") for name in names):
-        return f"an archive with a checkpoint inside (as Stable-Baselines3 saves); unzip it and name {_shown(inner)}"
+        return f"an archive with a checkpoint inside (as Stable-Baselines3 saves); unzip it and use {_shown(inner)}"
     if pickles:
         return _why_not_pickle(path, error, found, trouble, of_torch=True)
     if isinstance(error, DamagedError):
@@ -375,15 +375,15 @@ def _why_not_pickle(
     if isinstance(trouble, LongPickleError):
         return f"loading it could run code: its pickle is too long to list the globals in it; {_ASK}"
     if isinstance(error, RefusedError):
-        return f"holds {_shown(str(error), _WIDEST_CALL)}, which is no plain data; {_ASK}"
+        return f"holds {_shown(str(error), _WIDEST_CALL)}, which is not plain data; {_ASK}"
     if trouble:
         return "damaged or cut short (its pickle does not end); fetch it again"
     names = " ".join(sorted(found.names))
     if not of_torch and not any(name.startswith("numpy.") for name in found.names):
-        return f"a plain pickle without arrays, which is not how torch.save writes; {_ASK}"
+        return f"a plain pickle without arrays, not written by torch.save; {_ASK}"
     if not of_torch:
         return (
-            "a plain pickle (of numpy arrays), which is not how torch.save writes; if you trust where it came from, "
+            "a plain pickle (of numpy arrays), not written by torch.save; if you trust where it came from, "
             f"convert it: {_command(_FROM_ARRAYS.format(names=names), path)}"
         )
     if found.protocol != 2 or "Unsupported operand" in str(error):
@@ -411,7 +411,7 @@ _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # Hugging Face's names; a var
 SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".th", ".bin", ".ckpt")  # suffixes
 _BACKUP = re.compile(r"\.bak(\.\d+)?$")
 _DIGEST = re.compile(r"[0-9a-f]{30,128}")  # how a store names a file; some use the first two digits as the folder
-MERGE_ZERO = "merge them by the zero_to_fp32.py that DeepSpeed saved with them, and name what it writes"
+MERGE_ZERO = "merge them with the zero_to_fp32.py that DeepSpeed saved with them, and use its output"
 _LISTED = 6  # names in an error, at most
 
 
@@ -456,4 +456,4 @@ def checkpoint_in(folder: Path, suffixes: Sequence[str]) -> Path:
         raise CheckpointError(f"{folder}: a folder of DeepSpeed's shards; {MERGE_ZERO}")
     names = ", ".join(path.name for path in found[:_LISTED]) + (", …" if len(found) > _LISTED else "")
     holds = f"a folder with {len(found)} checkpoints ({names})" if found else "a folder without a checkpoint"
-    raise CheckpointError(f"{folder}: {holds}; name a checkpoint file")
+    raise CheckpointError(f"{folder}: {holds}; choose a checkpoint file")

@@ -203,7 +203,7 @@ def _explain_hub(name: str, repo: str, revision: str | None, wanted: str, error:
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(f"{name}: no repository {repo}, or a private one; check the name, or {login}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"{name}: {repo} has no revision {revision}; name a branch, a tag or a commit of it")
+        return InputError(f"{name}: {repo} has no revision {revision}; use one of its branches, tags or commits")
     if isinstance(error, errors.LocalEntryNotFoundError):
         reason = brief(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         return DownloadError(f"{name}: not in the cache, and cannot be downloaded ({reason}); check the network")
@@ -215,7 +215,7 @@ def _explain_hub(name: str, repo: str, revision: str | None, wanted: str, error:
         return InputError(f"{name}: {repo} has no {wanted}, and its files cannot be listed ({brief(problem)})")
     found = [file for file in files if file.lower().endswith(tuple(new_suffixes())) or is_index(Path(file))]
     names = ", ".join(found[:_LISTED]) + (", …" if len(found) > _LISTED else "")
-    has = f"it has {names}; name one of them: {HUB}{repo}/FILE" if found else "it has no checkpoint"
+    has = f"it has {names}; choose one of them: {HUB}{repo}/FILE" if found else "it has no checkpoint"
     return InputError(f"{name}: {repo} has no {wanted}; {has}")
 
 
@@ -276,22 +276,22 @@ def check_replaceable(files: Iterable[Path], named: Path) -> None:
             raise InputError(f"{name} is on a read-only file system; save elsewhere with `output`")
         reason = _reason(file, real, named)
         if reason:
-            raise InputError(f"{name} {reason}; save elsewhere with `output`, or replace it with `force`")
+            raise InputError(f"{name} {reason}; save elsewhere with `output`, or overwrite it with `force`")
 
 
 def _reason(file: Path, real: Path, named: Path) -> str | None:
     is_link, folder = file.name != real.name, real.parent.name  # some stores use the first two digits as the folder
     in_store = len(folder) == 2 and re.fullmatch(_DIGEST, folder + real.stem)
     if in_store or (_LINKED.search(real.name) if is_link else _NAMED.fullmatch(real.stem)):
-        return "is named by a digest of its content, so others rely on what it holds"
+        return "is named by a digest of its content, so others rely on its content"
     status = real.stat()
     mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o222 or not os.access(real, os.W_OK):
         return f"is read-only (mode {mode:04o})"
     if file != named and real.parent != Path(os.path.realpath(file.parent)):
-        return "is in another folder than the one that you named"
+        return "is outside the folder that you gave"
     if status.st_nlink > 1 + _own_links(real, status):
-        return f"has {status.st_nlink} names (hard links), of which only this one would be changed"
+        return f"has {status.st_nlink} hard links, of which only this one would be changed"
     if not os.access(real, os.R_OK):
         return "cannot be read"
     with Source(real).reading() as opened:

@@ -105,7 +105,7 @@ def is_interrupted(folder: Path) -> bool:
 @cache
 def warn_of_foreign(message: str) -> None:
     """Warn of a journal that is left alone: once, however many files a run saves beside it."""
-    warnings.warn(f"{message}; it is left alone", ConvsimWarning, stacklevel=2)
+    warnings.warn(f"{message}; it is ignored", ConvsimWarning, stacklevel=2)
 
 
 def write_manifest(parent: Path, descriptor: int) -> None:
@@ -132,7 +132,7 @@ def wait_for_lock(descriptor: int, folder: Path) -> None:
             time.sleep(0.01)
         else:
             return
-    warnings.warn(f"waiting for another process that saves to {folder}", ConvsimWarning, stacklevel=2)
+    warnings.warn(f"waiting for another process that is saving to {folder}", ConvsimWarning, stacklevel=2)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
@@ -192,7 +192,7 @@ def _opened(folder: Path) -> Iterator[_Journal | None]:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise ForeignJournalError(folder, f"it is not a folder that you may open ({error.strerror})") from error
+                raise ForeignJournalError(folder, f"it is not a folder that you can open ({error.strerror})") from error
             opened.callback(os.close, descriptor)
             status = os.fstat(descriptor)
             if status.st_uid != os.geteuid():
@@ -225,7 +225,7 @@ def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return "its manifest is damaged"
     if inodes != [os.fstat(parent).st_ino, os.fstat(journal).st_ino]:
-        return "it was made in another place and copied here"
+        return "it was made elsewhere and copied here"
     if unnamed := [name for name in to_move if name not in files]:
         return f"its manifest does not name {unnamed[0]}"
     for name, fingerprint in files.items():
@@ -233,7 +233,7 @@ def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
             return f"{name} is not named like a file of a checkpoint"
         folder = journal if name in to_move else parent
         if not _is_regular(folder, name) or _fingerprint(folder, name) != fingerprint:
-            return f"{name} has changed since, or is missing"
+            return f"{name} has changed or is missing"
     return next(filter(None, (_find_obstacle(parent, journal, name) for name in to_move)), None)
 
 
@@ -248,8 +248,8 @@ def _find_obstacle(parent: int, journal: int, name: str) -> str | None:
     if old is not None and not stat.S_ISREG(old.st_mode):
         return f"{name} beside it is not a regular file"
     if is_backup(name):
-        return f"{name} was created beside it since" if old is not None and not is_moved else None
-    return f"{name} in it has yet another name" if new.st_nlink > 1 + is_moved else None
+        return f"{name} has been created beside it" if old is not None and not is_moved else None
+    return f"{name} in it has another hard link" if new.st_nlink > 1 + is_moved else None
 
 
 def _is_regular(folder: int, name: str) -> bool:

@@ -35,13 +35,13 @@ class PickledCheckpoint(Checkpoint):
         path = source.path
         if path.suffix == ".safetensors":
             raise CheckpointError(
-                f"{path}: named .safetensors but holds a pickle; rename it to .pt if you trust where it came from"
+                f"{path}: named .safetensors but contains a pickle; rename it to .pt if you trust its source"
             )
         with source.reading() as file:
             self._zipped, self._root = load_pickle(path, file)
         found = find_state_dicts(self._root)
         if not found:
-            raise CheckpointError(f"{path}: holds no dictionary of named tensors; save model.state_dict()")
+            raise CheckpointError(f"{path}: contains no dictionary of named tensors; save model.state_dict()")
         if key is not None:
             known = [".".join(place) for place, _ in found if place]
             found = [item for item in found if ".".join(item[0]) == key]
@@ -61,7 +61,7 @@ class PickledCheckpoint(Checkpoint):
             taken, *others = (".".join(place) or "the top level" for place, _ in found)
             more = f" and {len(others) - 9} more" if len(others) > 9 else ""
             self.notes.append(
-                f"{path}: took the tensors under {taken}; there are others under {', '.join(others[:9])}{more} "
+                f"{path}: loaded the tensors under {taken}; there are others under {', '.join(others[:9])}{more} "
                 "(choose with `key`)"
             )
         self.unfit = _shared_memory(strided)
@@ -84,7 +84,7 @@ class PickledCheckpoint(Checkpoint):
             try:
                 write_pickle(file, self._root, self._zipped, pickle_module())
             except RefusedError as error:
-                problem = f"{self.path}: holds {error}, which is no plain data; nothing was written"
+                problem = f"{self.path}: holds {error}, which is not plain data; nothing was written"
                 raise CheckpointError(problem) from error
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)

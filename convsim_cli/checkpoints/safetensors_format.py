@@ -81,7 +81,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 done += read
         dtype = getattr(torch, info.dtype, None)
         if dtype is None:
-            raise CheckpointError(f"{self.path}: {name} is of the type {info.dtype}, which torch does not have")
+            raise CheckpointError(f"{self.path}: {name} has dtype {info.dtype}, which torch does not support")
         return data.view(dtype).reshape(info.shape)
 
     def write(
@@ -140,7 +140,7 @@ def _check_header(header: Any, size: int) -> None:
     """Raise ValueError for a header whose tensors do not fill `size` bytes of data, one after the other."""
     metadata = header.get("__metadata__") or {} if isinstance(header, dict) else None  # null is none
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("a header that is no object, or metadata that is no text")
+        raise ValueError("a header that is not an object, or metadata that is not text")
     json.dumps(header, ensure_ascii=False).encode()  # JSON can escape half a character, which cannot be written again
     places = []
     for name, entry in header.items():
@@ -149,12 +149,12 @@ def _check_header(header: Any, size: int) -> None:
         fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
         dtype, shape, place = (fields.get(field, ()) for field in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in _TYPES:
-            raise ValueError(f"{name[:80]!r} is of the unknown type {str(dtype)[:80]!r}")
+            raise ValueError(f"{name[:80]!r} has the unknown dtype {str(dtype)[:80]!r}")
         if not _is_sizes(shape) or not _is_sizes(place) or len(place) != 2:
-            raise ValueError(f"{name[:80]!r} has no shape or no place in it")
+            raise ValueError(f"{name[:80]!r} has no shape or no offsets")
         first, end = place
         if prod(shape) * _TYPES[dtype][1] != 8 * (end - first) or prod(filter(None, shape)) >= 1 << 63:
-            raise ValueError(f"{name[:80]!r} has a shape that does not fit its place in it")
+            raise ValueError(f"{name[:80]!r} has a shape that does not match its offsets")
         places.append((first, end))
     places.sort()
     if [first for first, _ in places] + [size] != [0] + [end for _, end in places]:

@@ -56,9 +56,9 @@ class ShardedCheckpoint(Checkpoint):
         if is_index(output):
             target = super().target_for(output)
         elif output.is_file() or (_FILE_SUFFIX.fullmatch(output.suffix) and not output.is_dir()):
-            raise InputError(f"{output}: the checkpoint is in shards; name a folder to write them to")
+            raise InputError(f"{output}: the checkpoint is sharded; choose a folder to write the shards to")
         elif not output.parent.is_dir():
-            raise InputError(f"{output}: there is no folder {output.parent}; create it first")
+            raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
         else:
             target = output / self.path.name
         self.is_in_place(target)
@@ -73,8 +73,8 @@ class ShardedCheckpoint(Checkpoint):
         own = [place for place, source in sources if place.exists() and place.samefile(source)]
         if own and len(own) < len(sources):
             raise InputError(
-                f"{target}: {own[0].name} beside it belongs to the checkpoint itself; name another folder, or leave "
-                "out `output` to save in place"
+                f"{target}: {own[0].name} beside it belongs to the checkpoint itself; choose another folder, or "
+                "remove `output` to save in place"
             )
         return bool(own)
 
@@ -170,7 +170,7 @@ def _require_shard(index: Path, name: str) -> None:
     try:
         found = place.is_file()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index}: names the shard {name[:80]!r}, which no file can be called") from error
+        raise CheckpointError(f"{index}: names the shard {name[:80]!r}, which is not a valid file name") from error
     if not found:
         what, which = "no such file", "missing shard"
         if os.path.lexists(place):

@@ -38,8 +38,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Measure the similarity of a convolutional network's feature maps, and reduce it by changing the kernels.\n\n"
-    "L_CS (the figure and method cs) is Convolutional Similarity, Eq. 10 of arXiv:2411.03226: the squared "
-    "cross-correlations of all pairs of filters, summed.",
+    "L_CS (the figure and method cs) is Convolutional Similarity, Eq. 10 of arXiv:2411.03226: the sum of "
+    "squared cross-correlations over all pairs of filters.",
     epilog="""\b
 Examples:
  # a fresh network whose feature maps are less similar, in seconds
@@ -76,7 +76,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     init: "Make a network's kernels less similar.",
     measure: "Measure similarity, per layer.",
     train: "Train a network; store results and weights.",
-    compare: "Compare training runs, over their seeds.",
+    compare: "Compare training runs, averaged over seeds.",
     reproduce: "Repeat the paper's experiments.",
     plot: "Draw the training curves of runs.",
 }
@@ -104,9 +104,9 @@ def main() -> None:
 
 
 def share_cores() -> None:
-    """Let OpenMP's threads sleep soon where they wait, unless the user has said how. Call it before torch is imported.
+    """Let waiting OpenMP threads sleep early, unless the user has configured it. Call it before torch is imported.
 
-    By default they spin for milliseconds, on cores that the thread they wait for may need.
+    By default they spin for milliseconds, on cores that other threads may need.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
@@ -115,7 +115,7 @@ def share_cores() -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code.
 
-    An error or a warning is one line on stderr; CONVSIM_DEBUG=1 lets the traceback of an error through.
+    Errors and warnings are one line each on stderr; CONVSIM_DEBUG=1 shows tracebacks.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvsimWarning)
@@ -136,13 +136,13 @@ def run(arguments: list[str]) -> int:
             if os.environ.get("CONVSIM_DEBUG") == "1":
                 raise
             said = f": {' '.join(str(error).split())[:300]}" if str(error).strip() else ""
-            code, message = 1, f"{type(error).__name__}{said} (CONVSIM_DEBUG=1 shows where)"
+            code, message = 1, f"{type(error).__name__}{said} (CONVSIM_DEBUG=1 shows the traceback)"
             if isinstance(error, ConvsimError):
                 code, message = error.exit_code, str(error)
             elif is_out_of_memory(error):
                 message = f"not enough memory ({brief(error)}); free some, or use a smaller network, batch or dataset"
             elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
-                code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); name another path"
+                code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); choose another path"
             elif hasattr(error, "format_message"):  # a usage error of the parser
                 code, message = 2, explain_usage(error, arguments) or "see convsim --help"
             if not isinstance(error, RankZeroFailedError):  # which rank 0 reports

@@ -33,35 +33,38 @@ LEAST: Least = ("train_accuracy", "last_accuracy", "last5_p", "last5_difference"
 
 @add_options(rare=("epochs", "wide", "quiet"))
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that contain them.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or folders that contain them.")],
     baseline: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Compare with this group, or the group of this run; by default that with mode baseline.",
+            help="Group to compare with, or a run of that group. Default: the group of mode baseline.",
             show_default=False,
         ),
     ] = None,
     accuracy: Annotated[
         float | None,
         typer.Option(
-            metavar="X", help="Show the epochs to this test accuracy, in per cent.", min=0, max=100, show_default=False
+            metavar="X",
+            help="Show the epochs needed for this test accuracy, in per cent.",
+            min=0,
+            max=100,
+            show_default=False,
         ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Compare the first N epochs only.", min=1, show_default=False),
+        typer.Option(metavar="N", help="Compare only the first N epochs.", min=1, show_default=False),
     ] = None,
     wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare runs: those that differ only by seed are one row, with means and standard deviations over the seeds.
+    """Compare runs. Runs that differ only by seed form one row, with means and standard deviations over the seeds.
 
-    A group is named by the arguments in which it differs. Its difference from the baseline is the mean of the
-    differences seed by seed, with its 95 % interval (Student's t) and, where several groups are compared, its p-value
-    after Holm's correction for their number; one seed has neither. Accuracies are in per cent, on the test images
-    unless they are called train accuracies.
+    Groups are named by the arguments that differ. Differences from the baseline are paired by seed and have a 95 %
+    interval (Student's t). If several groups are compared, they also have p-values after Holm's correction. One seed
+    gives neither. Accuracies are in per cent, on the test images unless they are called train accuracies.
     """
     from convsim_cli.training.comparison import compare_runs
 
@@ -89,7 +92,7 @@ def compare(
             corrected = f"; p: t-test, after Holm's correction for {tested} comparisons" if tested > 1 else ""
             console.note(f"differences from {reference}, paired by seed{intervals}{corrected}")
         elif len(groups) > 1:
-            console.note("no differences: no single group is the baseline; name a group or a run with --baseline")
+            console.note("no differences: no single group is the baseline; choose a group or a run with --baseline")
 
 
 def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[list[str], list[list[Cell]]]:

@@ -38,7 +38,7 @@ _COMMAND = re.compile(  # to copy: up to a comma, a semicolon or a bracket outsi
 class Console:
     """The two streams of a command: what it found, and what it says on the way.
 
-    wide: show every column of a table, however narrow the terminal.
+    wide: show all columns.
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False, wide: bool = False) -> None:
@@ -49,21 +49,21 @@ class Console:
         self.wide = wide
 
     def note(self, message: str) -> None:
-        """Say something in passing, on stderr."""
+        """Print a note on stderr, unless quiet."""
         if not self.quiet:
             say(message)
 
     def note_fitting(self, *messages: str) -> None:
-        """Say in passing the first of these that fits a terminal, the last where none does; elsewhere the first."""
+        """Print the first message that fits the terminal, or else the last; without a terminal, the first."""
         width = screen_width(sys.stderr) if is_terminal(sys.stderr) else max(map(len, messages))
         self.note(next((message for message in messages if len(message) <= width), messages[-1]))
 
     def warn(self, message: str) -> None:
-        """Say something that must not be missed, on stderr, even when quiet."""
+        """Print a warning on stderr, even when quiet."""
         say(f"convsim: warning: {message}")
 
     def document(self, command: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Return the one JSON document of a command, printed where it was asked for."""
+        """Return a command's JSON document; print it with --json."""
         document = {"schema": 2, "command": command, **content, "version": __version__}
         if self.as_json:
             with _while_read():
@@ -78,7 +78,7 @@ class Console:
         above: int = 1,
         **usual: Cell,
     ) -> None:
-        """Print a table: TSV with a header line where stdout is no terminal.
+        """Print a table; as TSV with a header line if stdout is not a terminal.
 
         least: the columns that a terminal does without where they do not fit, in the order in which they go; where the
         others do not fit either, the first `above` columns, which name a row, stand above it. usual: columns that it is
@@ -121,7 +121,7 @@ class Console:
                 print("\n".join(_stacked(columns, cells)))
             return
         if left_out := [column for index, column in enumerate(columns) if index not in kept]:
-            self.note(f"not shown in {screen} characters: {', '.join(left_out)} (--wide shows all)")
+            self.note(f"hidden to fit {screen} characters: {', '.join(left_out)} (--wide shows all)")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 2, 0, 1), pad_edge=False)
         for index in kept[above:]:
             right = any(isinstance(row[index], int | float) for row in rows)
@@ -160,7 +160,7 @@ class Console:
 
     @contextmanager
     def progress(self, description: str, total: float) -> Iterator[Progress]:
-        """Show how far a loop of `total` steps has come, with the time left; give what advances it."""
+        """Show the progress of a loop of `total` steps, with the time left; yield a function that advances it."""
         if self.live and total:
             with _make_bar() as bar:
                 yield Progress(description, total, bar)
@@ -169,9 +169,9 @@ class Console:
 
 
 class Progress:
-    """How far something has come: called with the steps that were done. Without a total, nothing is shown.
+    """Progress of a task: called with the number of steps done. Without a total, nothing is shown.
 
-    bar: rich's, on a terminal; elsewhere there is a line every ten seconds.
+    bar: rich's, on a terminal; otherwise a line is printed every ten seconds.
     """
 
     def __init__(self, description: str = "", total: float = 0.0, bar: Any = None) -> None:
@@ -189,7 +189,7 @@ class Progress:
             say(f"{self._description}: {remaining(self._done, self._total, now - self._start)}")
 
     def describe(self, description: str) -> None:
-        """Say at the bar what is being done."""
+        """Set the bar's description."""
         if self._bar is not None:
             self._bar.update(self._task, description=printable(description))
 
@@ -239,7 +239,7 @@ def _stacked(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str
 
 
 def say(message: str) -> None:
-    """Print a line on stderr for as long as somebody reads it; work goes on without a listener.
+    """Print a line on stderr; a closed stderr is ignored.
 
     A terminal's lines end between words, and never in a command to copy.
     """

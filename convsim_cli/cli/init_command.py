@@ -58,7 +58,7 @@ def init(
         bool,
         typer.Option(
             "--recover",
-            help="Complete an interrupted save of CHECKPOINT, and do nothing else.",
+            help="Only complete an interrupted save of CHECKPOINT.",
             rich_help_panel="Saving",
         ),
     ] = False,
@@ -97,10 +97,10 @@ def _recover(context: typer.Context, name: str | None, console: Console) -> None
     from convsim_cli.checkpoints.atomic import finish_saves
 
     if name is None or is_on_hub(name):
-        raise InputError(f"`recover` requires a `checkpoint` on this machine{f', got {name}' if name else ''}")
+        raise InputError(f"`recover` requires a local `checkpoint`{f', got {name}' if name else ''}")
     checkpoint = Path(name)
     for option in typed(context).keys() - {"checkpoint", "recover", "as_json", "quiet", "wide"}:
-        raise InputError(f"`recover` only completes an interrupted save; leave out `{option}`")
+        raise InputError(f"`recover` only completes an interrupted save; remove `{option}`")
     moved = finish_saves(checkpoint, strict=True)
     if not moved and not checkpoint.exists():
         raise CheckpointError(f"{checkpoint}: no such file")
@@ -109,7 +109,7 @@ def _recover(context: typer.Context, name: str | None, console: Console) -> None
     for folder, names in moved.items():
         console.note(f"completed an interrupted save to {folder}: moved {', '.join(names)}")
     if not moved:
-        console.note(f"{checkpoint}: no save was interrupted; nothing to do")
+        console.note(f"{checkpoint}: no interrupted save; nothing to do")
 
 
 def _least(preserve_norm: bool, probed: bool) -> list[str | tuple[str, ...]]:
@@ -137,7 +137,7 @@ def _show(content: dict[str, Any], probe: str | None, console: Console) -> None:
     show_skipped(content["skipped"], len(layers), "can be optimized", console)
     total = content["total"]
     if "after" not in total:
-        return console.note(f"L_CS {total['before']:.4g}; a dry run: nothing was written")
+        return console.note(f"L_CS {total['before']:.4g}; dry run, nothing was written")
     norms, change = "norms kept" if content["preserve_norm"] else "raw", f"{total['before']:.4g} → {total['after']:.4g}"
     if content["lr"] is not None:
         console.note(f"L_CS {change} ({content['method']}, {norms}), {content['seconds']:.1f} s")
@@ -150,7 +150,7 @@ def _show(content: dict[str, Any], probe: str | None, console: Console) -> None:
         if layer.get("method", content["method"]) != content["method"]:
             others.setdefault(layer["method"], []).append(layer["name"])
     for method, names in others.items():
-        console.note(f"{method} in place of {content['method']}: {some_of(names)}")
+        console.note(f"{method} instead of {content['method']}: {some_of(names)}")
     backup = f"; the original is kept in {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
     inputs = f" --input {probe}" if probe else ""

@@ -67,7 +67,7 @@ def measure(
         list[str] | None,  # no Path, which would take a slash from hf://
         typer.Argument(
             metavar="CHECKPOINT",
-            help=f"Files to measure, side by side, or {HUB_FORM}. Default: model.safetensors, or a fresh cnn1.",
+            help=f"Files to measure side by side, or {HUB_FORM}. Default: model.safetensors, or a fresh cnn1.",
         ),
     ] = None,
     sort: Annotated[
@@ -83,7 +83,7 @@ def measure(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=f"Draw every layer's correlations. In a {PICTURE_SUFFIXES} file.",
+            help=f"Draw every layer's correlations. FILE ends in {PICTURE_SUFFIXES}.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -91,7 +91,7 @@ def measure(
     figures: Annotated[
         bool, typer.Option("--figures", help="Explain the table's columns and exit.", rich_help_panel=OUTPUT)
     ] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="The table as CSV.", rich_help_panel=OUTPUT)] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.", rich_help_panel=OUTPUT)] = False,
     wide: WideOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -141,7 +141,7 @@ def _explain_figures() -> str:
     lines = []
     for figure in FIGURES:
         unit = f" [{figure.unit}]" if figure.unit else ""
-        moves = "; moves with the scale of the weights" if figure.moves_with_scale else ""
+        moves = "; depends on the scale of the weights" if figure.moves_with_scale else ""
         first, *rest = wrap(f"{figure.meaning}{moves}{unit}", 62)
         lines += [f"{figure.key:<16} {first}", *(f"{'':<16} {line}" for line in rest)]
     return "\n".join(lines)
@@ -157,7 +157,7 @@ def _choose_networks(
         console.note(f"no CHECKPOINT given: measuring a {new} {arch}")
         return [None], arch
     if Path("model.safetensors").exists():
-        console.note("no CHECKPOINT given: measuring model.safetensors of this folder")
+        console.note("no CHECKPOINT given: measuring model.safetensors in this folder")
         return ["model.safetensors"], None
     console.note("no CHECKPOINT given and no model.safetensors here: measuring a fresh cnn1")
     return [None], "cnn1"
@@ -216,8 +216,8 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
 
 
 def _what_next(layers: Sequence[Record]) -> str | None:
-    """What to do about duplicates or dead filters, None without any."""
-    page = "the page 'measure' of the documentation shows how to remove"
+    """Advice on duplicates or dead filters, or None."""
+    page = "the documentation page 'Measure' shows how to remove"
     if why_duplicates(layers):
         return "convsim init --method dct creates no duplicates in first layers"
     if any(layer["removable"] for layer in layers):

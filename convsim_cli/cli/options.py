@@ -46,7 +46,7 @@ GONE: dict[str, dict[str, str]] = {  # by command: an option of former versions,
 
 
 def completer(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return a function that gives the names that begin as typed."""
+    """Return a function that returns the names with a given prefix."""
 
     def complete(begun: str) -> list[str]:
         return [name for name in names if name.startswith(begun)]
@@ -55,7 +55,7 @@ def completer(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def complete_arch(begun: str) -> list[str]:
-    """Return the networks whose names begin so; those of a library once its name is typed."""
+    """Return the network names with this prefix; those of a library once its name is typed."""
     names = ["cnn1", "cnn2", "cnn:", "resnet18", "torchvision:", "timm:"]
     if begun.startswith("torchvision:"):
         from torchvision.models import list_models
@@ -68,7 +68,7 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Run")
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="One JSON document on stdout. In full precision.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--json", help="Print one JSON document. In full precision.", rich_help_panel=OUTPUT)
 ]
 QuietOption = Annotated[
     bool, typer.Option("-q", "--quiet", help="Print only warnings and errors.", rich_help_panel=OUTPUT)
@@ -133,7 +133,7 @@ _HelpAll = Annotated[
         is_eager=True,
         expose_value=False,
         callback=_show_help_all,
-        help="Show every option, with all of its help, and exit.",
+        help="Show all options with their full help, and exit.",
     ),
 ]
 
@@ -204,7 +204,7 @@ def typed(context: typer.Context) -> dict[str, Any]:
 
 
 def choose_device(device: str, console: Console) -> torch.device:
-    """Return the device, saying which one `auto` took."""
+    """Return the device; print the one that `auto` chose."""
     from convsim_cli.device import resolve_device
 
     found = resolve_device(device)
@@ -225,7 +225,7 @@ def parse_groups(groups: list[str]) -> dict[str, int]:
 
 
 def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console: Console, above: int = 1) -> None:
-    """Print the table of layers, and a note where groups are guesses. least, above: see `Console.table`."""
+    """Print the table of layers, and a note if groups are guessed. least, above: see `Console.table`."""
     assumed = [row[columns.index("assumed")] for row in rows]
     console.table(columns, rows, ["assumed", "groups", *least], above, groups=1, assumed=all(assumed))
     if any(assumed):
@@ -235,7 +235,7 @@ def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console
 
 
 def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: Console) -> None:
-    """Say how many tensors were taken, and why others were left out: in three lines at most, with some of their names.
+    """Print how many tensors were used, and why others were skipped: in at most three lines, with some of their names.
 
     taken: the number of layers; what: what they are, such as "can be optimized". All names are in the JSON document.
     """
@@ -267,9 +267,9 @@ def _shortened(name: str, text: str) -> tuple[str, str]:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help fits one screen: what it does, examples, and its common options.
+    """A command whose help fits on one screen: summary, examples and common options.
 
-    With `--help-all` every option, under the heading that is its `rich_help_panel`.
+    `--help-all` shows every option, under its `rich_help_panel` as the heading.
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -305,7 +305,7 @@ class GroupedCommand(TyperCommand):
                     )
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse an empty argument, which a shell passes for a variable that is not set; no option takes one."""
+        """Refuse empty arguments, which a shell passes for unset variables; no option accepts them."""
         takers = {name for one in self.params if not getattr(one, "is_flag", True) for name in one.opts}
         for word, following in zip(["", *args], [*args, None], strict=True):
             if ctx.resilient_parsing:  # a shell asks for completions

@@ -24,7 +24,7 @@ Examples:
 
 @add_options(rare=("quiet",))
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that contain them.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or folders that contain them.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help=f"The {PICTURE_SUFFIXES} file to write.")
     ] = Path("curves.png"),
@@ -33,8 +33,8 @@ def plot(
 ) -> None:
     """Draw the loss, accuracies, L_CS and rotation of runs over epochs. Runs may still be training.
 
-    Runs that differ only by seed are one curve: their mean, in a band of one standard deviation to either side. Curves
-    are named by the settings in which they differ, as `convsim compare` names them.
+    Runs that differ only by seed share one curve: their mean, in a band of ± one standard deviation. Curves are named
+    by the settings that differ, as in `convsim compare`.
     """
     from convsim_cli.training.comparison import group_by_seed, read_runs
 

@@ -60,14 +60,14 @@ _LISTS: dict[str, tuple[Callable[[str], Any], int | None, str]] = {  # each item
 
 
 def complete_experiment(begun: str) -> list[str]:
-    """Return the experiments whose names begin so."""
+    """Return the experiment names with this prefix."""
     from convsim_cli.reproduction.experiments import known_experiments
 
     return [name for name in known_experiments() if name.startswith(begun)]
 
 
 def complete_arms(begun: str) -> list[str]:
-    """Return what a list of arms that begins so can go on with: arms, their sets, and all of them."""
+    """Return the completions of a list of arms: arms, sets of arms, and all."""
     first, comma, last = begun.rpartition(",")
     return [f"{first}{comma}{name}" for name in (*SETS, ALL, *ARMS) if name.startswith(last)]
 
@@ -112,18 +112,20 @@ def reproduce(
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Runs per configuration, from --seed.", min=1, max=MOST_SEEDS, show_default="1"),
+        typer.Option(
+            metavar="N", help="Runs per configuration, seeded from --seed.", min=1, max=MOST_SEEDS, show_default="1"
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Epochs of a run. Default: the paper's.", min=1, show_default=False),
+        typer.Option(metavar="N", help="Epochs per run. Default: the paper's.", min=1, show_default=False),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count runs and epochs, and estimate their time. Writes nothing.")
     ] = False,
-    run_dir: Annotated[
-        Path, typer.Option("--run-dir", metavar="DIR", help="Where the folders of runs are created.")
-    ] = Path("runs"),
+    run_dir: Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="Folder for the run folders.")] = Path(
+        "runs"
+    ),
     device: DeviceOption = "auto",
     wide: WideOption = False,
     as_json: JsonOption = False,
@@ -132,7 +134,7 @@ def reproduce(
 ) -> None:
     """Repeat an experiment of the paper and show published and measured numbers side by side.
 
-    The result is saved as RUN_DIR/NAME.json, a figure also as RUN_DIR/NAME.png. Finished runs in RUN_DIR with the same
+    Results are saved as RUN_DIR/NAME.json, figures also as RUN_DIR/NAME.png. Finished runs in RUN_DIR with the same
     arguments are reused, and unfinished ones resumed. All numbers are in per cent except correlations, cosines and
     L_CS; some columns are not in the paper.
 
@@ -144,7 +146,7 @@ def reproduce(
     is_numerical = any(table.name == name for table in NUMERICAL_TABLES)
     for key in _OF_TRAINING if is_numerical else ["episodes"]:
         if key in typed(context):
-            raise InputError(f"{name} has no `{key}`")
+            raise InputError(f"{name} does not take `{key}`")
     if is_numerical:
         _run_numerical(name, given, console)
     elif dry_run:
@@ -186,14 +188,14 @@ def _show_estimate(name: str, given: dict[str, Any], console: Console) -> None:
     experiment = find_experiment(name)
     _check_output(name, given["run_dir"])
     choices = _choices(given, console)
-    console.note("timing a part of an epoch of each network and batch size")
+    console.note("timing part of an epoch for each network and batch size")
     content = console.document("reproduce", estimate_experiment(experiment, choices, given["run_dir"]))
     if not console.as_json:
         columns = ["arch", "batch_size", "runs", "finished", "epochs", "epochs_done", "seconds_per_epoch"]
         rows = [[*(row[column] for column in columns), duration(row["seconds"])] for row in content["rows"]]
         console.table([*columns, "time"], rows)
         runs, epochs, rest = content["runs"], content["epochs"], duration(content["seconds"])
-        left = f"the rest takes about {rest} at the present load" if content["seconds"] else "none are left"
+        left = f"the rest takes about {rest} at the current load" if content["seconds"] else "nothing is left to run"
         console.note(
             f"{name}: {runs} run{'s' if runs > 1 else ''}, {content['finished']} finished; "
             f"{epochs:,} epoch{'s' if epochs > 1 else ''}, {content['epochs_done']:,} done; {left}"
@@ -238,11 +240,11 @@ class CampaignScreen:
         self._start, self._epochs, self._said = time.monotonic(), 0, ""
 
     def plan(self, runs: int, finished: int, epochs: int) -> None:
-        """Say how many runs there are, and how many of them are reused."""
-        reused = f", {finished} of them finished before" if finished else ""
+        """Print how many runs there are, and how many are reused."""
+        reused = f", {finished} of them already finished" if finished else ""
         self._console.note(f"{self._name}: {runs} run{'s' if runs > 1 else ''}{reused}")
         if epochs and not finished:
-            self._console.note("you can stop at any moment; the same command resumes")
+            self._console.note("you can stop at any time; the same command resumes")
         self._runs, self._ended, self._total = runs, finished, epochs
         if self._console.live:
             self._progress = self._bar.enter_context(self._console.progress(self._name, epochs))
@@ -258,7 +260,7 @@ class CampaignScreen:
         yield lambda steps: None
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Advance the bar, or show the figures of an epoch where there is none."""
+        """Advance the bar or, without one, print an epoch's figures."""
         self._advance(1)
         if not self._console.live:
             whole = remaining(self._done, self._total, time.monotonic() - self._start)
@@ -266,7 +268,7 @@ class CampaignScreen:
             self._console.note(f"{self._said} {line}; {self._name} {whole}")
 
     def end(self, outcome: Outcome, epochs: int) -> None:
-        """Show how a run ended. The epochs that it needed are done, also those that were not trained here."""
+        """Show how a run ended, and count its epochs as done, including those trained by other processes."""
         self._advance(max(0, epochs - self._of_run))
         self._ended, self._of_run = self._ended + 1, 0
         if outcome.diverged:
@@ -278,7 +280,7 @@ class CampaignScreen:
             self._console.note(f"{outcome.run.folder}: test accuracy {best:.2f} % at best, {last:.2f} % last, {took}")
 
     def wait(self, name: str) -> None:
-        """Say that only runs of other processes are left."""
+        """Report that only other processes' runs are left."""
         said = f"waiting for {name}, which another process is training"
         if said != self._said:
             self._said = said

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
- convsim train --epochs 2 --limit-train 2000     # a try; downloads CIFAR-10
+ convsim train --epochs 2 --limit-train 2000     # quick; downloads CIFAR-10
  convsim train --dataset digits --epochs 5       # no download; extra: demo
  convsim train --mode init --data-dir data       # the paper's best mode
  convsim train --mode reg --beta auto --epochs 20 --name reg20
@@ -44,13 +44,13 @@ def train(
     ] = None,
     run_dir: Annotated[
         Path,
-        typer.Option("--run-dir", metavar="DIR", help="Where the folders of runs are created.", rich_help_panel="Run"),
+        typer.Option("--run-dir", metavar="DIR", help="Folder for the run folders.", rich_help_panel="Run"),
     ] = Path("runs"),
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run's folder.", **_RUN)] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Resume the run in this folder. Only --epochs and --data-dir may differ.", **_RUN
+            metavar="RUN", help="Resume the run in this folder. Only --epochs and --data-dir may change.", **_RUN
         ),
     ] = None,
     config: Annotated[
@@ -67,7 +67,7 @@ def train(
     """Train a network; results and weights go to a folder.
 
     The defaults are the paper's (section 4.2); they take about 50 minutes on two CPU cores. You can stop a run at any
-    moment and resume it with --resume: the result is the same (on CUDA, with --deterministic).
+    time and continue with --resume: the result is the same (on CUDA, with --deterministic).
     """
     from convsim_cli.networks.architectures import to_repeat
     from convsim_cli.training.distributed import is_rank_zero
@@ -134,7 +134,7 @@ class RunScreen:
         self.runs: list[Run] = []  # those begun; the last one is the current one
 
     def begin(self, run: Run, data: Dataset) -> None:
-        """Say which run begins, and what its images are of."""
+        """Print which run begins, and its classes."""
         self.runs.append(run)
         self._seconds, how = [], run.arguments
         what = f"{how.label}, {how.arch} on {how.dataset}, {how.epochs} epoch{'s' if how.epochs > 1 else ''}"
@@ -149,14 +149,14 @@ class RunScreen:
         untrained = [name for name, images in classes.items() if not images["train"]]
         if untrained:
             named = ", ".join(untrained[:CLASSES_NAMED]) + ", …" * (len(untrained) > CLASSES_NAMED)
-            self._console.warn(f"no training images of {len(untrained)} of {len(names)} classes ({named})")
+            self._console.warn(f"{len(untrained)} of {len(names)} classes have no training images ({named})")
 
     def progress(self, phase: str, steps: int) -> AbstractContextManager[Progress]:
         """Show a phase; without a bar, an epoch is one line at its end."""
         return self._console.progress(phase, steps if self._console.live or phase == "init" else 0)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Show the figures of an epoch, the least important ones left out where the terminal is narrow."""
+        """Show an epoch's figures; a narrow terminal hides the least important ones."""
         epochs = self.runs[-1].arguments.epochs
         self._seconds.append(row["seconds"])
         left = (epochs - row["epoch"]) * sum(self._seconds) / len(self._seconds)

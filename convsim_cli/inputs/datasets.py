@@ -109,11 +109,11 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
         if folder.is_dir():
             raise InputError(
                 f"{kind} in {folder} is damaged or incomplete; remove that folder to download it again, "
-                "or name the parent of an intact one with `data_dir`"
+                "or point `data_dir` to the parent of an intact one"
             ) from error
         raise InputError(
             f"{kind} is not in {folder} and cannot be downloaded ({str(error).rstrip('.')}); "
-            f"unpack {source.url} there, or name its parent with `data_dir`; "
+            f"unpack {source.url} there, or point `data_dir` to its parent; "
             "the dataset digits needs scikit-learn, but no download"
         ) from error
     finally:
@@ -133,7 +133,7 @@ def _refuse_inside(data_dir: Path, source: Any) -> None:
     real = data_dir.resolve()
     for other in (CIFAR10, CIFAR100):
         if real.name == other.base_folder and real.is_dir():
-            raise InputError(f"`data_dir` {data_dir} is the dataset itself; name its parent: `data_dir` {real.parent}")
+            raise InputError(f"`data_dir` {data_dir} is the dataset itself; use its parent: `data_dir` {real.parent}")
         files = {name for name, _ in other.train_list + other.test_list}
         if real.is_dir() and all((real / name).is_file() for name in files):
             raise InputError(
@@ -141,7 +141,7 @@ def _refuse_inside(data_dir: Path, source: Any) -> None:
                 f"{other.base_folder} and name its parent: `data_dir` {real.parent}"
             )
     if real.exists() and not real.is_dir():
-        raise InputError(f"`data_dir` {data_dir} is a file; name the folder that holds {source.base_folder}")
+        raise InputError(f"`data_dir` {data_dir} is a file; use the folder that contains {source.base_folder}")
 
 
 def _digits(_: Path) -> Dataset:
@@ -202,7 +202,7 @@ def decode_image(path: Path, side: int) -> Tensor:
             if file.mode.startswith("I"):  # 16-bit gray: PIL's own conversion turns everything above 255 white
                 values = numpy.asarray(file)
                 if 0 < values.max() < 1 << 12:
-                    raise ValueError("of 16 bits, no value exceeds 4095: 12 bits, or all dark; convert it to 8 bits")
+                    raise ValueError("16-bit, but no value exceeds 4095: 12-bit or all dark; convert it to 8 bits")
                 image = Image.fromarray((values >> 8).astype(numpy.uint8))
             if "transparency" in image.info or {"A", "a"} & {*image.getbands()}:
                 layer = image.convert("RGBA")
@@ -240,19 +240,19 @@ def _named(path: Path, names: Sequence[str]) -> Path | None:
 
 def _refuse_splits_as_classes(path: Path) -> None:
     if _named(path, TRAINING):
-        raise InputError(f"{path}: holds splits in place of classes; name folder:{path}")
+        raise InputError(f"{path}: contains splits instead of classes; use folder:{path}")
     splits = [folder for folder in _folders(path) if folder.lower() in TEST]
     if splits:
         raise InputError(
             f"{path}: {_some(splits)} would be a class, but is named like a split, and there is no {one_of(TRAINING)} "
-            f"beside it; add that, name folder:{path / splits[0]} for these images alone, or rename it"
+            f"beside it; add that, use folder:{path / splits[0]} for these images alone, or rename it"
         )
     for folder in _folders(path):
         inner = [name for name in _folders(path / folder) if name.lower() in TRAINING + TEST]
         if inner:
             meant = _meant(path)
-            way = f"name folder:{meant}" if meant else "put the folders of the classes into those of the splits"
-            raise InputError(f"{path}: {folder} would be a class, but holds the splits {_some(inner)}; {way}")
+            way = f"use folder:{meant}" if meant else "put the class folders into the split folders"
+            raise InputError(f"{path}: {folder} would be a class, but contains the splits {_some(inner)}; {way}")
 
 
 def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
@@ -269,7 +269,7 @@ def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
         meant = _meant(path)
         raise InputError(
             f"{path}: the folder {classes[0]} would be the only class; expected a folder of images for each of several "
-            f"classes{f': name folder:{meant}' if meant else ''}"
+            f"classes{f': use folder:{meant}' if meant else ''}"
         )
     return classes, files
 
@@ -306,7 +306,7 @@ def image_files(folder: Path) -> list[Path]:
 def _refuse_broken_links(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_symlink() and not path.exists() and not _is_hidden(Path(path.name)):
-            raise InputError(f"{path}: a broken link; remove it, or restore what it leads to")
+            raise InputError(f"{path}: a broken link; remove it, or restore its target")
 
 
 def _meant(path: Path) -> Path | None:

@@ -171,16 +171,16 @@ def measure_accuracy(
             output = model(images)
         reason = ""
         if not isinstance(output, Tensor):
-            reason = f"the network gives a {type(output).__name__}, not logits [images, {data.classes}]"
+            reason = f"the network returns a {type(output).__name__}, not logits [images, {data.classes}]"
         elif output.ndim != 2 or len(output) != len(images):
             shape = list(output.shape)
-            reason = f"for {len(images)} images the network gives {shape}, not [{len(images)}, {data.classes}]"
+            reason = f"for {len(images)} images the network returns {shape}, not [{len(images)}, {data.classes}]"
         elif output.shape[1] < data.classes:
             reason = f"{output.shape[1]} outputs for {data.classes} classes"
         if reason:
             return None, [f"no test accuracy: {reason}"]
         correct = _totals(forward, _batches(data, data.test, device, side, pixels), device)[1].item()
-    notes = [f"{output.shape[1]} outputs for {data.classes} classes: the first {data.classes} count"]
+    notes = [f"{output.shape[1]} outputs for {data.classes} classes: only the first {data.classes} count"]
     return 100 * correct / len(data.test), notes if output.shape[1] > data.classes else []
 
 

@@ -149,7 +149,7 @@ def file_kernels(
 def _unusable(name: str, info: TensorInfo, tensors: Infos) -> str | None:
     """Return why a tensor cannot be worked on, whatever the patterns say."""
     if info.dtype not in FLOATING:
-        return f"its type {info.dtype} cannot be optimized"
+        return f"its dtype {info.dtype} cannot be optimized"
     if 0 in info.shape:
         return "empty"
     if len(info.shape) == 2:
@@ -279,7 +279,7 @@ def _evidence_against(candidates: Infos) -> dict[str, str]:
         if any(map(_UPDATE.fullmatch, parts)):
             reasons[name] = "a factor of an adapter's update (LoRA, LoKr and others), not a kernel"
         elif name in sparse:
-            reasons[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, which has lost its axes"
+            reasons[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, with its axes flattened"
         elif not weight_word(name) and any(map(_NO_KERNEL.fullmatch, part_words(parts[-1]))):
             reasons[name] = "named like a statistic, a mask, a gain or an embedding, not a kernel"
         elif is_single_channel and prod(info.shape[2:]) == 1:
@@ -408,7 +408,7 @@ def non_model_tensors(tensors: Infos) -> dict[str, str]:
     that prefix or suffix, the same name. Tensors with fewer than three axes are ignored.
     """
     large = {name: info.shape for name, info in tensors.items() if len(info.shape) >= 3}
-    reasons = {name: "of an optimizer's state, not of the network" for name in large if is_optimizer_state(name)}
+    reasons = {name: "optimizer state, not part of the network" for name in large if is_optimizer_state(name)}
     averaged = {name: shape for name, shape in large.items() if name not in reasons and is_averaged(name)}
     own = {name: shape for name, shape in large.items() if name not in reasons and name not in averaged}
     reasons |= dict.fromkeys(_copies(averaged, own), "a copy of another tensor, such as a moving average")

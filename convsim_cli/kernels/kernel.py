@@ -145,7 +145,7 @@ class Patterns:
                 raise InputError(f"`{name}` is {kind_of(value)}; expected a list of patterns, such as ['layer1.*']")
             for pattern in value:
                 if not isinstance(pattern, str):
-                    raise InputError(f"`{name}` holds {pattern!r}; expected patterns, such as ['layer1.*']")
+                    raise InputError(f"`{name}` contains {pattern!r}; expected patterns, such as ['layer1.*']")
 
     def resolved(self, names: Collection[str]) -> Patterns:
         """Return the same patterns with what is literal in these names escaped: `layers[0].weight`, `layers[0].*`.
@@ -197,7 +197,7 @@ class Selection:
         own = ("not matched by", "matched by")  # the user's patterns: known, so they come last
         skipped = sorted(self.skipped, key=lambda entry: entry.reason.startswith(own))
         left_out = ", ".join(f"{entry.name} ({entry.reason})" for entry in skipped[:3])
-        return "no convolution kernels that form pairs" + (f"; left out: {left_out}" if left_out else "")
+        return "no convolution kernels that form pairs" + (f"; skipped: {left_out}" if left_out else "")
 
     def add(self, kernel: Kernel, reason: str | None = None, unsupported: bool = False) -> None:
         """Select the kernel, or list it as skipped where there is a reason or it has no pairs."""

@@ -49,7 +49,7 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _UPDATE = re.compile(r"(^|\.)(lora_(A|B|down|up|mid|layer)|lokr_\w+|hada_\w+|b?oft_\w+)(\.|$)")  # of another weight
 _CONVOLVES = re.compile(r"conv\w*[123]d")  # in the code of a class: it calls a convolution by itself
 
-_SCRIPTED = "scripted or traced, which hides what its layers compute; use the module that it was made from"
+_SCRIPTED = "scripted or traced, which hides what its layers compute; use the original module"
 
 
 def module_kernels(
@@ -91,14 +91,14 @@ def module_kernels(
             reason = refusal or f"{update[2]}: an update of another weight; merge it to include it"
             selection.skipped.append(Skipped(name, shape, reason, unsupported=not refusal))
         elif not convolves:
-            unknown = f"a {type(layer).__name__}, which is no convolution that convsim knows"
+            unknown = f"a {type(layer).__name__}, not a convolution that convsim knows"
             reason = refusal or (_SCRIPTED if isinstance(layer, torch.jit.ScriptModule) else unknown)
             selection.skipped.append(Skipped(name, shape, reason, unsupported=not refusal))
         else:
             owners[id(weight)] = name
             unusable, computed = (None, False) if refusal else _usability(name, layer)
             if computed and not parametrized and not unusable:
-                unusable = f"computed in the forward of a {type(layer).__name__}, so that convsim cannot write it"
+                unusable = f"computed in the forward of a {type(layer).__name__}, so convsim cannot write it"
                 if not overrides_forward(layer):
                     unusable = "parametrized: no weight of its own; remove the parametrization first"
             kernel = _kernel_of(name, layer, shape, computed)
@@ -168,7 +168,7 @@ def warn_of_unsupported(selection: Selection) -> None:
             by_reason.setdefault(skipped.reason, []).append(skipped.name)
     if by_reason:
         listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-        warnings.warn(f"convsim leaves out {listed}", ConvsimWarning, stacklevel=3)
+        warnings.warn(f"convsim skips {listed}", ConvsimWarning, stacklevel=3)
     elif not selection.kernels:
         warnings.warn(f"the model has {selection.no_kernels()}", ConvsimWarning, stacklevel=3)
 
@@ -291,7 +291,7 @@ def _unusable(layer: Any, weight: Tensor | None) -> str | None:
     if weight.ndim != 2 + len(layer.kernel_size):
         return f"its weight is flattened or sharded, of shape {list(weight.shape)}"
     if weight.dtype not in _DTYPES:
-        return f"its type {str(weight.dtype).removeprefix('torch.')} cannot be optimized"
+        return f"its dtype {str(weight.dtype).removeprefix('torch.')} cannot be optimized"
     return None
 
 
@@ -381,7 +381,7 @@ def _weight_at_convolution(layer: Any, parameters: Mapping[str, Tensor] | None =
             f"a {type(layer).__name__}, whose forward fails on zeros {list(zeros.shape)} ({brief(error)})"
         ) from error
     if call is None:
-        raise InputError(f"a {type(layer).__name__}, whose forward convolves with no weight {list(shape)}")
+        raise InputError(f"a {type(layer).__name__}, whose forward uses no convolution weight {list(shape)}")
     return call.weight
 
 

@@ -1,4 +1,4 @@
-"""The figures that convsim measures per layer, each declared once, and what is told from them.
+"""The figures that convsim measures per layer, each declared once, and summaries of them.
 
 A figure is one entry of `FIGURES` and one line of `kernel_figures.measure_layer`: the record of a layer, JSON, tables,
 CSV and `measure --figures` follow; .docs/measure.md repeats the table. This module imports no torch, so that help texts
@@ -54,8 +54,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("cs", "L_CS, Eq. 10 of the paper", "weight⁴", moves_with_scale=True, keep=4),
     Figure(
         "ncs",
-        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 where filters use different frequencies, above 1 where they use the "
-        "same; compare layers of equal filter counts only",
+        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 if filters use different frequencies, above 1 if they use the same; "
+        "compare only layers with equal filter counts",
         compared=True,
         keep=3,
     ),
@@ -89,13 +89,14 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "removable",
-        "filters that could go while each cluster of duplicates keeps one; a lower bound, without linear combinations",
+        "filters that can be removed if each cluster of duplicates keeps one; a lower bound, ignoring linear "
+        "combinations",
         "filters",
         keep=LAST,
     ),
     Figure(
         "clusters",
-        "the clusters of duplicates, in which every two filters exceed the threshold: lists of filter indices",
+        "clusters of duplicates, in which all pairs exceed the threshold: lists of filter indices",
         "filters",
         shown=False,
     ),
@@ -212,16 +213,16 @@ def what_changed(first: ReportDocument, report: ReportDocument) -> str:
 
 
 def what_stands_out(layers: Sequence[Record]) -> str:
-    """Return one line: the most correlated maps and the lowest rank, against chance, and what can be removed."""
+    """Return one line: the most correlated maps and lowest rank relative to chance, and what can be removed."""
     alike = sorted(_against_chance(layers, "fm_corr"), key=lambda found: -found[0])
     ranks = sorted(_against_chance(layers, "fm_rank"), key=lambda found: found[0])
     listed = [f"{layer['name']} ({ratio:.1f} times)" for ratio, layer in alike[:_NAMED] if ratio >= _ALIKE]
-    said = [f"maps most correlated against chance: {', '.join(listed)}"] if listed else []
+    said = [f"most correlated maps relative to chance: {', '.join(listed)}"] if listed else []
     if ranks and ranks[0][0] <= _LOW:
         layer = ranks[0][1]
         rank = f"{layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f}"
-        said.append(f"lowest rank against chance: {layer['name']} ({rank})")
-    said = said or ["no layer's maps stand out against chance"]
+        said.append(f"lowest rank relative to chance: {layer['name']} ({rank})")
+    said = said or ["no layer's maps stand out from chance"]
     for key in ("removable", "dead"):
         counts = {layer["name"]: layer[key] for layer in layers if layer[key]}
         count, most = sum(counts.values()), sorted(counts, key=counts.__getitem__, reverse=True)

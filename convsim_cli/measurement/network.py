@@ -44,23 +44,23 @@ def measure(
     bn_statistics: str = "auto",
     seed: int = 0,
 ) -> list[Record]:
-    """Return a record per convolution of a network, its feature maps taken from running the images through it.
+    """Return a record per convolution of a network, with figures of its feature maps on the images.
 
     images: one batch `[B, C, …]`, or an iterable of batches, such as a loader: images, `(images, labels)` or
     `{"pixel_values": images}`; they are moved to the model's device. include, exclude: globs over the names of weights
     (`layer1.*`). threshold: correlation, in (0, 1], above which two filters are duplicates. bn_statistics: `stored`
-    batch-norm statistics, those of the `inputs`, or `auto`: of the inputs where the stored ones do not belong to the
-    kernels, as in a fresh network; the model keeps its own in any case. seed: of the random kernels that chance is
-    measured with.
+    batch-norm statistics, those of the `inputs`, or `auto`: of the inputs if the stored ones do not match the kernels,
+    as in a fresh network; the model keeps its own in any case. seed: of the random kernels that chance is measured
+    with.
 
-    The model is run in evaluation mode, without autocast or TF32, and left as it was. A layer that is never called has
-    null feature-map figures; warns of layers that are left out. Raises InputError for a kernel with NaN or Inf, a
-    pattern that matches nothing, images of another form or that the model fails on, and feature maps with NaN or Inf,
-    as images with such values have.
+    The model runs in evaluation mode, without autocast or TF32, and is not modified. A layer that is never called has
+    null feature-map figures. Warns about skipped layers. Raises InputError for a kernel with NaN or Inf, a pattern that
+    matches nothing, images of another form or that the model fails on, and feature maps with NaN or Inf, as images with
+    such values have.
 
-    A record holds `name`, `shape`, `groups` and figures, among them `fm_corr`, the mean |correlation| of two feature
-    maps; `fm_corr_random`, the same for random kernels; `fm_rank`, the effective number of independent maps; `cs`,
-    Eq. 10; `ncs`, Eq. 10 of filters of norm 1 per pair; and `dead`, the number of dead filters.
+    A record contains `name`, `shape`, `groups` and figures, among them `fm_corr`, the mean |correlation| of two feature
+    maps; `fm_corr_random`, the same for random kernels; `fm_rank`, the effective number of independent maps; `cs`, Eq.
+    10; `ncs`, Eq. 10 of filters of norm 1 per pair; and `dead`, the number of dead filters.
 
     >>> from torch import nn
     >>> record = measure(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 32, 32))[0]
@@ -98,7 +98,7 @@ def measure(
         layer = maps[kernel.name]
         records.append(measure_layer(kernel, weight, layer, threshold))
         if records[-1]["fm_rank"] is None and layer.moments.count > 1 and layer.compared.any():
-            raise InputError(f"{kernel.name}: its feature maps on these `images` hold NaN or Inf; check the images")
+            raise InputError(f"{kernel.name}: its feature maps on these `images` contain NaN or Inf; check the images")
     return records
 
 

@@ -56,7 +56,7 @@ def find_network(name: str, pretrained: bool = False) -> Build:
     """
     library, _, rest = name.partition(":")
     if pretrained and library not in LIBRARIES:
-        raise InputError(f"`pretrained` goes with `arch` torchvision:NAME or timm:NAME, got {name}")
+        raise InputError(f"`pretrained` requires `arch` torchvision:NAME or timm:NAME, got {name}")
     if name in BUILT_IN:
         return lambda classes: BUILT_IN[name](classes or CLASSES)
     if library == "cnn" and rest.isdecimal() and 0 < len(rest.lstrip("0")) < 10:  # int() refuses thousands of digits
@@ -69,7 +69,7 @@ def find_network(name: str, pretrained: bool = False) -> Build:
         return _find_callable(library, rest)
 
     if Path(name).suffix in new_suffixes() or Path(name).is_file():
-        raise InputError(f"`arch` {name}: is a file, not a network; give it as a checkpoint: convsim measure {name}")
+        raise InputError(f"`arch` {name}: is a file, not a network; pass it as a checkpoint: convsim measure {name}")
     from torchvision import models
 
     in_torchvision = name in models.list_models()
@@ -220,7 +220,7 @@ def _find_callable(module_name: str, name: str) -> Build:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             close = get_close_matches(module_name, LIBRARIES, n=1)
-            hint = f"did you mean {close[0]}:{name}?" if close else "it is looked for here too"
+            hint = f"did you mean {close[0]}:{name}?" if close else "the current folder is searched too"
             raise InputError(f"{where}: cannot import {module_name} ({error}); {hint}") from error
     make = getattr(module, name, None)
     if not callable(make):
@@ -238,13 +238,11 @@ def _find_callable(module_name: str, name: str) -> Build:
                     options["num_classes"] = classes
             model = _build_quietly(make, options)
         if not isinstance(model, nn.Module):
-            raise InputError(f"{where}: gives a {type(model).__name__}; expected a torch.nn.Module")
+            raise InputError(f"{where}: returns a {type(model).__name__}; expected a torch.nn.Module")
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
-            raise InputError(f"{where}: has lazy layers without weights; run it on an input once before giving it back")
+            raise InputError(f"{where}: has lazy layers without weights; run it on an input once before returning it")
         if any(parameter.is_meta for parameter in model.parameters()):
-            raise InputError(
-                f"{where}: has parameters on the device meta, without values; give it back on a real device"
-            )
+            raise InputError(f"{where}: has parameters on the device meta, without values; return it on a real device")
         return model
 
     return build

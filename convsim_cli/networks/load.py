@@ -89,7 +89,7 @@ def open_model_checkpoint(
     """
     patterns = patterns or Patterns()
     if path is None and arch is None:
-        raise InputError("name a `checkpoint`, or a new network by `arch`")
+        raise InputError("pass a `checkpoint`, or `arch` for a new network")
     if key is not None and path is None:
         raise InputError("`key` applies only to a `checkpoint`; `arch` alone creates a new network")
     if classes is not None and arch is None:
@@ -105,9 +105,9 @@ def open_model_checkpoint(
         checkpoint.notes += [f"{checkpoint.name}: {line}" for line in selection.guess_warnings]
         return ModelCheckpoint(checkpoint, selection)
     if patterns.groups or patterns.transposed:
-        raise InputError("`groups` and `transposed` apply only without `arch`, which tells them exactly")
+        raise InputError("`groups` and `transposed` apply only without `arch`, which determines them exactly")
     if patterns.layout:
-        raise InputError("`layout` applies only without `arch`, whose tensors are all stored as torch does")
+        raise InputError("`layout` applies only without `arch`, whose tensors are all in torch's layout")
     model = build_network(arch, classes, seed, pretrained)
     if path is None:
         if not pretrained:
@@ -163,12 +163,12 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     _check_fit(state, names, unexpected, checkpoint)
     if others:
         fit = ", ".join(other or "no prefix" for other in others)
-        took = f"took the tensors under {prefix}" if prefix else "took the tensors without a prefix"
+        took = f"loaded the tensors under {prefix}" if prefix else "loaded the tensors without a prefix"
         checkpoint.notes.append(f"{checkpoint.name}: {took}; those under {fit} would fit as well")
     if unexpected:
         checkpoint.notes.append(
             f"{checkpoint.name}: `arch`{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
-            f"({_some(unexpected)}); they are left as they are"
+            f"({_some(unexpected)}); they are left unchanged"
         )
     return names
 
@@ -203,7 +203,7 @@ def _check_fit(
     if missing or wrong:
         problems = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
         problems += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
-        problems += [f"{len(unexpected)} that it does not have ({_some(unexpected)})"] if unexpected else []
+        problems += [f"{len(unexpected)} unexpected ({_some(unexpected)})"] if unexpected else []
         raise InputError(f"{checkpoint.name}: does not fit `arch`: {'; '.join(problems)}")
     floating = {names[name]: info.dtype for name, info in infos.items() if state[name].is_floating_point()}
     codes = [name for name, dtype in floating.items() if dtype not in FLOATING]
@@ -275,10 +275,12 @@ def check_inputs(options: InputOptions) -> None:
     from convsim_cli.measurement.synthetic import LAYER_PROBES
 
     if options.input_channels not in (None, 3) and options.input not in LAYER_PROBES:
-        raise InputError(f"`input_channels` goes with synthetic inputs: the images of `input` {options.input} have 3")
+        raise InputError(
+            f"`input_channels` applies only to synthetic inputs: the images of `input` {options.input} have 3"
+        )
     if options.input in LAYER_PROBES and (options.mean, options.std) != (None, None):
         raise InputError(
-            f"`mean` and `std` normalize images: `input` {options.input} has none; name a dataset or folder"
+            f"`mean` and `std` normalize images: `input` {options.input} has none; choose a dataset or folder"
         )
 
 
@@ -318,8 +320,8 @@ def load_inputs(
         return make_inputs(name, options.samples, channels, (length(axes),) * axes, seed), None
     if name == FEATURES:
         raise InputError(
-            f"`input` {FEATURES} stands in for what a layer of a file alone sees; with `arch` the network's own layers "
-            "see it: name white, natural, a dataset or a folder"
+            f"`input` {FEATURES} applies only without `arch`, which gives each layer its actual inputs; use white, "
+            "natural, a dataset or a folder"
         )
     if not _is_labeled(name):
         if not Path(name).is_dir():

@@ -149,7 +149,7 @@ def estimate_experiment(experiment: Experiment, choices: Choices, run_dir: Path)
     folder = Path(choices.base.data_dir) / CIFAR10.base_folder
     if not folder.is_dir():
         raise InputError(
-            f"CIFAR10 is not in {folder}; name its parent with `data_dir`, or download it by training without `dry_run`"
+            f"CIFAR10 is not in {folder}; point `data_dir` to its parent, or download it by training without `dry_run`"
         )
     dataset = load_checked(jobs)
     parts: dict[tuple[str, int], dict[Job, int]] = {}

@@ -127,7 +127,7 @@ def _compare_groups(runs: Sequence[RunResults]) -> list[Group]:
     """Return the groups of runs on the same test images, without runs of the arguments and the seed of another one."""
     groups = group_by_seed(runs, by_length=True)
     pairs = [(one, other) for group in groups for one, other in pairwise(group.runs) if one.seed == other.seed]
-    reasons = [f"{other.folder}: has the arguments and the seed of {one.folder}" for one, other in pairs]
+    reasons = [f"{other.folder}: has the same arguments and seed as {one.folder}" for one, other in pairs]
     return group_by_seed(_without([other for _, other in pairs], runs, reasons), by_length=True) if pairs else groups
 
 
@@ -162,7 +162,7 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     found = _matching(groups, name)
     if len(found) > 1:
         those = "; ".join(group.name for group in found)
-        raise InputError(f"`baseline` {name!r}: {len(found)} groups are so named ({those}); give the path of a run")
+        raise InputError(f"`baseline` {name!r}: matches {len(found)} groups ({those}); give the path of a run")
     return found[0] if found else None
 
 
@@ -260,7 +260,7 @@ def rows_with_turns(run: RunResults) -> list[Row]:
         layers = read_layers(run.folder)
     except InputError as error:
         layers = []
-        warnings.warn(f"without its rotation: {error}", ConvsimWarning, stacklevel=2)
+        warnings.warn(f"rotation is omitted: {error}", ConvsimWarning, stacklevel=2)
     rows = []
     for row in run.rows:
         own = [layer for layer in layers if layer["epoch"] == row["epoch"]]

@@ -1,4 +1,4 @@
-"""What a training run can be told: its mode, and its arguments.
+"""The modes and arguments of a training run.
 
 A mode is one entry in `MODES`. An argument is one field of `Arguments`, with its type, default, range, help text and
 unit. The options of `convsim train`, the checks and `args.json` all follow from these two tables. Nothing here imports
@@ -63,12 +63,12 @@ def modes_that_take(argument: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything that decides a run's result, with the paper's settings as defaults (section 4.2)."""
+    """Everything that determines a run's result, with the paper's settings as defaults (section 4.2)."""
 
     mode: str = setting("baseline", "Mode.", "Method", metavar="NAME", common=True, choices=MODES)
     method: str = setting(
         "cs",
-        "What init does. decorrelate takes the first 1,024 training images.",
+        "Method of init. decorrelate uses the first 1,024 training images.",
         "Method",
         metavar="NAME",
         common=True,
@@ -77,14 +77,14 @@ class Arguments:
     iterations: int = setting(500, "Iterations of Algorithm 1, before training.", "Method", metavar="N")
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1.", "Method", metavar="X", above=0)
     rescale: bool = setting(
-        False, "After a method that keeps norms, scale the filters to the norms of raw cs.", "Method"
+        False, "After a method that keeps norms, scale the filters to the norms from raw cs.", "Method"
     )
     factor: float | None = setting(
         None, "Scale every filter by this factor, without Algorithm 1.", "Method", metavar="F", above=0
     )
     objective: str = setting(
         "cs",
-        f"Penalty of reg. One of {', '.join(OBJECTIVE_NAMES)}.",
+        f"Objective of reg. One of {', '.join(OBJECTIVE_NAMES)}.",
         "Method",
         metavar="NAME",
         common=True,
@@ -92,7 +92,7 @@ class Arguments:
     )
     beta: float | Literal["auto"] = setting(
         0.001,
-        "Weight of the penalty, or auto. auto: such that its gradient is 1 % of the task's on the first batch.",
+        "Weight of the penalty, or auto. auto: its gradient is 1 % of the task's on the first batch.",
         "Method",
         metavar="X|auto",
         common=True,
@@ -102,7 +102,7 @@ class Arguments:
     )
     preserve_norm: bool = setting(
         False,
-        "Keep init and reg from shrinking filters. init holds every norm; reg removes the gradient along each filter.",
+        "Keep init and reg from shrinking filters. init fixes every norm; reg removes the gradient along each filter.",
         "Method",
         common=True,
     )
@@ -117,15 +117,13 @@ class Arguments:
         common=True,
     )
     weights: str | None = setting(None, "Start from this checkpoint.", "Recipe", metavar="FILE")
-    pretrained: bool = setting(False, "Start from the weights that torchvision or timm publishes.", "Recipe")
+    pretrained: bool = setting(False, "Start from weights published by torchvision or timm.", "Recipe")
     epochs: int = setting(100, "Number of epochs.", "Recipe", metavar="N", common=True, above=0)
     batch_size: int = setting(512, "Images per step.", "Recipe", metavar="N", common=True, above=0)
     optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD, or Adam with decoupled weight decay.", "Recipe")
-    lr: float = setting(
-        0.01, "Learning rate. With a schedule, its largest value.", "Recipe", metavar="X", common=True, above=0
-    )
+    lr: float = setting(0.01, "Learning rate. With a schedule, its peak.", "Recipe", metavar="X", common=True, above=0)
     kernel_lr: float | None = setting(
-        None, "Learning rate of the convolutions' kernels, in place of --lr.", "Recipe", metavar="X", above=0
+        None, "Learning rate of convolution kernels, instead of --lr.", "Recipe", metavar="X", above=0
     )
     momentum: float = setting(0.0, "Momentum of SGD.", "Recipe", metavar="X", common=True)
     nesterov: bool = setting(False, "Nesterov's momentum; requires --momentum.", "Recipe")
@@ -137,7 +135,7 @@ class Arguments:
         common=True,
     )
     decay: Literal["weights", "all"] = setting(
-        "weights", "Parameters that decay. weights: all but biases and batch norm.", "Recipe"
+        "weights", "Parameters with weight decay. weights: all but biases and batch norm.", "Recipe"
     )
     schedule: Literal["constant", "cosine"] = setting(
         "constant",
@@ -145,7 +143,7 @@ class Arguments:
         "Recipe",
         metavar="NAME",
     )
-    warmup: int = setting(0, "Raise the learning rate from 0 over this many epochs first.", "Recipe", metavar="EPOCHS")
+    warmup: int = setting(0, "Warm up the learning rate from 0 over this many epochs.", "Recipe", metavar="EPOCHS")
     augment: Literal["none", "flip-crop"] = setting(
         "none",
         "none or flip-crop. flip-crop mirrors training images at random, and crops them after padding by 4 pixels.",
@@ -153,12 +151,12 @@ class Arguments:
         metavar="NAME",
     )
     label_smoothing: float = setting(
-        0.0, "Mix this share of the uniform distribution into the targets.", "Recipe", metavar="X", most=1
+        0.0, "Share of the uniform distribution in the targets.", "Recipe", metavar="X", most=1
     )
     bn_statistics: Literal["precise", "running", "batch"] = setting(
         "precise",
-        "Batch-norm statistics in evaluation. precise: statistics re-estimated before each one, on 4,096 training "
-        "images; running: running averages; batch: the statistics of each test batch, as in the authors' code.",
+        "Batch-norm statistics in evaluation. precise: re-estimated on 4,096 training images before each "
+        "one; running: running averages; batch: those of each test batch, as in the authors' code.",
         "Recipe",
     )
     precision: Literal["fp32", "tf32", "bf16"] = setting(
@@ -167,25 +165,27 @@ class Arguments:
     compile: bool = setting(False, "Compile the network with torch.compile.", "Recipe")
     dataset: str = setting(
         "cifar10",
-        "cifar10, cifar100, digits, or folder:PATH. The folder has a folder per class.",
+        "cifar10, cifar100, digits, or folder:PATH. PATH contains a folder per class.",
         "Data",
         metavar="NAME",
         common=True,
     )
-    data_dir: str = setting("data", "Where datasets are, or are downloaded to.", "Data", metavar="DIR", common=True)
+    data_dir: str = setting(
+        "data", "Dataset folder; missing datasets are downloaded.", "Data", metavar="DIR", common=True
+    )
     image_size: int | None = setting(
         None,
-        "folder:PATH: pixels along each axis. Unless given, 32 for the built-in networks and 224 for others.",
+        "folder:PATH: pixels along each axis. Default: 32, or 224 if --arch is not built in.",
         "Data",
         metavar="N",
         above=0,
     )
     mean: str | None = setting(
-        None, "Normalize images by this mean, on a scale from 0 to 1, not the dataset's.", "Data", metavar="R,G,B"
+        None, "Mean to normalize images by, on a scale from 0 to 1. Default: the dataset's.", "Data", metavar="R,G,B"
     )
-    std: str | None = setting(None, "Normalize images by this standard deviation.", "Data", metavar="R,G,B")
-    limit_train: int | None = setting(None, "Only the first N training images.", "Data", metavar="N", above=0)
-    limit_test: int | None = setting(None, "Only the first N test images.", "Data", metavar="N", above=0)
+    std: str | None = setting(None, "Standard deviation to normalize images by.", "Data", metavar="R,G,B")
+    limit_train: int | None = setting(None, "Use only the first N training images.", "Data", metavar="N", above=0)
+    limit_test: int | None = setting(None, "Use only the first N test images.", "Data", metavar="N", above=0)
     validation: int | None = setting(
         None,
         "Hold out the last N training images (after --limit-train). The best epoch is chosen on them, not on the test "
@@ -194,11 +194,11 @@ class Arguments:
         metavar="N",
         above=0,
     )
-    folder_digest: str | None = setting(None, "What identifies the images of a folder:PATH, independent of its path.")
+    folder_digest: str | None = setting(None, "Digest of the images of a folder:PATH, independent of its path.")
     deterministic: bool = setting(False, "Bitwise reproducible on CUDA (the CPU always is).", "Run")
     tensorboard: bool = setting(False, "Also write results for TensorBoard (extra: tensorboard).", "Run")
     seed: int = setting(0, "Random seed.", "Run", metavar="N", most=(1 << 32) - 1)
-    device: str = setting("cpu", "Where the run computes.")
+    device: str = setting("cpu", "Device of the run.")
     processes: int = setting(1, "Data-parallel processes, as torchrun started them.", above=0)
 
     def check(self) -> None:
@@ -208,28 +208,28 @@ class Arguments:
         for name, declaration in declarations(Arguments).items():
             declaration.check(getattr(self, name))
         if self.pretrained and self.weights:
-            raise InputError("`pretrained` and `weights` both say what to start from; choose one")
+            raise InputError("`pretrained` and `weights` both set the initial weights; choose one")
         for name in ("momentum", "nesterov"):
             if self.optimizer != "sgd" and getattr(self, name):
-                raise InputError(f"`{name}` goes with `optimizer` sgd, got `optimizer` {self.optimizer}")
+                raise InputError(f"`{name}` requires `optimizer` sgd, got `optimizer` {self.optimizer}")
         if self.nesterov and not self.momentum:
             raise InputError("`nesterov` requires a `momentum` above 0, for instance 0.9")
         if self.warmup > self.epochs:
             raise InputError(f"`warmup` {self.warmup}: expected no more than the run's `epochs` {self.epochs}")
         if self.image_size is not None and not self.dataset.startswith(FOLDER):
-            raise InputError(f"`image_size` goes with `dataset` folder:PATH, got `dataset` {self.dataset}")
+            raise InputError(f"`image_size` requires `dataset` folder:PATH, got `dataset` {self.dataset}")
         for name, declaration in declarations(Arguments).items():
             takers = modes_that_take(name)
             if takers and self.mode not in takers and getattr(self, name) != declaration.default:
-                instead = "; `method` says what init does" if name == "objective" and self.mode == "init" else ""
-                raise InputError(f"`{name}` goes with `mode` {', '.join(takers)}, got `mode` {self.mode}{instead}")
+                instead = "; init takes `method`" if name == "objective" and self.mode == "init" else ""
+                raise InputError(f"`{name}` requires `mode` {', '.join(takers)}, got `mode` {self.mode}{instead}")
         if self.mode == "init" and self.preserve_norm and not METHODS[self.method].iterates:
-            raise InputError(f"`method` {self.method} keeps every filter's norm; leave out `preserve_norm`")
+            raise InputError(f"`method` {self.method} already keeps every filter's norm; remove `preserve_norm`")
         if self.rescale and not self.keeps_norms:
-            raise InputError(f"`rescale` changes nothing after raw `method` {self.method}; add `preserve_norm`")
+            raise InputError(f"`rescale` has no effect after raw `method` {self.method}; add `preserve_norm`")
         if self.beta == "auto" and not MODES[self.mode].regularizes:
             modes = ", ".join(mode.name for mode in MODES.values() if mode.regularizes)
-            raise InputError(f"`beta` auto goes with `mode` {modes}, got `mode` {self.mode}")
+            raise InputError(f"`beta` auto requires `mode` {modes}, got `mode` {self.mode}")
 
     @property
     def label(self) -> str:
@@ -245,9 +245,9 @@ class Arguments:
         return MODES[self.mode].initializes and (self.preserve_norm or not METHODS[self.method].iterates)
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes this run the one it is: all that its results depend on.
+        """Return what identifies this run: everything that its results depend on.
 
-        That leaves out where its data lies, what a weight decay of 0 acts on and, except with a schedule over all
+        This excludes the location of its data, what a weight decay of 0 acts on and, without a schedule over all
         epochs, their number.
         """
         left_out = {"data_dir", "tensorboard"} | ({"decay"} if not self.weight_decay else set())
@@ -272,11 +272,11 @@ def parse_arguments(values: Any, path: Path) -> dict[str, Any]:
     Raises InputError, naming the file, for an unknown name and for a value of another type or out of range.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected the arguments of a run, by name")
+        raise InputError(f"{path}: expected a run's arguments, by name")
     known, values = declarations(Arguments), _translated(values, path)
     for name, value in values.items():
         if name not in known:
-            raise InputError(f"{path}: unknown arguments {name}: {did_you_mean(name, known)}")
+            raise InputError(f"{path}: unknown argument {name}: {did_you_mean(name, known)}")
         try:
             known[name].check(value)
         except InputError as error:
@@ -300,7 +300,7 @@ def _translated(values: dict[str, Any], path: Path) -> dict[str, Any]:
         return values
     mode, objective = values.get("mode", "baseline"), values.get("objective", "cs")
     if (mode == "rescale" or values.get("rescale")) and objective != "cs":
-        raise InputError(f"{path}: rescales to the norms of objective {objective}; today only those of cs are known")
+        raise InputError(f"{path}: rescales to the norms of objective {objective}; this version knows only those of cs")
     if mode in ("orthogonal", "decorrelate"):
         return {**values, "mode": "init", "method": mode}
     if mode == "init":

@@ -1,4 +1,4 @@
-"""Launch training: start new runs, resume one, or find the run that has been trained with the same arguments.
+"""Launch training: start new runs, resume a run, or find the run trained with the same arguments.
 
 Each new run gets a folder of its own, named after its arguments unless it is given a name. A run is identified by its
 arguments, not by its name: finished runs are reused, and unfinished ones resumed.
@@ -208,7 +208,7 @@ def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
         if value != had[name] and name not in ("epochs", "data_dir") and not moved:
             raise InputError(
                 f"`{name}` {value}: the run {folder} has {had[name]}; "
-                "with `resume` only `epochs` and `data_dir` may differ, and the place of a folder:PATH"
+                "with `resume` only `epochs`, `data_dir` and the path of a folder:PATH may change"
             )
     repeated = to_repeat(run.arguments.arch, run.arguments.weights)
     _require_repeated(repeated, folder / ARGUMENTS_FILE, given, train_command("resume", folder, repeated))

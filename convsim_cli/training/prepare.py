@@ -42,7 +42,7 @@ def load_data(arguments: Arguments) -> Dataset:
     if arguments.folder_digest not in (None, found):
         raise InputError(
             f"{arguments.dataset}: names or sizes of its images differ from those that the run began with; "
-            "name a folder with the same images"
+            "use a folder with the same images"
         )
     return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
 
@@ -86,7 +86,7 @@ def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> N
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise InputError(f"`arch` {arguments.arch}: its state_dict holds a {kind}, {name}; expected tensors alone")
+            raise InputError(f"`arch` {arguments.arch}: its state_dict holds a {kind}, {name}; expected only tensors")
     data = used_images(arguments, dataset)
     with side_effect_free(model):
         _check_logits(model, data.normalize(data.test.images[:1]), arguments, data.classes)
@@ -98,8 +98,7 @@ def check_network(model: nn.Module, arguments: Arguments, dataset: Dataset) -> N
                 logits = _check_logits(model, data.normalize(data.train.images[:2]), arguments, data.classes)
             if not logits.requires_grad:
                 raise InputError(
-                    f"`arch` {arguments.arch}: its logits depend on no parameter that can be trained; set the "
-                    "requires_grad of some"
+                    f"`arch` {arguments.arch}: its logits depend on no trainable parameter; set requires_grad of some"
                 )
 
 
@@ -137,7 +136,7 @@ def _check_small_batches(model: nn.Module, dataset: Dataset, arguments: Argument
         if not in_training:
             cause = f"`bn_statistics` batch: the {alone[0]} set of {len(evaluated[alone[0]] or [])} images"
         raise InputError(
-            f"{cause} leaves one image for a process, of which {arguments.arch} cannot normalize a batch ({error})"
+            f"{cause} leaves one image for a process, and {arguments.arch} cannot normalize such a batch ({error})"
         ) from error
 
 
@@ -172,7 +171,7 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
         if method and method.of_maps:
             called = {record["name"] for record in method.of_maps(model, selection.kernels, images(), advance)}
             if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
-                message = f"layers that the network does not call are left as they are: {', '.join(uncalled)}"
+                message = f"layers that the network does not call are unchanged: {', '.join(uncalled)}"
                 warnings.warn(message, ConvsimWarning, stacklevel=2)
 
 

@@ -205,8 +205,8 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None
             path.replace(path.with_name(f"{path.name}.damaged"))
             moved = f"; it is now {path.name}.damaged"
         message = (
-            f"{path}: missing, damaged or of another epoch{moved}; the weights of epoch {epoch} are lost, a better "
-            "epoch brings others"
+            f"{path}: missing, damaged or of another epoch{moved}; the weights of epoch {epoch} are lost until a "
+            "better epoch replaces them"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=2)
 
@@ -337,7 +337,7 @@ def read_state(run: Run) -> dict[str, Any] | None:
     try:
         with open_regular(path) as file, ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
-                raise ValueError("it holds other bytes than were saved")  # torch does not look at the checksums
+                raise ValueError("its bytes differ from those saved")  # torch does not look at the checksums
             state: dict[str, Any] = load_pickle(path, file)[1]
         former, done = make_arguments(state["arguments"], path), state["trainer"]["epoch"]
         _check_progress(state["progress"], done, former.validation is not None)
@@ -450,7 +450,7 @@ def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, st
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return number
 
 

@@ -234,7 +234,7 @@ class Trainer:
             others = f", and {len(turns) - 1} more layers by over {LARGE_TURN:g}" if len(turns) > 1 else ""
             warnings.warn(
                 f"the first step turned the median filter of {worst} by {turns[worst]:.0f} degrees{others}; to keep "
-                "the directions of the start, use `warmup` or a lower `lr`",
+                "the initial directions, use `warmup` or a lower `lr`",
                 ConvsimWarning,
                 stacklevel=2,
             )

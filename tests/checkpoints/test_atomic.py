@@ -115,7 +115,7 @@ def test_without_locks_a_late_backup_is_not_overwritten(tmp_path: Path, monkeypa
         backup.write_bytes(b"made by another process")
 
     monkeypatch.setattr(Scratch, "keep", keep_late)
-    with pytest.raises(WriteError, match=r"File exists\); the former file is intact"):
+    with pytest.raises(WriteError, match=r"File exists\); the original is intact"):
         replace_file(target, lambda file: file.write(b"new"), backup)
     assert (target.read_bytes(), backup.read_bytes()) == (b"old", b"made by another process")
 
@@ -378,7 +378,7 @@ def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "file"
     IRREGULAR[kind](target)
     before = target.lstat()
-    with pytest.raises(InputError, match=f"file: is {kind}; name a new file or a regular one to replace"):
+    with pytest.raises(InputError, match=f"file: is {kind}; choose a new file or a regular one to replace"):
         replace_file(target, lambda file: file.write(b"new"))
     assert os.path.samestat(target.lstat(), before)
     assert names(tmp_path) == ["file"]

@@ -52,8 +52,8 @@ def test_the_only_checkpoint_of_a_folder_is_taken(
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([], "a folder without a checkpoint; name a checkpoint file"),
-        (["a.pt", "b.safetensors"], r"a folder with 2 checkpoints \(a\.pt, b\.safetensors\); name a checkpoint file"),
+        ([], "a folder without a checkpoint; choose a checkpoint file"),
+        (["a.pt", "b.safetensors"], r"a folder with 2 checkpoints \(a\.pt, b\.safetensors\); choose a checkpoint file"),
         (
             ["a.safetensors.index.json", "a.safetensors.index.fp16.json"],
             r"2 checkpoints \(a\.safetensors\.index\.fp16\.json, a\.safetensors\.index\.json\)",

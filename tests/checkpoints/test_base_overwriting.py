@@ -41,7 +41,7 @@ def test_a_link_into_a_store_of_content_is_refused_in_place_and_named(
     outcome = convsim("init", link, "--iterations", 1)
     assert outcome.code == 2
     assert f"{link} is a link to {real}, which is named by a digest of its content" in outcome.error
-    assert "save elsewhere with --output, or replace it with --force" in outcome.error
+    assert "save elsewhere with --output, or overwrite it with --force" in outcome.error
     assert convsim("init", link, "--dry-run").code == 0
     assert convsim("init", link, "-o", tmp_path / "new.safetensors", "--iterations", 1).code == 0
     assert real.read_bytes() == before
@@ -105,7 +105,7 @@ def test_the_only_checkpoint_of_a_folder_is_no_link_out_of_it(tmp_path: Path, co
     (tmp_path / "unpacked" / "model.safetensors").symlink_to(tmp_path / "precious.safetensors")
     outcome = convsim("init", tmp_path / "unpacked", "--iterations", 1)
     assert outcome.code == 2
-    assert "is in another folder than the one that you named; save elsewhere with --output" in outcome.error
+    assert "is outside the folder that you gave; save elsewhere with --output" in outcome.error
     assert (tmp_path / "precious.safetensors").read_bytes() == before
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_replaces_no_other_kind_of_file_unasked(content: bytes, tmp
     path.write_bytes(content)
     outcome = convsim("init", "--arch", "cnn:4", "-o", path, "--iterations", 1)
     assert outcome.code == 2
-    assert f"{path} is not a checkpoint; save elsewhere with --output, or replace it with --force" in outcome.error
+    assert f"{path} is not a checkpoint; save elsewhere with --output, or overwrite it with --force" in outcome.error
     assert path.read_bytes() == content
     path.write_bytes(b"")  # as tempfile leaves it
     for _ in range(2):

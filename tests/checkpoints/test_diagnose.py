@@ -60,7 +60,7 @@ def test_an_archive_around_a_checkpoint_names_it(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "agent.zip", "w") as file:
         for name in ("data", "policy.optimizer.pth", "policy.pth", "pytorch_variables.pth"):
             file.writestr(name, b"x")
-    assert "unzip it and name policy.pth" in refusal(tmp_path / "agent.zip")
+    assert "unzip it and use policy.pth" in refusal(tmp_path / "agent.zip")
 
 
 def test_arrays_come_with_their_conversion(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_nested_state_dicts_are_found_and_a_choice_between_several_is_said(tmp_p
     checkpoint = open_checkpoint(tmp_path / "a.pt")
     assert list(checkpoint.tensors) == ["conv.weight"]
     [note] = checkpoint.notes
-    assert "took the tensors under nested.state_dict" in note
+    assert "loaded the tensors under nested.state_dict" in note
     assert "ema" in note
 
 
@@ -165,7 +165,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, bytes, str]]:
         "lfs": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS pointer"),
         "html": ("a.pth", b"<!DOCTYPE html><html></html>", "web page"),
         "text": ("a.ckpt", b"hello, this is no checkpoint", "unknown kind of file"),
-        "pickle named safetensors": ("a.safetensors", pickled, "holds a pickle"),
+        "pickle named safetensors": ("a.safetensors", pickled, "contains a pickle"),
         "truncated safetensors": ("a.safetensors", safe[:-9], "cut short"),
         "torn header": ("a.safetensors", safe[:30], "cut short"),
         "wrong offsets": ("a.safetensors", struct.pack("<Q", len(header)) + header + bytes(16), "damaged"),
@@ -222,7 +222,7 @@ def test_a_target_named_after_the_other_format_is_refused(tmp_path: Path) -> Non
     save_file(state_dict(), tmp_path / "a.safetensors")
     torch.save(state_dict(), tmp_path / "a.pt")
     for source, target in (("a.safetensors", "b.pt"), ("a.pt", "b.safetensors")):
-        with pytest.raises(InputError, match="written back in the format that it has"):
+        with pytest.raises(InputError, match="written back in its own format"):
             open_checkpoint(tmp_path / source).write(tmp_path / target, [])
         assert not (tmp_path / target).exists()
 
@@ -238,7 +238,7 @@ def test_the_key_chooses_a_dictionary_and_the_others_are_kept(tmp_path: Path) ->
     torch.save(whole, path)
     usual = open_checkpoint(path)
     [note] = usual.notes
-    assert "took the tensors under state_dict; there are others under ema.shadow (choose with `key`)" in note
+    assert "loaded the tensors under state_dict; there are others under ema.shadow (choose with `key`)" in note
     chosen = open_checkpoint(path, "ema.shadow")
     assert torch.equal(chosen.load("a.weight"), kernels["ema"])
     assert not chosen.notes

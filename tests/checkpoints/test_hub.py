@@ -183,7 +183,7 @@ def test_init_saves_to_a_file_of_this_machine_and_leaves_the_cache(
     assert not torch.equal(changed["conv.weight"], state["conv.weight"])
     assert torch.equal(open_checkpoint("hf://lab/net").load("conv.weight"), state["conv.weight"])
     (cached,) = (tmp_path / "cache").glob("*/snapshots/*/model.safetensors")
-    with pytest.raises(InputError, match="is named by a digest of its content, so others rely on what it holds"):
+    with pytest.raises(InputError, match="is named by a digest of its content, so others rely on its content"):
         init_checkpoint(cached)
     assert "got hf://lab/net" in convsim("init", "hf://lab/net", "--recover").error
 
@@ -220,8 +220,11 @@ def test_weights_of_the_hub_start_a_training_and_a_file_cannot_choose_them(
         ("hf://lab/other", "no repository lab/other, or a private one; check the name, or log in with hf auth login"),
         ("hf://lab/gated", "access to lab/gated is restricted; ask for it on the repository's page, and log in"),
         ("hf://lab/locked", "access to lab/locked is restricted"),
-        ("hf://lab/net@v9", "lab/net has no revision v9; name a branch, a tag or a commit of it"),
-        ("hf://lab/net/x.pth", r"lab/net has no x.pth; it has a.pth, b/c.safetensors; name one of them: hf://lab/net/"),
+        ("hf://lab/net@v9", "lab/net has no revision v9; use one of its branches, tags or commits"),
+        (
+            "hf://lab/net/x.pth",
+            r"lab/net has no x.pth; it has a.pth, b/c.safetensors; choose one of them: hf://lab/net/",
+        ),
         ("hf://lab/net", "has no model.safetensors, model.safetensors.index.json or pytorch_model.bin; it has a.pth,"),
         ("hf://lab/empty", "or pytorch_model.bin; it has no checkpoint$"),
         ("hf://lab/torn/net.index.json", "lab/torn has no a.safetensors; it has net.index.json"),

@@ -119,7 +119,7 @@ def test_recover_completes_an_interrupted_save_and_stops(moves: int, folder: Pat
     before = everything(folder)
     again = convsim("init", folder, "--recover")
     assert (again.code, again.out) == (0, "")
-    assert "no save was interrupted; nothing to do" in again.err
+    assert "no interrupted save; nothing to do" in again.err
     assert everything(folder) == before
 
 
@@ -144,10 +144,10 @@ def test_recover_takes_a_checkpoint_and_nothing_else(folder: Path, convsim: Conv
     interrupt(folder)
     before = everything(folder)
     for arguments, message in (
-        (["--recover"], "--recover requires a CHECKPOINT"),
-        (["--arch", "cnn1", "--recover"], "--recover requires a CHECKPOINT"),
-        ([folder, "--recover", "-o", folder.parent / "x"], "only completes an interrupted save; leave out --output"),
-        ([folder, "--recover", "--dry-run"], "leave out --dry-run"),
+        (["--recover"], "--recover requires a local CHECKPOINT"),
+        (["--arch", "cnn1", "--recover"], "--recover requires a local CHECKPOINT"),
+        ([folder, "--recover", "-o", folder.parent / "x"], "only completes an interrupted save; remove --output"),
+        ([folder, "--recover", "--dry-run"], "remove --dry-run"),
         ([folder.parent / "missing.pt", "--recover"], "missing.pt: no such file"),
     ):
         outcome = convsim("init", *arguments)
@@ -221,7 +221,7 @@ def test_a_save_that_cannot_be_completed_here_is_one_line(folder: Path, monkeypa
     interrupt(folder)
     before = everything(folder)
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(CheckpointError, match=r"cannot be completed \(Read-only file system\); once you may write"):
+    with pytest.raises(CheckpointError, match=r"cannot be completed \(Read-only file system\); once you have write"):
         open_checkpoint(folder, for_writing=True)
     assert everything(folder) == before
 
@@ -256,7 +256,7 @@ def test_a_journal_from_an_archive_replaces_nothing(folder: Path, tmp_path: Path
     interrupt(folder)
     shutil.make_archive(str(tmp_path / "archive"), "tar", folder)
     shutil.unpack_archive(tmp_path / "archive.tar", tmp_path / "unpacked", filter="tar")
-    assert_left_alone(tmp_path / "unpacked", "it was made in another place and copied here", convsim)
+    assert_left_alone(tmp_path / "unpacked", "it was made elsewhere and copied here", convsim)
 
 
 def test_a_foreign_journal_is_named_once_however_its_folder_is_spelled(
@@ -273,7 +273,7 @@ def test_a_journal_that_was_moved_to_another_folder_replaces_nothing(folder: Pat
     other = folder.parent / "other"
     save_new(other, 5.0)
     (folder / ".convsim-journal").rename(other / ".convsim-journal")
-    assert_left_alone(other, "it was made in another place and copied here", convsim)
+    assert_left_alone(other, "it was made elsewhere and copied here", convsim)
 
 
 def rewrite_manifest(folder: Path, /, **changes: object) -> None:
@@ -332,18 +332,18 @@ INSIDE: dict[str, tuple[Callable[[Path], object], str]] = {
         ".convsim-manifest in it is not a regular file",
     ),
     "one file more": (lambda place: (place / "a.pt").touch(), "its manifest does not name a.pt"),
-    "a second name": (lambda place: os.link(place / SHARDS[1], place.parent.parent / "x"), "has yet another name"),
+    "a second name": (lambda place: os.link(place / SHARDS[1], place.parent.parent / "x"), "has another hard link"),
     "an open door": (lambda place: place.chmod(0o770), r"others may write to it (mode 0770)"),
 }
 OUTSIDE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another parent": (lambda folder: rewrite_manifest(folder, folder=1), "made in another place"),
-    "another journal": (lambda folder: rewrite_manifest(folder, journal=1), "made in another place"),
+    "another parent": (lambda folder: rewrite_manifest(folder, folder=1), "made elsewhere"),
+    "another journal": (lambda folder: rewrite_manifest(folder, journal=1), "made elsewhere"),
     "no list of files": (lambda folder: rewrite_manifest(folder, files=3), "its manifest is damaged"),
-    "files without entries": (lambda folder: rewrite_manifest(folder, files={SHARDS[1]: 3}), "has changed since"),
-    "a name that no file has": (name_a_null_byte, "\\x00.pt has changed since, or is missing"),
+    "files without entries": (lambda folder: rewrite_manifest(folder, files={SHARDS[1]: 3}), "has changed"),
+    "a name that no file has": (name_a_null_byte, "\\x00.pt has changed or is missing"),
     "a file of a shell": (name_a_shell_s_file, ".bashrc is not named like a file of a checkpoint"),
-    "changed content": (change_a_file, f"{SHARDS[1]} has changed since, or is missing"),
-    "a file made anew": (change_an_inode, f"{SHARDS[1]} has changed since, or is missing"),
+    "changed content": (change_a_file, f"{SHARDS[1]} has changed or is missing"),
+    "a file made anew": (change_an_inode, f"{SHARDS[1]} has changed or is missing"),
     "a moved file that is gone": (lambda folder: (folder / f"{SHARDS[0]}.bak").unlink(), "or is missing"),
     "a FIFO in its place": (put_at_place(os.mkfifo), f"{SHARDS[1]} beside it is not a regular file"),
     "a folder in its place": (put_at_place(Path.mkdir), f"{SHARDS[1]} beside it is not a regular file"),
@@ -351,7 +351,7 @@ OUTSIDE: dict[str, tuple[Callable[[Path], object], str]] = {
         put_at_place(lambda path: path.symlink_to("/dev/null")),
         f"{SHARDS[1]} beside it is not a regular file",
     ),
-    "a backup in its place": (take_a_backup_s_place, f"{SHARDS[0]}.bak was created beside it since"),
+    "a backup in its place": (take_a_backup_s_place, f"{SHARDS[0]}.bak has been created beside it"),
 }
 
 
@@ -382,8 +382,8 @@ def test_what_is_no_folder_is_no_journal_and_is_not_opened(kind: str, folder: Pa
         place.touch()
     else:
         os.mkfifo(place)
-    assert_left_alone(folder, "it is not a folder that you may open", convsim)
-    with pytest.raises(WriteError, match=r"not a folder that you may open .*; the former file is intact"):
+    assert_left_alone(folder, "it is not a folder that you can open", convsim)
+    with pytest.raises(WriteError, match=r"not a folder that you can open .*; the original is intact"):
         save_both(folder)
     assert values(folder) == [2.0, 1.0]
 
@@ -468,7 +468,7 @@ def test_waiting_for_another_process_is_said(name: str, folder: Path, monkeypatc
     monkeypatch.setattr(warnings, "warn", warn)
     began = time.monotonic()
     replace_file(folder / "notes", lambda file: file.write(b"x"), folder / "notes.bak")
-    assert said == [(f"waiting for another process that saves to {folder}", ConvsimWarning)]
+    assert said == [(f"waiting for another process that is saving to {folder}", ConvsimWarning)]
     assert time.monotonic() - began > 2
     assert sorted(path.name for path in folder.iterdir()) == [*SHARDS, INDEX, "notes", "notes.bak"]
 

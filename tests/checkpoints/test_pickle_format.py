@@ -151,7 +151,7 @@ def test_a_disguised_stand_in_reaches_no_numpy_and_is_refused_in_one_line(
     before = path.read_bytes()
     outcome = convsim("init", path, "--iterations", 1)
     assert outcome.code == 2, outcome.err
-    assert "is no plain data" in outcome.error
+    assert "is not plain data" in outcome.error
     assert path.read_bytes() == before
 
 
@@ -188,7 +188,7 @@ def test_objects_of_unknown_classes_are_named_and_no_command_loads_them(
         open_checkpoint(tmp_path / "my model's.pth")
     said = str(caught.value)
     assert ("functools.partial" if kind == "object" else "mine.Net") in said
-    assert "ask its author for the weights alone" in said
+    assert "ask its author for a weights-only file" in said
     assert "python -c" not in said
 
 
@@ -309,7 +309,7 @@ def test_a_nested_tensor_beside_kernels_is_kept(tmp_path: Path) -> None:
 
 def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path, convsim: Convsim) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "pipe: a pipe or a device; save what it gives to a file first" in convsim("measure", tmp_path / "pipe").error
+    assert "pipe: a pipe or a device; save its output to a file first" in convsim("measure", tmp_path / "pipe").error
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])

@@ -71,7 +71,7 @@ def assert_runs_nothing(said: str, *names: str) -> None:
     """The globals are named, the consequence is said, and no command is proposed."""
     assert "loading it would run " in said
     assert "not known to be harmless" in said
-    assert "ask its author for the weights alone" in said
+    assert "ask its author for a weights-only file" in said
     assert not [word for word in RUNS_CODE if word in said]
     assert not [name for name in names if name not in said]
 

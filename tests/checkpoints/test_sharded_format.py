@@ -137,9 +137,9 @@ def test_what_stops_the_work_leaves_every_shard_and_no_other_file(folder: Path) 
         ('{"weight_map": {"a": "x.safetensors"}}', "fetch the missing shard"),
         (f'{{"weight_map": {{"a": "{SHARDS[0]}"}}}}', "does not contain it"),
         ("[" * 100_000, "not a readable index of shards"),
-        (json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}), "which no file can be called"),
-        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "fetch the missing shard|which no file can be called"),
-        ('{"weight_map": {"a": "a\\u0000.safetensors"}}', "fetch the missing shard|which no file can be called"),
+        (json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}), "which is not a valid file name"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "fetch the missing shard|which is not a valid file name"),
+        ('{"weight_map": {"a": "a\\u0000.safetensors"}}', "fetch the missing shard|which is not a valid file name"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_one_line(folder: Path, content: str, message: str) -> None:
@@ -165,9 +165,9 @@ def test_a_shard_that_is_there_but_no_file_is_not_called_missing(folder: Path) -
 def test_shards_go_to_a_folder_and_a_single_file_does_not(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for output in (tmp_path / "x.safetensors", tmp_path / "missing" / "new"):
-        with pytest.raises(InputError, match=r"name a folder|create it first"):
+        with pytest.raises(InputError, match=r"choose a folder|create it first"):
             checkpoint.target_for(output)
-    with pytest.raises(InputError, match="is a folder; name a new file or a regular one to replace"):
+    with pytest.raises(InputError, match="is a folder; choose a new file or a regular one to replace"):
         open_checkpoint(folder / SHARDS[0]).target_for(tmp_path)
     (tmp_path / "v1.5").mkdir()
     for name in ("v1.5", "resnet-v1.6"):
@@ -190,8 +190,8 @@ def test_an_output_that_would_overwrite_shards_of_the_source_is_refused(
     before = contents(folder)
     outcome = convsim("init", folder, "-o", output, "--iterations", 2)
     assert outcome.code == 2
-    assert f"{SHARDS[0]} beside it belongs to the checkpoint itself; name another folder" in outcome.error
-    assert "or leave out --output to save in place" in outcome.error
+    assert f"{SHARDS[0]} beside it belongs to the checkpoint itself; choose another folder" in outcome.error
+    assert "or remove --output to save in place" in outcome.error
     checkpoint = open_checkpoint(folder)
     with pytest.raises(InputError, match="belongs to the checkpoint itself"):
         checkpoint.write(output / INDEX if links else output, [("conv1.weight", torch.zeros(8, 3, 3, 3))], {})
@@ -205,7 +205,7 @@ def test_shards_that_are_links_out_of_the_folder_are_saved_only_by_force(folder:
         (links / path.name).symlink_to(path)
     refused = convsim("init", links, "--iterations", 2)
     assert (refused.code, contents(folder)) == (2, before)
-    assert f"{folder / SHARDS[0]}, which is in another folder than the one that you named" in refused.error
+    assert f"{folder / SHARDS[0]}, which is outside the folder that you gave" in refused.error
     assert convsim("init", links, "--iterations", 2, "--force").code == 0
     assert all((links / name).is_symlink() for name in before)
     assert sorted(before) == sorted(contents(folder))
@@ -289,7 +289,7 @@ def test_a_save_that_ends_at_any_move_leaves_shards_of_one_save(
             save(folder, 3.0)
     ended = (end == "kill" and number > 1) or (end == "failure without links" and number == 5)
     if end != "kill":
-        text = "to complete the save, run convsim init" if ended else "the former file is intact"
+        text = "to complete the save, run convsim init" if ended else "the original is intact"
         assert text in str(caught.value)
         assert ended or values(folder) == [2.0, 2.0]
     if ended:

@@ -154,7 +154,7 @@ def test_columns_that_do_not_fit_are_named_and_wide_shows_them(
     lines = terminal(80)
     assert run(["measure", str(files[0]), "--samples", "1"]) == 0
     said = capsys.readouterr().err
-    assert "not shown in 80 characters: " in said
+    assert "hidden to fit 80 characters: " in said
     assert "(--wide shows all)" in said
     header = next(line for line in lines() if "removable" in line).split()
     assert header.count("random") == 2  # chance, of the correlation and of the rank, is never left out
@@ -162,7 +162,7 @@ def test_columns_that_do_not_fit_are_named_and_wide_shows_them(
     assert "kernel_cos" in said and "kernel_cos" not in header
     lines = terminal(80)
     assert run(["measure", str(files[0]), "--samples", "1", "--wide"]) == 0
-    assert "not shown" not in capsys.readouterr().err
+    assert "hidden to fit" not in capsys.readouterr().err
     assert any("kernel_cos" in line and len(line) > 80 for line in lines())
 
 

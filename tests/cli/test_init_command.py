@@ -167,7 +167,7 @@ def test_a_network_of_few_kernels_says_how_few_and_why(tmp_path: Path, convsim: 
     save_file({name: torch.randn(shape) for name, shape in ({"stem.weight": (8, 3, 3, 3)} | blocks).items()}, path)
     err = convsim("init", path, "--iterations", 1, "--preserve-norm").err
     assert err.endswith("\nonly 1 of 5 layers changed; 1×1 layers: --method orthogonal or decorrelate\n")
-    assert err.count("pure norm") == 1
+    assert err.count("depends only on norms") == 1
     assert convsim("init", path, "--iterations", 1).err.splitlines()[-1].startswith("next: ")
 
 
@@ -176,7 +176,7 @@ def test_lists_of_layers_name_three_at_most(tmp_path: Path, convsim: Convsim) ->
     state = {f"point{number}.weight": torch.randn(8, 8, 1, 1) for number in range(40)}
     save_file({"stem.weight": torch.randn(8, 3, 3, 3), **state}, path)
     err = convsim("init", path, "--method", "dct", "--no-backup").err
-    assert "\northogonal in place of dct: point0.weight, point1.weight, point2.weight and 37 more\n" in err
+    assert "\northogonal instead of dct: point0.weight, point1.weight, point2.weight and 37 more\n" in err
 
 
 def test_some_guessed_groups_are_those_of_named_layers(tmp_path: Path, convsim: Convsim) -> None:
@@ -206,7 +206,7 @@ def test_preserve_norm_holds_norms_and_skips_pointwise_layers(tmp_path: Path, co
     before = make(path)
     document = convsim("init", path, "--preserve-norm", "--iterations", 50, "--json").document
     assert (document["method"], document["preserve_norm"]) == ("cs", True)
-    assert "pure norm" in {entry["name"]: entry["reason"] for entry in document["skipped"]}["point.weight"]
+    assert "depends only on norms" in {entry["name"]: entry["reason"] for entry in document["skipped"]}["point.weight"]
     after = load_file(path)
     torch.testing.assert_close(
         after["stem.weight"].flatten(1).norm(dim=1), before["stem.weight"].flatten(1).norm(dim=1), rtol=1e-5, atol=0
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_looks_trained_is_warned_about(tmp_path: Path, convsim
     save_file(make(path) | {"bn.num_batches_tracked": torch.tensor(9)}, path)
     outcome = convsim("init", path, "--iterations", 1, "-q")
     assert "looks trained" in outcome.err
-    assert f"will lose what it has learned; the original is kept in {path}.bak" in outcome.err
+    assert f"destroys what the network has learned; the original is kept in {path}.bak" in outcome.err
 
 
 def test_nan_in_a_kernel_is_named_before_any_work_and_the_file_stays(tmp_path: Path, convsim: Convsim) -> None:
@@ -272,12 +272,15 @@ def test_a_layer_that_diverges_is_named_and_nothing_is_written(tmp_path: Path, c
     ("arguments", "said"),
     [
         (["nothing.pt"], "no such file"),
-        ([], "name a CHECKPOINT, or a new network by --arch"),
+        ([], "pass a CHECKPOINT, or --arch for a new network"),
         (["--arch", "cnn1"], "--arch creates a new network; --output is required"),
         (["--arch", "resnet81", "-o", "x.pt"], "did you mean 'resnet18'"),
         (["--arch", "cnn1", "-o", "."], "a folder"),
-        (["--arch", "cnn1", "-o", "/dev/null"], "/dev/null: is a device; name a new file or a regular one to replace"),
-        (["--arch", "cnn1", "-o", "nowhere/x.pt"], "there is no folder nowhere"),
+        (
+            ["--arch", "cnn1", "-o", "/dev/null"],
+            "/dev/null: is a device; choose a new file or a regular one to replace",
+        ),
+        (["--arch", "cnn1", "-o", "nowhere/x.pt"], "folder nowhere does not exist"),
         (["--arch", "cnn1", "-o", "x.pt", "--lr", "nan"], "expected a finite number above 0"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cpu:"], "--device cpu:"),
         (["--arch", "cnn1", "-o", "x.pt", "--device", "cuda:7"], "cuda"),

@@ -76,7 +76,7 @@ def test_without_a_checkpoint_it_takes_the_folders_model_else_a_fresh_cnn1(
 def test_the_summary_of_a_network_without_a_file_says_what_it_is(convsim: Convsim) -> None:
     err = convsim("measure", "--arch", "cnn:4", "--samples", 1).err
     assert "\nfresh cnn:4: L_CS " in err
-    assert "\nfresh cnn:4: no layer's maps" in err or "\nfresh cnn:4: maps most" in err
+    assert "\nfresh cnn:4: no layer's maps" in err or "\nfresh cnn:4: most correlated" in err
 
 
 def test_a_pattern_that_lacks_a_prefix_is_suggested_with_a_star(convsim: Convsim, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_kernels_at_the_ends_of_float32_are_measured_in_valid_json(
     [
         (["--arch", "cnn1", "--input", "wite"], "did you mean 'white'"),
         (["m.safetensors", "--input", "digits"], "needs --arch"),
-        (["m.safetensors", "--input", "noise"], "known are"),
+        (["m.safetensors", "--input", "noise"], "choose from"),
         (["m.safetensors", "--arch", "cnn1"], "does not fit --arch"),
         (["--arch", "cnn1", "--input", "cifar10", "--data-dir", "nowhere"], "--data-dir"),
     ],
@@ -340,10 +340,10 @@ def many():
 @pytest.mark.parametrize(
     ("arch", "said"),
     [
-        ("Dictionary", "no test accuracy: the network gives a dict, not logits [images, 10]"),
-        ("maps", "no test accuracy: for 180 images the network gives [180, 4, 30, 30], not [180, 10]"),
+        ("Dictionary", "no test accuracy: the network returns a dict, not logits [images, 10]"),
+        ("maps", "no test accuracy: for 180 images the network returns [180, 4, 30, 30], not [180, 10]"),
         ("few", "no test accuracy: 2 outputs for 10 classes"),
-        ("many", "12 outputs for 10 classes: the first 10 count"),
+        ("many", "12 outputs for 10 classes: only the first 10 count"),
     ],
 )
 def test_outputs_that_labels_cannot_be_compared_with_leave_the_report(
@@ -538,8 +538,8 @@ def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -
     weight[1:6] = weight[0]
     save_file({"a": weight, "b": torch.randn(8, 3, 3, 3)}, tmp_path / "m.safetensors")
     err = convsim("measure", tmp_path / "m.safetensors").err
-    assert "m.safetensors: maps most correlated against chance: a (" in err
-    assert "lowest rank against chance: a (" in err
+    assert "m.safetensors: most correlated maps relative to chance: a (" in err
+    assert "lowest rank relative to chance: a (" in err
     assert "5 filters removable (5 of a)\nnext: --top 3 lists the most similar pairs" in err
 
 
@@ -548,7 +548,7 @@ def test_dead_filters_alone_bring_the_next_step(convsim: Convsim, tmp_path: Path
     weight[2:4] = 0
     save_file({"a": weight}, tmp_path / "m.safetensors")
     err = convsim("measure", tmp_path / "m.safetensors").err
-    assert "; 0 filters removable; 2 dead (2 of a)\nnext: the page 'measure' of the documentation shows how" in err
+    assert "; 0 filters removable; 2 dead (2 of a)\nnext: the documentation page 'Measure' shows how" in err
     assert "m.safetensors" in err and ".docs/" not in err
 
 

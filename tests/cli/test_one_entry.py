@@ -89,7 +89,7 @@ def test_an_option_and_a_mode_are_seen_in_help_arguments_and_checks(tmp_path: Pa
     torch.testing.assert_close(weight, orthogonalize_weight_(build_network("cnn:4").state_dict()["0.weight"]))
     errors = [line for line in ended.err.splitlines() if "convsim: error: " in line]
     assert len(errors) == 3
-    assert "--warp goes with --mode double, got --mode baseline" in errors[0]
+    assert "--warp requires --mode double, got --mode baseline" in errors[0]
     assert "--warp 0: expected a whole number above 0" in errors[1]
     assert "--warp 4: the run" in errors[2]
 

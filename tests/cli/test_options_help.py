@@ -74,6 +74,6 @@ def test_figures_are_explained_with_their_units(convsim: Convsim) -> None:
     assert max(map(len, explained.out.splitlines())) <= 80
     for figure in FIGURES:
         (line,) = re.findall(rf"^{figure.key} +(\S.*(?:\n .*)*)", explained.out, re.MULTILINE)
-        moves = "; moves with the scale of the weights" if figure.moves_with_scale else ""
+        moves = "; depends on the scale of the weights" if figure.moves_with_scale else ""
         unit = f" [{figure.unit}]" if figure.unit else ""
         assert words(line) == words(f"{figure.meaning}{moves}{unit}")

@@ -48,7 +48,7 @@ def test_a_refused_value_is_named_with_what_was_expected(
         ),
         (
             ("train", "--mode", "init", "--objective", "kernel"),
-            "--objective goes with --mode reg, init+reg, got",
+            "--objective requires --mode reg, init+reg, got",
         ),
     ],
     ids=str,

@@ -58,7 +58,7 @@ def test_table5_and_figures_1_to_3_on_real_cifar10_share_their_runs(
     assert json.loads((tmp_path / "table5.json").read_text()) == document
     for name, column in (("figure1", "cs"), ("figure2", "train_loss"), ("figure3", "train_accuracy")):
         outcome = convsim("reproduce", name, *how)
-        assert f"{name}: 2 runs, 2 of them finished before" in outcome.err
+        assert f"{name}: 2 runs, 2 of them already finished" in outcome.err
         assert [row["arm"] for row in outcome.document["rows"]] == ["baseline", "init"]
         for row in outcome.document["rows"]:
             assert row[column] == [epoch[column] for epoch in read_results(Path(row["run"]))]
@@ -81,7 +81,7 @@ def test_figures_4_and_5_on_real_cifar10_share_their_runs(
     grid = convsim("reproduce", "figure4", "--lrs", 0.01, "--batch-sizes", 64, *how)
     assert [(row["lr"], row["batch_size"], row["gain_published"]) for row in grid.rows] == [("0.01", "64", "")]
     sweep = convsim("reproduce", "figure5", "--iterations", f"0,{few_iterations}", *how, "--json")
-    assert "figure5: 2 runs, 2 of them finished before" in sweep.err
+    assert "figure5: 2 runs, 2 of them already finished" in sweep.err
     measured = [row["measured"]["best_test_accuracy"] for row in sweep.document["rows"]]
     assert [f"{accuracy:.4g}" for accuracy in measured] == [grid.rows[0]["baseline"], grid.rows[0]["init"]]
     assert is_png(tmp_path / "figure4.png")
@@ -102,7 +102,7 @@ def test_a_killed_reproduction_resumes_to_the_same_result(
     assert child.wait() == -signal.SIGKILL
     assert results.read_text().count("\n") < 5
     again = convsim("reproduce", *how, "--run-dir", tmp_path / "killed", "--json")
-    assert "table5: 2 runs, 1 of them finished before" in again.err
+    assert "table5: 2 runs, 1 of them already finished" in again.err
     whole = convsim("reproduce", *how, "--run-dir", tmp_path / "whole", "--json")
     assert without_seconds(again.document["rows"]) == without_seconds(whole.document["rows"])
     assert len(list((tmp_path / "killed").glob("*/args.json"))) == 2
@@ -123,13 +123,13 @@ def test_two_reproductions_at_once_share_the_work_and_agree(data_dir: Path, tmp_
     ("arguments", "message"),
     [
         (("tabel5",), "unknown experiment 'tabel5': did you mean 'table5'?"),
-        (("table1", "--epochs", 3), "table1 has no --epochs"),
-        (("table5", "--episodes", 3), "table5 has no --episodes"),
+        (("table1", "--epochs", 3), "table1 does not take --epochs"),
+        (("table5", "--episodes", 3), "table5 does not take --episodes"),
         (("table5", "--arms", "reg-neighbors"), "did you mean 'reg-neighbours'?"),
         (("table5", "--archs", "cnn3", "--data-dir", "DATA"), "unknown network 'cnn3'"),
         (("figure4", "--lrs", "0.1;0.2"), "--lrs '0.1;0.2': expected numbers separated by commas"),
         (("figure5", "--iterations", "10,-1"), "expected whole numbers of 0 or above separated by commas"),
-        (("figure1", "--data-dir", "nowhere"), "name the parent of an intact one with --data-dir"),
+        (("figure1", "--data-dir", "nowhere"), "point --data-dir to the parent of an intact one"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(
@@ -233,11 +233,11 @@ def test_a_dry_run_counts_what_is_left_and_writes_nothing(
     counts = [(row["arch"], row["epochs"], row["epochs_done"], row["time"]) for row in outcome.rows]
     assert counts == [("cnn:2", "6", "4", "20 s"), ("cnn:4", "6", "0", "1 min 0 s")]
     assert (
-        "table5: 4 runs, 0 finished; 12 epochs, 4 done; the rest takes about 1 min 20 s at the present load"
+        "table5: 4 runs, 0 finished; 12 epochs, 4 done; the rest takes about 1 min 20 s at the current load"
         in outcome.err
     )
     finished = convsim("reproduce", *how, "--archs", "cnn:2", "--epochs", 2, "--dry-run")
-    assert "2 runs, 2 finished; 4 epochs, 4 done; none are left" in finished.err
+    assert "2 runs, 2 finished; 4 epochs, 4 done; nothing is left to run" in finished.err
     assert files(tmp_path) == before
 
 
@@ -245,7 +245,7 @@ def test_a_dry_run_downloads_nothing(tmp_path: Path, convsim: Convsim, monkeypat
     monkeypatch.setitem(DATASETS, "cifar10", lambda _: pytest.fail("it was about to be downloaded"))
     outcome = convsim("reproduce", "figure4", "--dry-run", "--data-dir", tmp_path, "--run-dir", tmp_path / "runs")
     assert outcome.code == 2
-    assert f"CIFAR10 is not in {tmp_path / 'cifar-10-batches-py'}; name its parent with --data-dir" in outcome.error
+    assert f"CIFAR10 is not in {tmp_path / 'cifar-10-batches-py'}; point --data-dir to its parent" in outcome.error
     assert not list(tmp_path.iterdir())
 
 
@@ -296,4 +296,4 @@ def test_the_numerical_tables_have_no_precision_to_choose(
 ) -> None:
     outcome = convsim("reproduce", "table2", *settings, "--run-dir", tmp_path)
     assert outcome.code == 2
-    assert f"table2 has no {settings[0]}" in outcome.error
+    assert f"table2 does not take {settings[0]}" in outcome.error

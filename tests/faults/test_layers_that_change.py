@@ -45,12 +45,12 @@ def test_a_model_without_kernels_is_warned_of_once(call: Callable[[Any], Any]) -
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_why_no_kernel_forms_pairs_is_told(call: Callable[[Any], Any]) -> None:
-    with pytest.warns(ConvsimWarning, match=r"form pairs; left out: 0\.weight \(depthwise: one filter per group"):
+    with pytest.warns(ConvsimWarning, match=r"form pairs; skipped: 0\.weight \(depthwise: one filter per group"):
         assert call(nn.Sequential(nn.Conv2d(3, 3, 3, groups=3))) == []
 
 
 def test_the_penalty_warns_of_nothing_beside_its_error() -> None:
-    with pytest.raises(InputError, match=r"no convolution kernels that form pairs; left out: 0\.weight \(lazy"):
+    with pytest.raises(InputError, match=r"no convolution kernels that form pairs; skipped: 0\.weight \(lazy"):
         ConvSimPenalty(nn.Sequential(nn.LazyConv2d(4, 3)))
 
 
@@ -58,7 +58,7 @@ def test_a_monitor_warns_of_layers_that_it_leaves_out_as_the_penalty_does() -> N
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
     said = []
     for call in (TurnMonitor, ConvSimPenalty):
-        with pytest.warns(UserWarning, match=r"convsim leaves out 1\.weight \(lazy") as caught:
+        with pytest.warns(UserWarning, match=r"convsim skips 1\.weight \(lazy") as caught:
             call(model)
         said += [str(warning.message) for warning in caught]
     assert len(said) == 2
@@ -83,7 +83,7 @@ def test_a_layer_of_another_width_is_named_by_the_monitor() -> None:
     model = network()
     turned = TurnMonitor(model, every=2)
     model[2] = nn.Conv2d(4, 3, 3)
-    said = r"^2\.weight: its shape is \[3, 4, 3, 3\], and was \[4, 4, 3, 3\] when the TurnMonitor was made; make a new"
+    said = r"^2\.weight: its shape is \[3, 4, 3, 3\], and was \[4, 4, 3, 3\] when the TurnMonitor was created"
     for call in (turned, turned.rows):
         with pytest.raises(InputError, match=said):
             call()  # type: ignore[operator]
@@ -94,7 +94,7 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing() -> None:
     turned = TurnMonitor(model)
     for other in (nn.Sequential(nn.Conv2d(3, 5, 3)), nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3))):
         with pytest.raises(
-            InputError, match=r"^`state` is of another network: it holds [01]\.weight, torch.float32 \["
+            InputError, match=r"^`state` is of another network: it contains [01]\.weight, torch.float32 \["
         ):
             turned.load_state(TurnMonitor(other).state())
     turned.load_state(copy.deepcopy(turned.state()))

@@ -114,7 +114,7 @@ def test_a_beta_that_is_no_number_is_refused(beta: Any) -> None:
         ({"lr": True}, "`lr` is True; expected a finite number > 0"),
         ({"iterations": True}, "`iterations` is True; expected a whole number ≥ 0"),
         ({"iterations": None}, "`iterations` is None; expected a whole number ≥ 0"),
-        ({"include": [3]}, "`include` holds 3; expected patterns, such as ['layer1.*']"),
+        ({"include": [3]}, "`include` contains 3; expected patterns, such as ['layer1.*']"),
         ({"exclude": None}, "`exclude` is None; expected a list of patterns, such as ['layer1.*']"),
         ({"include": 3}, "`include` is an int; expected a list of patterns, such as ['layer1.*']"),
     ],
@@ -146,7 +146,7 @@ def test_a_seed_is_a_whole_number(seed: Any) -> None:
 def test_images_with_nan_or_inf_are_refused(value: float) -> None:
     images = IMAGES.clone()
     images[1, 2, 3, 4] = value
-    said = "0.weight: its feature maps on these `images` hold NaN or Inf; check the images"
+    said = "0.weight: its feature maps on these `images` contain NaN or Inf; check the images"
     assert refusal(lambda: measure(network(), images)) == said
     assert refusal(lambda: decorrelate_(network(), images)) == said
 
@@ -165,7 +165,7 @@ def test_an_empty_batch_is_not_decorrelated_on(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("wanted", [None, 3])
 def test_batch_norm_statistics_that_are_no_name_are_refused(wanted: Any) -> None:
-    said = f"unknown `bn_statistics` {wanted!r}: known are auto, stored, inputs"
+    said = f"unknown `bn_statistics` {wanted!r}: choose from auto, stored, inputs"
     assert refusal(lambda: measure(network(), IMAGES, bn_statistics=wanted)) == said
 
 
@@ -190,7 +190,7 @@ def test_images_that_the_model_fails_on_are_described(images: Any, found: str, r
         measure(model, images, bn_statistics=bn_statistics)
     said = str(caught.value)
     assert said.startswith(f"the model fails on images {found} ({reason}")
-    assert said.endswith("); expected a batch [B, C, …] as the model takes it")
+    assert said.endswith("); expected a batch [B, C, …] that it accepts")
 
 
 def test_errors_of_a_loader_are_not_laid_on_the_model() -> None:

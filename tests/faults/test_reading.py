@@ -50,7 +50,7 @@ MALFORMED = {
     "header of a length beyond all": made({"a": ENTRY}, length=2**63),
     "header of no length": struct.pack("<Q", 0) + b"{" + bytes(20),
     "header that is no JSON": made(b'{"a": {"dtype": '),
-    "header that is no object": made(b"[1, 2, 3]"),
+    "header that is not an object": made(b"[1, 2, 3]"),
     "header that is no UTF-8": made(b'{"\xff\xfe": 1}'),
     "entry that is no object": made({"a": 3}),
     "entry without a shape": made({"a": {"dtype": "F32", "data_offsets": [0, 16]}}),
@@ -76,7 +76,7 @@ MALFORMED = {
     ),
     "half a character in a name": made({"a\ud800": ENTRY}),
     "half a character in the metadata": made({"__metadata__": {"a": "\udfff"}, "a": ENTRY}),
-    "metadata that is no text": made({"__metadata__": {"a": 3}, "a": ENTRY}),
+    "metadata that is not text": made({"__metadata__": {"a": 3}, "a": ENTRY}),
     "braces within braces": made(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "no tensor at all": made({}, b""),
 }

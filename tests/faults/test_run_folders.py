@@ -127,7 +127,7 @@ def test_a_run_of_links_to_another_leaves_that_one_as_it_is(run: Run, tmp_path: 
     linked.mkdir()
     for name in NAMES:
         (linked / name).symlink_to(run.folder / name)
-    with pytest.raises(InputError, match=r"linked/.*: is a link to .*/one/.*; replace it by a copy"):
+    with pytest.raises(InputError, match=r"linked/.*: is a link to .*/one/.*; replace the link with a copy"):
         train_run(open_run(linked, epochs=3))
     assert {name: (run.folder / name).read_bytes() for name in NAMES} == before
 
@@ -225,7 +225,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "rows that are no list": (change("progress", "history", to=7), "damaged"),
     "a row of layers": (change("progress", "layers", 0, to={}), "a row of layers is"),
     "fm_corr": (change("progress", "fm_corr_start", to={"a": torch.ones(2)}), "damaged"),
-    "arguments": (change("arguments", to=[1]), "expected the arguments of a run"),
+    "arguments": (change("arguments", to=[1]), "expected a run's arguments"),
 }
 
 
@@ -254,7 +254,7 @@ def test_a_pipe_among_a_runs_files_is_never_waited_for(name: str, kind: str, run
     outcomes += [convsim("compare", run.folder)] if name in ("args.json", "results.csv") else []
     drawn = convsim("plot", run.folder, "-o", run.folder / "a.png")
     assert drawn.code == (0 if name in ("state.pt", "layers.csv") else 2)
-    assert ("warning: without its rotation: " in drawn.err) == (name == "layers.csv")
+    assert ("warning: rotation is omitted: " in drawn.err) == (name == "layers.csv")
     for outcome in outcomes:
         assert outcome.code == 2, outcome.err
         assert outcome.error
@@ -314,8 +314,8 @@ def test_hostile_arguments_are_one_line(content: str, run: Run, convsim: Convsim
         ("{", "Expecting property name"),
         ('{"lr": -1}', r"lr -1: expected a number above 0"),
         ('{"lr": true}', r"lr True: expected a number above 0"),
-        ('{"seed": ' + "9" * 5000 + "}", r"a number of thousands of digits"),
-        ("\udcff", r"it is no text in UTF-8"),
+        ('{"seed": ' + "9" * 5000 + "}", r"a number with thousands of digits"),
+        ("\udcff", r"it is not UTF-8 text"),
         ('{"seed": 1, "lr": 0.1, "seed": 2}', "'seed' appears twice"),
         (json.dumps({"lr": "x" * 100_000}), "x … x"),
     ],
@@ -531,10 +531,10 @@ class Odd(nn.Module):
         ("tuple", r"returns a tuple for 2 images in training, expected \[2, 10\] logits"),
         ("mean", r"returns \[1, 10\] for 2 images in training"),
         ("fails", r"does not run in training on images \[2, 3, 32, 32\] of digits \(targets are missing\)"),
-        ("detached", "its logits depend on no parameter that can be trained"),
-        ("frozen", "its logits depend on no parameter that can be trained"),
+        ("detached", "its logits depend on no trainable parameter"),
+        ("frozen", "its logits depend on no trainable parameter"),
         ("meta", "has parameters on the device meta, without values"),
-        ("extra", "its state_dict holds a dict, extra; expected tensors alone"),
+        ("extra", "its state_dict holds a dict, extra; expected only tensors"),
         ("exits", r"does not run on images \[1, 3, 32, 32\] of digits \(SystemExit: 3\)"),
         ("asserts", r"does not run on images \[1, 3, 32, 32\] of digits \(AssertionError\)"),
     ],
@@ -581,7 +581,7 @@ def test_a_network_that_exits_while_it_trains_is_an_error(
 def test_arguments_with_a_NUL_are_refused(run: Run) -> None:  # noqa: N802
     for name in ("arch", "dataset", "data_dir", "weights"):
         (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {name: "a\0b"}))
-        with pytest.raises(InputError, match=rf"`{name}` 'a\\x00b': holds a NUL character"):
+        with pytest.raises(InputError, match=rf"`{name}` 'a\\x00b': contains a NUL character"):
             open_run(run.folder)
 
 

@@ -178,7 +178,7 @@ def test_a_step_of_a_save_that_fails_leaves_the_old_file_and_no_other(
             patch.setattr(Path, "replace", lambda new, to: (fail if to == path else real)(new, to))
         else:
             patch.setattr(atomic, "flush_folder", _failing(atomic.flush_folder, number, once))
-        with pytest.raises(WriteError, match="model: written, but" if step == "folder" else "former file is intact"):
+        with pytest.raises(WriteError, match="model: written, but" if step == "folder" else "original is intact"):
             replace_file(path, lambda file: file.write(b"new"), backup)
     done = step == "folder"  # the rename is done, and only its being on disk is in doubt
     assert path.read_bytes() == (b"new" if done else b"old")
@@ -256,7 +256,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_exit_1(name: str, tmp_path: 
     code, said = call_in_fork(init_on_a_full_disk, path)
     assert code == 1
     assert [line for line in said.splitlines() if "error" in line] == [
-        f"convsim: error: {path}: cannot be written (File too large); the former file is intact"
+        f"convsim: error: {path}: cannot be written (File too large); the original is intact"
     ]
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [name]

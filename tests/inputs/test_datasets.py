@@ -241,9 +241,9 @@ def test_a_data_set_named_in_place_of_its_parent_is_refused(
         (inside / name).touch()
     monkeypatch.chdir(inside)
     for data_dir in (inside, Path()):
-        with pytest.raises(InputError, match=f"name its parent: `data_dir` {tmp_path}$"):
+        with pytest.raises(InputError, match=f"use its parent: `data_dir` {tmp_path}$"):
             load_dataset(asked, data_dir)
-    with pytest.raises(InputError, match="is a file; name the folder"):
+    with pytest.raises(InputError, match="is a file; use the folder"):
         load_dataset(asked, inside / "test_batch")
 
 
@@ -299,26 +299,26 @@ def test_files_and_classes_are_in_the_order_of_torchvision(tmp_path: Path) -> No
 LAYOUTS: dict[str, tuple[list[str], str]] = {
     "nested splits": (
         ["data/train/cat", "data/train/dog", "data/val/cat", "data/val/dog"],
-        "{}: data would be a class, but holds the splits train, val; name folder:{}/data",
+        "{}: data would be a class, but contains the splits train, val; use folder:{}/data",
     ),
     "deeply nested splits": (
         ["a/b/training/cat", "a/b/training/dog", "a/b/testing/cat", "a/b/testing/dog"],
         "{}: the folder a would be the only class; expected a folder of images for each of several classes: "
-        "name folder:{}/a/b",
+        "use folder:{}/a/b",
     ),
     "nested classes": (["images/cat", "images/dog"], "{}: the folder images would be the only class; expected a folder "
-        "of images for each of several classes: name folder:{}/images"),
+        "of images for each of several classes: use folder:{}/images"),
     "one class": (["cat"], "{}: the folder cat would be the only class; expected a folder of images for each of "
         "several classes"),
     "one class in splits": (["train/cat", "val/cat"], "{}/train: the folder cat would be the only class; expected a "
         "folder of images for each of several classes"),
     "splits without one for training": (["val/cat", "val/dog", "test/cat", "test/dog"], "{}: test, val would be a "
-        "class, but is named like a split, and there is no train or training beside it; add that, name "
+        "class, but is named like a split, and there is no train or training beside it; add that, use "
         "folder:{}/test for these images alone, or rename it"),
-    "splits in classes": (["cat/train", "cat/test", "dog/train", "dog/test"], "{}: cat would be a class, but holds the "
-        "splits test, train; put the folders of the classes into those of the splits"),
-    "splits in a split": (["train/train/cat", "train/train/dog", "train/val/cat", "train/val/dog"], "{}/train: holds "
-        "splits in place of classes; name folder:{}/train"),
+    "splits in classes": (["cat/train", "cat/test", "dog/train", "dog/test"], "{}: cat would be a class, but contains "
+        "the splits test, train; put the class folders into the split folders"),
+    "splits in a split": (["train/train/cat", "train/train/dog", "train/val/cat", "train/val/dog"], "{}/train: "
+        "contains splits instead of classes; use folder:{}/train"),
     "nothing": ([], "{}: expected a folder of images for each class (found no folders)"),
 }  # fmt: skip
 

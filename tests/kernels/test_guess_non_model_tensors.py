@@ -70,7 +70,7 @@ def test_what_training_keeps_beside_the_network_is_set_aside(place: str, prefix:
     kept = {place.format((prefix if suffix else "") + name): shape for name, shape in LAYERS.items()}
     found = non_model_tensors(infos(network | kept))
     assert list(found) == list(kept)
-    said = "of an optimizer's state" if place in OPTIMIZERS else "a copy of another tensor"
+    said = "optimizer state" if place in OPTIMIZERS else "a copy of another tensor"
     assert all(reason.startswith(said) for reason in found.values())
 
 
@@ -124,7 +124,7 @@ def test_init_leaves_moments_and_averages_alone(suffix: str, tmp_path: Path, con
     assert [layer["name"] for layer in document["layers"]] == ["model.c.weight"]
     assert document["total"]["before"] == document["layers"][0]["before"]["cs"]
     reasons = {entry["name"]: entry["reason"] for entry in document["skipped"]}
-    assert reasons["optimizer.state.c.weight.exp_avg_sq"] == "of an optimizer's state, not of the network"
+    assert reasons["optimizer.state.c.weight.exp_avg_sq"] == "optimizer state, not part of the network"
     assert reasons["model_ema.c.weight"].startswith("a copy of another tensor")
     assert len(convsim("measure", path, "--json").document["layers"]) == 1
 

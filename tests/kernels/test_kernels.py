@@ -24,7 +24,7 @@ def test_a_file_gives_its_4d_floating_tensors_as_assumed_dense_kernels() -> None
     tensors = infos(conv=(8, 3, 3, 3), linear=(10, 8), bias=(8,)) | {"codes": TensorInfo("int8", (8, 3, 3, 3))}
     found = file_kernels(tensors)
     assert found.kernels == [Kernel("conv", (8, 3, 3, 3), 1, False, assumed=True)]
-    assert reasons(found) == {"codes": "its type int8 cannot be optimized"}
+    assert reasons(found) == {"codes": "its dtype int8 cannot be optimized"}
 
 
 def test_of_single_channel_tensors_one_is_dense_and_several_are_depthwise() -> None:
@@ -144,7 +144,7 @@ def test_layers_with_kernels_of_an_unknown_kind_are_listed_by_their_class() -> N
 
     found = module_kernels(nn.Sequential(nn.Conv2d(3, 18, 3), DeformConv2d(3, 8, 3), nn.Linear(3, 3), nn.LayerNorm(3)))
     assert taken(found) == ["0.weight"]
-    assert reasons(found) == {"1.weight": "a DeformConv2d, which is no convolution that convsim knows"}
+    assert reasons(found) == {"1.weight": "a DeformConv2d, not a convolution that convsim knows"}
 
 
 def test_a_file_that_holds_a_shared_weight_under_one_name_gives_one_kernel() -> None:

@@ -16,7 +16,7 @@ def record(name: str, cos: float | None, rank: float | None, removable: int | No
 def test_what_stands_out_is_named() -> None:
     layers = [record("a", 0.2, 18.0), record("b", 0.4, 6.0, 3), record("c", 0.12, 19.0), record("d", None, None, None)]
     assert what_stands_out(layers) == (
-        "maps most correlated against chance: b (4.0 times), a (2.0 times); lowest rank against chance: "
+        "most correlated maps relative to chance: b (4.0 times), a (2.0 times); lowest rank relative to chance: "
         "b (6.0, chance 20.0); "
         "3 filters removable (3 of b)"
     )
@@ -26,7 +26,7 @@ def test_at_most_three_layers_that_stand_out_are_named() -> None:
     many = [record(name, 0.3, 19.0) for name in "abcde"]
     assert "a (3.0 times), b (3.0 times), c (3.0 times); 0 filters" in what_stands_out(many)
     one = what_stands_out([record("a", 0.11, 19.0, 1)])
-    assert one == "no layer's maps stand out against chance; 1 filter removable (1 of a)"
+    assert one == "no layer's maps stand out from chance; 1 filter removable (1 of a)"
     removable = what_stands_out([record(name, 0.11, 19.0, number) for number, name in enumerate("abcde")])
     assert removable.endswith("; 10 filters removable (4 of e, 3 of d, 2 of c and others)")
     assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps stand out")

@@ -215,7 +215,7 @@ def test_a_parameter_registered_under_a_second_name_is_still_the_layers() -> Non
 def test_parametrized_layers_are_left_out_with_one_warning() -> None:
     layers = [nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)]
     model = nn.Sequential(*layers, nn.Conv2d(3, 4, 3))
-    with pytest.warns(UserWarning, match=r"leaves out 0\.weight, 1\.weight \(parametrized") as caught:
+    with pytest.warns(UserWarning, match=r"skips 0\.weight, 1\.weight \(parametrized") as caught:
         minimize_(model, 1)
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -142,7 +142,7 @@ def test_weights_without_values_are_refused_by_name(call: Callable[[nn.Module], 
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:convsim leaves out")
+@pytest.mark.filterwarnings("ignore:convsim skips")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(1, 3, 12, 12))])
 def test_scripted_models_are_refused_and_scripted_parts_left_out(make: Callable[[nn.Module], nn.Module]) -> None:
     images = torch.randn(2, 3, 12, 12)

@@ -91,7 +91,7 @@ def test_a_file_of_a_larger_network_is_loaded_with_a_warning(tmp_path: Path, con
     assert outcome.code == 0
     said = "--arch torchvision:resnet18 has no place for 80 of its tensors (layer1.2.conv1.weight, "
     assert f"convsim: warning: {tmp_path / 'r34.pt'}: {said}" in outcome.err
-    assert "they are left as they are" in outcome.err
+    assert "they are left unchanged" in outcome.err
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -116,10 +116,10 @@ def test_of_several_copies_the_average_is_not_taken() -> None:
     state |= {f"online.{name}": tensor for name, tensor in source.state_dict().items()}
     checkpoint = StateDict(Path("file"), state)
     assert load_weights(target, checkpoint)["0.weight"] == "online.0.weight"
-    assert checkpoint.notes == ["file: took the tensors under online.; those under ema_model. would fit as well"]
+    assert checkpoint.notes == ["file: loaded the tensors under online.; those under ema_model. would fit as well"]
     checkpoint = StateDict(Path("file"), state | source.state_dict())
     assert load_weights(target, checkpoint)["0.weight"] == "0.weight"
-    assert "took the tensors without a prefix; those under " in checkpoint.notes[0]
+    assert "loaded the tensors without a prefix; those under " in checkpoint.notes[0]
 
 
 def test_a_tied_weight_may_be_in_the_file_under_one_of_its_names() -> None:

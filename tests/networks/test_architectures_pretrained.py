@@ -109,7 +109,7 @@ def test_without_a_network_one_line_says_what_to_fetch(arch: str, convsim: Convs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("measure", "--arch", "cnn1", "--pretrained"), "--pretrained goes with --arch torchvision:NAME or timm:NAME"),
+        (("measure", "--arch", "cnn1", "--pretrained"), "--pretrained requires --arch torchvision:NAME or timm:NAME"),
         (("measure", "--arch", "torchvision:resnet19"), "did you mean 'torchvision:resnet18'?"),
         (("measure", "--arch", "timm:resnet10"), "did you mean 'timm:resnet10t'?"),
         (("measure", "--arch", "resnet50"), "did you mean 'torchvision:resnet50'?"),

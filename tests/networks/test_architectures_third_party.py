@@ -148,7 +148,7 @@ def test_layers_that_are_called_twice_or_never_are_said(convsim: Convsim) -> Non
     found = convsim("measure", "--arch", "mine:Tied", "--input-size", 8, "--json")
     assert [layer["calls"] for layer in found.document["layers"]] == [1, 2, 0]
     assert found.document["layers"][2]["fm_cos"] is None
-    assert "never called, so without feature maps: never.weight" in found.err
+    assert "never called, so no feature maps: never.weight" in found.err
     assert "called more than once, every call counts: twice.weight (2 times)" in found.err
 
 
@@ -177,7 +177,7 @@ def test_a_users_network_repeats_with_its_seed() -> None:
         ("torchvision:resnet81", "unknown network torchvision:resnet81: did you mean 'torchvision:resnet18'"),
         ("nowhere:Net", "cannot import nowhere"),
         ("mine:Unet", "mine has no callable Unet; did you mean 'mine:UNet'"),
-        ("mine:number", "gives a int; expected a torch.nn.Module"),
+        ("mine:number", "returns a int; expected a torch.nn.Module"),
         ("resnet19", "unknown network 'resnet19': did you mean 'resnet18'"),
         ("mine:fails", "--arch mine:fails: calling fails raised RuntimeError: my own failure"),
         ("mine:takes", "calling takes raised TypeError: takes() missing 1 required positional argument: 'width'"),
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_network_is_one_line(convsim: Convsim) -> None:
     outcome = convsim("measure", "unet.safetensors", "--arch", "torchvision:resnet18")
     assert outcome.code == 2
     assert "does not fit --arch: 102 of 122 tensors missing (conv1.weight, " in outcome.error
-    assert "8 that it does not have (down.bias, " in outcome.error
+    assert "8 unexpected (down.bias, " in outcome.error
 
 
 def test_inputs_that_a_network_cannot_take_are_one_line(convsim: Convsim) -> None:
@@ -254,5 +254,5 @@ def test_networks_with_auxiliary_logits_are_built_without_them(name: str, monkey
 
 
 def test_a_list_of_known_names_is_cut_short() -> None:
-    with pytest.raises(InputError, match=r"known are (\w+, ){12}… \(\d+ in all\)$"):
+    with pytest.raises(InputError, match=r"choose from (\w+, ){12}… \(\d+ in all\)$"):
         find_network("torchvision:zzzzzz")

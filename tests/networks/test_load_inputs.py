@@ -154,7 +154,7 @@ def test_input_channels_decide_what_a_network_is_given(
     torch.save({"a.weight": torch.randn(4, 3, 3, 3)}, "m.pt")
     assert "--input-channels requires --arch" in convsim("measure", "m.pt", "--input-channels", 3).error
     refused = convsim(*how[:-1], "--input", "digits", "--input-channels", 1)
-    assert "--input-channels goes with synthetic inputs: the images of --input digits have 3" in refused.error
+    assert "--input-channels applies only to synthetic inputs: the images of --input digits have 3" in refused.error
 
 
 def test_init_decorrelates_on_the_channels_that_the_network_takes(
@@ -186,4 +186,4 @@ def test_init_decorrelates_on_the_channels_that_the_network_takes(
     ]
     assert after[0] == after[1] != after[2]
     refused = convsim("init", "--arch", "cnn:4", "-o", "x.safetensors", "--input-channels", 3)
-    assert "--input-channels goes with --method decorrelate, got --method cs" in refused.error
+    assert "--input-channels requires --method decorrelate, got --method cs" in refused.error

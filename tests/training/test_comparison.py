@@ -198,16 +198,16 @@ def test_some_of_a_groups_settings_name_it_where_they_are_its_own(runs: Path) ->
     assert compare_runs([runs], "lr=0.2, mode=init")["baseline"] == "mode=init, lr=0.2"
     assert compare_runs([runs], "mode=init")["baseline"] == "mode=init"  # the one of that very name
     make_run(runs, "also large", [50.0] * 6, lr=0.1, seed=1, mode="init")
-    with pytest.raises(InputError, match=r"2 groups are so named \(mode=.*, lr=0.1; mode=.*, lr=0.1\)"):
+    with pytest.raises(InputError, match=r"matches 2 groups \(mode=.*, lr=0.1; mode=.*, lr=0.1\)"):
         compare_runs([runs], "lr=0.1")
-    with pytest.raises(InputError, match=r"no such group or run; known are mode=.*; mode="):
+    with pytest.raises(InputError, match=r"no such group or run; choose from mode=.*; mode="):
         compare_runs([runs], "momentum=9")
 
 
 def test_a_run_that_is_there_twice_counts_once_with_a_warning(runs: Path, tmp_path: Path) -> None:
     alone = compare_runs([runs])
     make_run(tmp_path / "twice", "again", [99.0] * 6, seed=1)
-    with pytest.warns(ConvsimWarning, match=r"left out: .*again: has the arguments and the seed of .*baseline-s1$"):
+    with pytest.warns(ConvsimWarning, match=r"left out: .*again: has the same arguments and seed as .*baseline-s1$"):
         assert compare_runs([runs, tmp_path / "twice"]) == alone
 
 

@@ -326,7 +326,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has done 3 epochs, more than `epochs` 2"):
         train_run(open_run(run.folder, epochs=2))
     (run.folder / "args.json").write_text(json.dumps(asdict(SMALL) | {"color": 1}))
-    with pytest.raises(InputError, match="unknown arguments color"):
+    with pytest.raises(InputError, match="unknown argument color"):
         open_run(run.folder)
     with pytest.raises(InputError, match="not a run's folder"):
         open_run(tmp_path)

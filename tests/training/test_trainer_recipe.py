@@ -244,8 +244,8 @@ def test_arguments_of_before_mean_the_defaults(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ({"nesterov": True}, "`nesterov` requires a `momentum` above 0"),
-        ({"optimizer": "adamw", "momentum": 0.9}, "`momentum` goes with `optimizer` sgd, got `optimizer` adamw"),
-        ({"optimizer": "adamw", "nesterov": True}, "`nesterov` goes with `optimizer` sgd, got `optimizer` adamw"),
+        ({"optimizer": "adamw", "momentum": 0.9}, "`momentum` requires `optimizer` sgd, got `optimizer` adamw"),
+        ({"optimizer": "adamw", "nesterov": True}, "`nesterov` requires `optimizer` sgd, got `optimizer` adamw"),
         ({"warmup": 4}, "`warmup` 4: expected no more than the run's `epochs` 3"),
         ({"label_smoothing": 1.5}, "`label_smoothing` 1.5: expected a number from 0 to 1"),
         ({"validation": 0}, "`validation` 0: expected a whole number above 0"),

@@ -217,5 +217,5 @@ def test_a_mode_that_can_write_to_no_kernel_is_refused(settings: dict[str, Any],
 
 def test_layers_that_a_mode_cannot_write_to_are_named() -> None:
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
-    with pytest.warns(ConvsimWarning, match=r"leaves out 0\.weight \(parametrized"):
+    with pytest.warns(ConvsimWarning, match=r"skips 0\.weight \(parametrized"):
         prepare_(model, replace(SMALL, mode="init"), lambda: torch.empty(0), lambda _: None)
