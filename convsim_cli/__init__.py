@@ -1,4 +1,4 @@
-"""convsim: measure and lower the similarity between a convolutional network's feature maps, by its kernels alone.
+"""convsim: measure a convolutional network's feature-map similarity, and reduce it by changing only the kernels.
 
 This page is the architecture. A module imports only from its own line and the lines above (tests/test_architecture.py):
 

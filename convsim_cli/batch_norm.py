@@ -1,12 +1,13 @@
-"""Batch normalization: which statistics a network is measured with, and their re-estimation from inputs.
+"""Batch normalization: choosing the statistics to measure a network with, and re-estimating them from inputs.
 
-In evaluation mode batch normalization divides by stored standard deviations. Where these no longer match the kernels,
-scaling a layer scales what later layers see, and figures move that no scale may move. Statistics of the inputs
+In evaluation mode batch normalization divides by stored standard deviations. If these no longer match the kernels,
+scaling a layer scales the inputs of later layers, and scale-invariant figures change. Statistics of the inputs
 themselves cancel every scale.
 
 Stored statistics are also averages over past batches, so they lag behind kernels that change: after a few hundred steps
 by up to 0.4 standard deviations. `torch.optim.swa_utils.update_bn` re-estimates them too, but it puts the whole network
-in training mode: dropout then draws random numbers and frozen layers thaw, and an exception leaves the network so.
+in training mode: dropout then draws random numbers, frozen layers thaw, and an exception leaves the network in that
+mode.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def batch_norm_layers(model: nn.Module) -> list[_BatchNorm]:
 def choose_statistics(model: nn.Module, wanted: str = "auto", kernels_changed: bool = False) -> str | None:
     """Return `stored` or `inputs`, None for a network without batch-norm statistics.
 
-    wanted: `auto` takes those of the inputs where the stored ones do not belong to the kernels: they are a fresh
-    network's, or the kernels were changed after training. Raises InputError for another name.
+    wanted: `auto` uses those of the inputs if the stored ones do not match the kernels: they are a fresh network's, or
+    the kernels were changed after training. Raises InputError for another name.
     """
     if wanted not in CHOICES:
         raise InputError(f"unknown `bn_statistics` {wanted!r}: {did_you_mean(wanted, CHOICES)}")

@@ -52,7 +52,7 @@ Changed = dict[str, tuple[Tensor, Tensor]]  # a kernel's name → its weight in 
 
 @dataclass(frozen=True)
 class InitReport:
-    """What `init_checkpoint` did.
+    """The result of `init_checkpoint`.
 
     checkpoint: as it was named, None for a new network; output: None for a dry run of one, or of one on the Hub;
     backup: where the former file was kept, or a pattern of the shards' backups; seconds: of the method and the save;
@@ -93,7 +93,7 @@ class InitReport:
 def init_checkpoint(
     path: str | Path | None, output: str | Path | None = None, *, progress: Progress = unreported, **options: Any
 ) -> InitReport:
-    """Lower the similarity of a checkpoint's kernels by a method of `methods.METHODS`, and save it, atomically.
+    """Reduce the similarity of a checkpoint's kernels by a method of `methods.METHODS`, and save it atomically.
 
     path: the checkpoint, a file, a folder of shards, or `hf://…` (`open_checkpoint`); None for a new network, which
     `arch` names, with `pretrained` that of its library. output: where to save; in place if None, unless on the Hub. A
@@ -168,7 +168,7 @@ def init_checkpoint(
 
 
 def _warn(checkpoint: Checkpoint, method: Method, target: Path | None, backup: Path | None) -> None:
-    """Warn of weights that look trained, of what the method may do, and of choices made in reading the file."""
+    """Warn about weights that look trained, risks of the method, and choices made when reading the file."""
     has_statistics = any(name.endswith("running_var") for name in checkpoint.tensors)
     if looks_trained(checkpoint):
         kept = f"; the original is kept in {backup}" if backup else ""

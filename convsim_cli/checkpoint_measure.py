@@ -42,7 +42,7 @@ MAP_BATCH = 32  # images that a network runs on at once
 class MeasureReport:
     """What `measure_checkpoint` found.
 
-    source: the path, or the name of a fresh network; bn_statistics: `stored`, `inputs`, or None where no batch
+    source: the path, or the name of a fresh network; bn_statistics: `stored`, `inputs`, or None if no batch
     normalization was run; layers: a record each, with the figures of `figures.FIGURES`; skipped: name, shape and reason
     of each tensor that was left out; total: `cs` and, where there are labels, `accuracy` in per cent; notes: lines that
     explain figures; warnings: lines that must not be missed; heat: the layers' heat maps, where they were asked for.
@@ -247,7 +247,7 @@ def _add(report: MeasureReport, options: MeasureOptions, kernel: Kernel, weight:
 
 
 def _call_notes(layers: Sequence[Record]) -> list[str]:
-    """What a reader has to know of layers that the network does not call exactly once."""
+    """Notes about layers that the network does not call exactly once."""
     never = [layer["name"] for layer in layers if layer["calls"] == 0]
     often = [f"{layer['name']} ({layer['calls']} times)" for layer in layers if layer["calls"] > 1]
     notes = [f"never called, so no feature maps: {', '.join(never)}"] if never else []
@@ -255,7 +255,7 @@ def _call_notes(layers: Sequence[Record]) -> list[str]:
 
 
 def _sample_notes(layers: Sequence[Record]) -> list[str]:
-    """Which layers have too many filters to compare the maps of every two."""
+    """Notes about layers with too many filters to compare all pairs of maps."""
     large = [f"{layer['name']} ({layer['sampled']} per group)" for layer in layers if "sampled" in layer]
     figures = "redundant, opposite, removable and clusters are null"
     return [f"too many filters to compare all maps: a sample is compared, and {figures}: {', '.join(large)}"] * bool(

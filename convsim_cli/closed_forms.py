@@ -489,7 +489,7 @@ def _with_directions(kernel: Kernel, weight: Tensor, directions: Directions) -> 
     """Give a weight other directions, each filter at its own norm; in the stored shape and dtype, on its device.
 
     weight: as stored, finite, untouched. Dead filters, and those without a new direction, stay bit-identical. Raises
-    InputError where the stored dtype cannot hold the result.
+    InputError if the stored dtype cannot hold the result.
     """
     filters = _in_float64(kernel.to_filters(weight.detach()))
     living = living_filters(filters)
@@ -504,7 +504,7 @@ def _with_directions(kernel: Kernel, weight: Tensor, directions: Directions) -> 
 
 
 def check_range(kernel: Kernel, weight: Tensor) -> None:
-    """Raise InputError where a new weight does not fit the type in which it is stored."""
+    """Raise InputError if a new weight does not fit the type in which it is stored."""
     if not are_finite([weight]):
         kind = str(weight.dtype).removeprefix("torch.")
         raise InputError(f"{kernel.name}: the new kernels exceed the range of {kind}; scale this layer down first")

@@ -57,10 +57,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def repeated(step: Step, device: torch.device) -> Step:
-    """Return a function that does one iteration per call: `step` itself, or on CUDA the replay of a graph of it.
+    """Return a function that runs one iteration per call: `step` itself or, on CUDA, the replay of its graph.
 
     step: works on the same memory of `device` every time and never waits for the device. The first iterations run as
-    they are. The recording raises ConvsimError where it fails; CONVSIM_CUDA_GRAPHS=0 in the environment does without.
+    they are. The recording raises ConvsimError if it fails; CONVSIM_CUDA_GRAPHS=0 in the environment does without.
     """
     if device.type != "cuda" or os.environ.get("CONVSIM_CUDA_GRAPHS") == "0":
         return step
@@ -117,7 +117,7 @@ def generator_states() -> tuple[Any, ...]:
 
 
 def restore_generators(states: tuple[Any, ...]) -> None:
-    """Put back `generator_states`. Raises TypeError or ValueError for anything else."""
+    """Restore `generator_states`. Raises TypeError or ValueError for anything else."""
     import numpy
 
     pythons, (name, keys, position, *rest) = states

@@ -1,4 +1,4 @@
-"""Run a network, or one of its layers, to look at its convolutions, and leave it as it was."""
+"""Run a network, or one of its layers, to observe its convolutions, without side effects."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undone_on_failure(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Write the former values back to weights, to the bit, where the block raises."""
+    """Restore the weights, bit for bit, if the block raises."""
     former = [weight.detach().clone() for weight in weights]
     try:
         yield
@@ -128,9 +128,9 @@ def convolve_with(layer: nn.Module, weight: Tensor, inputs: tuple[Any, ...], opt
 def find_convolution(
     layer: nn.Module, shape: tuple[int, ...], inputs: tuple[Any, ...], options: Mapping[str, Any]
 ) -> ConvolutionCall:
-    """Return the convolution that a layer calls with a weight of a shape, on a batch. No hook is called.
+    """Return the convolution that a layer calls with a weight of this shape, on a batch. No hook is called.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     call = reach_convolution(layer, shape, inputs, options)
     if call is None:

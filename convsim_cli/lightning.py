@@ -29,13 +29,13 @@ class _Hooks:
     beta: weight of the penalty, dimensionless; 0 adds none. objective, preserve_norm, include, exclude: as
     `ConvSimPenalty` and its `add_gradient_` take them; layers that are left out are not measured either. images: what
     `measure` takes; if None, the first training batch of each epoch, which is tried before the first step.
-    measure_every: epochs between measurements, 0 for none. turn_every: steps between those whose turn is looked at, the
-    first one of each epoch included. Raises InputError for another argument when it is made.
+    measure_every: epochs between measurements, 0 for none. turn_every: steps between measurements of rotation,
+    including the first step of each epoch. Raises InputError for another argument when it is made.
 
     The gradient is added before each optimizer step: after the gradients were unscaled, accumulated and averaged over
-    processes, and before they are clipped. Of several optimizers, toggle those that do not step
-    (`toggle_optimizer`). Logged are `fm_corr/LAYER`, `fm_rank/LAYER`, `ncs/LAYER` and `norm/LAYER`, and in degrees
-    `turn_per_step/LAYER` and `turned/LAYER` since the start of the training, also of a resumed one.
+    processes, and before they are clipped. With several optimizers, toggle those that do not step (`toggle_optimizer`).
+    Logged are `fm_corr/LAYER`, `fm_rank/LAYER`, `ncs/LAYER` and `norm/LAYER`, and in degrees `turn_per_step/LAYER` and
+    `turned/LAYER` since the start of the training, also of a resumed one.
 
     >>> from convsim_cli.lightning import ConvSimCallback
     >>> callback = ConvSimCallback(beta=1e-3, objective="ocnn")  # Trainer(callbacks=[callback])

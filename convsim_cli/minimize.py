@@ -103,7 +103,7 @@ def minimize_(
 
     iterations: a whole number ≥ 0. lr: step size, > 0. preserve_norm: hold every filter at its own L2 norm. objective:
     `cs` (Eq. 10), `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. include, exclude: globs over
-    names of kernels, such as `layer1.*`. advance: takes the steps completed since the last call; each value of a
+    names of kernels, such as `layer1.*`. advance: called with the steps completed since the last call; each value of a
     kernel takes one step per iteration. A record contains `name`, `shape`, `groups`, `assumed` and, under `before` and
     `after`, `cs`, `ncs` and `norm`. Warns about layers that convsim cannot change (parametrized, lazy, of unknown
     types), and about a model without kernels. Raises InputError for settings out of range, a pattern that matches
@@ -136,7 +136,7 @@ def minimize_weight_(
     preserve_norm: bool = False,
     objective: str = "cs",
 ) -> Tensor:
-    """Minimize an objective of one convolution's weight, in place, and return the weight, as `torch.nn.init` does.
+    """Minimize an objective of one convolution's weight, in place, and return the weight, like `torch.nn.init`.
 
     weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups. For a
     transposed convolution without groups pass `weight.transpose(0, 1)`. objective: `cs` (Eq. 10), `neighbours`,

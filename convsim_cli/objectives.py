@@ -122,7 +122,7 @@ def make_objective(function: Value) -> Objective:
     """Return the objective whose value is function(filters, taps), with the gradient that autograd gives it.
 
     function: takes filters `[groups, S / groups, N, C]` and the kernel's size, and returns a differentiable scalar.
-    Raises InputError for what cannot be called.
+    Raises InputError if it is not callable.
     """
     if not callable(function):
         raise InputError(f"`objective` is {kind_of(function)}; expected a name or a function")

@@ -1,4 +1,4 @@
-"""What keeps kernels dissimilar while a network trains: a penalty (Algorithm 2), or a hold on the optimizer's steps.
+"""Keep kernels dissimilar during training: a penalty (Algorithm 2), or a projection of the optimizer's steps.
 
 The penalty is an objective as a regularization term, for any training loop. The hold keeps steps from raising the
 normalized similarity again. After a step K ← K + Δ, each layer's Δ loses the part that raises `ncs` to first order:
@@ -51,13 +51,14 @@ class ConvSimPenalty:
     and compiled layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It
     computes a parametrized weight once per call, and so it does a weight that a layer computes in its `forward`, such
     as timm's StdConv2d: that layer is run on a few zeros, up to its convolution, which torch.compile cannot trace. It
-    does not see layers with new names. A call raises InputError where a selected layer is gone, is no convolution any
-    more, or has a weight that the penalty cannot follow, such as a DTensor (`fully_shard`) or one on the meta device.
+    does not include layers with new names. A call raises InputError if a selected layer is gone, is no longer a
+    convolution, or has a weight that the penalty cannot follow, such as a DTensor (`fully_shard`) or one on the meta
+    device.
 
-    The penalty is not a module: it owns no parameters and does not enter state dicts. Pickled or copied, it takes its
-    model along. Warns of layers that it leaves out because it cannot act on them (lazy layers, unknown types). Raises
-    InputError for an unknown objective, for a pattern that matches nothing, and for a model without kernels that form
-    pairs. Source: Algorithm 2.
+    The penalty is not a module: it owns no parameters and does not enter state dicts. Pickling or copying it includes
+    its model. Warns about skipped layers that it cannot act on (lazy layers, unknown types). Raises InputError for an
+    unknown objective, for a pattern that matches nothing, and for a model without kernels that form pairs. Source:
+    Algorithm 2.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -111,10 +112,10 @@ class ConvSimPenalty:
         Call it between `backward()` (with a gradient scaler: after `unscale_`) and the optimizer's step. beta: weight
         of the penalty, finite and ≥ 0. A tensor with one element stays on its device: its value is checked on the CPU
         only, since reading it elsewhere would wait for the device. Frozen parameters are left alone. Half-precision
-        gradients are added to in float32 and rounded once. Gradient hooks of a parameter, also those that run after
-        accumulation, are called with the penalty's gradient. preserve_norm: leave out of the gradient, filter by
-        filter, the part along the filter, so that it lowers similarity without shrinking. Raises InputError for
-        another beta, and as a call of the penalty; all gradients are then as they were.
+        gradients are added to in float32 and rounded once. Gradient hooks of a parameter, including post-accumulate
+        hooks, are called with the penalty's gradient. preserve_norm: remove from each filter's gradient the component
+        along the filter, so that it reduces similarity without shrinking. Raises InputError for another beta, and as a
+        call of the penalty; all gradients are then unchanged.
         """
         _check_beta(beta)
         own, behind = self._contributions(beta, preserve_norm)
@@ -134,7 +135,7 @@ class ConvSimPenalty:
         A scalar on the kernels' device, to choose β by: 0.01 of it makes the penalty's gradient 1 % of the task's. Call
         it right before `add_gradient_`: after the last `backward()` of an accumulated gradient, and with a gradient
         scaler after `unscale_`. preserve_norm, errors: as `add_gradient_`. ∞ or NaN where the penalty's gradient is
-        zero. Raises InputError where no parameter behind the kernels has a gradient.
+        zero. Raises InputError if no parameter behind the kernels has a gradient.
         """
         own, behind = self._contributions(1.0, preserve_norm)
         added = [*own.values(), *behind.values()]
@@ -256,8 +257,8 @@ def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
 class SimilarityHold:
     """Holds the normalized similarity of a model's convolutions in optimizer steps: `with hold(): optimizer.step()`.
 
-    Keeps no state between steps. It adds 1.5 times as much to a step as the penalty on Eq. 10 does. Warns of layers
-    that are left out: parametrized, lazy, of unknown types.
+    Keeps no state between steps. It adds 1.5 times as much to a step as the penalty on Eq. 10 does. Warns about
+    skipped layers: parametrized, lazy, of unknown types.
     """
 
     def __init__(self, model: nn.Module) -> None:

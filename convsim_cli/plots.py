@@ -211,7 +211,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Raise InputError, before any work is done, if no picture can be saved there.
+    """Raise InputError early if no picture can be saved there.
 
     A picture replaces only a picture of its own format, or an empty file, and creates no folder.
     """
@@ -287,7 +287,7 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
 
 
 def _use_log_scale(axes: Axes) -> None:
-    """Label a log scale with 0.1 and 1000, not powers of ten: more densely the fewer decades it spans."""
+    """Label a log scale with 0.1 and 1000, not powers of ten, and more densely if it spans few decades."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     axes.set_yscale("log")

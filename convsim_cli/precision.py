@@ -110,7 +110,7 @@ def _switch_off_old(cudnn: bool) -> list[Restore]:
 
 
 def _cudnn_allows_tf32() -> bool | None:
-    """Read the old switch of cuDNN: None where the new ones contradict it, which makes its getter raise."""
+    """Read the old switch of cuDNN: None if the new ones contradict it, which makes its getter raise."""
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:

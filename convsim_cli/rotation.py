@@ -44,15 +44,15 @@ def filter_angles(kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
 class TurnMonitor:
     """Measures how far the filters of a model's convolutions turn: call it after each optimizer step.
 
-    every: look at every so many steps, the first one included; in between, a call costs nothing. include, exclude:
-    globs over names of kernels, such as `layer1.*`. The monitor keeps a copy of the kernels as they are when it is
-    made, and another one during the steps that it looks at. Filters that are dead at the start (a norm below 1e-6 of
-    the largest in their layer) count nowhere. Parametrized layers count with the weight that they compute. Nothing
-    waits for the device before `rows`, which waits once and restarts `turn_per_step`. To resume a training, save
-    `state()` and pass it to `load_state` of a new monitor, once the model has its weights.
+    every: measure every so many steps, including the first; calls in between cost nothing. include, exclude: globs over
+    names of kernels, such as `layer1.*`. The monitor keeps a copy of the kernels as they are when it is made, and
+    another one during the steps that it measures. Filters that are dead at the start (a norm below 1e-6 of the largest
+    in their layer) count nowhere. Parametrized layers count with the weight that they compute. Nothing waits for the
+    device before `rows`, which waits once and restarts `turn_per_step`. To resume training, save `state()` and pass
+    it to `load_state` of a new monitor, once the model has its weights.
 
     Warns about layers that convsim cannot act on, and about a model without kernels. Raises InputError for another
-    `every`, for a pattern that matches nothing and for a model on the meta device. A call raises InputError where a
+    `every`, for a pattern that matches nothing and for a model on the meta device. A call raises InputError if a
     layer is gone, or has a weight of another shape than when the monitor was made.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -95,11 +95,11 @@ class TurnMonitor:
 
     @torch.no_grad()
     def rows(self) -> list[dict[str, Any]]:
-        """Return what was found per layer since the last call; the next step is looked at again.
+        """Return a row per layer for the steps since the last call; the next step is measured again.
 
-        A row holds `layer`, the kernel's name; `norm`, the mean L2 norm of the living filters; `turn_per_step`, the
+        A row has `layer`, the kernel's name; `norm`, the mean L2 norm of the living filters; `turn_per_step`, the
         median over filters and steps in degrees; and `turned`, the median angle in degrees from the kernels that the
-        monitor began with. None where no step was looked at, and in a layer without a living filter.
+        monitor began with. None if no step was measured, and in a layer without a living filter.
         """
         found = []
         for kernel in self._kernels:
@@ -121,7 +121,7 @@ class TurnMonitor:
         return rows
 
     def last_turns(self) -> dict[str, float | None]:
-        """Return each layer's median turn in the last step that was looked at, in degrees. Waits for the device."""
+        """Return each layer's median turn in the last measured step, in degrees. Waits for the device."""
         medians = [turns[-1].nanmedian() for turns in self._turns.values()]
         return dict(zip(self._turns, _read(medians), strict=True))
 
@@ -169,7 +169,7 @@ class TurnMonitor:
 
 
 def median_angle(angles: Tensor) -> float | None:
-    """Return the median of angles, leaving out NaN; None where nothing is left."""
+    """Return the median of angles, leaving out NaN; None if nothing is left."""
     found = angles.nanmedian().item()
     return found if found == found else None
 

@@ -8,8 +8,8 @@ R_i = Σ_{j≠i} A_j within the group:
 
 Cost: two batched matrix products of N·N·C per filter (N taps, C channels) and S·N² of extra memory. Where FFTs are
 cheaper, A_i is never computed: its power spectrum Σ_c |FFT(K_i[c])|² has the same inner products (Parseval), and one
-FFT leads there and one back. For 1×1 kernels, L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖². Stride, dilation and padding do not enter.
-Where Eq. 10 is exact for feature maps: stride 1, full padding (Eq. 3).
+FFT leads there and one back. For 1×1 kernels, L_CS = Σ_{i<j} ‖K_i‖²‖K_j‖². Stride, dilation and padding have no effect.
+Eq. 10 is exact for feature maps at stride 1 and full padding (Eq. 3).
 
 Lags are kept in FFT order: entry d of an axis is lag d for d < k and lag d − (2k − 1) above.
 
@@ -238,7 +238,7 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
-    """Say whether pairs of taps meet their lags by a product with zeros and ones.
+    """Return whether to fold taps onto lags by a product with zeros and ones.
 
     It is fast while that matrix is small. Off the CPU it is the way in any case: index_add is not deterministic there.
     """

@@ -45,7 +45,7 @@ def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path
 
     A symbolic link stays a link; an existing file keeps its mode and owner, a new one follows the umask. backup: the
     name to keep the old file under (a hard link, or a copy where links cannot be made), with .1, .2, … added where it
-    exists. Raises InputError where the target is no regular file, and WriteError that names the target, with the old
+    exists. Raises InputError if the target is no regular file, and WriteError that names the target, with the old
     file intact; an exception of `write` passes through once the temporary file is removed.
     """
     with Replacements() as files:
@@ -55,7 +55,7 @@ def replace_file(target: Path, write: Callable[[BinaryIO], object], backup: Path
 
 
 def check_regular(target: Path, replaceable: str = "a regular one") -> None:
-    """Raise InputError where a name is taken by anything but a regular file, or a link to one.
+    """Raise InputError if a name is taken by anything but a regular file, or a link to one.
 
     replaceable: what may be replaced, for the message.
     """
@@ -97,7 +97,7 @@ def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
     """Complete interrupted saves in the folders of a checkpoint; return folder → the names of the files that it moved.
 
     path: a file or a folder, which need not exist. Waits for a save that is running. A journal that cannot be trusted
-    (`journal`) is left alone, with a warning. strict: raise CheckpointError for it. Raises CheckpointError where the
+    (`journal`) is left alone, with a warning. strict: raise CheckpointError for it. Raises CheckpointError if the
     files cannot be moved.
     """
     moved = {}
@@ -108,7 +108,7 @@ def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
 
 
 def refuse_interrupted(path: Path) -> None:
-    """Raise CheckpointError where a save in the folders of a checkpoint was interrupted; waits as `finish_saves`."""
+    """Raise CheckpointError if a save in the folders of a checkpoint was interrupted; waits as `finish_saves`."""
     for folder in _folders(path):
         with _explained_journal(path, folder):
             if is_interrupted(folder):

@@ -56,11 +56,11 @@ class Checkpoint(ABC):
         """
 
     def keeps_record(self, target: Path) -> bool:
-        """Return whether the file that is written to `target` has a place for the record."""
+        """Return whether the format of `target` can store the record."""
         return True
 
     def target_for(self, output: Path) -> Path:
-        """Return the file to write for an `output` of the user. Raises InputError where it cannot be written there."""
+        """Return the file to write for an `output` of the user. Raises InputError if it cannot be written there."""
         check_regular(output)
         if not output.parent.is_dir():
             raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
@@ -68,7 +68,7 @@ class Checkpoint(ABC):
         return output
 
     def check_suffix(self, target: Path) -> None:
-        """Raise InputError for a name that says another format than the one that is written.
+        """Raise InputError for a suffix of another format than the one that is written.
 
         The checkpoint's own suffix is always accepted.
         """
@@ -93,7 +93,7 @@ class Checkpoint(ABC):
 
 
 class LaidOutCheckpoint(Checkpoint):
-    """A checkpoint whose kernels are stored as another framework stores them, seen and written as if in torch's order.
+    """A checkpoint in another framework's layout, read and written as if in torch's.
 
     layout: `hwio` for `[*taps, in, out]`, `ohwi` for `[out, *taps, in]`; of every tensor with three axes or more.
     """

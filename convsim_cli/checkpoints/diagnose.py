@@ -129,8 +129,8 @@ def explained(path: Path) -> Iterator[None]:
 class Source:
     """A regular file that is open to read, closed when nothing refers to it any more.
 
-    It is opened without waiting for anyone, and refused if it is a pipe or a device. All that is read comes from this
-    file, whatever happens to its name, and never through a memory map: that ends the process if the file is cut short.
+    It is opened without blocking, and refused if it is a pipe or a device. All reads go to this open file, whatever
+    happens to its name, and never through a memory map, which crashes the process if the file is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,7 +173,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def describe_unknown(path: Path, start: bytes) -> str:
-    """Return what a file is that begins so, where no format recognizes it."""
+    """Describe a file that no format recognizes, from its first bytes."""
     if start.startswith(b"\x93NUMPY"):
         return f"a NumPy array without a name (convert it: {_command(_FROM_NPY, path)})"
     for signature, what in _SIGNATURES:
@@ -198,7 +198,7 @@ def _describe_tar(path: Path) -> str:
 
 
 def is_pickle(start: bytes) -> bool:
-    """Return whether a file that begins so is a pickle, also one of the text protocols 0 and 1."""
+    """Return whether a file with these first bytes is a pickle, including text protocols 0 and 1."""
     return start.startswith((b"PK", b"\x80", b"(dp", b"(lp", b"}q", b"]q", b"ccollections\n", b"cnumpy"))
 
 
@@ -433,7 +433,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 def describe_distributed(folder: Path) -> str:
-    """Return what a folder of `.distcp` files is, and how to convert it."""
+    """Describe a folder of `.distcp` files, and how to convert it."""
     target = shlex.quote(f"{folder.resolve()}.pt")
     return (
         "a distributed checkpoint; if you trust where it came from, convert it: "

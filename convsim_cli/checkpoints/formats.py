@@ -106,7 +106,7 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
 
     A checkpoint on the Hub is downloaded, into the cache of huggingface_hub, unless it is there. After the repository
     there may be `@revision`, and `/file`; without a file it is `model.safetensors`, the shards of its index, or
-    `pytorch_model.bin`. Raises DownloadError where it cannot be fetched.
+    `pytorch_model.bin`. Raises DownloadError if it cannot be fetched.
 
     key: which dictionary of tensors in a pickle to take, names joined by dots (`ema.state_dict`). for_writing: complete
     an interrupted save first; otherwise it is an error. Raises CheckpointError, in one line that says what was found

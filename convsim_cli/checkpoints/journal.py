@@ -104,7 +104,7 @@ def is_interrupted(folder: Path) -> bool:
 
 @cache
 def warn_of_foreign(message: str) -> None:
-    """Warn of a journal that is left alone: once, however many files a run saves beside it."""
+    """Warn about a journal that is left alone: once, however many files a run saves beside it."""
     warnings.warn(f"{message}; it is ignored", ConvsimWarning, stacklevel=2)
 
 
@@ -123,7 +123,7 @@ def write_manifest(parent: Path, descriptor: int) -> None:
 
 
 def wait_for_lock(descriptor: int, folder: Path) -> None:
-    """Lock a scratch folder that another process may hold for a save to `folder`. Raises OSError where locks fail."""
+    """Lock a scratch folder that another process may hold for a save to `folder`. Raises OSError if locks fail."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -178,7 +178,7 @@ def list_names(descriptor: int) -> list[str]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[_Journal | None]:
-    """Yield a folder's journal, once no running process holds it and every check has passed; None where there is none.
+    """Yield a folder's journal, once no running process holds it and every check has passed; None if there is none.
 
     Raises ForeignJournalError.
     """

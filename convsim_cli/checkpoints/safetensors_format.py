@@ -44,7 +44,7 @@ _COPY_BUFFER = 1 << 22
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A safetensors file. Raises CheckpointError where it is damaged."""
+    """A safetensors file. Raises CheckpointError if it is damaged."""
 
     def __init__(self, file: Path | Source) -> None:
         self._source = source = file if isinstance(file, Source) else Source(file)

@@ -68,7 +68,7 @@ class ShardedCheckpoint(Checkpoint):
         """Accept any name of an index."""
 
     def is_in_place(self, target: Path) -> bool:
-        """Return whether all files are this checkpoint's own. Raises InputError where only some of them are."""
+        """Return whether all files are this checkpoint's own. Raises InputError if only some of them are."""
         sources = self._sources(target).items()
         own = [place for place, source in sources if place.exists() and place.samefile(source)]
         if own and len(own) < len(sources):

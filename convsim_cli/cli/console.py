@@ -215,7 +215,7 @@ def _make_bar() -> Any:
 def fitting_columns(
     widths: Sequence[int], least: Sequence[Sequence[int]], screen: int, gap: int = GAP
 ) -> list[int] | None:
-    """Return the columns to show on a screen, by index; None where they do not fit even without all of `least`.
+    """Return the columns to show on a screen, by index; None if they do not fit even without all of `least`.
 
     widths: characters of each column; least: groups of columns in the order in which they are left out; gap: characters
     between two columns.
@@ -259,7 +259,7 @@ def say(message: str) -> None:
 def _while_read() -> Iterator[None]:
     """Write to stdout for as long as somebody reads it: `convsim … | head` has had enough, which is no failure.
 
-    Raises WriteError where it cannot be written for another reason: a full disk, or a stream that was closed.
+    Raises WriteError if it cannot be written for another reason: a full disk, or a stream that was closed.
     """
     try:
         if sys.stdout is None:  # as Python has it where it was closed

@@ -320,7 +320,7 @@ class GroupedCommand(TyperCommand):
 def with_options(message: str, command: Any) -> str:
     """Return a message of the library with a command's options in place of `arguments` in backticks.
 
-    command: the parser's, None where no command was recognized: names then lose their backticks alone.
+    command: the parser's, None if no command was recognized: names then lose their backticks alone.
     """
     spelled = {}
     for parameter in [] if command is None else command.params:

@@ -64,7 +64,7 @@ class Dataset:
     layout: torch.memory_format = torch.channels_last
 
     def images_of_classes(self) -> dict[str, dict[str, int]]:
-        """Return for each class, by its name or number, how many training and test images there are of it."""
+        """Return the number of training and test images of each class, by its name or number."""
         names = self.class_names or tuple(map(str, range(self.classes)))
         train, test = (split.labels.bincount(minlength=self.classes).tolist() for split in (self.train, self.test))
         return {name: {"train": train[label], "test": test[label]} for label, name in enumerate(names)}
@@ -154,7 +154,7 @@ def measure_accuracy(
 ) -> tuple[float | None, list[str]]:
     """Return a network's accuracy in per cent over the test images, with its stored statistics, and notes about it.
 
-    None, and a note of why, where the network's output cannot be compared with labels. side: pixels to resize the
+    None, and a note with the reason, if the network's output cannot be compared with labels. side: pixels to resize the
     images to. advance: takes the number of images evaluated since the last call.
     """
     pixels = CACHED_PIXELS if device.type == "cpu" else BATCH_PIXELS

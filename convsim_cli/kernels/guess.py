@@ -1,4 +1,4 @@
-"""What a file tells of its tensors: which are kernels, how their filters pair, and which belong to training.
+"""Infer from a file's tensors which are kernels, how their filters pair, and which belong to training.
 
 A file holds only names and shapes, but those are evidence of several kinds:
 
@@ -91,7 +91,7 @@ _NETWORK = frozenset(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file tells of a tensor: its dtype by name ("float32") and its shape."""
+    """A tensor in a file: its dtype by name ("float32") and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -328,7 +328,7 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
 
 
 def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:
-    """Return the layout that a kernel's bias, name and shape speak for, None where they do not tell."""
+    """Return the layout that a kernel's bias, name and shape speak for, None if they do not tell."""
     first, last, axes = shape[0], shape[-1], len(shape) - 2
     bias = tensors.get(_bias_of(name))
     if bias is not None and bias.shape == (last,) and first != last != shape[1]:
@@ -348,7 +348,7 @@ def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:
 
 
 def says_transposed(name: str, taps: Sequence[int]) -> bool:
-    """Return whether a name is one that transposed convolutions often have: `deconv1.weight`, `up.0.weight`.
+    """Return whether a name is common for transposed convolutions: `deconv1.weight`, `up.0.weight`.
 
     Inside a module that goes up a layer is so if its kernels are even; odd ones, behind an interpolation, are usual.
     """

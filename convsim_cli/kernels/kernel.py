@@ -105,7 +105,7 @@ def living_filters(filters: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor that is left out, and why.
+    """A skipped tensor, and the reason.
 
     unsupported: convsim cannot act on it as it is. Otherwise it has no pairs, counts elsewhere, or you left it out.
     """
@@ -160,7 +160,7 @@ class Patterns:
         return Patterns(resolve(self.include), resolve(self.exclude), groups, resolve(self.transposed), self.layout)
 
     def forced(self, names: Collection[str], left_out: Container[str]) -> set[str]:
-        """Return the left-out names that `include` asks for explicitly: by a pattern that matches nothing else.
+        """Return the skipped names that `include` requests explicitly: by a pattern that matches nothing else.
 
         `*` selects kernels, not everything.
         """
@@ -168,7 +168,7 @@ class Patterns:
         return {name for some in found if all(name in left_out for name in some) for name in some}
 
     def refusal(self, name: str) -> str | None:
-        """Return why the patterns leave the tensor out, or None."""
+        """Return why the patterns exclude the tensor, or None."""
         if self.include and not matches([name], self.include):
             return "not matched by `include`"
         return "matched by `exclude`" if matches([name], self.exclude) else None
@@ -188,12 +188,12 @@ class Selection:
     guess_warnings: list[str] = field(default_factory=list)
 
     def require_kernels(self, subject: str) -> None:
-        """Raise InputError, with what is left out, where nothing is selected. subject: "the model has", or "FILE:"."""
+        """Raise InputError, with the skipped tensors, if nothing is selected. subject: "the model has", or "FILE:"."""
         if not self.kernels:
             raise InputError(f"{subject} {self.no_kernels()}")
 
     def no_kernels(self) -> str:
-        """Return what to say where nothing is selected, with what is left out."""
+        """Return the message for an empty selection, with the skipped tensors."""
         own = ("not matched by", "matched by")  # the user's patterns: known, so they come last
         skipped = sorted(self.skipped, key=lambda entry: entry.reason.startswith(own))
         left_out = ", ".join(f"{entry.name} ({entry.reason})" for entry in skipped[:3])

@@ -145,9 +145,9 @@ def _calls_convolutions(kind: type) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DataParallel, DistributedDataParallel and torch.compile: running it waits for nobody.
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile, which needs no communication.
 
-    Raises InputError for what is no module.
+    Raises InputError if it is not a module.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {kind_of(model)}; expected a torch.nn.Module")
@@ -161,7 +161,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def warn_of_unsupported(selection: Selection) -> None:
-    """Warn, once, of all layers that a library call leaves out because convsim cannot act on them, or of no kernels."""
+    """Warn once about all layers that convsim cannot act on, or about a model without kernels."""
     by_reason: dict[str, list[str]] = {}
     for skipped in selection.skipped:
         if skipped.unsupported:
@@ -174,7 +174,7 @@ def warn_of_unsupported(selection: Selection) -> None:
 
 
 def weight_of(model: nn.Module, kernel: Kernel) -> Tensor:
-    """Return the weight that a kernel's layer computes with now. Raises as `current_kernel`."""
+    """Return the weight that a kernel's layer currently uses. Raises as `current_kernel`."""
     return current_kernel(model, kernel)[1]
 
 
@@ -182,7 +182,7 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
     """Return the weight that the layer of a kernel's name computes with now, and the kernel as the layer is now.
 
     The weight is the layer's parameter, or is computed from other parameters, once, as in a forward pass
-    (`effective_weight`). Raises InputError where the model has no such convolution any more, and for a weight that is
+    (`effective_weight`). Raises InputError if the model has no such convolution any more, and for a weight that is
     sharded, lazy, or neither a parameter nor computed by a known mechanism.
     """
     layer: Any = model
@@ -296,7 +296,7 @@ def _unusable(layer: Any, weight: Tensor | None) -> str | None:
 
 
 def own_weight(layer: nn.Module) -> Tensor | None:
-    """Return the parameter that a layer registers as its `weight`, or None where it registers none."""
+    """Return the parameter that a layer registers as its `weight`, or None if it registers none."""
     return layer._parameters.get("weight")
 
 
@@ -313,7 +313,7 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
 
     A weight that is computed is computed once, as in a forward pass: in training mode this advances the power iteration
     of spectral_norm. Without a graph (`torch.no_grad`) it is read as in evaluation mode: looking changes nothing.
-    Returns None where `weight` is neither a parameter nor computed by a known mechanism. Raises InputError for a layer
+    Returns None if `weight` is neither a parameter nor computed by a known mechanism. Raises InputError for a layer
     with a `forward` of its own that convolves with no weight of the layer's shape.
     """
     own = own_weight(layer)
@@ -395,7 +395,7 @@ class ConvolutionCall(NamedTuple):
     options: dict[str, Any]
 
     def convolve(self, weight: Tensor) -> Tensor:
-        """Return what the call gives for a weight and no bias."""
+        """Return the call's result for a weight and no bias."""
         return self.function(self.images, weight, None, *self.settings, **self.options)
 
 
@@ -447,7 +447,7 @@ def reach_convolution(
     """Run a layer's `forward` up to its first convolution with a weight of a shape, and return the call that it makes.
 
     Neither hooks nor the convolution itself are called, and buffers are copies. parameters: in place of the layer's
-    own. Returns None where there is no such convolution.
+    own. Returns None if there is no such convolution.
     """
     tensors = {name: buffer.clone() for name, buffer in layer.named_buffers()} | dict(parameters or {})
     attributes = [(vars(module), dict(vars(module))) for module in layer.modules()]

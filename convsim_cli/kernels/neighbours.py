@@ -1,4 +1,4 @@
-"""What the layers beside a layer tell of its groups: which give the channels that it takes, and take what it gives.
+"""Infer a layer's number of groups from its neighbors: those that produce its input and consume its output.
 
 The layers of a file form a chain, in its order (`in_layer_order`). A kernel is dense if the layer before it gives its
 channels, and grouped if that gives a multiple, which the kernel keeps, and no layer nearby gives so few. A kernel of

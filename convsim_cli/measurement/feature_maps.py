@@ -1,11 +1,11 @@
-"""What is accumulated of a layer's feature maps over inputs, and of the maps of random kernels: chance.
+"""Statistics of a layer's feature maps accumulated over inputs, and those of random kernels: chance.
 
 `MapMoments` gives the Pearson correlation of every two maps over all inputs and positions together: each map is centred
 by its own mean, as batch norm or the next layer's bias does, so that adding a constant to a map changes nothing. All
 figures of pairs come from this matrix. `PaperSimilarity` has the paper's own figures, which leave the means in.
 
-Chance is measured, with random kernels on the inputs that the layer sees: a formula such as √(2 / (π·positions)) holds
-for white inputs alone, since neighboring positions of other inputs are alike.
+Chance is measured with random kernels on the layer's inputs: a formula such as √(2 / (π·positions)) holds only for
+white inputs, since neighboring positions of other inputs are correlated.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _draw_sample(filters: int, seed: int) -> Tensor | None:
 
 
 def inputs_at_once(filters: int, groups: int, positions: int) -> int:
-    """Return how many inputs to take at once, so that memory stays bounded whatever the layer."""
+    """Return how many inputs to process at once, so that memory stays bounded for any layer."""
     each = filters // groups
     return max(1, min(_GRAM_ELEMENTS // (filters * min(each, _ROWS)), _MAP_ELEMENTS // (filters * positions)))
 
@@ -305,7 +305,7 @@ def mean_correlation(correlation: Tensor) -> float | None:
 
 
 def finite(value: float) -> float | None:
-    """Return the value, or None where it is not a number that JSON can hold."""
+    """Return the value, or None if it is not a number that JSON can hold."""
     return value if math.isfinite(value) else None
 
 

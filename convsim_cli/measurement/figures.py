@@ -28,7 +28,7 @@ LAST = 9  # `Figure.keep` of the columns that every table has
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is measured of every layer.
+    """A number that is measured for every layer.
 
     key: its name in JSON and in tables; meaning: one line for `--figures` and .docs/measure.md; unit: empty where it is
     dimensionless; moves_with_scale: whether scaling a layer's weights changes it; shown: whether tables have a column
@@ -197,7 +197,7 @@ def _common(names: Iterable[str]) -> int:
 
 
 def what_changed(first: ReportDocument, report: ReportDocument) -> str:
-    """Return how far a report's filters turned from the first report's, and how norm and fm_corr changed.
+    """Return how far a report's filters turned from the first report's, and the changes of norm and fm_corr.
 
     Each is the median over the layers that both have; empty where they have none. `add_changes` comes first.
     """

@@ -20,7 +20,7 @@ _COSINES = 1 << 21  # that are computed at once
 
 
 def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: float = THRESHOLD) -> Record:
-    """Return the record of a layer: which it is, and every figure of `FIGURES`, None where no number can be given.
+    """Return the record of a layer: its description, and every figure of `FIGURES`, None if undefined.
 
     weight: as stored. threshold: correlation above which two filters are duplicates. A layer with too many filters for
     every pair has `sampled`, the number of filters that are compared. Raises InputError for NaN or Inf.
@@ -74,7 +74,7 @@ def compare_weights(layers: Sequence[tuple[Kernel, Tensor, Tensor]]) -> list[Rec
 
 
 def describe(kernel: Kernel) -> Record:
-    """Return the keys that say which layer a record is of."""
+    """Return the keys that identify a record's layer."""
     return {"name": kernel.name, "shape": list(kernel.shape), "groups": kernel.groups, "assumed": kernel.assumed}
 
 
@@ -82,7 +82,7 @@ def measure_weight(kernel: Kernel, weight: Tensor, living: Tensor | None = None)
     """Return `cs` and `norm` of all filters, and `ncs` of the living ones.
 
     weight: as stored. living: which filters count in `ncs`, `[groups, S / groups]`; by their norms for None. `ncs` is
-    None where no group has two living filters. Raises InputError for NaN or Inf.
+    None if no group has two living filters. Raises InputError for NaN or Inf.
     """
     return _measure_weights([(kernel, weight, living)])[0]
 

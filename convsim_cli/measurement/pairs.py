@@ -54,7 +54,7 @@ def effective_rank(correlation: Tensor) -> float | None:
     """Return exp of the entropy of the eigenvalues, clamped at 0 and divided by their sum: the mean over groups.
 
     From 1, where all maps are equal, to the number of living filters. Dead filters have no diagonal and add nothing;
-    a group of them is left out. None where every filter is dead, or a correlation is not finite. Source: Roy &
+    a group of them is left out. None if every filter is dead, or a correlation is not finite. Source: Roy &
     Vetterli 2007.
     """
     correlation = correlation.cpu() if correlation.device.type == "mps" else correlation  # mps has no eigenvalues

@@ -45,7 +45,7 @@ def build_network(name: str, classes: int | None = None, seed: int = 0, pretrain
 
 
 def find_network(name: str, pretrained: bool = False) -> Build:
-    """Return what builds a network of that name.
+    """Return a function that builds the network of that name.
 
     name: a built-in network (`build_network`), `torchvision:NAME`, `timm:NAME` (also `timm:hf-hub:OWNER/NAME`) or
     `package.module:callable`, imported from the current folder too; the number of classes goes to its `num_classes`,
@@ -78,7 +78,7 @@ def find_network(name: str, pretrained: bool = False) -> Build:
 
 
 def names_code(name: str) -> bool:
-    """Return whether a network's name says what code to run: a callable, or a model on a hub.
+    """Return whether a network's name selects code to run: a callable, or a model on a hub.
 
     Only a person may choose that. convsim's own networks, and those that torchvision and timm ship, are safe to build
     by a name that stands in a file.
@@ -88,7 +88,7 @@ def names_code(name: str) -> bool:
 
 
 def to_repeat(arch: str, weights: str | None) -> dict[str, str]:
-    """Return by option what no file may choose by itself: a network whose name names code, and weights on the Hub."""
+    """Return by option what no file may choose by itself: networks whose names select code, and weights on the Hub."""
     found = {"arch": arch} if names_code(arch) else {}
     return found | ({"weights": weights} if weights and is_on_hub(weights) else {})
 
@@ -101,7 +101,7 @@ def warn_of_random_weights(name: str) -> None:
 
 
 def usual_side(name: str) -> int:
-    """Return how many pixels along each axis the images have that a network is usually given."""
+    """Return the usual image size of a network, in pixels along each axis."""
     return BUILT_IN_SIDE if name.startswith("cnn:") or ":" not in name else OTHER_SIDE
 
 

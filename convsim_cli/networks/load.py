@@ -1,4 +1,4 @@
-"""Open a checkpoint alone, a checkpoint with the network that it belongs to, or a new network; and what it runs on.
+"""Open a checkpoint, a checkpoint with its network, or a new network; and load the network's inputs.
 
 A checkpoint's tensors are matched with a network's by their names, whatever prefix or wrapper these have in the file. A
 parameter that a network holds under several names is changed under each of them.
@@ -123,7 +123,7 @@ def open_model_checkpoint(
 def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:
     """Copy a checkpoint's tensors into a network and return `match_names`.
 
-    Raises its errors, and InputError where copies of one parameter differ.
+    Raises its errors, and InputError if copies of one parameter differ.
     """
     names = match_names(model, checkpoint, arch)
     check_copies(model, checkpoint, names)
@@ -217,7 +217,7 @@ def _some(items: list[str]) -> str:
 
 
 def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Raise InputError where a checkpoint holds copies of one parameter that differ.
+    """Raise InputError if a checkpoint holds copies of one parameter that differ.
 
     names: the network's name of each tensor → the checkpoint's.
     """
@@ -271,7 +271,7 @@ def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def check_inputs(options: InputOptions) -> None:
-    """Raise InputError for options that the inputs have no use for."""
+    """Raise InputError for options without effect on the inputs."""
     from convsim_cli.measurement.synthetic import LAYER_PROBES
 
     if options.input_channels not in (None, 3) and options.input not in LAYER_PROBES:
@@ -285,7 +285,7 @@ def check_inputs(options: InputOptions) -> None:
 
 
 def require_layer_inputs(options: InputOptions) -> None:
-    """Raise InputError for what needs a network to run through: images, or inputs of another number of channels."""
+    """Raise InputError for options that require a network: images, or another number of input channels."""
     from convsim_cli.inputs.datasets import NAMES
     from convsim_cli.measurement.synthetic import LAYER_PROBES
 
@@ -341,7 +341,7 @@ def _is_labeled(name: str) -> bool:
 
 @contextmanager
 def explain_failure(shape: Sequence[int], arch: str, advice: str) -> Iterator[None]:
-    """Raise InputError where the code of a network raises in the block: it does not run on inputs of this shape."""
+    """Raise InputError if the code of a network raises in the block: it does not run on inputs of this shape."""
     try:
         yield
     except ConvsimError:

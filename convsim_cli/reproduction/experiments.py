@@ -201,7 +201,7 @@ def time_epoch(arguments: Arguments, dataset: Dataset) -> float:
 
 
 def load_checked(jobs: Sequence[Job]) -> Dataset:
-    """Return the dataset of the jobs. Raises InputError where it, or one of their networks, cannot be used."""
+    """Return the dataset of the jobs. Raises InputError if it, or one of their networks, cannot be used."""
     dataset = load_data(jobs[0].arguments)
     for arguments in {job.arguments.arch: job.arguments for job in jobs}.values():
         check_network(build_with_weights(arguments, dataset.classes), arguments, dataset)

@@ -69,7 +69,7 @@ def compare_runs(
     differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals, the
     p-values of the paired t-test (`p`), and those after Holm's correction for all groups of the table (`p_holm`).
     Groups that were tested on other images (`data`) each have a baseline of their own. Runs that cannot be compared are
-    left out with a warning. Raises InputError where none is left, and for a run that is there twice.
+    left out with a warning. Raises InputError if none is left, and for duplicate runs.
     """
     if accuracy is not None and not 0 <= accuracy <= 100:
         raise InputError(f"`accuracy` {accuracy}: expected a number from 0 to 100, in per cent")
@@ -102,7 +102,7 @@ def compare_runs(
 
 
 def _without(left_out: Sequence[RunResults], runs: Sequence[RunResults], reasons: Sequence[str]) -> list[RunResults]:
-    """Return the runs without some of them, warned of by their reasons. Raises InputError where none is left."""
+    """Return the runs without some of them, and warn with the reasons. Raises InputError if none is left."""
     kept = [run for run in runs if run not in left_out]
     if not kept and reasons:
         raise InputError(reasons[0])
@@ -241,7 +241,7 @@ def read_runs(paths: Iterable[Path]) -> list[RunResults]:
 
 
 def _subfolders(path: Path) -> list[Path]:
-    """Return the folders in a folder of runs. Raises InputError where none of them is a run's."""
+    """Return the folders in a folder of runs. Raises InputError if none of them is a run's."""
     try:
         found = sorted(folder for folder in path.iterdir() if folder.is_dir() or not folder.exists())  # a broken link
     except OSError as error:

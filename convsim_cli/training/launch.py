@@ -141,7 +141,7 @@ def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str])
 
 
 def remove_unsaved(run: Run, keep_parent: bool) -> None:
-    """Remove a run's folder that holds its arguments at most, and its parent if that is empty too."""
+    """Remove a run's folder that contains at most its arguments, and its parent if that is empty too."""
     if all(path.name == ARGUMENTS_FILE for path in run.folder.iterdir()):
         (run.folder / ARGUMENTS_FILE).unlink(missing_ok=True)
         run.folder.rmdir()
@@ -271,6 +271,6 @@ def find_or_create_run(arguments: Arguments, run_dir: Path, stem: str) -> Run:
 
 
 def is_finished(run: Run, epochs: int) -> bool:
-    """Return whether a run has done this many epochs, and has its summary unless it is meant to go on."""
+    """Return whether a run has done this many epochs, and has its summary unless it is to continue."""
     done = epochs_done(run.folder) >= epochs
     return done and (run.arguments.epochs > epochs or (run.folder / "summary.json").exists())

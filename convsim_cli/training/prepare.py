@@ -1,7 +1,6 @@
-"""A run before training: load its images, build its network, check that both fit, and prepare the kernels.
+"""Prepare a run: load its images, build its network, check that both fit, and change the kernels.
 
-Preparation is what a mode does once, before the first epoch: it gives the kernels other directions, other norms, or
-both.
+A mode changes the kernels once, before the first epoch: their directions, their norms, or both.
 """
 
 from __future__ import annotations
@@ -192,7 +191,7 @@ def _method(settings: Arguments) -> Method | None:
 
 
 def _minimizations(settings: Arguments) -> tuple[Minimization | None, Minimization | None]:
-    """The minimization of the run's method, and the one that norms are taken from; None where there is none."""
+    """The minimization of the run's method, and the one that norms are taken from; None if there is none."""
     method, raw = _method(settings), Minimization(settings.iterations, settings.init_lr)
     rescales = settings.rescale or (MODES[settings.mode].scales and settings.factor is None)
     own = None

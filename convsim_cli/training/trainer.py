@@ -135,7 +135,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`; one of an earlier version may have no `beta`, no kernels, and no Python generators.
+        """Continue from a `state`; one from an earlier version may lack `beta`, kernels, and Python generators.
 
         Raises ValueError for one of another structure, and whatever else a damaged one leads to.
         """
@@ -227,7 +227,7 @@ class Trainer:
         return loss_sum / len(data), 100 * correct / len(data)
 
     def _warn_of_large_turns(self) -> None:
-        """Warn where the first step threw the filters out of the directions that they began with."""
+        """Warn if the first step turned the filters far from their initial directions."""
         turns = {name: turn for name, turn in self.turned.last_turns().items() if turn and turn > LARGE_TURN}
         if turns:
             worst = max(turns, key=lambda name: turns[name])
@@ -253,7 +253,7 @@ class Trainer:
         self.penalty.add_gradient_(self.beta * loss / self.first_loss, self.arguments.preserve_norm)
 
     def _matched_beta(self) -> float:
-        """`beta` auto: the same number in every process. Raises DivergedError where it is not finite, or 0."""
+        """`beta` auto: the same number in every process. Raises DivergedError if it is not finite, or 0."""
         ratio = self.penalty.gradient_ratio(self.arguments.preserve_norm)
         beta = AUTO_BETA * self.processes.sum(ratio).item() / self.processes.size
         if not 0 < beta < math.inf:
@@ -305,7 +305,7 @@ def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], where: 
 
 
 def resident(dataset: Dataset, device: torch.device) -> Dataset:
-    """Return the dataset with all of its images on a device. Raises ConvsimError where they do not fit."""
+    """Return the dataset with all of its images on a device. Raises ConvsimError if they do not fit."""
     try:
         return dataset.to(device)
     except torch.cuda.OutOfMemoryError as error:
