@@ -199,11 +199,11 @@ class InputOptions(CheckpointOptions):
     )
     mean: Channels | None = setting(
         None,
-        "Mean to normalize images by. On a scale from 0 to 1. Default: the dataset's.",
+        "Mean for image normalization. On a scale from 0 to 1. Default: the dataset's.",
         "Inputs",
         metavar="R,G,B",
     )
-    std: Channels | None = setting(None, "Standard deviation to normalize images by.", "Inputs", metavar="R,G,B")
+    std: Channels | None = setting(None, "Standard deviation for image normalization.", "Inputs", metavar="R,G,B")
 
     def check(self) -> None:
         """Raise InputError for a value of another type or out of range, and for an input path that does not exist."""

@@ -181,9 +181,9 @@ class Arguments:
         above=0,
     )
     mean: str | None = setting(
-        None, "Mean to normalize images by, on a scale from 0 to 1. Default: the dataset's.", "Data", metavar="R,G,B"
+        None, "Mean for image normalization, on a scale from 0 to 1. Default: the dataset's.", "Data", metavar="R,G,B"
     )
-    std: str | None = setting(None, "Standard deviation to normalize images by.", "Data", metavar="R,G,B")
+    std: str | None = setting(None, "Standard deviation for image normalization.", "Data", metavar="R,G,B")
     limit_train: int | None = setting(None, "Use only the first N training images.", "Data", metavar="N", above=0)
     limit_test: int | None = setting(None, "Use only the first N test images.", "Data", metavar="N", above=0)
     validation: int | None = setting(
