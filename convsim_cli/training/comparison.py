@@ -69,7 +69,7 @@ def compare_runs(
     differences are means over the seeds that a group has in common with the baseline, with their 95 % intervals, the
     p-values of the paired t-test (`p`), and those after Holm's correction for all groups of the table (`p_holm`).
     Groups that were tested on other images (`data`) each have a baseline of their own. Runs that cannot be compared are
-    left out with a warning. Raises InputError if none is left, and for duplicate runs.
+    left out with a warning. Raises InputError if none is left.
     """
     if accuracy is not None and not 0 <= accuracy <= 100:
         raise InputError(f"`accuracy` {accuracy}: expected a number from 0 to 100, in per cent")
