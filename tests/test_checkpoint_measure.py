@@ -14,6 +14,7 @@ from torch import nn
 from convsim_cli.checkpoint_measure import measure_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.measurement import feature_maps
+from convsim_cli.networks.architectures import build_network
 
 SHARED_KEYS = ("schema", "command", "version")  # of all commands' documents
 
@@ -136,6 +137,18 @@ def test_a_network_with_nan_is_named_before_it_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nan.safetensors: w \[4, 3, 3, 3\]: 108 of 108 values are NaN or Inf"):
         measure_checkpoint(tmp_path / "nan.safetensors")
     del model
+
+
+def test_maps_with_nan_are_refused_with_a_network_and_without(tmp_path: Path, convsim: Convsim) -> None:
+    state = build_network("cnn:4").state_dict()
+    broken = {"running.safetensors": "1.running_var", "gain.safetensors": "1.weight"}
+    for name, tensor in broken.items():
+        save_file(state | {tensor: torch.full((4,), torch.nan)}, tmp_path / name)
+    how = ("--arch", "cnn:4", "--bn-statistics", "stored")
+    for command in ((tmp_path / "running.safetensors", *how), (tmp_path / "gain.safetensors", "--input", "features")):
+        outcome = convsim("measure", *command)
+        assert outcome.code == 2
+        assert "4.weight: its feature maps on these inputs hold NaN or Inf; check the inputs" in outcome.error
 
 
 def test_filters_are_compared_with_those_of_the_first_checkpoint(tmp_path: Path, convsim: Convsim) -> None:

@@ -48,6 +48,8 @@ class Split:
 class Dataset:
     """A dataset, and the mean and standard deviation per channel to normalize by, on a scale from 0 to 1.
 
+    Raises InputError for a mean and deviation that give NaN or Inf in float32.
+
     class_names: in the order of the labels, where they have names.
     validation: images set apart from the training images (`hold_out`), if any.
     layout: of normalized images in memory.
@@ -62,6 +64,15 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     validation: Split | None = None
     layout: torch.memory_format = torch.channels_last
+
+    def __post_init__(self) -> None:
+        scale, shift = scale_and_shift(self.mean, self.std, torch.device("cpu"))
+        if not ((scale > 0).all() and shift.isfinite().all() and (255 * scale + shift).isfinite().all()):
+            mean, std = (",".join(map(str, values)) for values in (self.mean, self.std))
+            raise InputError(
+                f"`mean` {mean} and `std` {std}: images normalized by these hold NaN or Inf; expected numbers on a "
+                "scale from 0 to 1, those of `std` above 0"
+            )
 
     def images_of_classes(self) -> dict[str, dict[str, int]]:
         """Return the number of training and test images of each class, by its name or number."""

@@ -23,12 +23,17 @@ def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: fl
     """Return the record of a layer: its description, and every figure of `FIGURES`, None if undefined.
 
     weight: as stored. threshold: correlation above which two filters are duplicates. A layer with too many filters for
-    every pair has `sampled`, the number of filters that are compared. Raises InputError for NaN or Inf.
+    every pair has `sampled`, the number of filters that are compared. Raises InputError for NaN or Inf in either.
     """
     alive, correlation, chance, paper = maps.alive, maps.correlation(), maps.chance, maps.paper
     of_maps: Record = dict.fromkeys(("fm_corr", "fm_rank", "redundant", "opposite", "removable", "clusters"))
     if correlation is not None:
         of_maps |= {"fm_corr": mean_correlation(correlation), "fm_rank": effective_rank(correlation)}
+    elif maps.moments.count > 1 and maps.compared.any():
+        raise InputError(
+            f"{kernel.name}: its feature maps on these inputs contain NaN or Inf; check the inputs, and the layers before "
+            "it"
+        )
     if correlation is not None and maps.sample is None:  # single filters are told of only where all are compared
         duplicates = clusters(correlation, threshold)
         of_maps["redundant"], of_maps["opposite"] = redundant(correlation, threshold), opposite(correlation, threshold)

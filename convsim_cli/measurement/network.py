@@ -93,13 +93,8 @@ def measure(
             if isinstance(error, ConvsimError) or is_out_of_memory(error) or not batches.running:
                 raise
             raise model_failed(batches.running, error) from error
-    records = []
-    for kernel, weight in zip(selection.kernels, weights, strict=True):
-        layer = maps[kernel.name]
-        records.append(measure_layer(kernel, weight, layer, threshold))
-        if records[-1]["fm_rank"] is None and layer.moments.count > 1 and layer.compared.any():
-            raise InputError(f"{kernel.name}: its feature maps on these `images` contain NaN or Inf; check the images")
-    return records
+    layers = zip(selection.kernels, weights, strict=True)
+    return [measure_layer(kernel, weight, maps[kernel.name], threshold) for kernel, weight in layers]
 
 
 def fm_corr_by_layer(model: nn.Module, images: Tensor, kernels_changed: bool = False) -> dict[str, float | None]:

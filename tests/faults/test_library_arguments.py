@@ -146,9 +146,10 @@ def test_a_seed_is_a_whole_number(seed: Any) -> None:
 def test_images_with_nan_or_inf_are_refused(value: float) -> None:
     images = IMAGES.clone()
     images[1, 2, 3, 4] = value
-    said = "0.weight: its feature maps on these `images` contain NaN or Inf; check the images"
-    assert refusal(lambda: measure(network(), images)) == said
-    assert refusal(lambda: decorrelate_(network(), images)) == said
+    said = "0.weight: its feature maps on these {} contain NaN or Inf; check the {}"
+    where = "inputs, and the layers before it"
+    assert refusal(lambda: measure(network(), images)) == said.format("inputs", where)
+    assert refusal(lambda: decorrelate_(network(), images)) == said.format("`images`", "images")
 
 
 @pytest.mark.parametrize(("images", "found"), [(None, "None"), (3, "an int")])

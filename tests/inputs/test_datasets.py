@@ -18,6 +18,7 @@ import torch
 
 from convsim_cli.errors import InputError
 from convsim_cli.inputs.datasets import folder_digest, load_dataset
+from convsim_cli.inputs.images import Channels
 
 
 @pytest.mark.slow
@@ -219,6 +220,19 @@ def test_mean_and_standard_deviation_can_be_set() -> None:
     data = load_dataset("digits", Path(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
     white = data.normalize(torch.full((1, 1, 1, 3), 255, dtype=torch.uint8))
     torch.testing.assert_close(white.flatten(), torch.tensor([2.0, 1.0, 0.5]))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"std": (value, 1.0, 1.0)} for value in (0.0, -1.0, 1e-320, 1e-40, 1e308, float("nan"))),
+        *({"mean": (value, 1.0, 1.0)} for value in (1e308, 3e38, float("nan"))),
+    ],
+    ids=str,
+)
+def test_images_are_not_normalized_beyond_float32(how: dict[str, Channels]) -> None:
+    with pytest.raises(InputError, match=r"`mean` .* and `std` .*: images normalized by these hold NaN or Inf"):
+        load_dataset("digits", Path(), **how)
 
 
 def test_cifar100_that_is_not_there_says_where_to_put_it(tmp_path: Path) -> None:
