@@ -186,7 +186,8 @@ def _needs_paper_figures(as_json: bool, wide: bool, sort: str | None) -> bool:
 
 def _draw(report: MeasureReport, page: Path) -> None:
     heat = report.heat or {}
-    captions = {layer["name"]: f"fm_corr {layer['fm_corr']:.3g}" for layer in report.layers if layer["name"] in heat}
+    means = {layer["name"]: layer["fm_corr"] for layer in report.layers if layer["name"] in heat}
+    captions = {name: "no pairs" if mean is None else f"fm_corr {mean:.3g}" for name, mean in means.items()}
     title = f"{report.source}, {report.input} inputs; similar filters adjacent"
     if any(map_.pooled for map_ in heat.values()):
         title += "; in large layers a cell shows the strongest of several pairs"

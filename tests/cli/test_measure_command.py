@@ -270,6 +270,16 @@ def test_heat_maps_are_a_page_per_checkpoint(tmp_path: Path, convsim: Convsim) -
     assert all(page.read_bytes().startswith(b"\x89PNG") for page in pages)
 
 
+@pytest.mark.parametrize("living", [0, 1])
+def test_heat_maps_are_drawn_of_layers_without_pairs(living: int, tmp_path: Path, convsim: Convsim) -> None:
+    weight = torch.zeros(4, 3, 3, 3)
+    weight[:living] = torch.randn(living, 3, 3, 3)
+    save_file({"a.weight": weight}, tmp_path / "m.safetensors")
+    drawn = convsim("measure", tmp_path / "m.safetensors", "--plot", tmp_path / "x.png")
+    assert drawn.code == 0, drawn.err
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: Convsim) -> None:
     from PIL import Image
 
