@@ -39,7 +39,7 @@ from convsim_cli.kernels.neighbours import (
 )
 
 MOST_HEAD_TAPS = 16  # of a 3-D projection in attention
-MOST_TAPS = 1024  # of a 3-D tensor that is taken for a kernel; the stacked experts of a mixture have more
+MOST_TAPS = 1024  # of a tensor that is taken for a kernel: the stacked experts of a mixture have more, and time grows
 NAMED = 3  # layers in a warning
 LEAST_WIDTH = 8  # channels between two sparse convolutions; a Conv1d kernel has fewer taps
 WIDEST = 11  # taps along an axis of the kernels of another layout
@@ -175,7 +175,10 @@ def _is_bank(name: str, tensors: Infos) -> bool:
 
 
 def _of_other_axes(usable: Shapes) -> dict[str, str]:
-    """Return the tensors that are not 4-D, name → reason, without the 3-D ones that are taken for Conv1d kernels."""
+    """Return the tensors that are no usual kernels, name → reason: of other axes, or with too many taps.
+
+    The 3-D ones that are taken for Conv1d kernels are not among them.
+    """
     images = any(len(shape) == 4 and shape[0] > 1 for shape in usable.values())
     found = {}
     for name, shape in usable.items():
@@ -184,6 +187,8 @@ def _of_other_axes(usable: Shapes) -> dict[str, str]:
         heads = shape[2] > MOST_HEAD_TAPS and matrix
         if len(shape) == 3 and (not weight_word(name) or heads or any(map(_NO_CONV1D.fullmatch, name_parts(name)))):
             found[name] = "3-D, perhaps stacked matrices of experts or heads: taken for a kernel only by `include`"
+        elif len(shape) == 4 and prod(shape[2:]) > MOST_TAPS:
+            found[name] = f"{prod(shape[2:])} taps: taken for a kernel only by `include` '*'"
         elif len(shape) == 5 or (len(shape) == 3 and (images or shape[2] > MOST_TAPS)):
             found[name] = f"{len(shape)}-D: taken for a kernel only by `include` '*'"
     return found

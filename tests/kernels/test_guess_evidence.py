@@ -241,6 +241,13 @@ def test_stacked_matrices_are_no_conv1d(name: str) -> None:
     assert "attn.q_proj.weight" in select({"attn.q_proj.weight": (64, 64, 1)})
 
 
+@pytest.mark.parametrize("taps", [(4000, 1), (33, 32), (1, 1025)])
+def test_kernels_of_thousands_of_taps_are_taken_only_if_asked_for(taps: tuple[int, ...]) -> None:
+    shapes: Shapes = {"a.weight": (16, 3, 32, 32), "b.weight": (16, 16, *taps)}
+    assert list(select(shapes)) == ["a.weight"]
+    assert "b.weight" in select(shapes, Patterns(include=["b*"]))
+
+
 SORTED_BLOCKS: dict[str, tuple[str, list[Shapes]]] = {  # as safetensors stores them, by name: the doubted layer, a file
     "a grouped layer behind what it feeds": (
         "b1.c3x3_b.weight",
