@@ -116,8 +116,8 @@ def groups_by_neighbours(
     doubts = {link: walk.found.get(link.name, (1, ""))[1] for link in links}
     alike = {(k.block, kernels[k.name].shape[:2]) for k, doubt in doubts.items() if doubt not in ("", PERHAPS_FIRST)}
     for link, doubt in doubts.items():  # parallel layers, such as the 1×1 beside the 3×3 of a RepVGG block
-        uncertain = link.name in kernels.keys() - walk.certain and not doubt
-        if uncertain and (link.block, kernels[link.name].shape[:2]) in alike:
+        if link.name in uncertain and not doubt and (link.block, kernels[link.name].shape[:2]) in alike:
+    uncertain = kernels.keys() - walk.certain
             walk.found[link.name] = walk.found.get(link.name, (1, ""))[0], PERHAPS_GROUPED
     return walk.found
 

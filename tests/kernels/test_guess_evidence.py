@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import KeysView
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from conftest import Convsim, same_bits
 from safetensors.torch import load_file, save_file
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels import Patterns, Selection, TensorInfo, file_kernels
+from convsim_cli.kernels import Kernel, Patterns, Selection, TensorInfo, file_kernels
+from convsim_cli.kernels.neighbours import groups_by_neighbours
 from convsim_cli.minimize import minimize_weight_
 
 Shapes = dict[str, tuple[int, ...]]
@@ -246,6 +248,22 @@ def test_kernels_of_thousands_of_taps_are_taken_only_if_asked_for(taps: tuple[in
     shapes: Shapes = {"a.weight": (16, 3, 32, 32), "b.weight": (16, 16, *taps)}
     assert list(select(shapes)) == ["a.weight"]
     assert "b.weight" in select(shapes, Patterns(include=["b*"]))
+
+
+class Asked(dict[str, Kernel]):
+    """Kernels, and how often all of their names were asked for."""
+
+    times = 0
+
+    def keys(self) -> KeysView[str]:
+        self.times += 1
+        return super().keys()
+
+
+def test_a_guess_compares_all_names_a_bounded_number_of_times() -> None:
+    kernels = Asked({f"l{n}.weight": Kernel(f"l{n}.weight", (2, 2, 3, 3), assumed=True) for n in range(50)})
+    groups_by_neighbours(list(kernels), kernels, {name: kernel.shape for name, kernel in kernels.items()})
+    assert kernels.times < 5
 
 
 SORTED_BLOCKS: dict[str, tuple[str, list[Shapes]]] = {  # as safetensors stores them, by name: the doubted layer, a file
