@@ -137,7 +137,7 @@ def _layer_order(name: str) -> list[tuple[float, int, str]]:
     for part in name.split("."):
         number = re.search(r"\d+", part)
         kind = 0 if "conv" in part else 1 if re.match("bn|.*norm", part) else 2
-        order.append((int(number[0]) if number else math.inf, kind, part))
+        order.append((float(number[0]) if number else math.inf, kind, part))  # int refuses thousands of digits
     return order
 
 

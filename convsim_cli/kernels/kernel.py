@@ -239,8 +239,8 @@ def in_layer_order(names: Iterable[str]) -> list[str]:
     return listed
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> list[tuple[float, str]]:
+    return [(float(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 @cache

@@ -25,6 +25,7 @@ PERHAPS_MULTIPLIED = "perhaps depthwise with several filters per channel"
 PERHAPS_GROUPED = "perhaps grouped, by the channels of the layers around them"
 PERHAPS_FIRST = "of one channel, so depthwise or a first layer, which the layers around them do not tell"
 
+_DEEPEST = 100  # modules around a tensor
 _SQUEEZE = re.compile(r"(?i)(.*_)?(se|squeeze\w*|excit\w*|attn|attention|ca|gate)(_.*|\d*)")
 _DOWNWARD = re.compile(r"(?i)(.*_)?(sr|down\w*|reduc\w*|patch\w*|pool\w*|stem|embed\w*|proj\w*|merg\w*)(_.*|\d*)")
 _ENCODING = re.compile(r"(?i)(.*_)?(encoder|subsampl\w*|extractor)(_.*|\d*)")
@@ -77,9 +78,11 @@ def _own_words(name: str) -> tuple[str, ...]:
 
 @cache
 def _prefixes(name: str) -> tuple[str, ...]:
-    """Return the modules around a tensor, the innermost first."""
-    outer = name[: max(name.rfind("."), name.rfind("/"), 0)]
-    return (outer, *_prefixes(outer)) if outer else ()
+    """Return the modules around a tensor, the innermost first, of very many only some."""
+    found: list[str] = []
+    while len(found) < _DEEPEST and (name := name[: max(name.rfind("."), name.rfind("/"), 0)]):
+        found.append(name)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ def groups_by_neighbours(
         walk.step(link, walk.links[place + 1] if place + 1 < len(chain) else None)
     doubts = {link: walk.found.get(link.name, (1, ""))[1] for link in links}
     alike = {(k.block, kernels[k.name].shape[:2]) for k, doubt in doubts.items() if doubt not in ("", PERHAPS_FIRST)}
+    uncertain = kernels.keys() - walk.certain
     for link, doubt in doubts.items():  # parallel layers, such as the 1×1 beside the 3×3 of a RepVGG block
         if link.name in uncertain and not doubt and (link.block, kernels[link.name].shape[:2]) in alike:
-    uncertain = kernels.keys() - walk.certain
             walk.found[link.name] = walk.found.get(link.name, (1, ""))[0], PERHAPS_GROUPED
     return walk.found
 

@@ -10,6 +10,7 @@ import torch
 from conftest import Convsim, same_bits
 from safetensors.torch import load_file, save_file
 
+from convsim_cli.batch_norm import batch_norms_before
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, TensorInfo, file_kernels
 from convsim_cli.kernels.neighbours import groups_by_neighbours
@@ -264,6 +265,16 @@ def test_a_guess_compares_all_names_a_bounded_number_of_times() -> None:
     kernels = Asked({f"l{n}.weight": Kernel(f"l{n}.weight", (2, 2, 3, 3), assumed=True) for n in range(50)})
     groups_by_neighbours(list(kernels), kernels, {name: kernel.shape for name, kernel in kernels.items()})
     assert kernels.times < 5
+
+
+NAMES = {"deep": "a." * 3000 + "weight", "slashes": "a/" * 3000 + "weight", "digits": "b" + "1" * 5000 + ".weight"}
+
+
+@pytest.mark.parametrize("other", ["a.weight", "z.weight"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_name_may_have_thousands_of_parts_or_digits(kind: str, other: str) -> None:
+    assert len(select({NAMES[kind]: (8, 3, 3, 3), other: (8, 8, 3, 3)})) == 2
+    assert batch_norms_before({NAMES[kind]: (8,), "z.weight": (8,)}, {"z.weight": 8}) == {}
 
 
 SORTED_BLOCKS: dict[str, tuple[str, list[Shapes]]] = {  # as safetensors stores them, by name: the doubted layer, a file
