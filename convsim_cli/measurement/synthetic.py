@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -24,22 +25,32 @@ SIDE = {1: 1024, 2: 32, 3: 16}  # pixels along each axis of a synthetic input, b
 CPU = torch.device("cpu")
 _FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": CPU}  # whatever torch's defaults are
 _CONVOLUTIONS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
+_KEPT = 1 << 26  # values of all inputs of a layer; of more, parts are made anew each time
+_MADE_AT_ONCE = 1 << 24  # values of such a part, unless one input has more: torch draws multiples of 16 as a whole
+_LARGEST = 1 << 28  # values of one input, and of its maps
 _FILTERED_AT_ONCE = 1 << 21  # values; spectra take twice the memory of what is filtered
 
 
 def make_inputs(
-    probe: str, samples: int, channels: int, space: tuple[int, ...], seed: int = 0, device: torch.device = CPU
+    probe: str,
+    samples: int,
+    channels: int,
+    space: tuple[int, ...],
+    seed: int | torch.Generator = 0,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Return synthetic inputs `[samples, channels, *space]` in float32 on a device.
 
     probe: `white` N(0, 1); `uniform` U(0, 1), as in the paper; `natural`: independent channels of random phase whose
     amplitude falls as 1/f, each of zero mean and unit variance. The noise is drawn on the CPU, so a seed gives the same
-    inputs on every device; the 1/f filter runs on the device. Raises InputError for another name.
+    inputs on every device; the 1/f filter runs on the device. seed: or a generator, which goes on with its numbers.
+    Raises InputError for another name.
     """
     if probe not in PROBES:
         raise InputError(f"unknown input {probe!r}: {did_you_mean(probe, PROBES)}")
     draw = torch.rand if probe == "uniform" else torch.randn
-    noise = draw((samples, channels, *space), generator=torch.Generator(CPU).manual_seed(seed), **_FLOAT32).to(device)
+    generator = torch.Generator(CPU).manual_seed(seed) if isinstance(seed, int) else seed
+    noise = draw((samples, channels, *space), generator=generator, **_FLOAT32).to(device)
     if probe == "natural":
         amplitude, axes = _amplitude(space).to(device), tuple(range(2, noise.ndim))
         for part in noise.split(max(1, _FILTERED_AT_ONCE // (channels * prod(space)))):
@@ -77,7 +88,8 @@ class LayerProbe:
     signal that all maps share. samples: number of inputs; side: pixels along each axis, 32 for 2-D kernels
     unless given; seed: of the inputs, and of the random kernels that chance is measured with. Inputs are kept until a
     layer needs others, so that measuring a layer again, or the next one like it, takes the same ones, and the same
-    chance.
+    chance. Those that would take too much memory are made in parts, with the same values. Raises InputError for a layer
+    of which one input does.
     """
 
     def __init__(self, name: str = "white", samples: int = 16, side: int | None = None, seed: int = 0) -> None:
@@ -139,11 +151,15 @@ class LayerProbe:
         axes = len(kernel.taps)
         space = (self.side or SIDE[axes],) * axes
         positions = prod(side + k - 1 for side, k in zip(space, kernel.taps, strict=True))
-        key = (kernel.channels, space, device)
-        if self._kept is None or self._kept[0] != key:
-            self._kept, self._chances = None, {}  # before others are made: one layer's inputs at a time
-            self._kept = key, self._make_inputs(kernel.channels, space, device)
-        for images in self._kept[1].split(inputs_at_once(filters, kernel.groups, positions)):
+        largest = max(kernel.channels, kernel.filters) * positions
+        if largest > _LARGEST:
+            raise InputError(
+                f"{kernel.name} {list(kernel.shape)}: one input and its maps would take {4e-9 * largest:.1f} GB; lower "
+                "`input_size`, or `exclude` this layer"
+            )
+        at_once = inputs_at_once(filters, kernel.groups, positions)
+        parts = self._parts(kernel.channels, space, device)
+        for images in chain.from_iterable(part.split(at_once) for part in parts):
             if self.name != FEATURES or kernel.channels in IMAGE_CHANNELS:
                 yield images
             elif norm is None:
@@ -152,14 +168,30 @@ class LayerProbe:
                 gain, shift = (values.reshape(-1, *(1,) * axes) for values in norm)
                 yield (images * gain).add_(shift).relu_()
 
-    def _make_inputs(self, channels: int, space: tuple[int, ...], device: torch.device) -> Tensor:
+    def _parts(self, channels: int, space: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
+        """The inputs, all together if they can be kept, and in parts otherwise."""
+        each, key = channels * prod(space), (channels, space, device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept, self._chances = None, {}  # before others are made: one layer's inputs at a time
+        if self._kept is not None:
+            yield self._kept[1]
+        elif self.samples * each <= _KEPT:
+            self._kept = key, self._make_inputs(self.samples, channels, space, self.seed, device)
+            yield self._kept[1]
+        else:
+            generator, at_once = torch.Generator(CPU).manual_seed(self.seed), max(1, _MADE_AT_ONCE // each)
+            for start in range(0, self.samples, at_once):
+                count = min(at_once, self.samples - start)
+                yield self._make_inputs(count, channels, space, generator, device)
+
+    def _make_inputs(
+        self, samples: int, channels: int, space: tuple[int, ...], seed: int | torch.Generator, device: torch.device
+    ) -> Tensor:
         if self.name != FEATURES:
-            return make_inputs(self.name, self.samples, channels, space, self.seed, device)
+            return make_inputs(self.name, samples, channels, space, seed, device)
         if channels not in IMAGE_CHANNELS:
-            return make_inputs("natural", self.samples, channels, space, self.seed, device)
-        shared, own = make_inputs("natural", self.samples, channels + 1, space, self.seed, device).split(
-            (1, channels), 1
-        )
+            return make_inputs("natural", samples, channels, space, seed, device)
+        shared, own = make_inputs("natural", samples, channels + 1, space, seed, device).split((1, channels), 1)
         return shared * IMAGE_CORRELATION**0.5 + own * (1 - IMAGE_CORRELATION) ** 0.5
 
     def _convolve(self, kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ import torch
 from references import literal_fm_corr, literal_map_figures
 from torch import nn
 
+from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel
-from convsim_cli.measurement import feature_maps
-from convsim_cli.measurement import synthetic as layer_probe
+from convsim_cli.measurement import feature_maps, synthetic
 from convsim_cli.measurement.synthetic import LayerProbe, make_inputs
 
 
@@ -53,13 +53,38 @@ def test_fm_corr_alone_is_that_of_the_whole_record() -> None:
 
 def test_inputs_are_made_once_for_layers_that_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(layer_probe, "make_inputs", lambda *how: made.append(how[2]) or make_inputs(*how))
+    monkeypatch.setattr(synthetic, "make_inputs", lambda *how: made.append(how[2]) or make_inputs(*how))
     probe = LayerProbe("natural", samples=1, side=4)
     for channels in (2, 2, 3):
         kernel = Kernel("k", (4, channels, 3, 3))
         probe.fm_corr(kernel, torch.randn(kernel.shape))
         probe.look(kernel, torch.randn(kernel.shape))
     assert made == [2, 3]
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("name", ["white", "uniform", "natural", "features"])
+def test_inputs_that_are_too_large_together_are_the_same_ones(
+    name: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, weight, made = Kernel("k", (6, channels, 3, 3)), torch.randn(6, channels, 3, 3), []
+    whole = LayerProbe(name, samples=7, side=8, seed=2).look(kernel, weight)
+    monkeypatch.setattr(synthetic, "_KEPT", 5 * 8 * 64)
+    monkeypatch.setattr(synthetic, "_MADE_AT_ONCE", 2 * 8 * 64)
+    monkeypatch.setattr(synthetic, "make_inputs", lambda *how: made.append(how[1]) or make_inputs(*how))
+    parts = LayerProbe(name, samples=7, side=8, seed=2).look(kernel, weight)
+    assert made == ([7] if channels == 3 else [2, 2, 2, 1] * 2)  # once more for chance
+    for key in ("correlation", "fm_corr"):
+        torch.testing.assert_close(getattr(parts, key)(), getattr(whole, key)(), rtol=1e-5, atol=1e-6)
+    assert parts.chance.figures([6]) == pytest.approx(whole.chance.figures([6]), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 300_000, 1, 2), (300_000, 2, 1, 1)])
+def test_a_layer_of_which_one_input_takes_gigabytes_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"k \[.*\]: one input and its maps would take 1\.[23] GB; lower `input_size`"):
+        LayerProbe().look(Kernel("k", shape), torch.ones(shape))
+    small = LayerProbe(side=1).fm_corr(Kernel("k", (2, 300_000, 1, 2)), torch.ones(2, 300_000, 1, 2))
+    assert small == pytest.approx(1)
 
 
 def test_features_are_rectified_and_scaled_by_the_batch_norm_before() -> None:
