@@ -28,7 +28,7 @@ from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
-from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight
+from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight, sum_cs
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Layer, Minimization, minimize_kernels
 from convsim_cli.networks.load import (
@@ -85,7 +85,7 @@ class InitReport:
             "seconds": self.seconds,
             "layers": self.layers,
             "skipped": self.skipped,
-            "total": {moment: sum(layer[moment]["cs"] or 0.0 for layer in self.layers) for moment in moments},
+            "total": {moment: sum_cs(layer[moment] for layer in self.layers) for moment in moments},
         }
 
 

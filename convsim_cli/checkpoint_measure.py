@@ -21,7 +21,7 @@ from convsim_cli.device import Progress, resolve_device, return_freed_memory, un
 from convsim_cli.kernels import Kernel, Patterns, effective_weight
 from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes, partners_of
-from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
+from convsim_cli.measurement.kernel_figures import check_finite, measure_layer, sum_cs
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
 from convsim_cli.measurement.synthetic import BatchNormBefore, LayerProbe
 from convsim_cli.networks.load import (
@@ -44,8 +44,9 @@ class MeasureReport:
 
     source: the path, or the name of a fresh network; bn_statistics: `stored`, `inputs`, or None if no batch
     normalization was run; layers: a record each, with the figures of `figures.FIGURES`; skipped: name, shape and reason
-    of each tensor that was left out; total: `cs` and, where there are labels, `accuracy` in per cent; notes: lines that
-    explain figures; warnings: lines that must not be missed; heat: the layers' heat maps, where they were asked for.
+    of each tensor that was left out; total: `cs`, None where float64 cannot hold it, and, where there are labels,
+    `accuracy` in per cent; notes: lines that explain figures; warnings: lines that must not be missed; heat: the
+    layers' heat maps, where they were asked for.
     """
 
     source: str
@@ -53,7 +54,7 @@ class MeasureReport:
     bn_statistics: str | None = None
     layers: list[Record] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    total: dict[str, float] = field(default_factory=dict)
+    total: dict[str, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     heat: dict[str, HeatMap] | None = None
@@ -152,7 +153,7 @@ def _measure(
         with redirect_stdout(sys.stderr):  # what a user's network prints is no data
             _measure_network(report, source, options, paper, device, progress)
     report.notes += _sample_notes(report.layers)
-    report.total["cs"] = float(sum(layer["cs"] or 0.0 for layer in report.layers))
+    report.total["cs"] = sum_cs(report.layers)
     return report
 
 

@@ -148,7 +148,7 @@ def test_maps_with_nan_are_refused_with_a_network_and_without(tmp_path: Path, co
     for command in ((tmp_path / "running.safetensors", *how), (tmp_path / "gain.safetensors", "--input", "features")):
         outcome = convsim("measure", *command)
         assert outcome.code == 2
-        assert "4.weight: its feature maps on these inputs hold NaN or Inf; check the inputs" in outcome.error
+        assert "4.weight: its feature maps on these inputs contain NaN or Inf; check the inputs" in outcome.error
 
 
 def test_filters_are_compared_with_those_of_the_first_checkpoint(tmp_path: Path, convsim: Convsim) -> None:

@@ -21,6 +21,7 @@ from convsim_cli.cli.options import (
     choose_device,
     name_options,
     parse_options,
+    show_cs,
     show_layers,
     show_skipped,
     typed,
@@ -137,8 +138,9 @@ def _show(content: dict[str, Any], probe: str | None, console: Console) -> None:
     show_skipped(content["skipped"], len(layers), "can be optimized", console)
     total = content["total"]
     if "after" not in total:
-        return console.note(f"L_CS {total['before']:.4g}; dry run, nothing was written")
-    norms, change = "norms kept" if content["preserve_norm"] else "raw", f"{total['before']:.4g} → {total['after']:.4g}"
+        return console.note(f"L_CS {show_cs(total['before'])}; dry run, nothing was written")
+    norms = "norms kept" if content["preserve_norm"] else "raw"
+    change = f"{show_cs(total['before'])} → {show_cs(total['after'])}"
     if content["lr"] is not None:
         console.note(f"L_CS {change} ({content['method']}, {norms}), {content['seconds']:.1f} s")
     else:  # a closed form

@@ -23,6 +23,7 @@ from convsim_cli.cli.options import (
     completer,
     name_options,
     parse_options,
+    show_cs,
     show_layers,
     show_skipped,
     with_options,
@@ -204,7 +205,7 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
         show_skipped(report["skipped"], len(report["layers"]), "can be measured", console)
         accuracy = f", test accuracy {report['total']['accuracy']:.2f} %" if "accuracy" in report["total"] else ""
         name = f"{kind}{report['source']}"
-        console.note(f"{name}: L_CS {report['total']['cs']:.4g}{accuracy} (input: {report['input']})")
+        console.note(f"{name}: L_CS {show_cs(report['total']['cs'])}{accuracy} (input: {report['input']})")
         console.note(f"{name}: {what_stands_out(report['layers'])}")
         if reason := why_duplicates(report["layers"]):
             console.note(f"{name}: {reason}")

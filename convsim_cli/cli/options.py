@@ -234,6 +234,11 @@ def show_layers(columns: list[str], rows: list[list[Any]], least: Least, console
         console.note(f"{which} assumed from names and shapes; correct them with --groups, --transposed or --arch")
 
 
+def show_cs(total: float | None) -> str:
+    """Return a sum of L_CS as a note shows it."""
+    return "beyond float64" if total is None else f"{total:.4g}"
+
+
 def show_skipped(skipped: list[dict[str, Any]], taken: int, what: str, console: Console) -> None:
     """Print how many tensors were used, and why others were skipped: in at most three lines, with some of their names.
 

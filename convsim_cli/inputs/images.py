@@ -70,7 +70,7 @@ class Dataset:
         if not ((scale > 0).all() and shift.isfinite().all() and (255 * scale + shift).isfinite().all()):
             mean, std = (",".join(map(str, values)) for values in (self.mean, self.std))
             raise InputError(
-                f"`mean` {mean} and `std` {std}: images normalized by these hold NaN or Inf; expected numbers on a "
+                f"`mean` {mean} and `std` {std}: images normalized by these contain NaN or Inf; expected numbers on a "
                 "scale from 0 to 1, those of `std` above 0"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -132,6 +132,12 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
             cosines = (unit[:, start : start + rows] @ unit[:, start:].mT).triu_(1)
             total += torch.linalg.vector_norm(cosines, 1)
     return total.item() / pairs if pairs else None
+
+
+def sum_cs(records: Iterable[Record]) -> float | None:
+    """Return L_CS summed over layers; None where one has none, or the sum leaves the range of float64."""
+    values = [record["cs"] for record in records]
+    return None if None in values else finite(math.fsum(values) if values else 0.0)
 
 
 def check_finite(layers: Sequence[tuple[Kernel, Tensor]], where: str | None = None) -> None:

@@ -280,6 +280,19 @@ def test_heat_maps_are_drawn_of_layers_without_pairs(living: int, tmp_path: Path
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sum_that_float64_cannot_hold_is_null_and_said(tmp_path: Path, convsim: Convsim) -> None:
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    for name, scale in (("one", (1e80, 1.0)), ("both", (1.35e77, 1.35e77))):  # of cs, which is of degree 4
+        path = tmp_path / f"{name}.safetensors"
+        save_file({key: weight / weight.norm() * value for key, value in zip("ab", scale, strict=True)}, path)
+        assert convsim("measure", path, "--json").document["total"] == {"cs": None}, name
+        assert f"{name}.safetensors: L_CS beyond float64 (input: white)" in convsim("measure", path).err
+        assert convsim("init", path, "--dry-run", "--json").document["total"] == {"before": None}
+        assert "L_CS beyond float64; a dry run" in convsim("init", path, "--dry-run").err
+        made = convsim("init", path, "--method", "orthogonal", "-o", tmp_path / "o.safetensors")
+        assert "does not minimize L_CS (beyond float64 → beyond float64)" in made.err
+
+
 def test_a_folder_of_images_is_run_through_the_network(tmp_path: Path, convsim: Convsim) -> None:
     from PIL import Image
 

@@ -231,7 +231,7 @@ def test_mean_and_standard_deviation_can_be_set() -> None:
     ids=str,
 )
 def test_images_are_not_normalized_beyond_float32(how: dict[str, Channels]) -> None:
-    with pytest.raises(InputError, match=r"`mean` .* and `std` .*: images normalized by these hold NaN or Inf"):
+    with pytest.raises(InputError, match=r"`mean` .* and `std` .*: images normalized by these contain NaN or Inf"):
         load_dataset("digits", Path(), **how)
 
 
