@@ -214,13 +214,14 @@ def choose_device(device: str, console: Console) -> torch.device:
 
 
 def parse_groups(groups: list[str]) -> dict[str, int]:
-    """Return glob → number of groups. Raises InputError for a --groups without a number."""
-    parsed = {}
+    """Return glob → number of groups. Raises InputError for a --groups without a number, and for two of one glob."""
+    parsed: dict[str, int] = {}
     for item in groups:
         glob, separator, number = item.rpartition("=")
         if not separator or not number.isdecimal() or int(number) < 1:
             raise InputError(f"--groups {item!r}: expected GLOB=N with N ≥ 1, for instance 'layer3.*=32'")
-        parsed[glob] = int(number)
+        if parsed.setdefault(glob, int(number)) != int(number):
+            raise InputError(f"--groups {item!r}: the same glob has {parsed[glob]} groups above; leave out one of them")
     return parsed
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Convsim
+from safetensors.torch import save_file
 from typer.main import get_command
 
 from convsim_cli.cli import app
@@ -29,6 +31,23 @@ def test_a_refused_value_is_named_with_what_was_expected(
     arguments: tuple[object, ...], said: str, convsim: Convsim
 ) -> None:
     failed = convsim(*arguments)
+    assert failed.code == 2
+    assert failed.error.startswith(f"convsim: error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("m.safetensors", "--groups", "a=2", "--groups", "a=4"), "--groups 'a=4': the same glob has 2 groups above"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_numbers_beyond_any_use_are_one_line(
+    arguments: tuple[object, ...], said: str, convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": torch.randn(4, 4, 3, 3)}, "m.safetensors")
+    failed = convsim("measure", *arguments)
     assert failed.code == 2
     assert failed.error.startswith(f"convsim: error: {said}")
 
