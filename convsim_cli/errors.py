@@ -78,7 +78,7 @@ def brief(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
-    said = ("allocate memory", "not enough memory", "out of memory")
+    said = ("allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
