@@ -43,7 +43,7 @@ def resolve_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda", "mps") or (":" in name and (kind != "cuda" or not index.isdecimal())):
         raise InputError(f"`device` {name}: {did_you_mean(kind, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(index or 0) >= there:
+    if len(index) > 9 or int(index or 0) >= there:  # int() refuses thousands of digits
         raise InputError(f"`device` {name}: this machine has {there} {kind} devices; use `device` cpu or auto")
     return torch.device(name)
 

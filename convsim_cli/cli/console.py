@@ -327,7 +327,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 def screen_width(stream: TextIO) -> int:
     """Return the width in characters of the terminal that a stream is; 80 where it does not say."""
     given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given):
+    if given.isdecimal() and len(given) < 10 and int(given):
         return int(given)
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80

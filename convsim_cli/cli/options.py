@@ -218,7 +218,8 @@ def parse_groups(groups: list[str]) -> dict[str, int]:
     parsed: dict[str, int] = {}
     for item in groups:
         glob, separator, number = item.rpartition("=")
-        if not separator or not number.isdecimal() or int(number) < 1:
+        usable = separator and number.isdecimal() and len(number) < 20  # int() refuses thousands of digits
+        if not usable or int(number) < 1:
             raise InputError(f"--groups {item!r}: expected GLOB=N with N ≥ 1, for instance 'layer3.*=32'")
         if parsed.setdefault(glob, int(number)) != int(number):
             raise InputError(f"--groups {item!r}: the same glob has {parsed[glob]} groups above; leave out one of them")

@@ -60,7 +60,7 @@ def find_network(name: str, pretrained: bool = False) -> Build:
     if name in BUILT_IN:
         return lambda classes: BUILT_IN[name](classes or CLASSES)
     if library == "cnn" and rest.isdecimal() and 0 < len(rest.lstrip("0")) < 10:  # int() refuses thousands of digits
-        return lambda classes: cnn(int(rest), classes or CLASSES)
+        return lambda classes: cnn(int(rest.lstrip("0")), classes or CLASSES)
     if library == "torchvision" and rest:
         return _find_in_torchvision(rest, pretrained)
     if library == "timm" and rest:

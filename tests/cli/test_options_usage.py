@@ -35,10 +35,15 @@ def test_a_refused_value_is_named_with_what_was_expected(
     assert failed.error.startswith(f"convsim: error: {said}")
 
 
+DIGITS = "1" * 5000
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("m.safetensors", "--groups", "a=2", "--groups", "a=4"), "--groups 'a=4': the same glob has 2 groups above"),
+        (("m.safetensors", "--groups", f"a={DIGITS}"), "--groups 'a=111"),
+        (("m.safetensors", "--device", f"cuda:{DIGITS}"), "--device cuda:111"),
         (("--arch", "cnn:4", "--input-size", 3_000_000_000), "not enough memory"),
         (("--arch", "cnn:4", "--samples", (1 << 63) - 1), "not enough memory"),
         (("--arch", "cnn:4", "--num-classes", (1 << 63) - 1), "not enough memory"),
@@ -56,6 +61,11 @@ def test_numbers_beyond_any_use_are_one_line(
     failed = convsim("measure", *arguments)
     assert failed.code == (1 if said == "not enough memory" else 2)
     assert failed.error.startswith(f"convsim: error: {said}")
+
+
+def test_leading_zeros_of_a_width_do_not_count(convsim: Convsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", DIGITS)
+    assert convsim("measure", "--arch", f"cnn:{'0' * 5000}5", "--samples", 1).code == 0
 
 
 @pytest.mark.parametrize(
