@@ -7,6 +7,7 @@ existing file.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import stat
@@ -84,13 +85,23 @@ def check_folder(folder: Path) -> None:
 
 
 def free_names(names: Collection[Path]) -> list[Path]:
-    """Return the names, all with the same number added (.1, .2, …) where at least one of them exists."""
+    """Return the names, all with the same number added (.1, .2, …) where at least one of them exists.
+
+    Raises InputError for a name that the file system finds too long.
+    """
 
     def numbered(name: Path, number: int) -> Path:
         return name.with_name(f"{name.name}.{number}") if number else name
 
     free = next(n for n in count() if not any(os.path.lexists(numbered(name, n)) for name in names))
-    return [numbered(name, free) for name in names]
+    found = [numbered(name, free) for name in names]
+    for name in found:
+        try:
+            name.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise InputError(f"{name}: too long a name to keep the old file under; rename that file") from error
+    return found
 
 
 def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
@@ -221,7 +232,7 @@ class Replacements:
         for folder in sorted({place.parent for place in places}):
             with _explained(next(iter(backups))):
                 self._scratch_in(folder).take_turn()
-        numbered = dict(zip(backups, free_names([*places, *reserved]), strict=False))
+        numbered = dict(zip(backups, free_names([*places, *reserved] if places else []), strict=False))
         for target, place in numbered.items():
             with _explained(target):
                 self._scratch[place.parent].keep(self._made[target][0], place)

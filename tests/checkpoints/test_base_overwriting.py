@@ -126,3 +126,19 @@ def test_a_suffix_is_refused_before_a_network_is_built(tmp_path: Path, convsim: 
     for arch in ("cnn:4", "nowhere:network"):
         outcome = convsim("init", "--arch", arch, "-o", tmp_path / "x.png")
         assert (outcome.code, "x.png: unknown suffix .png" in outcome.error) == (2, True)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_name_without_room_for_a_backup_is_refused_before_any_work(
+    sharded: bool, tmp_path: Path, convsim: Convsim
+) -> None:
+    path = shard = tmp_path / f"{'a' * (254 - len('.safetensors'))}.safetensors"
+    before = store(shard)
+    if sharded:
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": {"a.weight": shard.name}}))
+    outcome = convsim("init", path, "--iterations", 10**9)
+    assert outcome.code == 2
+    assert ".bak: too long a name to keep the old file under" in outcome.error
+    assert shard.read_bytes() == before
+    assert convsim("init", path, "--iterations", 1, "--no-backup").code == 0
