@@ -141,7 +141,6 @@ def _check_header(header: Any, size: int) -> None:
     metadata = header.get("__metadata__") or {} if isinstance(header, dict) else None  # null is none
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("a header that is not an object, or metadata that is not text")
-    json.dumps(header, ensure_ascii=False).encode()  # JSON can escape half a character, which cannot be written again
     places = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -159,6 +158,7 @@ def _check_header(header: Any, size: int) -> None:
     places.sort()
     if [first for first, _ in places] + [size] != [0] + [end for _, end in places]:
         raise ValueError(f"its tensors do not fill the {size} bytes of data in it")
+    json.dumps(header, ensure_ascii=False).encode()  # JSON can escape half a character, which cannot be written again
 
 
 def _is_sizes(numbers: Any) -> bool:

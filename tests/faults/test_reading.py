@@ -141,6 +141,14 @@ def test_a_header_takes_a_few_times_its_size_in_memory(
     assert grown < copies * length
 
 
+def test_a_damaged_header_is_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(made(b'{"a": [' + b"[], " * 1000 + b"[]]}"))
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(ConvsimError, match="'a' is of the unknown type"):
+        open_checkpoint(path)
+
+
 def mutated(whole: bytes, chance: random.Random) -> bytes:
     """A file with one to four accidents: bytes changed, cut out, doubled, put in, or the end missing."""
     data = bytearray(whole)
