@@ -138,7 +138,7 @@ def _refuse_inside(data_dir: Path, source: Any) -> None:
         if real.is_dir() and all((real / name).is_file() for name in files):
             raise InputError(
                 f"`data_dir` {data_dir} holds the files of {other.__name__} themselves; call that folder "
-                f"{other.base_folder} and name its parent: `data_dir` {real.parent}"
+                f"{other.base_folder} and use its parent: `data_dir` {real.parent}"
             )
     if real.exists() and not real.is_dir():
         raise InputError(f"`data_dir` {data_dir} is a file; use the folder that contains {source.base_folder}")

@@ -31,8 +31,8 @@ def measure_layer(kernel: Kernel, weight: Tensor, maps: LayerMaps, threshold: fl
         of_maps |= {"fm_corr": mean_correlation(correlation), "fm_rank": effective_rank(correlation)}
     elif maps.moments.count > 1 and maps.compared.any():
         raise InputError(
-            f"{kernel.name}: its feature maps on these inputs contain NaN or Inf; check the inputs, and the layers before "
-            "it"
+            f"{kernel.name}: its feature maps on these inputs contain NaN or Inf; check the inputs, and the layers "
+            "before it"
         )
     if correlation is not None and maps.sample is None:  # single filters are told of only where all are compared
         duplicates = clusters(correlation, threshold)
