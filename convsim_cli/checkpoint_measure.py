@@ -184,9 +184,11 @@ def _measure_layers(
 def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> BatchNormBefore:
     """γ and β of a batch norm, 1 and 0 where it has none."""
     likewise = torch.zeros_like(checkpoint.load(f"{name}.running_var"), dtype=torch.float32, device=device)
-    stored = [f"{name}.{part}" if f"{name}.{part}" in checkpoint.tensors else None for part in ("weight", "bias")]
-    gain, shift = (None if part is None else checkpoint.load(part).to(device, torch.float32) for part in stored)
-    return likewise + 1 if gain is None else gain, likewise if shift is None else shift
+    found = [likewise + 1, likewise]
+    for index, part in enumerate((f"{name}.weight", f"{name}.bias")):
+        if part in checkpoint.tensors and checkpoint.tensors[part].shape == tuple(likewise.shape):
+            found[index] = checkpoint.load(part).to(device, torch.float32)
+    return found[0], found[1]
 
 
 def _measure_network(

@@ -184,6 +184,15 @@ def test_features_of_a_file_take_the_batch_norm_before_the_layer(tmp_path: Path)
     assert without[1]["fm_corr"] == pytest.approx(plain[1]["fm_corr"], rel=1e-6)
 
 
+def test_a_convolution_beside_a_running_variance_is_no_gain(tmp_path: Path) -> None:
+    kernels = {"a.weight": torch.randn(8, 3, 3, 3), "b.weight": torch.randn(8, 8, 3, 3)}
+    found = []
+    for more in ({}, {"b.bias": torch.ones(1)}):
+        save_file(kernels | more | {"b.running_var": torch.ones(8)}, tmp_path / "m.safetensors")
+        found.append(measure_checkpoint(tmp_path / "m.safetensors", input="features").layers)
+    assert found[0] == found[1]
+
+
 def test_features_are_refused_with_a_network() -> None:
     with pytest.raises(InputError, match="`input` features applies only without `arch`"):
         measure_checkpoint(arch="cnn:4", input="features")
