@@ -61,12 +61,13 @@ def start_runs(
         checked, data = processes.rank_zero_first(lambda: _load_checked(arguments))
         finished: list[tuple[Run, dict[str, Any]]] = []
         for run in _new_runs(arguments, run_dir, name, seeds, processes):
+            made = processes.on_rank_zero(run.folder.stat)
             model = None if finished else checked  # the next seed has a network of its own
             try:
                 finished.append((run, train_run(run, callbacks, data, processes, model)))
             except Exception:  # an interrupted run is kept
                 if processes.is_rank_zero:
-                    remove_unsaved(run, run_dir_existed)
+                    remove_unsaved(run, made, run_dir_existed)
                 raise
     return finished if processes.is_rank_zero else []
 
@@ -130,18 +131,23 @@ def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str])
             continue
         except OSError as error:
             raise InputError(f"{folder}: cannot be created ({error.strerror})") from error
-        run = Run(folder, arguments)
+        run, made = Run(folder, arguments), folder.stat()
         try:
             write_json(folder / ARGUMENTS_FILE, asdict(arguments))
         except BaseException:
-            remove_unsaved(run, keep_parent=True)
+            remove_unsaved(run, made, keep_parent=True)
             raise
         return run
     return None
 
 
-def remove_unsaved(run: Run, keep_parent: bool) -> None:
-    """Remove a run's folder that contains at most its arguments, and its parent if that is empty too."""
+def remove_unsaved(run: Run, made: os.stat_result, keep_parent: bool) -> None:
+    """Remove a run's folder that contains at most its arguments, and its parent if that is empty too.
+
+    made: what tells it from another folder that has taken its name since.
+    """
+    if not run.folder.exists() or not os.path.samestat(run.folder.stat(), made):
+        return
     if all(path.name == ARGUMENTS_FILE for path in run.folder.iterdir()):
         (run.folder / ARGUMENTS_FILE).unlink(missing_ok=True)
         run.folder.rmdir()

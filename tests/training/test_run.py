@@ -28,7 +28,7 @@ from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training import run as run_module
 from convsim_cli.training.config import MODES, Arguments
-from convsim_cli.training.launch import create_run, find_or_create_run, is_finished
+from convsim_cli.training.launch import create_run, find_or_create_run, is_finished, start_runs
 from convsim_cli.training.run import COLUMNS, Run, RunCallbacks, open_run, read_layers, read_results, train_run
 from convsim_cli.training.trainer import Trainer
 
@@ -418,6 +418,20 @@ def test_a_run_that_fails_before_its_first_save_leaves_no_folder(
     monkeypatch.setattr("convsim_cli.training.launch.write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
     assert run_command(small("--name", "full")) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["moved", "replaced"])
+def test_a_failed_run_deletes_no_folder_but_its_own(kind: str, tmp_path: Path) -> None:
+    def harm(_: dict[str, Any]) -> None:
+        (tmp_path / "a").rename(tmp_path / "b")
+        if kind == "replaced":
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "args.json").write_text("{}")
+
+    with pytest.raises(InputError, match="a: moved, removed or replaced during training"):
+        start_runs(SMALL, tmp_path, "a", None, RunCallbacks(epoch=harm))
+    assert (tmp_path / "b" / "state.pt").exists()
+    assert (tmp_path / "a" / "args.json").exists() == (kind == "replaced")
 
 
 def test_a_run_that_is_interrupted_before_its_first_save_can_be_resumed(
