@@ -1,0 +1,201 @@
+"""States and weights of runs in any condition: of another structure, of other bytes, of another epoch."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convsim_cli.checkpoints.safetensors_format import write_safetensors
+from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.training.config import Arguments
+from convsim_cli.training.launch import create_run
+from convsim_cli.training.run import Run, open_run, train_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")
+
+SMALL = Arguments(
+    arch="cnn:2", dataset="digits", epochs=2, batch_size=20, limit_train=60, limit_test=30, momentum=0.9, seed=3
+)
+NAMES = ("args.json", "results.csv", "layers.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = create_run(SMALL, tmp_path_factory.mktemp("runs"), "one")
+    train_run(run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A finished run of two epochs, to be harmed."""
+    (tmp_path / "one").mkdir()
+    for name in NAMES:
+        (tmp_path / "one" / name).write_bytes((trained.folder / name).read_bytes())
+    return Run(tmp_path / "one", trained.arguments)
+
+
+def leaves(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of everything in nested containers, the first entry of each list alone, without the arguments."""
+    inside = (
+        content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    )
+    deeper = [place for key, value in inside if key != "arguments" for place in leaves(value, (*path, key))]
+    return [path, *deeper] if path else deeper
+
+
+OPTIONAL = {"beta", "kernels_at_start", "layers", "fm_corr_start"}  # what states of earlier versions do not have
+
+
+@pytest.mark.slow
+def test_a_state_without_any_one_of_its_entries_is_one_line(run: Run) -> None:
+    path = run.folder / "state.pt"
+    whole = torch.load(path, weights_only=True)
+    places = [place for place in leaves(whole) if isinstance(place[-1], str)]
+    places = [
+        p for p in places if not {"param_groups", "fm_corr_start", *OPTIONAL} & {*p[:-1]} and p[-1] not in OPTIONAL
+    ]
+    assert ("trainer", "optimizer", "state", 0, "momentum_buffer") in places
+    for place in places:
+        state = torch.load(path, weights_only=True) if place == places[0] else pickle.loads(pickle.dumps(whole))
+        inner = state
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        torch.save(state, path)
+        with pytest.raises(InputError, match=r"state\.pt: damaged \(.*\), so the run cannot be resumed") as caught:
+            train_run(open_run(run.folder, epochs=3))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_other_bytes_than_were_saved_is_never_trained_on(run: Run) -> None:
+    path = run.folder / "state.pt"
+    whole = path.read_bytes()
+    kernel = torch.load(path, weights_only=True)["trainer"]["model"]["0.weight"]
+    weights = whole.index(bytes(kernel.untyped_storage().tolist()))  # where torch finds nothing wrong
+    flipped = whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :]
+    for content in (flipped, whole[:-1], whole[: len(whole) // 2], bytes(len(whole)), b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"state\.pt: damaged \(.*; to train it again, move .* away$") as caught:
+            train_run(open_run(run.folder, epochs=3))
+        assert not re.search("weights_only|fetch|remove", str(caught.value))
+
+
+def change(*place: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def changed(state: dict[str, Any]) -> None:
+        for key in place[:-1]:
+            state = state[key]
+        state[place[-1]] = to
+
+    return changed
+
+
+NUMPYS = ("MT19937", [1] * 624, 1, 0, 0.0)  # a state of numpy's generator
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "epoch -5": (change("trainer", "epoch", to=-5), "trainer is at epoch -5, its results have 2 epochs"),
+    "epoch 2^70": (change("trainer", "epoch", to=1 << 70), "its results have 2 epochs"),
+    "epoch of text": (change("trainer", "epoch", to="two"), "trainer is at epoch two"),
+    "another shape": (
+        change("trainer", "model", "0.weight", to=torch.ones(3, 3, 3, 3)),
+        r"model: 0\.weight is float32 \[3, 3, 3, 3\], expected float32 \[2, 3, 3, 3\]",
+    ),
+    "another dtype": (
+        change("trainer", "model", "0.weight", to=torch.ones(2, 3, 3, 3, dtype=torch.float64)),
+        r"is float64 \[2, 3, 3, 3\]",
+    ),
+    "an unknown tensor": (change("trainer", "model", "x", to=torch.ones(1)), "x is .*, expected missing"),
+    "no tensor": (change("trainer", "model", "0.weight", to=[1]), "is a list, expected float32"),
+    "no values": (change("trainer", "model", "0.weight", to=torch.ones(2, 3, 3, 3, device="meta")), "without values"),
+    "a model of text": (change("trainer", "model", to="cnn"), "damaged"),
+    "groups": (change("trainer", "optimizer", "param_groups", to=[]), r"groups of \[\] parameters"),
+    "a rate of text": (change("trainer", "optimizer", "param_groups", 0, "lr", to="x"), "lr is 'x'"),
+    "a buffer of another shape": (
+        change("trainer", "optimizer", "state", 0, "momentum_buffer", to=torch.ones(5)),
+        r"optimizer, parameter 0: momentum_buffer is float32 \[5\]",
+    ),
+    "a buffer of no parameter": (change("trainer", "optimizer", "state", 99, to={}), "KeyError: 99"),
+    "a small rng": (change("trainer", "rng", to=[(torch.zeros(7, dtype=torch.uint8), None)]), "RNG"),
+    "an rng of zeros": (change("trainer", "rng", to=[(torch.zeros(5056, dtype=torch.uint8), None)]), "damaged"),
+    "the rng of two processes": (change("trainer", "rng", to=[(), ()]), "rng of 2 processes, expected 1"),
+    "the rng of none": (change("trainer", "rng", to=None), "damaged"),
+    "numpy's rng beyond its end": (
+        change("trainer", "rng", to=[(torch.get_rng_state(), None, ((), ("MT19937", [1] * 624, 9999, 0, 0.0)))]),
+        "numpy's generator is at 9999 of 624",
+    ),
+    "python's rng": (
+        change("trainer", "rng", to=[(torch.get_rng_state(), None, ((3, (1,), None), NUMPYS))]),
+        "damaged",
+    ),
+    "beta nan": (change("trainer", "beta", to=float("nan")), "beta is nan"),
+    "first loss": (change("trainer", "first_loss", to=torch.ones(3)), r"first_loss is .*float32 \[3\]"),
+    "kernels": (change("trainer", "kernels_at_start", to={"a": torch.ones(3)}), "kernels_at_start: "),
+    "a row": (change("progress", "history", 0, to={"epoch": 1}), "the results of epoch 1 are"),
+    "a row of nan": (change("progress", "history", 0, "cs", to=float("nan")), "the results of epoch 1 are"),
+    "layers that are no list": (change("progress", "layers", to=()), "the results are a list and a tuple"),
+    "rows that are no list": (change("progress", "history", to=7), "damaged"),
+    "a row of layers": (change("progress", "layers", 0, to={}), "a row of layers is"),
+    "fm_corr": (change("progress", "fm_corr_start", to={"a": torch.ones(2)}), "damaged"),
+    "arguments": (change("arguments", to=[1]), "expected the arguments of a run"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_state_of_another_structure_says_what_was_expected(kind: str, run: Run) -> None:
+    path, (harm, said) = run.folder / "state.pt", CHANGES[kind]
+    state = torch.load(path, weights_only=True)
+    harm(state)
+    torch.save(state, path)
+    before = {file.name: file.read_bytes() for file in run.folder.iterdir()}
+    with pytest.raises(InputError, match=r"state\.pt: .*so the run cannot be resumed") as caught:
+        train_run(open_run(run.folder, epochs=3))
+    assert caught.match(said)
+    assert "\n" not in str(caught.value)
+    assert {file.name: file.read_bytes() for file in run.folder.iterdir()} == before
+
+
+def test_weights_of_another_run_do_not_stay_after_a_resume(run: Run) -> None:
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    first, second = state["progress"]["history"]
+    first["test_accuracy"], second["test_accuracy"] = 10.0, 20.0
+    torch.save(state, run.folder / "state.pt")
+    whole = (run.folder / "last.safetensors").read_bytes()
+    for record in ({"convsim.epoch": "1", "convsim.arch": "cnn:2"}, {"convsim.epoch": "2", "convsim.arch": "cnn:8"}):
+        for name in ("last", "best"):
+            with open(run.folder / f"{name}.safetensors", "wb") as file:
+                write_safetensors(file, {"foreign": torch.ones(2)}, record)
+        train_run(run)
+        assert {(run.folder / f"{name}.safetensors").read_bytes() for name in ("last", "best")} == {whole}
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "a pipe"])
+def test_weights_that_are_damaged_do_not_stay_after_a_resume(harm: str, run: Run) -> None:
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    first, second = state["progress"]["history"]
+    for best in (2, 1):
+        first["test_accuracy"], second["test_accuracy"] = (10.0, 20.0) if best == 2 else (20.0, 10.0)
+        torch.save(state, run.folder / "state.pt")
+        whole = {}
+        for name in ("last.safetensors", "best.safetensors"):
+            path = run.folder / name
+            whole[name] = path.read_bytes()
+            path.unlink()
+            if harm == "cut":
+                path.write_bytes(whole[name][:-9])
+            if harm == "a pipe" and name == "best.safetensors" and best == 1:
+                os.mkfifo(path)
+        if best == 2:
+            train_run(run)
+            assert (run.folder / "best.safetensors").read_bytes() == (run.folder / "last.safetensors").read_bytes()
+        else:
+            with pytest.warns(ConvsimWarning, match=r"best\.safetensors: missing, damaged or .*epoch 1 are lost"):
+                train_run(run)
+            assert not (run.folder / "best.safetensors").exists()
+        assert (run.folder / "last.safetensors").read_bytes() == whole["last.safetensors"]
