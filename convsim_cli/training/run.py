@@ -413,10 +413,7 @@ def read_results(folder: Path) -> list[Row]:
     """Return a run's results as rows of numbers. Raises InputError if there are none, or the file is damaged."""
     try:
         rows = _read_csv(folder / RESULTS_FILE, (COLUMNS, COLUMNS + VALIDATION_COLUMNS))
-        results = [{key: int(row[key]) if key == "epoch" else _finite(row[key]) for key in row} for row in rows]
-        for name, value in ((name, value) for row in results for name, value in row.items()):
-            if name.endswith("accuracy") and not 0 <= value <= 100:
-                raise ValueError(f"{name} = {value}, expected 0 to 100 per cent")
+        results = [{key: int(row[key]) if key == "epoch" else _figure(key, row[key]) for key in row} for row in rows]
         if [row["epoch"] for row in results] != [*range(1, len(rows) + 1)]:
             raise ValueError("its epochs are not 1, 2, 3, …")
     except (OSError, ValueError) as error:
@@ -448,9 +445,12 @@ def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, st
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def _finite(text: str) -> float:
+def _figure(column: str, text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is not a finite number")
+    for part, most, unit in (("accuracy", 100, "per cent"), ("turn", 180, "degrees")):
+        if part in column and not 0 <= number <= most:
+            raise ValueError(f"{column} = {number}, expected 0 to {most} {unit}")
     return number
 
 
@@ -470,11 +470,10 @@ def read_layers(folder: Path) -> list[Row]:
         return []
     try:
         rows = _read_csv(path, (LAYER_COLUMNS,))
-        figures = [{key: _finite(row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]} for row in rows]
-        layers = [{"epoch": int(row["epoch"]), "layer": row["layer"]} for row in rows]
+        figures = [{key: _figure(key, row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]} for row in rows]
+        return [row | {"epoch": int(row["epoch"])} | found for row, found in zip(rows, figures, strict=True)]
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, "remove it, or restore it from a copy") from error
-    return [{**layer, **figure} for layer, figure in zip(layers, figures, strict=True)]
 
 
 def _as_csv(columns: Sequence[str], rows: Sequence[Row]) -> bytes:

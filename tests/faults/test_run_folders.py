@@ -245,6 +245,15 @@ def test_accuracies_beyond_per_cents_are_refused(accuracy: float, run: Run) -> N
         read_results(run.folder)
 
 
+@pytest.mark.parametrize("angle", ["1e308", "-1e308", "180.1", "-0.1"])
+@pytest.mark.parametrize("column", ["turn_per_step", "turned"])
+def test_angles_beyond_half_a_turn_are_refused(column: str, angle: str, run: Run) -> None:
+    row = {"epoch": "1", "layer": "a", "norm": "1e308", "turn_per_step": "0", "turned": "180"} | {column: angle}
+    (run.folder / "layers.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+    with pytest.raises(InputError, match=rf"{column} = {re.escape(str(float(angle)))}, expected 0 to 180 degrees"):
+        read_layers(run.folder)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "é" * 150, "a/b", "..", "a\0b"])
 def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path, convsim: Convsim) -> None:
     for more in ([], ["--seeds", 2]):
