@@ -30,7 +30,7 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.checkpoints.atomic import check_folder, check_regular, replace_file
+from convsim_cli.checkpoints.atomic import check_folder, check_regular, free_names, replace_file
 from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, open_regular, read_json, seed_generators, unreported
@@ -117,10 +117,7 @@ def train_run(
         state = processes.on_rank_zero(lambda: read_state(run))  # refused before a dataset is downloaded
         data = used_images(arguments, dataset or load_data(arguments))
         callbacks.begin(run, data)
-        if state:
-            trainer, log = _resume(run, data, state, processes), state["progress"]
-        else:
-            trainer, log = _start(run, data, model, processes, callbacks)
+        trainer, log = _resume(run, data, state, processes) if state else _start(run, data, model, processes, callbacks)
         saves = Saves(run, trainer, log)
         if not state:
             saves.save()
@@ -142,6 +139,7 @@ def train_run(
             callbacks.epoch(row)
         if not processes.is_rank_zero:
             return {}
+        _restore_weights(run, trainer, log["history"], ended=True)
         summary = summarize_run(trainer, log, saves.lap())
         write_json(run.folder / "summary.json", summary)
     return summary
@@ -170,8 +168,8 @@ def _start(
     return trainer, {"history": [], "fm_corr_start": start}
 
 
-def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> Trainer:
-    arguments = run.arguments
+def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes) -> tuple[Trainer, Log]:
+    arguments, log = run.arguments, state["progress"]
     model = build_network(arguments.arch, data.classes, arguments.seed)
     trainer = Trainer(model, data, arguments, torch.device(arguments.device), processes)
     seed_generators(arguments.seed + processes.rank)  # a state of version 0.2 has not all generators
@@ -182,19 +180,20 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
     except Exception as error:  # a damaged state may raise anything
         raise _unusable(run, error) from error
     if processes.is_rank_zero:
-        _restore_weights(run, trainer, state["progress"]["history"])
-        write_tables(run, state["progress"])
-    return trainer
+        _restore_weights(run, trainer, log["history"])
+        write_tables(run, log)
+    return trainer, log
 
 
-def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None:
+def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row], ended: bool = False) -> None:
     """Write weights that are missing or damaged again; where the state does not hold them, move them away and warn."""
     for name, epoch in (("last", trainer.epoch), *([("best", best_row(history)["epoch"])] if history else [])):
         path = run.folder / f"{name}.safetensors"
         with suppress(ValueError, OSError):
             check_regular(path)
             saved = SafetensorsCheckpoint(path).metadata
-            ahead = int(saved.get("convsim.epoch", 0)) > trainer.epoch  # of a crash: they are written before the state
+            # of a crash: they are written before the state, and mostly repeated until the run has ended
+            ahead = not ended and int(saved.get("convsim.epoch", 0)) > trainer.epoch
             if ahead or (saved.get("convsim.epoch"), saved.get("convsim.arch")) == (str(epoch), run.arguments.arch):
                 continue
         if epoch == trainer.epoch:
@@ -202,8 +201,10 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row]) -> None
             continue
         moved = ""
         if path.exists():
-            path.replace(path.with_name(f"{path.name}.damaged"))
-            moved = f"; it is now {path.name}.damaged"
+            [aside] = free_names([path.with_name(f"{path.name}.damaged")])
+            moved = f"; it is now {path.replace(aside).name}"
+        elif ended:
+            continue  # a resume has said so
         message = (
             f"{path}: missing, damaged or of another epoch{moved}; the weights of epoch {epoch} are lost until a "
             "better epoch replaces them"

@@ -199,3 +199,28 @@ def test_weights_that_are_damaged_do_not_stay_after_a_resume(harm: str, run: Run
                 train_run(run)
             assert not (run.folder / "best.safetensors").exists()
         assert (run.folder / "last.safetensors").read_bytes() == whole["last.safetensors"]
+
+
+def test_best_weights_ahead_of_the_state_do_not_stay_unless_repeated(run: Run) -> None:
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    state["progress"]["history"][0]["test_accuracy"] = 100.0  # the best there can be
+    torch.save(state, run.folder / "state.pt")
+    with open(run.folder / "best.safetensors", "wb") as file:
+        write_safetensors(file, {"foreign": torch.ones(2)}, {"convsim.epoch": "7", "convsim.arch": "cnn:2"})
+    with pytest.warns(ConvsimWarning, match=r"the weights of epoch 1 are lost") as caught:
+        assert train_run(open_run(run.folder, epochs=4))["best_epoch"] == 1
+    assert len(caught) == 1
+    assert not (run.folder / "best.safetensors").exists()
+
+
+def test_damaged_weights_are_moved_to_a_free_name(run: Run) -> None:
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    state["progress"]["history"][0]["test_accuracy"] = 100.0
+    torch.save(state, run.folder / "state.pt")
+    (run.folder / "best.safetensors.damaged").write_text("first rescue")
+    (run.folder / "best.safetensors").write_text("torn")
+    with pytest.warns(ConvsimWarning, match=r"it is now best\.safetensors\.damaged\.1;") as caught:
+        train_run(open_run(run.folder, epochs=3))
+    assert len(caught) == 1
+    assert (run.folder / "best.safetensors.damaged").read_text() == "first rescue"
+    assert (run.folder / "best.safetensors.damaged.1").read_text() == "torn"
