@@ -18,7 +18,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -371,14 +371,18 @@ def _check_progress(progress: dict[str, Any], epochs: Any, validated: bool) -> N
         raise ValueError(f"the results are a {type(history).__name__} and a {type(layers).__name__}")
     columns = COLUMNS + VALIDATION_COLUMNS * validated
     for number, row in enumerate(history, 1):
-        if set(row) != set(columns) or row["epoch"] != number or not all(map(math.isfinite, row.values())):
+        if set(row) != set(columns) or row["epoch"] != number or not _are_finite(row.values()):
             raise ValueError(f"the results of epoch {number} are {row}")
     for row in layers:
         figures = [value for name, value in row.items() if name != "layer" and value is not None]
-        if set(row) != set(LAYER_COLUMNS) or not isinstance(row["layer"], str) or not all(map(math.isfinite, figures)):
+        if set(row) != set(LAYER_COLUMNS) or not isinstance(row["layer"], str) or not _are_finite(figures):
             raise ValueError(f"a row of layers is {row}")
-    if not all(map(math.isfinite, (value for value in start.values() if value is not None))):
+    if {*map(type, start)} - {str} or not _are_finite(value for value in start.values() if value is not None):
         raise ValueError(f"fm_corr_start is {start}")
+
+
+def _are_finite(values: Iterable[Any]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 def check_resumable(run: Run) -> None:
@@ -417,28 +421,25 @@ def read_results(folder: Path) -> list[Row]:
         results = [{key: int(row[key]) if key == "epoch" else _figure(key, row[key]) for key in row} for row in rows]
         if [row["epoch"] for row in results] != [*range(1, len(rows) + 1)]:
             raise ValueError("its epochs are not 1, 2, 3, …")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise _unreadable(folder / RESULTS_FILE, error, "resume the run, which writes it again") from error
     return results
 
 
-def _unreadable(path: Path, error: OSError | ValueError, advice: str) -> InputError:
+def _unreadable(path: Path, error: Exception, advice: str) -> InputError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return InputError(f"{path.parent}: not a run's folder (no {path.name}: {brief(error)})")
     return InputError(f"{path}: cannot be read ({brief(error)}); {advice}")
 
 
 def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, str]]:
-    """Return the rows of a run's table by column. Raises OSError, and ValueError for other columns than `known` ones.
+    """Return the rows of a run's table by column. Raises OSError, csv.Error, and ValueError for columns not `known`.
 
     So does a row of another length, and a table that does not end in a line break: its last number may be cut.
     """
     with open_regular(path) as file:
         text = file.read().decode("utf-8-sig")  # editors may add a mark
-    try:
-        head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
-    except csv.Error as error:
-        raise ValueError(str(error)) from error
+    head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     if tuple(head) not in known:
         raise ValueError(f"its first line is not {','.join(known[0])}")
     if not text.endswith("\n") or any(len(row) != len(head) for row in rows):
@@ -473,7 +474,7 @@ def read_layers(folder: Path) -> list[Row]:
         rows = _read_csv(path, (LAYER_COLUMNS,))
         figures = [{key: _figure(key, row[key]) if row[key] else None for key in LAYER_COLUMNS[2:]} for row in rows]
         return [row | {"epoch": int(row["epoch"])} | found for row, found in zip(rows, figures, strict=True)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise _unreadable(path, error, "remove it, or restore it from a copy") from error
 
 

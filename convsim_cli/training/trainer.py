@@ -124,10 +124,13 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what a bit-exact resume needs besides the arguments. All processes must call this."""
         on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        optimizer = self.optimizer.state_dict()
+        numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
+            "without_state": [number for number in numbers if number not in optimizer["state"]],
             "first_loss": self.first_loss,
             "beta": self.beta,
             "kernels_at_start": self.turned.state(),
@@ -143,19 +146,18 @@ class Trainer:
         if len(state["rng"]) != self.processes.size:
             raise ValueError(f"rng of {len(state['rng'])} processes, expected {self.processes.size}")
         on_cpu, on_device, *others = state["rng"][self.processes.rank]
-        if beta is not None and not 0 <= beta < math.inf:
-            raise ValueError(f"beta is {beta}")
+        if beta is not None and not (type(beta) in (int, float) and 0 <= beta < math.inf):
+            raise ValueError(f"beta is {beta!r:.80}")
         check_tensors(state["model"], self.model.state_dict(), "model")
         check_tensors(kernels, self.turned.state() if kernels else {}, "kernels_at_start")
         check_tensors(
             {"first_loss": first_loss}, {"first_loss": None if first_loss is None else torch.tensor(0.0)}, "trainer"
         )
-        self._check_optimizer(state["optimizer"])
+        self._check_optimizer(state)
         self.epoch, self.beta = state["epoch"], beta
         self.model.load_state_dict(state["model"])
-        ours, theirs = self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
-        groups = [{**own, **saved, "params": own["params"]} for own, saved in zip(ours, theirs, strict=True)]
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        own = self.optimizer.state_dict()["param_groups"]  # the settings are those of the arguments
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
         self.first_loss = None if first_loss is None else first_loss.to(self.device)
         self.turned.load_state(kernels)
         torch.set_rng_state(on_cpu)
@@ -165,21 +167,22 @@ class Trainer:
             restore_generators(states)
 
     def _check_optimizer(self, state: dict[str, Any]) -> None:
-        """Raise ValueError for the state of an optimizer of other parameters, or with other tensors for them."""
-        groups = [len(group["params"]) for group in state["param_groups"]]
+        """Raise ValueError unless the optimizer's state has the tensors of each parameter that had been trained."""
+        saved = state["optimizer"]
+        groups = [len(group["params"]) for group in saved["param_groups"]]
         expected = [len(group["params"]) for group in self.optimizer.param_groups]
         if groups != expected:
             raise ValueError(f"optimizer: groups of {groups} parameters, expected {expected}")
-        for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-            for name in own.keys() & saved.keys() - {"params"}:
-                if isinstance(saved[name], float | int) != isinstance(own[name], float | int):
-                    raise ValueError(f"optimizer: {name} is {saved[name]!r:.80}, expected {own[name]}")
         momentum = ["momentum_buffer"] if self.arguments.momentum else []
         names = {"adamw": ["step", "exp_avg", "exp_avg_sq"], "sgd": momentum}[self.arguments.optimizer]
-        parameters = dict(enumerate(one for group in self.optimizer.param_groups for one in group["params"]))
-        for number, tensors in state["state"].items():
-            like = {name: torch.tensor(0.0) if name == "step" else parameters[number] for name in names}
-            check_tensors(tensors, like, f"optimizer, parameter {number}")
+        parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        if unknown := saved["state"].keys() - range(len(parameters)):
+            raise ValueError(f"optimizer: has parameters {sorted(unknown)} that the network has not")
+        untrained = [number for number, one in enumerate(parameters) if not (state["epoch"] and one.requires_grad)]
+        without = state.get("without_state", untrained)  # those without a gradient; of an earlier version not known
+        for number, parameter in enumerate(parameters):
+            like = {name: torch.tensor(0.0) if name == "step" else parameter for name in names if number not in without}
+            check_tensors(saved["state"].get(number, {}), like, f"optimizer, parameter {number}")
 
     def train_batches(self, advance: Advance | None) -> tuple[float, float]:
         """Train on the batches of an epoch; return the mean loss and the accuracy in per cent. See `run_epoch`."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from convsim_cli.checkpoints.safetensors_format import write_safetensors
 from convsim_cli.errors import ConvsimWarning, InputError
@@ -51,7 +56,13 @@ def leaves(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *deeper] if path else deeper
 
 
-OPTIONAL = {"beta", "kernels_at_start", "layers", "fm_corr_start"}  # what states of earlier versions do not have
+OPTIONAL = {
+    "beta",
+    "without_state",
+    "kernels_at_start",
+    "layers",
+    "fm_corr_start",
+}  # what states of earlier versions do not have
 
 
 @pytest.mark.slow
@@ -116,12 +127,22 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no values": (change("trainer", "model", "0.weight", to=torch.ones(2, 3, 3, 3, device="meta")), "without values"),
     "a model of text": (change("trainer", "model", to="cnn"), "damaged"),
     "groups": (change("trainer", "optimizer", "param_groups", to=[]), r"groups of \[\] parameters"),
-    "a rate of text": (change("trainer", "optimizer", "param_groups", 0, "lr", to="x"), "lr is 'x'"),
+    "no buffers": (
+        change("trainer", "optimizer", "state", to={}),
+        r"optimizer, parameter 0: momentum_buffer is missing",
+    ),
+    "no buffer of a parameter": (
+        change("trainer", "optimizer", "state", 1, to={}),
+        "optimizer, parameter 1: momentum_buffer is missing",
+    ),
     "a buffer of another shape": (
         change("trainer", "optimizer", "state", 0, "momentum_buffer", to=torch.ones(5)),
         r"optimizer, parameter 0: momentum_buffer is float32 \[5\]",
     ),
-    "a buffer of no parameter": (change("trainer", "optimizer", "state", 99, to={}), "KeyError: 99"),
+    "a buffer of no parameter": (
+        change("trainer", "optimizer", "state", 99, to={}),
+        r"optimizer: has parameters \[99\] that the network has not",
+    ),
     "a small rng": (change("trainer", "rng", to=[(torch.zeros(7, dtype=torch.uint8), None)]), "RNG"),
     "an rng of zeros": (change("trainer", "rng", to=[(torch.zeros(5056, dtype=torch.uint8), None)]), "damaged"),
     "the rng of two processes": (change("trainer", "rng", to=[(), ()]), "rng of 2 processes, expected 1"),
@@ -135,14 +156,21 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "damaged",
     ),
     "beta nan": (change("trainer", "beta", to=float("nan")), "beta is nan"),
+    "beta of a tensor": (change("trainer", "beta", to=torch.tensor(0.1)), r"beta is tensor\(0.1"),
+    "beta of truth": (change("trainer", "beta", to=True), "beta is True"),
     "first loss": (change("trainer", "first_loss", to=torch.ones(3)), r"first_loss is .*float32 \[3\]"),
     "kernels": (change("trainer", "kernels_at_start", to={"a": torch.ones(3)}), "kernels_at_start: "),
     "a row": (change("progress", "history", 0, to={"epoch": 1}), "the results of epoch 1 are"),
     "a row of nan": (change("progress", "history", 0, "cs", to=float("nan")), "the results of epoch 1 are"),
+    "a row of a tensor": (change("progress", "history", 0, "seconds", to=torch.tensor(1.0)), "the results of epoch 1"),
+    "an epoch of a tensor": (change("progress", "history", 0, "epoch", to=torch.tensor(1)), "the results of epoch 1"),
+    "a turn of a tensor": (change("progress", "layers", 0, "turned", to=torch.tensor(1.0)), "a row of layers is"),
     "layers that are no list": (change("progress", "layers", to=()), "the results are a list and a tuple"),
     "rows that are no list": (change("progress", "history", to=7), "damaged"),
     "a row of layers": (change("progress", "layers", 0, to={}), "a row of layers is"),
     "fm_corr": (change("progress", "fm_corr_start", to={"a": torch.ones(2)}), "damaged"),
+    "fm_corr of a tensor": (change("progress", "fm_corr_start", to={"a": torch.tensor(0.5)}), "fm_corr_start is"),
+    "fm_corr of a tuple": (change("progress", "fm_corr_start", to={("a", "b"): 0.5}), "fm_corr_start is"),
     "arguments": (change("arguments", to=[1]), "expected the arguments of a run"),
 }
 
@@ -224,3 +252,46 @@ def test_damaged_weights_are_moved_to_a_free_name(run: Run) -> None:
     assert len(caught) == 1
     assert (run.folder / "best.safetensors.damaged").read_text() == "first rescue"
     assert (run.folder / "best.safetensors.damaged.1").read_text() == "torn"
+
+
+GROUPS = {"lr": 5.0, "maximize": True, "amsgrad": True, "differentiable": True, "betas": None, "fused": "x", 7: None}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimizer_s_settings_are_those_of_the_verified_arguments(optimizer: str, tmp_path: Path) -> None:
+    momentum = 0.9 if optimizer == "sgd" else 0.0
+    runs = [create_run(replace(SMALL, optimizer=optimizer, momentum=momentum), tmp_path, name) for name in "ab"]
+    for run in runs:
+        train_run(replace(run, arguments=replace(run.arguments, epochs=1)))
+    state = torch.load(runs[1].folder / "state.pt", weights_only=True)
+    state["trainer"]["optimizer"]["param_groups"][0] |= GROUPS
+    torch.save(state, runs[1].folder / "state.pt")
+    for run in runs:
+        train_run(run)
+    whole, resumed = ((run.folder / "last.safetensors").read_bytes() for run in runs)
+    assert resumed == whole
+
+
+class Unused(nn.Sequential):
+    """A network with a frozen parameter, and one that its logits do not depend on."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, classes))
+        self.unused, self.frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
+
+
+@pytest.mark.parametrize("lost", [None, 2])
+def test_a_network_resumes_without_state_of_parameters_that_do_not_train(
+    lost: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("unused_networks")
+    module.build = lambda num_classes: Unused(num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unused_networks", module)
+    run = create_run(replace(SMALL, arch="unused_networks:build"), tmp_path, "one")
+    train_run(run)
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    assert sorted(state["trainer"]["optimizer"]["state"]) == [2, 3, 4, 5]
+    state["trainer"]["optimizer"]["state"].pop(lost, None)
+    torch.save(state, run.folder / "state.pt")
+    with nullcontext() if lost is None else pytest.raises(InputError, match="parameter 2: momentum_buffer is missing"):
+        assert train_run(open_run(run.folder, epochs=3))["epochs"] == 3
