@@ -78,6 +78,7 @@ class _Hooks:
         if self._start is not None:
             watched = self._monitor.state()
             self._monitor.load_state({name: was for name, was in self._start.items() if name in watched})
+            self._start = None  # the next training begins with its own
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 and self._is_measured(trainer) and self._images is None:

@@ -131,6 +131,15 @@ def test_a_resumed_training_counts_turns_from_its_start(package: Any, tmp_path: 
     assert logged(tmp_path / "rest")[-1] == pytest.approx(logged(tmp_path / "whole")[-1], rel=1e-3)
 
 
+def test_a_training_after_a_resumed_one_counts_turns_from_its_own_start(package: Any, tmp_path: Path) -> None:
+    callback = make(measure_every=0)
+    trainer = train(package, network(package), callback, tmp_path / "a", max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train(package, network(package), callback, tmp_path / "b", ckpt_path=tmp_path / "a.ckpt")
+    train(package, network(package, lr=1e-9), callback, tmp_path / "c")
+    assert logged(tmp_path / "c")[-1]["turned/layers.2.weight"] < 1
+
+
 def test_a_module_without_forward_is_named_with_what_to_do(package: Any, tmp_path: Path) -> None:
     module = network(package)
     type(module).forward = package.LightningModule.forward
