@@ -166,7 +166,12 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
             if kernel.name in shrunk:
                 weight.copy_(rescale_to(kernel, weight, shrunk[kernel.name]))
             if settings.factor is not None:
-                weight.mul_(settings.factor)
+                smallest = torch.finfo(weight.dtype).tiny if weight.any() else 0  # below it, a weight loses its digits
+                if not smallest <= weight.mul_(settings.factor).abs().max() < torch.inf:
+                    raise InputError(
+                        f"`factor` {settings.factor}: the weights of {kernel.name} leave the range of {weight.dtype}; "
+                        "choose a factor nearer to 1"
+                    )
         if method and method.of_maps:
             called = {record["name"] for record in method.of_maps(model, selection.kernels, images(), advance)}
             if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:

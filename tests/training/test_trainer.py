@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_rescale_by_a_factor_scales_every_filter_and_minimizes_nothing() -> None
     assert prepare_(scaled, Arguments(mode="rescale", factor=0.25)) == []
     for before, after in zip(fresh.parameters(), scaled.parameters(), strict=True):
         assert torch.equal(after, before / 4 if before.ndim == 4 else before)
+
+
+@pytest.mark.parametrize("factor", [1e-320, 1e-40, 1e39, 1e300])
+def test_a_factor_beyond_the_range_of_the_weights_is_refused(factor: float) -> None:
+    model, fresh = build_network("cnn:8"), build_network("cnn:8")
+    torch.nn.init.zeros_(model[0].weight)  # zero by itself, which no factor changes
+    torch.nn.init.zeros_(fresh[0].weight)
+    with pytest.raises(InputError, match=rf"`factor` {re.escape(str(factor))}: .* weights .*float32"):
+        prepare_(model, Arguments(mode="rescale", factor=factor))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("method", ["orthogonal", "decorrelate"])
