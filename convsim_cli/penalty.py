@@ -39,6 +39,8 @@ from convsim_cli.objectives import OBJECTIVES, Objective, Value, find_objective,
 from convsim_cli.precision import full_precision
 from convsim_cli.similarity import normalized_gradient
 
+LARGEST_BETA = 3.4e38  # in float32
+
 
 class ConvSimPenalty:
     """An objective, summed over a model's convolutions: `loss = task_loss + beta * penalty()`.
@@ -221,8 +223,8 @@ def _check_beta(beta: float | Tensor) -> None:
             f"`beta` {beta!r}: expected a number or a tensor of one value; `ConvSimPenalty.gradient_ratio` helps to "
             "choose it"
         )
-    if not 0 <= float(beta) < math.inf:
-        raise InputError(f"`beta` is {float(beta)}; expected a finite number ≥ 0")
+    if not 0 <= float(beta) <= LARGEST_BETA:
+        raise InputError(f"`beta` is {float(beta)}; expected a finite number ≥ 0, at most {LARGEST_BETA:g}")
 
 
 def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None:

@@ -434,7 +434,7 @@ def test_a_weight_that_is_no_parameter_is_refused() -> None:
         penalty()
 
 
-@pytest.mark.parametrize("beta", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.ones(2)])
+@pytest.mark.parametrize("beta", [-0.1, float("nan"), float("inf"), 4e38, torch.tensor(-1.0), torch.ones(2)])
 def test_a_beta_that_is_no_weight_is_refused_and_changes_nothing(beta: float | Tensor) -> None:
     model = two_layers()
     with pytest.raises(InputError, match="`beta`"):

@@ -96,6 +96,7 @@ class Arguments:
         "Method",
         metavar="X|auto",
         common=True,
+        most=3.4e38,  # in float32
     )
     beta_schedule: Literal["constant", "loss"] = setting(
         "constant", "Keep beta constant, or lower it with the task loss.", "Method"

@@ -29,7 +29,7 @@ from convsim_cli.device import Advance, generator_states, restore_generators, sy
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, RankZeroFailedError
 from convsim_cli.inputs.images import Dataset, Split, evaluation_batch, evaluation_totals
 from convsim_cli.kernels import is_convolution
-from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
+from convsim_cli.penalty import LARGEST_BETA, ConvSimPenalty, SimilarityHold
 from convsim_cli.precision import full_precision, tf32
 from convsim_cli.rotation import TurnMonitor
 from convsim_cli.training.config import MODES, Arguments
@@ -146,7 +146,7 @@ class Trainer:
         if len(state["rng"]) != self.processes.size:
             raise ValueError(f"rng of {len(state['rng'])} processes, expected {self.processes.size}")
         on_cpu, on_device, *others = state["rng"][self.processes.rank]
-        if beta is not None and not (type(beta) in (int, float) and 0 <= beta < math.inf):
+        if beta is not None and not (type(beta) in (int, float) and 0 <= beta <= LARGEST_BETA):
             raise ValueError(f"beta is {beta!r:.80}")
         check_tensors(state["model"], self.model.state_dict(), "model")
         check_tensors(kernels, self.turned.state() if kernels else {}, "kernels_at_start")

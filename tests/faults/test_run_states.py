@@ -157,6 +157,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "beta nan": (change("trainer", "beta", to=float("nan")), "beta is nan"),
     "beta of a tensor": (change("trainer", "beta", to=torch.tensor(0.1)), r"beta is tensor\(0.1"),
+    "beta beyond float32": (change("trainer", "beta", to=1e300), r"beta is 1e\+300"),
     "beta of truth": (change("trainer", "beta", to=True), "beta is True"),
     "first loss": (change("trainer", "first_loss", to=torch.ones(3)), r"first_loss is .*float32 \[3\]"),
     "kernels": (change("trainer", "kernels_at_start", to={"a": torch.ones(3)}), "kernels_at_start: "),

@@ -377,8 +377,9 @@ def test_training_and_evaluation_are_compiled_once_for_all_seeds(
     [
         ({"epochs": 0}, "`epochs` 0: expected a whole number above 0"),
         ({"lr": -1.0}, "`lr` -1.0: expected a number above 0"),
-        ({"beta": -0.1}, "`beta` -0.1: expected auto or a number of 0 or above"),
-        ({"mode": "reg", "beta": "atuo"}, "`beta` atuo: expected auto or a number of 0 or above"),
+        ({"beta": -0.1}, "`beta` -0.1: expected auto or a number from 0 to 3.4e.38"),
+        ({"mode": "reg", "beta": "atuo"}, "`beta` atuo: expected auto or a number from 0 to 3.4e.38"),
+        ({"mode": "reg", "beta": 1e300}, "`beta` 1e.300: expected auto or a number from 0 to 3.4e.38"),
         ({"beta": "auto"}, "`beta` auto requires `mode` reg, init.reg, got `mode` baseline"),
         ({"rescale": True}, "`rescale` requires `mode` init, init.reg, got `mode` baseline"),
         ({"mode": "init", "rescale": True}, "`rescale` has no effect after raw `method` cs; add `preserve_norm`"),
