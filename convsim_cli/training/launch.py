@@ -116,19 +116,20 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
     stem = name or plain_name(f"{arguments.arch}-{arguments.label}-s{arguments.seed}")
     check_name(stem)
     make_folder(run_dir)
-    run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
+    with locked(run_dir, wait=True):
+        run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
     return run or _refuse_taken(run_dir / stem, arguments)
 
 
 def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:
-    """Create the first of these folders that does not exist; None if all of them do."""
+    """Create the first of these folders that is free, with `run_dir` locked; None if none of them is."""
     arguments = identified(arguments)
     for name in names:
         folder = run_dir / name
-        try:
-            folder.mkdir()
-        except FileExistsError:
+        if not is_free(folder):
             continue
+        try:
+            folder.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: cannot be created ({error.strerror})") from error
         run, made = Run(folder, arguments), folder.stat()
@@ -141,6 +142,13 @@ def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str])
     return None
 
 
+def is_free(folder: Path) -> bool:
+    """Return whether a run can have a folder: there is nothing of its name, or it is empty, as a kill may leave it."""
+    with suppress(OSError):  # no folder, or one that cannot be looked into
+        return not os.path.lexists(folder) or not (folder.is_symlink() or any(folder.iterdir()))
+    return False
+
+
 def remove_unsaved(run: Run, made: os.stat_result, keep_parent: bool) -> None:
     """Remove a run's folder that contains at most its arguments, and its parent if that is empty too.
 
@@ -150,9 +158,9 @@ def remove_unsaved(run: Run, made: os.stat_result, keep_parent: bool) -> None:
         return
     if all(path.name == ARGUMENTS_FILE for path in run.folder.iterdir()):
         (run.folder / ARGUMENTS_FILE).unlink(missing_ok=True)
-        run.folder.rmdir()
-        if not keep_parent:
-            with suppress(OSError):  # not empty
+        with suppress(OSError):  # not empty, or something is mounted there
+            run.folder.rmdir()
+            if not keep_parent:
                 run.folder.parent.rmdir()
 
 
@@ -164,7 +172,7 @@ def free_stem(arguments: Arguments, run_dir: Path, name: str | None, seeds: Iter
     stem = name or plain_name(f"{arguments.arch}-{arguments.label}")
     check_name(stem)
     for candidate in [stem] if name else numbered(stem):
-        taken = [folder for seed in seeds if (folder := run_dir / f"{candidate}-s{seed}").exists()]
+        taken = [folder for seed in seeds if not is_free(folder := run_dir / f"{candidate}-s{seed}")]
         if not taken:
             return candidate
     return _refuse_taken(taken[0], arguments)
@@ -191,7 +199,8 @@ def check_name(name: str) -> None:
 
 def _refuse_taken(folder: Path, arguments: Arguments) -> NoReturn:
     command = train_command("resume", folder, to_repeat(arguments.arch, arguments.weights))
-    raise InputError(f"{folder} already exists; resume it with: {command}, or choose another `name`")
+    resume = f"resume it with: {command}, or " if os.access(folder / ARGUMENTS_FILE, os.R_OK) else ""
+    raise InputError(f"{folder} already exists; {resume}choose another `name`")
 
 
 def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:

@@ -434,6 +434,27 @@ def test_a_failed_run_deletes_no_folder_but_its_own(kind: str, tmp_path: Path) -
     assert (tmp_path / "a" / "args.json").exists() == (kind == "replaced")
 
 
+def test_an_empty_folder_becomes_a_run_s(tmp_path: Path) -> None:
+    for name in ("a", "b-s0", "b-s1"):
+        (tmp_path / name).mkdir()
+    assert run_command(small("--run-dir", str(tmp_path), "--name", "a")) == 0
+    assert run_command(small("--run-dir", str(tmp_path), "--name", "b", "--seeds", 2)) == 0
+    assert all(read_results(tmp_path / name) for name in ("a", "b-s0", "b-s1"))
+
+
+def test_a_folder_that_is_no_run_s_is_not_to_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("text")
+    (tmp_path / "b").write_text("text")
+    (tmp_path / "c").symlink_to(tmp_path / "nowhere")
+    for name in ("a", "b", "c"):
+        with pytest.raises(InputError, match=rf"{name} already exists; choose another `name`$"):
+            create_run(SMALL, tmp_path, name)
+    create_run(SMALL, tmp_path, "d")
+    with pytest.raises(InputError, match=r"d already exists; resume it with: convsim train --resume .*/d, or choose"):
+        create_run(SMALL, tmp_path, "d")
+
+
 def test_a_run_that_is_interrupted_before_its_first_save_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
