@@ -261,9 +261,12 @@ def rows_with_turns(run: RunResults) -> list[Row]:
     except InputError as error:
         layers = []
         warnings.warn(f"rotation is omitted: {error}", ConvsimWarning, stacklevel=2)
+    by_epoch: dict[int, list[Row]] = {}
+    for layer in layers:
+        by_epoch.setdefault(layer["epoch"], []).append(layer)
     rows = []
     for row in run.rows:
-        own = [layer for layer in layers if layer["epoch"] == row["epoch"]]
+        own = by_epoch.get(row["epoch"], [])
         found = {key: [layer[key] for layer in own if layer[key] is not None] for key in ("turned", "turn_per_step")}
         rows.append({**row, **{key: median(values) if values else None for key, values in found.items()}})
     return rows

@@ -14,12 +14,14 @@ from conftest import Convsim
 
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.training.comparison import (
+    RunResults,
     compare_runs,
     group_by_seed,
     holm,
     mean_interval,
     p_value,
     read_runs,
+    rows_with_turns,
     student_quantile,
 )
 from convsim_cli.training.config import Arguments
@@ -314,6 +316,25 @@ def test_runs_on_other_test_images_are_tables_of_their_own(
 def test_a_number_out_of_range_is_an_error_that_names_it(wrong: dict[str, Any], runs: Path) -> None:
     with pytest.raises(InputError, match=f"`{next(iter(wrong))}` .*: expected a number"):
         compare_runs([runs], **wrong)
+
+
+def test_the_turns_of_many_epochs_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = 0
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            nonlocal looked_at
+            looked_at += key == "epoch"
+            return super().__getitem__(key)
+
+    layers = [
+        Watched(epoch=n, layer=f"{n}", turned=n + layer, turn_per_step=None) for n in range(50) for layer in range(3)
+    ]
+    monkeypatch.setattr("convsim_cli.training.comparison.read_layers", lambda _: layers)
+    rows = rows_with_turns(RunResults(tmp_path, BASE, [{"epoch": epoch} for epoch in range(51)]))
+    assert rows[7] == {"epoch": 7, "turned": 8, "turn_per_step": None}
+    assert rows[50] == {"epoch": 50, "turned": None, "turn_per_step": None}
+    assert looked_at <= 2 * len(layers)
 
 
 def test_a_run_that_is_named_twice_counts_once(runs: Path) -> None:
