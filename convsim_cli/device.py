@@ -28,6 +28,7 @@ Step = Callable[[], None]
 WARM_UP = 3  # iterations before the recording of a graph: whatever is created once must exist by then
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _LARGE = 1 << 20  # bytes
+LARGEST_TEXT = 100_000_000  # bytes of a JSON or CSV file: read, it takes several times as much
 
 
 def resolve_device(name: str) -> torch.device:
@@ -186,10 +187,17 @@ def unreported(_: str, __: int) -> AbstractContextManager[Advance]:
     return nullcontext(lambda _: None)
 
 
+def read_bounded(path: Path) -> bytes:
+    """Return the content of a JSON or CSV file. Raises OSError, and ValueError for one too large to be convsim's."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST_TEXT:
+            raise ValueError(f"it has {size:,} bytes; expected at most {LARGEST_TEXT:,}")
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises OSError, and ValueError for damage."""
     try:
-        with open_regular(path) as file:
-            return json.loads(file.read(), object_pairs_hook=no_name_twice)
+        return json.loads(read_bounded(path), object_pairs_hook=no_name_twice)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

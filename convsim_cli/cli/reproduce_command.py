@@ -294,11 +294,13 @@ class CampaignScreen:
 
 def _check_output(name: str, run_dir: Path) -> None:
     """Raise InputError, before any work is done, where RUN_DIR/NAME.json or .png is not one of this command's."""
+    from convsim_cli.device import read_bounded
+
     document = run_dir / f"{name}.json"
     check_regular(document, "a document of convsim reproduce")
     if document.exists():
         try:
-            found = json.loads(document.read_bytes() or "{}")
+            found = json.loads(read_bounded(document) or "{}")
             is_ours = found == {} or found["command"] == "reproduce"
         except (OSError, ValueError, RecursionError, TypeError, KeyError):
             is_ours = False

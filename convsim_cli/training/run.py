@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.atomic import check_folder, check_regular, free_names, replace_file
 from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
-from convsim_cli.device import Progress, open_regular, read_json, seed_generators, unreported
+from convsim_cli.device import Progress, open_regular, read_bounded, read_json, seed_generators, unreported
 from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, to_install
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
@@ -437,8 +437,7 @@ def _read_csv(path: Path, known: Sequence[tuple[str, ...]]) -> list[dict[str, st
 
     So does a row of another length, and a table that does not end in a line break: its last number may be cut.
     """
-    with open_regular(path) as file:
-        text = file.read().decode("utf-8-sig")  # editors may add a mark
+    text = read_bounded(path).decode("utf-8-sig")  # editors may add a mark
     head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     if tuple(head) not in known:
         raise ValueError(f"its first line is not {','.join(known[0])}")

@@ -223,6 +223,21 @@ def test_files_that_cannot_be_read_say_why_without_their_path(run: Run) -> None:
         train_run(run)
 
 
+def test_huge_tables_and_arguments_are_never_read_into_memory(run: Run, convsim: Convsim) -> None:
+    commands = {
+        "args.json": [["train", "--resume", run.folder], ["train", "--config", run.folder / "args.json"]],
+        "results.csv": [["compare", run.folder]],
+    }
+    for name, read in (("args.json", open_run), ("results.csv", read_results), ("layers.csv", read_layers)):
+        whole = (run.folder / name).read_bytes()
+        os.truncate(run.folder / name, 100_000_001)
+        with pytest.raises(InputError, match=rf"{name}: .*100,000,001 bytes; expected at most 100,000,000"):
+            read(run.folder)
+        for command in commands.get(name, []):
+            assert "expected at most 100,000,000" in convsim(*command).error
+        (run.folder / name).write_bytes(whole)
+
+
 def test_a_table_that_an_editor_saved_with_a_byte_order_mark_is_read(run: Run) -> None:
     rows, layers = read_results(run.folder), read_layers(run.folder)
     for name in ("results.csv", "layers.csv"):
