@@ -8,6 +8,7 @@ here imports torch, so that `--help` is quick.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -75,6 +76,10 @@ class Declaration:
         fits = self.has_type(value)
         if "\0" in str(value):
             raise InputError(f"`{self.name}` {value!r}: contains a NUL character")
+        try:
+            os.fsencode(str(value))
+        except UnicodeEncodeError as error:  # of half a character; bytes of a path that are no text can be encoded
+            raise InputError(f"`{self.name}` {value!r}: contains a character that no file name can have") from error
         if fits and isinstance(value, str):
             fits = not self.choices or value in self.choices
         elif fits and isinstance(value, int | float) and not isinstance(value, bool):

@@ -448,6 +448,18 @@ def test_arguments_with_a_NUL_are_refused(run: Run) -> None:  # noqa: N802
             open_run(run.folder)
 
 
+def test_arguments_that_no_file_can_be_named_by_are_refused(run: Run, convsim: Convsim) -> None:
+    path = run.folder / "args.json"
+    for name in ("arch", "dataset", "data_dir", "weights", "mean"):
+        path.write_text(json.dumps(asdict(SMALL) | {name: "a\ud800b"}))
+        for command in (["train", "--resume", run.folder], ["train", "--config", path]):
+            assert "'a\\ud800b': holds a character" in convsim(*command).error
+    path.write_text(json.dumps({"\ud800": 1}))
+    assert r"unknown arguments \ud800" in convsim("train", "--config", path).error
+    path.write_text(json.dumps(asdict(SMALL) | {"data_dir": os.fsdecode(b"a\xff")}))
+    assert open_run(run.folder).arguments.data_dir == "a\udcff"
+
+
 def test_a_network_too_large_for_the_memory_is_said_to_be(tmp_path: Path, convsim: Convsim) -> None:
     outcome = convsim("train", "--dataset", "digits", "--arch", "cnn:9999999", "--run-dir", tmp_path)
     assert (outcome.code, "not enough memory (" in outcome.error) == (1, True)
