@@ -120,6 +120,7 @@ class ConvSimPenalty:
         call of the penalty; all gradients are then unchanged.
         """
         _check_beta(beta)
+        beta = beta if isinstance(beta, Tensor) else float(beta)  # torch takes whole numbers of 64 bits alone
         own, behind = self._contributions(beta, preserve_norm)
         for parameter in [kept for kept in own if kept._backward_hooks or kept._post_accumulate_grad_hooks]:
             dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
@@ -223,8 +224,9 @@ def _check_beta(beta: float | Tensor) -> None:
             f"`beta` {beta!r}: expected a number or a tensor of one value; `ConvSimPenalty.gradient_ratio` helps to "
             "choose it"
         )
-    if not 0 <= float(beta) <= LARGEST_BETA:
-        raise InputError(f"`beta` is {float(beta)}; expected a finite number ≥ 0, at most {LARGEST_BETA:g}")
+    value = beta.item() if isinstance(beta, Tensor) else beta
+    if not 0 <= value <= LARGEST_BETA:
+        raise InputError(f"`beta` is {value}; expected a finite number ≥ 0, at most {LARGEST_BETA:g}")
 
 
 def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None:

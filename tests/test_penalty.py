@@ -434,12 +434,27 @@ def test_a_weight_that_is_no_parameter_is_refused() -> None:
         penalty()
 
 
-@pytest.mark.parametrize("beta", [-0.1, float("nan"), float("inf"), 4e38, torch.tensor(-1.0), torch.ones(2)])
+@pytest.mark.parametrize(
+    "beta",
+    [-0.1, float("nan"), float("inf"), 4e38, pytest.param(10**400, id="10^400"), torch.tensor(-1.0), torch.ones(2)],
+)
 def test_a_beta_that_is_no_weight_is_refused_and_changes_nothing(beta: float | Tensor) -> None:
     model = two_layers()
     with pytest.raises(InputError, match="`beta`"):
         ConvSimPenalty(model).add_gradient_(beta)
     assert not grown(model)
+
+
+def test_a_large_whole_number_is_a_beta_like_any_other() -> None:
+    whole, real = two_layers(), two_layers()
+    real.load_state_dict(whole.state_dict())
+    ConvSimPenalty(whole).add_gradient_(10**30)
+    ConvSimPenalty(real).add_gradient_(1e30)
+    assert all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(whole.parameters(), real.parameters(), strict=True)
+        if a.grad is not None
+    )
 
 
 @pytest.mark.parametrize("beta", [1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
