@@ -323,7 +323,10 @@ def test_patterns_choose_the_layers() -> None:
     ("spoil", "message"),
     [
         (lambda model, inputs: model[4].weight.data.fill_(torch.nan), r"4\.weight .* values are NaN or Inf"),
-        (lambda model, inputs: inputs[3, 0, 2].fill_(torch.inf), r"0\.weight: its feature maps on these `images` hold"),
+        (
+            lambda model, inputs: inputs[3, 0, 2].fill_(torch.inf),
+            r"0\.weight: its feature maps on these `images` contain",
+        ),
         (lambda model, inputs: model[1].weight.data.fill_(torch.nan), r"4\.weight: its feature maps on these `images`"),
     ],
     ids=["kernel", "images", "batch norm"],

@@ -66,8 +66,11 @@ class Dataset:
     layout: torch.memory_format = torch.channels_last
 
     def __post_init__(self) -> None:
-        scale, shift = scale_and_shift(self.mean, self.std, torch.device("cpu"))
-        if not ((scale > 0).all() and shift.isfinite().all() and (255 * scale + shift).isfinite().all()):
+        largest = torch.finfo(torch.float32).max
+        scales = [
+            (1 / (255 * std), (1 + abs(mean)) / std) for mean, std in zip(self.mean, self.std, strict=True) if std
+        ]
+        if len(scales) < len(self.std) or not all(0 < scale < largest and end < largest for scale, end in scales):
             mean, std = (",".join(map(str, values)) for values in (self.mean, self.std))
             raise InputError(
                 f"`mean` {mean} and `std` {std}: images normalized by these contain NaN or Inf; expected numbers on a "

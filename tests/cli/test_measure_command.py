@@ -288,7 +288,7 @@ def test_a_sum_that_float64_cannot_hold_is_null_and_said(tmp_path: Path, convsim
         assert convsim("measure", path, "--json").document["total"] == {"cs": None}, name
         assert f"{name}.safetensors: L_CS beyond float64 (input: white)" in convsim("measure", path).err
         assert convsim("init", path, "--dry-run", "--json").document["total"] == {"before": None}
-        assert "L_CS beyond float64; a dry run" in convsim("init", path, "--dry-run").err
+        assert "L_CS beyond float64; dry run" in convsim("init", path, "--dry-run").err
         made = convsim("init", path, "--method", "orthogonal", "-o", tmp_path / "o.safetensors")
         assert "does not minimize L_CS (beyond float64 → beyond float64)" in made.err
 

@@ -145,7 +145,7 @@ def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, c
         (["--mode", "init", "--method", "dtc"], "--method dtc: expected cs, "),
         (["--mode", "reg", "--method", "kernel"], "--method requires --mode init, init+reg, got --mode reg"),
         (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
-        (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number of 0 or above"),
+        (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number from 0 to 3.4e+38"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--dataset", "digits", "--arch", "cnn:1"], "no convolution kernels"),

@@ -145,7 +145,7 @@ def test_a_damaged_header_is_not_encoded_again(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "model.safetensors"
     path.write_bytes(made(b'{"a": [' + b"[], " * 1000 + b"[]]}"))
     monkeypatch.setattr(json, "dumps", lambda *_, **__: pytest.fail("encoded"))
-    with pytest.raises(ConvsimError, match="'a' is of the unknown type"):
+    with pytest.raises(ConvsimError, match="'a' has the unknown dtype"):
         open_checkpoint(path)
 
 

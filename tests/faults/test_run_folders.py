@@ -453,9 +453,9 @@ def test_arguments_that_no_file_can_be_named_by_are_refused(run: Run, convsim: C
     for name in ("arch", "dataset", "data_dir", "weights", "mean"):
         path.write_text(json.dumps(asdict(SMALL) | {name: "a\ud800b"}))
         for command in (["train", "--resume", run.folder], ["train", "--config", path]):
-            assert "'a\\ud800b': holds a character" in convsim(*command).error
+            assert "'a\\ud800b': contains a character" in convsim(*command).error
     path.write_text(json.dumps({"\ud800": 1}))
-    assert r"unknown arguments \ud800" in convsim("train", "--config", path).error
+    assert r"unknown argument \ud800" in convsim("train", "--config", path).error
     path.write_text(json.dumps(asdict(SMALL) | {"data_dir": os.fsdecode(b"a\xff")}))
     assert open_run(run.folder).arguments.data_dir == "a\udcff"
 

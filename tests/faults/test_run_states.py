@@ -172,7 +172,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "fm_corr": (change("progress", "fm_corr_start", to={"a": torch.ones(2)}), "damaged"),
     "fm_corr of a tensor": (change("progress", "fm_corr_start", to={"a": torch.tensor(0.5)}), "fm_corr_start is"),
     "fm_corr of a tuple": (change("progress", "fm_corr_start", to={("a", "b"): 0.5}), "fm_corr_start is"),
-    "arguments": (change("arguments", to=[1]), "expected the arguments of a run"),
+    "arguments": (change("arguments", to=[1]), "expected a run's arguments"),
 }
 
 

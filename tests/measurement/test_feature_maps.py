@@ -5,6 +5,7 @@ import torch
 from references import literal_correlation, literal_effective_rank, literal_fm_corr, literal_map_figures
 from torch import Tensor
 
+from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement import feature_maps
 from convsim_cli.measurement.feature_maps import LayerMaps, MapMoments, PaperSimilarity, mean_correlation
@@ -151,12 +152,13 @@ def test_calls_at_several_sizes_all_count() -> None:
     assert paper.fm_cos == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_map_that_is_not_finite_gives_null_and_is_not_dead() -> None:
+def test_a_map_that_is_not_finite_is_an_error_and_not_dead() -> None:
     weight, maps = torch.randn(3, 2, 3, 3), torch.randn(2, 3, 4, 4)
     maps[0, 1, 0, 0] = torch.inf
     kernel, found = layer_maps(weight, maps)
-    record = measure_layer(kernel, weight, found)
-    assert (record["fm_corr"], record["fm_rank"], record["removable"], record["dead"]) == (None, None, None, 0)
+    assert found.alive.all()
+    with pytest.raises(InputError, match="its feature maps on these inputs contain NaN or Inf"):
+        measure_layer(kernel, weight, found)
 
 
 def test_of_very_many_filters_a_seeded_sample_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
