@@ -24,7 +24,7 @@ from torch import Tensor
 from convsim_cli import __version__
 from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.checkpoints.diagnose import explained
-from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_hub
+from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_hub, path_of
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
@@ -38,7 +38,7 @@ from convsim_cli.networks.load import (
     load_inputs,
     open_model_checkpoint,
 )
-from convsim_cli.settings import InitOptions, path_of, with_signature_of
+from convsim_cli.settings import InitOptions, with_signature_of
 
 if TYPE_CHECKING:  # what most calls do not need
     from convsim_cli.measurement.synthetic import LayerProbe
@@ -106,9 +106,7 @@ def init_checkpoint(
     """
     chosen = InitOptions(**options)
     chosen.check()
-    for name, given in ("path", path), ("output", output):
-        if given is not None:
-            path_of(name, given)
+    output = None if output is None else path_of("output", output)
     groups = list((chosen.groups or {}).items())
     patterns = Patterns(chosen.include, chosen.exclude, groups, chosen.transposed, chosen.layout)
     in_place = path is not None and not is_on_hub(path)

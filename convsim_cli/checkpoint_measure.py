@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from math import ceil
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from convsim_cli.networks.load import (
     require_layer_inputs,
 )
 from convsim_cli.rotation import filter_angles, median_angle
-from convsim_cli.settings import MeasureOptions, path_of, with_signature_of
+from convsim_cli.settings import MeasureOptions, with_signature_of
 
 MAP_BATCH = 32  # images that a network runs on at once
 
@@ -65,6 +64,17 @@ class MeasureReport:
         return {key: getattr(self, key) for key in keys}
 
 
+@dataclass(frozen=True)
+class _Task:
+    """How checkpoints are measured: the user's options, and what the caller of `measure_checkpoints` decides."""
+
+    options: MeasureOptions
+    device: torch.device
+    progress: Progress
+    paper: bool
+    heat: bool
+
+
 @with_signature_of(MeasureOptions)
 def measure_checkpoint(
     path: str | PathLike[str] | None = None, *, progress: Progress = unreported, **options: Any
@@ -78,16 +88,14 @@ def measure_checkpoint(
     Warns about choices made when reading the file. Raises InputError for a file without kernels, a kernel
     with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
-    (report,) = measure_checkpoints(
-        [None if path is None else path_of("path", path)], MeasureOptions(**options), progress
-    )
+    (report,) = measure_checkpoints([path], MeasureOptions(**options), progress)
     for line in report.warnings:
         warnings.warn(line, stacklevel=3)
     return report
 
 
 def measure_checkpoints(
-    paths: Sequence[str | Path | None],
+    paths: Sequence[str | PathLike[str] | None],
     options: MeasureOptions,
     progress: Progress = unreported,
     *,
@@ -96,12 +104,12 @@ def measure_checkpoints(
 ) -> list[MeasureReport]:
     """Return a report per checkpoint; those of several have the changes from the first (`add_changes`).
 
-    Opens all of them before it measures the first. paper: whether to take the paper's figures of feature maps,
-    None otherwise. heat: whether to make heat maps. Errors as `measure_checkpoint`.
+    Opens all of them before it measures the first. paper: whether to compute the paper's figures of feature maps;
+    they are None otherwise. heat: whether to make heat maps. Errors as `measure_checkpoint`.
     """
     options.check()
     check_inputs(options)
-    device = resolve_device(options.device)
+    task = _Task(options, resolve_device(options.device), progress, paper, heat)
     groups = list((options.groups or {}).items())
     patterns = Patterns(options.include, options.exclude, groups, options.transposed, options.layout)
     sources = [
@@ -117,7 +125,7 @@ def measure_checkpoints(
         )
         for path in paths
     ]
-    reports = [_measure(source, options, paper, heat, device, progress) for source in sources]
+    reports = [_measure(source, task) for source in sources]
     if len(reports) > 1:
         reports[0].warnings += add_changes([report.document() for report in reports])
         for source, report in zip(sources[1:], reports[1:], strict=True):
@@ -138,33 +146,25 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
         layer["turned"] = median_angle(filter_angles(kernel, *weights))
 
 
-def _measure(
-    source: ModelCheckpoint, options: MeasureOptions, paper: bool, heat: bool, device: torch.device, progress: Progress
-) -> MeasureReport:
+def _measure(source: ModelCheckpoint, task: _Task) -> MeasureReport:
     skipped = [entry.record() for entry in source.selection.skipped]
-    report = MeasureReport(source.checkpoint.name, options.input, skipped=skipped, heat={} if heat else None)
+    report = MeasureReport(source.checkpoint.name, task.options.input, skipped=skipped, heat={} if task.heat else None)
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.name}:")
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):
         return_freed_memory()  # slower, but layers this wide then need half the memory
     if source.model is None:
-        _measure_layers(report, source, options, paper, device, progress)
+        _measure_layers(report, source, task)
     else:
         with redirect_stdout(sys.stderr):  # what a user's network prints is no data
-            _measure_network(report, source, options, paper, device, progress)
+            _measure_network(report, source, task)
     report.notes += _sample_notes(report.layers)
     report.total["cs"] = sum_cs(report.layers)
     return report
 
 
-def _measure_layers(
-    report: MeasureReport,
-    source: ModelCheckpoint,
-    options: MeasureOptions,
-    paper: bool,
-    device: torch.device,
-    progress: Progress,
-) -> None:
+def _measure_layers(report: MeasureReport, source: ModelCheckpoint, task: _Task) -> None:
+    options, device = task.options, task.device
     require_layer_inputs(options)
     checkpoint, kernels = source.checkpoint, source.selection.kernels
     for kernel in kernels:  # before any work is done
@@ -173,11 +173,11 @@ def _measure_layers(
     channels = {skipped.name: 0 for skipped in source.selection.skipped}  # no kernels to look at, but between others
     channels |= {kernel.name: kernel.channels for kernel in kernels}
     norms = batch_norms_before({name: info.shape for name, info in checkpoint.tensors.items()}, channels)
-    with progress(f"measure {checkpoint.name}", len(kernels)) as advance:
+    with task.progress(f"measure {checkpoint.name}", len(kernels)) as advance:
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)
             norm = _load_norm(checkpoint, norms[kernel.name], device) if kernel.name in norms else None
-            _add(report, options, kernel, weight, layer_probe.look(kernel, weight, norm, paper=paper))
+            _add(report, options, kernel, weight, layer_probe.look(kernel, weight, norm, paper=task.paper))
             advance(1)
 
 
@@ -191,19 +191,13 @@ def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> Batch
     return found[0], found[1]
 
 
-def _measure_network(
-    report: MeasureReport,
-    source: ModelCheckpoint,
-    options: MeasureOptions,
-    paper: bool,
-    device: torch.device,
-    progress: Progress,
-) -> None:
+def _measure_network(report: MeasureReport, source: ModelCheckpoint, task: _Task) -> None:
     from convsim_cli.inputs.images import measure_accuracy
     from convsim_cli.layers import layers_of
     from convsim_cli.measurement.network import Batches, record_feature_maps
 
     path, kernels, arch = source.checkpoint.name, source.selection.kernels, source.arch or ""
+    options, device, progress = task.options, task.device, task.progress
     assert source.model is not None
     model = source.model.to(device)
     with torch.no_grad():  # computed weights are then read as in evaluation mode
@@ -222,8 +216,9 @@ def _measure_network(
         progress(f"feature maps of {path}", len(images) * (2 if chosen == INPUTS else 1)) as advance,
     ):
         batches = Batches(images.tensor_split(count), device, advance)
-        how: dict[str, Any] = {"bn_statistics": chosen, "seed": options.seed, "paper": paper}
-        maps = record_feature_maps(model, kernels, batches, source.names, **how)
+        maps = record_feature_maps(
+            model, kernels, batches, source.names, bn_statistics=chosen, seed=options.seed, paper=task.paper
+        )
     with progress(f"measure {path}", len(kernels)) as advance:
         for kernel in kernels:
             of_layer = maps.pop(kernel.name)

@@ -44,7 +44,7 @@ from torch.nn.functional import normalize, pad
 
 from convsim_cli.batch_norm import batch_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import ConvsimError, InputError, is_out_of_memory, kind_of, model_failed
+from convsim_cli.errors import ConvsimError, InputError, describe_tensor, is_out_of_memory, kind_of, model_failed
 from convsim_cli.kernels import (
     VANISHED,
     Kernel,
@@ -331,7 +331,7 @@ def decorrelate_(
     except Exception as error:  # whatever a model's own code raises
         if isinstance(error, ConvsimError) or is_out_of_memory(error):
             raise
-        raise model_failed(f"{images.dtype} {list(images.shape)}", error) from error
+        raise model_failed(describe_tensor(images), error) from error
     called = {record["name"] for record in records}
     if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
         warnings.warn(f"skipped layers that the model does not call: {', '.join(uncalled)}", stacklevel=2)
@@ -348,9 +348,7 @@ def decorrelate_kernels_(
     if not images.numel():
         raise InputError("`images` is empty; expected a batch of at least one image")
     if not images.is_floating_point() or images.is_meta:
-        raise InputError(
-            f"`images` is {'meta ' * images.is_meta}{images.dtype} {list(images.shape)}; expected floating images"
-        )
+        raise InputError(f"`images` is {describe_tensor(images)}; expected floating images")
     weights = [weight_of(model, kernel) for kernel in kernels]
     check_finite(list(zip(kernels, weights, strict=True)))
     advance = advance or (lambda _: None)

@@ -114,9 +114,10 @@ def is_number(value: object, whole: bool = False) -> bool:
     if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
         return False
     try:
-        return whole or isinstance(float(value), float)
+        float(value)
     except OverflowError:
-        return False
+        return whole
+    return True
 
 
 def kind_of(value: object) -> str:
@@ -127,8 +128,13 @@ def kind_of(value: object) -> str:
     return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
 
 
+def describe_tensor(tensor: Any) -> str:
+    """Return a tensor's dtype and shape: "torch.float32 [2, 3]", after "meta" if it has no values."""
+    return f"{'meta ' * tensor.is_meta}{tensor.dtype} {list(tensor.shape)}"
+
+
 def model_failed(images: str, error: Exception) -> InputError:
-    """Return what to raise in place of a model's own error on images, described as `type [shape]`."""
+    """Return what to raise in place of a model's own error on images, described as by `describe_tensor`."""
     return InputError(
         f"the model fails on images {images} ({brief(error)}); expected a batch [B, C, …] that it accepts"
     )

@@ -104,9 +104,9 @@ def minimize_(
     iterations: a whole number ≥ 0. lr: step size, > 0; weights far below 1e-5 hardly change, because their gradients
     are below Adam's ε of 1e-8. preserve_norm: hold every filter at its own L2 norm. objective: `cs` (Eq. 10),
     `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. include, exclude: globs over names of kernels,
-    such as `layer1.*`. advance: called with the steps completed since the last call; each value of a
-    kernel takes one step per iteration. A record contains `name`, `shape`, `groups`, `assumed` and, under `before` and
-    `after`, `cs`, `ncs` and `norm`. Warns about layers that convsim cannot change (parametrized, lazy, of unknown
+    such as `layer1.*`. advance: called with the steps completed since the last call; each value of a kernel takes one
+    step per iteration. A record contains `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`,
+    `ncs` and `norm`. Warns about layers that convsim cannot change (parametrized, lazy, of unknown
     types), and about a model without kernels. Raises InputError for settings out of range, a pattern that matches
     nothing, a sharded weight and a kernel with NaN or Inf, and DivergedError for a loss that stops being finite; the
     model is then untouched.

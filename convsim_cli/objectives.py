@@ -36,7 +36,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from convsim_cli.errors import InputError, did_you_mean, kind_of
+from convsim_cli.errors import InputError, describe_tensor, did_you_mean, kind_of
 from convsim_cli.precision import Differentiable, Taps, constant, full_precision
 from convsim_cli.similarity import (
     convolve,
@@ -137,7 +137,7 @@ def make_objective(function: Value) -> Objective:
         with full_precision(filters.device):
             found = function(filters, taps)
         if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
-            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            kind = describe_tensor(found) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"`objective` {name}: returned {kind}; expected a real scalar tensor")
         if filters.requires_grad and torch.is_grad_enabled() and not found.requires_grad:
             raise InputError(f"`objective` {name}: its value does not depend on the filters differentiably")

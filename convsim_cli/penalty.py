@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError, is_number
+from convsim_cli.errors import InputError, describe_tensor, is_number
 from convsim_cli.kernels import (
     VANISHED,
     Kernel,
@@ -215,8 +215,7 @@ def _to_objective(objective: str | Value) -> Objective:
 def _check_beta(beta: float | Tensor) -> None:
     if isinstance(beta, Tensor):
         if beta.numel() != 1 or beta.is_complex() or beta.is_meta or beta.layout != torch.strided:
-            kind = f"{'meta ' * beta.is_meta}{beta.dtype} {list(beta.shape)}"
-            raise InputError(f"`beta` is a {kind} tensor; expected one real number")
+            raise InputError(f"`beta` is a {describe_tensor(beta)} tensor; expected one real number")
         if beta.device.type != "cpu":
             return
     elif not is_number(beta):

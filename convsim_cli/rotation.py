@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsim_cli.errors import InputError, is_number, kind_of
+from convsim_cli.errors import InputError, describe_tensor, is_number, kind_of
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -138,7 +138,7 @@ class TurnMonitor:
             raise InputError(f"`state` is {kind_of(state)}; expected what `state()` returned")
         weights = {kernel.name: self._weight(kernel) for kernel in self._kernels}
         for name, was in state.items():
-            found = f"{was.dtype} {list(was.shape)}" if isinstance(was, Tensor) else kind_of(was)
+            found = describe_tensor(was) if isinstance(was, Tensor) else kind_of(was)
             if not isinstance(was, Tensor) or name not in weights or was.shape != weights[name].shape:
                 raise InputError(f"`state` is of another network: it contains {name}, {found}")
             if not was.is_floating_point() or was.is_meta or was.layout != torch.strided:

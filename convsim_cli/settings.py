@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, signature
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -115,15 +115,6 @@ class Declaration:
 def setting(default: Any, help: str, group: str | None = None, **more: Any) -> Any:
     """Declare a field. help, group and the rest: as in `Declaration`."""
     return field(default=default, metadata={"help": help, "group": group, **more})
-
-
-def path_of(name: str, value: object) -> str:
-    """Return a path, given as the argument `name`, as a string; raise InputError for what is none."""
-    if isinstance(value, str | PathLike):
-        path = fspath(value)
-        if isinstance(path, str) and path and "\0" not in path:
-            return path
-    raise InputError(f"`{name}` is {value!r}; expected a path")
 
 
 @cache

@@ -100,7 +100,7 @@ def free_names(names: Collection[Path]) -> list[Path]:
             name.lstat()
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                raise InputError(f"{name}: too long a name to keep the old file under; rename that file") from error
+                raise InputError(f"{name}: the name of the backup is too long; shorten the name of the file") from error
     return found
 
 

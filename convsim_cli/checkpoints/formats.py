@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from importlib import import_module
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote
@@ -101,7 +102,7 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | PathLike[str], key: str | None = None, *, for_writing: bool = False) -> Checkpoint:
     """Open a checkpoint: a file of any known format, a folder that holds one checkpoint, or `hf://owner/repo`.
 
     A checkpoint on the Hub is downloaded, into the cache of huggingface_hub, unless it is there. After the repository
@@ -112,10 +113,10 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
     an interrupted save first; otherwise it is an error. Raises CheckpointError, in one line that says what was found
     and what to do, for anything that is not a checkpoint.
     """
-    name = str(path)
+    name = path_of("path", path)
     if is_on_hub(path):
         path, for_writing = _fetch(name), False
-    path = Path(str(path))
+    path = Path(path)
     with explained(path):
         finish_saves(path) if for_writing else refuse_interrupted(path)
         if path.is_dir():
@@ -139,6 +140,15 @@ def open_checkpoint(path: str | Path, key: str | None = None, *, for_writing: bo
     if is_on_hub(name):
         checkpoint.name = name
     return checkpoint
+
+
+def path_of(name: str, value: object) -> str:
+    """Return a path, given as the argument `name`, as a string; raise InputError for what is none."""
+    if isinstance(value, str | PathLike):
+        path = fspath(value)
+        if isinstance(path, str) and path and "\0" not in path:
+            return path
+    raise InputError(f"`{name}` is {value!r}; expected a path")
 
 
 def check_exists(path: str | Path, *, for_writing: bool = False) -> None:

@@ -222,7 +222,7 @@ def parse_groups(groups: list[str]) -> dict[str, int]:
         if not usable or int(number) < 1:
             raise InputError(f"--groups {item!r}: expected GLOB=N with N ≥ 1, for instance 'layer3.*=32'")
         if parsed.setdefault(glob, int(number)) != int(number):
-            raise InputError(f"--groups {item!r}: the same glob has {parsed[glob]} groups above; leave out one of them")
+            raise InputError(f"--groups {item!r}: the same glob has {parsed[glob]} groups above; remove one of them")
     return parsed
 
 

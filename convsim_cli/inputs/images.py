@@ -67,10 +67,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         largest = torch.finfo(torch.float32).max
-        scales = [
-            (1 / (255 * std), (1 + abs(mean)) / std) for mean, std in zip(self.mean, self.std, strict=True) if std
-        ]
-        if len(scales) < len(self.std) or not all(0 < scale < largest and end < largest for scale, end in scales):
+        channels = zip(self.mean, self.std, strict=True)
+        if not all(0 < 255 * std < largest and (1 + abs(mean)) / min(std, 1) < largest for mean, std in channels):
             mean, std = (",".join(map(str, values)) for values in (self.mean, self.std))
             raise InputError(
                 f"`mean` {mean} and `std` {std}: images normalized by these contain NaN or Inf; expected numbers on a "

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import ConvsimError, InputError, is_number, is_out_of_memory, kind_of, model_failed
+from convsim_cli.errors import (
+    ConvsimError,
+    InputError,
+    describe_tensor,
+    is_number,
+    is_out_of_memory,
+    kind_of,
+    model_failed,
+)
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -201,7 +209,7 @@ class Batches:
         number = 0
         for number, batch in enumerate(self._batches, 1):
             images = _images(batch, number).to(self._device)
-            self.running = f"{images.dtype} {list(images.shape)}"
+            self.running = describe_tensor(images)
             yield images
             self.running = ""
             if self._advance:
@@ -219,11 +227,7 @@ def _images(batch: Any, number: int) -> Tensor:
     elif isinstance(batch, list | tuple) and batch:
         images = batch[0]
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.is_meta:
-        found = (
-            f"{'meta ' * images.is_meta}{images.dtype} {list(images.shape)}"
-            if isinstance(images, Tensor)
-            else type(images).__name__
-        )
+        found = describe_tensor(images) if isinstance(images, Tensor) else type(images).__name__
         raise InputError(
             f"batch {number}: got {found}; expected floating images [B, C, …], (images, labels) "
             f"or a dictionary with {PIXELS!r}"

@@ -43,8 +43,8 @@ def make_inputs(
 
     probe: `white` N(0, 1); `uniform` U(0, 1), as in the paper; `natural`: independent channels of random phase whose
     amplitude falls as 1/f, each of zero mean and unit variance. The noise is drawn on the CPU, so a seed gives the same
-    inputs on every device; the 1/f filter runs on the device. seed: or a generator, which goes on with its numbers.
-    Raises InputError for another name.
+    inputs on every device; the 1/f filter runs on the device. seed: a number, or a generator on
+    the CPU to draw from. Raises InputError for another name.
     """
     if probe not in PROBES:
         raise InputError(f"unknown input {probe!r}: {did_you_mean(probe, PROBES)}")
@@ -88,8 +88,8 @@ class LayerProbe:
     signal that all maps share. samples: number of inputs; side: pixels along each axis, 32 for 2-D kernels
     unless given; seed: of the inputs, and of the random kernels that chance is measured with. Inputs are kept until a
     layer needs others, so that measuring a layer again, or the next one like it, takes the same ones, and the same
-    chance. Those that would take too much memory are made in parts, with the same values. Raises InputError for a layer
-    of which one input does.
+    chance. If they take more than 256 MB together, parts of them are generated again each time, with the same values.
+    Raises InputError if one input of a layer, or its maps, would take more than 1 GB.
     """
 
     def __init__(self, name: str = "white", samples: int = 16, side: int | None = None, seed: int = 0) -> None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -69,7 +70,7 @@ class ModelCheckpoint:
 
 
 def open_model_checkpoint(
-    path: str | Path | None,
+    path: str | PathLike[str] | None,
     arch: str | None = None,
     patterns: Patterns | None = None,
     seed: int = 0,

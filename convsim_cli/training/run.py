@@ -377,7 +377,8 @@ def _check_progress(progress: dict[str, Any], epochs: Any, validated: bool) -> N
         figures = [value for name, value in row.items() if name != "layer" and value is not None]
         if set(row) != set(LAYER_COLUMNS) or not isinstance(row["layer"], str) or not _are_finite(figures):
             raise ValueError(f"a row of layers is {row}")
-    if {*map(type, start)} - {str} or not _are_finite(value for value in start.values() if value is not None):
+    figures = [value for value in start.values() if value is not None]
+    if not all(isinstance(name, str) for name in start) or not _are_finite(figures):
         raise ValueError(f"fm_corr_start is {start}")
 
 

@@ -177,7 +177,7 @@ class Trainer:
         names = {"adamw": ["step", "exp_avg", "exp_avg_sq"], "sgd": momentum}[self.arguments.optimizer]
         parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
         if unknown := saved["state"].keys() - range(len(parameters)):
-            raise ValueError(f"optimizer: has parameters {sorted(unknown)} that the network has not")
+            raise ValueError(f"optimizer: has parameters {sorted(unknown)} that the network does not have")
         untrained = [number for number, one in enumerate(parameters) if not (state["epoch"] and one.requires_grad)]
         without = state.get("without_state", untrained)  # those without a gradient; of an earlier version not known
         for number, parameter in enumerate(parameters):

@@ -139,6 +139,6 @@ def test_a_name_without_room_for_a_backup_is_refused_before_any_work(
         path.write_text(json.dumps({"weight_map": {"a.weight": shard.name}}))
     outcome = convsim("init", path, "--iterations", 10**9)
     assert outcome.code == 2
-    assert ".bak: too long a name to keep the old file under" in outcome.error
+    assert ".bak: the name of the backup is too long" in outcome.error
     assert shard.read_bytes() == before
     assert convsim("init", path, "--iterations", 1, "--no-backup").code == 0

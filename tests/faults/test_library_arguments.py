@@ -21,9 +21,13 @@ from convsim_cli import (
     measure_checkpoint,
     minimize_,
     minimize_weight_,
+    open_checkpoint,
     orthogonalize_,
 )
 from convsim_cli.closed_forms import dct_weight_, orthogonalize_weight_
+from convsim_cli.penalty import LARGEST_BETA
+from convsim_cli.settings import declarations
+from convsim_cli.training.config import Arguments
 
 IMAGES = torch.randn(2, 3, 8, 8)
 Call = Callable[[Any], Any]
@@ -299,6 +303,7 @@ def test_entries_of_options_have_their_types(options: dict[str, Any], said: str)
 
 @pytest.mark.parametrize("path", [5, [], b"x", "a\0b", ""], ids=repr)
 def test_a_path_is_a_string_or_a_path(path: Any) -> None:
+    assert refusal(lambda: open_checkpoint(path)) == f"`path` is {path!r}; expected a path"
     assert refusal(lambda: measure_checkpoint(path)) == f"`path` is {path!r}; expected a path"
     assert refusal(lambda: init_checkpoint(path)) == f"`path` is {path!r}; expected a path"
     assert refusal(lambda: init_checkpoint(None, path)) == f"`output` is {path!r}; expected a path"
@@ -317,6 +322,10 @@ def test_a_path_is_a_string_or_a_path(path: Any) -> None:
 def test_a_tensor_beta_is_one_real_number(beta: torch.Tensor, kind: str) -> None:
     penalty = ConvSimPenalty(network())
     assert refusal(lambda: penalty.add_gradient_(beta)) == f"`beta` is a {kind} tensor; expected one real number"
+
+
+def test_the_library_and_a_run_allow_the_same_betas() -> None:
+    assert declarations(Arguments)["beta"].most == LARGEST_BETA
 
 
 def test_numbers_beyond_floats_are_no_numbers() -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import NAMES, SMALL
 from conftest import Convsim
 from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.training.comparison import read_runs
-from convsim_cli.training.config import Arguments
-from convsim_cli.training.launch import create_run, find_run, start_runs
+from convsim_cli.training.launch import find_run, start_runs
 from convsim_cli.training.run import (
     SILENT,
     Run,
@@ -35,27 +35,6 @@ from convsim_cli.training.run import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")
-
-SMALL = Arguments(
-    arch="cnn:2", dataset="digits", epochs=2, batch_size=20, limit_train=60, limit_test=30, momentum=0.9, seed=3
-)
-NAMES = ("args.json", "results.csv", "layers.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = create_run(SMALL, tmp_path_factory.mktemp("runs"), "one")
-    train_run(run)
-    return run
-
-
-@pytest.fixture
-def run(trained: Run, tmp_path: Path) -> Run:
-    """A finished run of two epochs, to be harmed."""
-    (tmp_path / "one").mkdir()
-    for name in NAMES:
-        (tmp_path / "one" / name).write_bytes((trained.folder / name).read_bytes())
-    return Run(tmp_path / "one", trained.arguments)
 
 
 def test_a_state_that_cannot_be_opened_is_not_to_be_thrown_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

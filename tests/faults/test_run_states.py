@@ -15,36 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from cases import SMALL
 from torch import nn
 
 from convsim_cli.checkpoints.safetensors_format import write_safetensors
 from convsim_cli.errors import ConvsimWarning, InputError
-from convsim_cli.training.config import Arguments
 from convsim_cli.training.launch import create_run
 from convsim_cli.training.run import Run, open_run, train_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step turned")
-
-SMALL = Arguments(
-    arch="cnn:2", dataset="digits", epochs=2, batch_size=20, limit_train=60, limit_test=30, momentum=0.9, seed=3
-)
-NAMES = ("args.json", "results.csv", "layers.csv", "best.safetensors", "last.safetensors", "state.pt", "summary.json")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = create_run(SMALL, tmp_path_factory.mktemp("runs"), "one")
-    train_run(run)
-    return run
-
-
-@pytest.fixture
-def run(trained: Run, tmp_path: Path) -> Run:
-    """A finished run of two epochs, to be harmed."""
-    (tmp_path / "one").mkdir()
-    for name in NAMES:
-        (tmp_path / "one" / name).write_bytes((trained.folder / name).read_bytes())
-    return Run(tmp_path / "one", trained.arguments)
 
 
 def leaves(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -141,7 +120,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "a buffer of no parameter": (
         change("trainer", "optimizer", "state", 99, to={}),
-        r"optimizer: has parameters \[99\] that the network has not",
+        r"optimizer: has parameters \[99\] that the network does not have",
     ),
     "a small rng": (change("trainer", "rng", to=[(torch.zeros(7, dtype=torch.uint8), None)]), "RNG"),
     "an rng of zeros": (change("trainer", "rng", to=[(torch.zeros(5056, dtype=torch.uint8), None)]), "damaged"),

@@ -227,6 +227,7 @@ def test_mean_and_standard_deviation_can_be_set() -> None:
     [
         *({"std": (value, 1.0, 1.0)} for value in (0.0, -1.0, 1e-320, 1e-40, 1e308, float("nan"))),
         *({"mean": (value, 1.0, 1.0)} for value in (1e308, 3e38, float("nan"))),
+        {"mean": (1e308, 1.0, 1.0), "std": (1e37, 1.0, 1.0)},
     ],
     ids=str,
 )
