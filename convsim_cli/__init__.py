@@ -11,7 +11,7 @@ This page is the architecture. A module imports only from its own line and the l
     layers, batch_norm  run a model without side effects, a layer with another weight; batch-norm statistics
     measurement/        `figures` (the table), `kernel_figures`, `feature_maps`, `pairs`, `synthetic`, `network`
     closed_forms        filters that are orthogonal, of one DCT pattern each, or decorrelated
-    minimize, penalty   Algorithm 1; Algorithm 2, and similarity held in optimizer steps
+    minimize, penalty   Algorithm 1; Algorithm 2
     rotation            how far filters turn while a network trains
     checkpoints/        `base`, `formats` (the table) and one module per format; `atomic` and `journal` write,
                         `diagnose` and `pickle_globals` explain what cannot be read

@@ -138,25 +138,6 @@ def tangent_gradient(filters: Tensor, taps: Taps, norms: Tensor | None = None, o
     return _gradient(filters, others, taps, out, spectrum)
 
 
-def normalized_gradient(filters: Tensor, taps: Taps, vanished: float) -> Tensor:
-    """Return ∂/∂filters of L_CS(K̂), K̂_i = K_i / ‖K_i‖: of the normalized similarity, but for the number of pairs.
-
-    vanished: filters whose norm is below this share of the largest do not count, and have a zero gradient. The norms
-    enter through the lags alone, A_i / ‖K_i‖² and R_i / ‖K_i‖², so that it costs what the gradient of L_CS does.
-    """
-    spectrum = spectrum_if_cheaper(filters, taps)
-    autocorrelations = autocorrelation(filters, taps, spectrum)
-    impulse = None if spectrum is None else unit_impulse(filters, taps)
-    squares = _at_lag_zero(autocorrelations, impulse)
-    living = squares >= (vanished**2 * squares.amax()).clamp_min(torch.finfo(filters.dtype).tiny)
-    inverse = torch.where(living, 1 / torch.where(living, squares, 1), 0)
-    autocorrelations = autocorrelations * inverse
-    others = twice_the_others(autocorrelations)
-    along = (autocorrelations * others).sum(-1, keepdim=True)
-    _subtract_at_lag_zero_(others, along, impulse)  # the part along K_i, as in `tangent_gradient`
-    return _gradient(filters, others * inverse, taps, None, spectrum)
-
-
 def spectrum_if_cheaper(filters: Tensor, taps: Taps) -> Tensor | None:
     """Return the FFT of filters where that is the cheaper route to value and gradient, None elsewhere."""
     return spectra(filters, taps) if fft_is_cheaper(filters.shape[-1], taps, filters.device.type) else None

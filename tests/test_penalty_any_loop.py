@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convsim_cli.errors import InputError
 from convsim_cli.objectives import OBJECTIVES
-from convsim_cli.penalty import ConvSimPenalty, SimilarityHold
+from convsim_cli.penalty import ConvSimPenalty
 
 
 def two_layers() -> nn.Sequential:
@@ -102,24 +102,22 @@ def products(filters: Tensor, _: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, products])
-def test_penalties_and_holds_are_copied_and_pickled_with_their_model(objective: str) -> None:
+def test_penalties_are_copied_and_pickled_with_their_model(objective: str) -> None:
     model = two_layers()
-    penalty, hold = ConvSimPenalty(model, objective), SimilarityHold(model)
+    penalty = ConvSimPenalty(model, objective)
     penalty.add_gradient_(1.0)
     saved = io.BytesIO()
-    torch.save((model, penalty, hold), saved)
+    torch.save((model, penalty), saved)
     saved.seek(0)
-    for theirs, copied, held in (
-        copy.deepcopy((model, penalty, hold)),
-        pickle.loads(pickle.dumps((model, penalty, hold))),
+    for theirs, copied in (
+        copy.deepcopy((model, penalty)),
+        pickle.loads(pickle.dumps((model, penalty))),
         torch.load(saved, weights_only=False),
     ):
         theirs.zero_grad()
         copied.add_gradient_(1.0)
         assert all(torch.equal(a.weight.grad, b.weight.grad) for a, b in zip(theirs, model, strict=True))
         assert copied().item() == penalty().item()
-        with held():
-            pass
 
 
 def test_offloaded_weights_are_refused_by_name() -> None:

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from references import (
-    literal_normalized_similarity,
     literal_similarity,
     pairwise_similarity,
     similarity_by_convolution,
@@ -16,12 +15,10 @@ from convsim_cli import similarity
 from convsim_cli.similarity import (
     convolutional_similarity,
     fft_shape,
-    normalized_gradient,
     power_spectra,
     similarity_gradient,
     spectra,
     to_filters,
-    to_weight,
     unit_impulse,
 )
 
@@ -242,26 +239,3 @@ def test_constants_made_in_inference_mode_serve_training_too() -> None:
 def test_wrong_input_is_refused_with_what_was_got(weight: Tensor, groups: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         convolutional_similarity(weight, groups)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "groups"), [((6, 3, 3, 3), 1), ((8, 2, 3, 2), 2), ((5, 4, 11, 11), 1), ((4, 2, 1), 1)]
-)
-def test_the_gradient_of_the_normalized_form_is_that_of_autograd(shape: tuple[int, ...], groups: int) -> None:
-    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(literal_normalized_similarity(weight, groups), weight)
-    filters, taps = to_filters(weight.detach(), groups)
-    each = shape[0] // groups
-    found = to_weight(normalized_gradient(filters, taps, 1e-6), taps) / (groups * each * (each - 1) / 2)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
-
-
-def test_vanished_filters_do_not_count_in_the_normalized_gradient() -> None:
-    filters, taps = to_filters(torch.randn(6, 3, 3, 3))
-    filters[0, [2, 4]] *= torch.tensor([0, 1e-25]).reshape(2, 1, 1)
-    found = normalized_gradient(filters, taps, 1e-6)
-    assert not found[:, [2, 4]].any()
-    living = [0, 1, 3, 5]
-    torch.testing.assert_close(found[:, living], normalized_gradient(filters[:, living], taps, 1e-6))
-    assert not normalized_gradient(torch.zeros_like(filters), taps, 1e-6).any()

@@ -165,11 +165,6 @@ ARMS: dict[str, Arm] = {
         Arm("init-m0.9", "momentum", {"mode": "init", "momentum": 0.9}),
         Arm("reg-m0.9", "momentum", {"mode": "reg", "momentum": 0.9}),
         Arm("init-norm-m0.9", "momentum", {"mode": "init", "preserve_norm": True, "momentum": 0.9}),
-        Arm(
-            "init-norm-held-m0.9",
-            "momentum",
-            {"mode": "init", "preserve_norm": True, "hold_similarity": True, "momentum": 0.9},
-        ),
     )
 }
 SETS = tuple(dict.fromkeys(arm.set for arm in ARMS.values()))

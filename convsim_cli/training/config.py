@@ -107,9 +107,6 @@ class Arguments:
         "Method",
         common=True,
     )
-    hold_similarity: bool = setting(
-        False, "Project optimizer steps so that no layer's ncs rises, to first order.", "Method"
-    )
     arch: str = setting(
         "cnn1",
         ARCH_HELP,
@@ -289,9 +286,12 @@ def _translated(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the arguments of an earlier version as today's.
 
     Version 0.1 had `pairs` in place of `objective`, and evaluated with running batch-norm statistics. In 0.2 some
-    methods were modes, `objective` also said what init minimized, and weight decay acted on all parameters.
+    methods were modes, `objective` also said what init minimized, weight decay acted on all parameters, and
+    `hold_similarity` kept optimizer steps from raising ncs.
     """
     values = {"bn_statistics": "running", "decay": "all", **values}
+    if values.pop("hold_similarity", False):
+        raise InputError(f"{path}: hold_similarity is on; this version does not have it")
     if "pairs" in values:
         objectives, pairs = {"all": "cs", "neighbours": "neighbours"}, values.pop("pairs")
         if pairs not in list(objectives):

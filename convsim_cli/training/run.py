@@ -149,14 +149,6 @@ def _start(
     run: Run, data: Dataset, model: nn.Module | None, processes: Processes, callbacks: RunCallbacks
 ) -> tuple[Trainer, Log]:
     arguments, device = run.arguments, torch.device(run.arguments.device)
-    lowered = arguments.keeps_norms or arguments.preserve_norm or arguments.weights
-    if processes.is_rank_zero and arguments.hold_similarity and not lowered:
-        warnings.warn(
-            "`hold_similarity` has no effect: ncs is near 1 at the start; use `mode` init with `preserve_norm`, or "
-            "with another `method`",
-            ConvsimWarning,
-            stacklevel=2,
-        )
     model = (build_with_weights(arguments, data.classes) if model is None else model).to(device)
     seed_generators(arguments.seed + processes.rank)  # rank 0 draws what a single process would
     prepared = MODES[arguments.mode].initializes or MODES[arguments.mode].scales

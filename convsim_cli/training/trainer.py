@@ -29,7 +29,7 @@ from convsim_cli.device import Advance, generator_states, restore_generators, sy
 from convsim_cli.errors import ConvsimError, ConvsimWarning, DivergedError, RankZeroFailedError
 from convsim_cli.inputs.images import Dataset, Split, evaluation_batch, evaluation_totals
 from convsim_cli.kernels import is_convolution
-from convsim_cli.penalty import LARGEST_BETA, ConvSimPenalty, SimilarityHold
+from convsim_cli.penalty import LARGEST_BETA, ConvSimPenalty
 from convsim_cli.precision import full_precision, tf32
 from convsim_cli.rotation import TurnMonitor
 from convsim_cli.training.config import MODES, Arguments
@@ -71,7 +71,6 @@ class Trainer:
         self.mode = MODES[arguments.mode]
         self.penalty = ConvSimPenalty(model, arguments.objective)  # in every mode: its value is the column `cs`
         self.optimizer = make_optimizer(model, arguments)
-        self._hold = SimilarityHold(self.model) if arguments.hold_similarity else nullcontext
         self._statistics_batches = [
             indices.to(device) for indices in statistics_batches(dataset.train, arguments.seed, processes.size)
         ]
@@ -216,8 +215,7 @@ class Trainer:
             self.optimizer.zero_grad()
             (loss if weight == 1 else weight * loss).backward()
             self._regularize(loss.detach(), weight)
-            with self._hold():
-                self.optimizer.step()
+            self.optimizer.step()
             self.turned()
             if self.epoch == number == 0 and self.processes.is_rank_zero:
                 self._warn_of_large_turns()

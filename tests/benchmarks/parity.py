@@ -355,7 +355,6 @@ def _trained(trainer: Trainer, epochs: int = 2) -> Figures:
 VARIANTS: dict[str, dict[str, Any]] = {
     "orthogonal": {"mode": "init", "method": "orthogonal"},
     "decorrelate": {"mode": "init", "method": "decorrelate"},
-    "held similarity": {"mode": "init", "method": "orthogonal", "hold_similarity": True},
     "beta auto": {"mode": "reg", "beta": "auto"},
     "beta by loss": {"mode": "reg", "beta_schedule": "loss", "preserve_norm": True},
     "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01},

@@ -105,22 +105,6 @@ def test_a_run_folder_is_named_after_its_mode_and_what_it_does(tmp_path: Path, c
         assert f"{tmp_path / f'cnn4-{name}-s0'}: {name}, cnn:4 on digits" in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("how", "warned"),
-    [
-        (("--mode", "init"), True),
-        (("--mode", "init", "--preserve-norm"), False),
-        (("--mode", "init", "--method", "orthogonal"), False),
-    ],
-)
-def test_holding_similarity_without_effect_is_warned_about(
-    how: tuple[str, ...], warned: bool, tmp_path: Path, convsim: Convsim
-) -> None:
-    outcome = convsim("train", *SMALL, *how, "--hold-similarity", "--epochs", 1, "--run-dir", tmp_path, "-q")
-    assert outcome.code == 0
-    assert ("--hold-similarity has no effect: ncs is near 1 at the start" in outcome.err) == warned
-
-
 def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, convsim: Convsim) -> None:
     how = ("train", *SMALL, "--mode", "reg", "--objective", "kernel", "--run-dir", tmp_path, "--json", "-q")
     (first,) = convsim(*how, "--beta", "auto", "--epochs", 1, "--name", "x").document["runs"]

@@ -35,6 +35,7 @@ OLD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what it is today, a
     "rescale": ({"mode": "rescale"}, {"mode": "rescale"}),
     "pairs": ({"mode": "reg", "objective": "neighbours", **V1}, {"mode": "reg", "pairs": "neighbours"}),
     "pairs of init": ({"mode": "init", "method": "neighbours", **V1}, {"mode": "init", "pairs": "neighbours"}),
+    "similarity not held": ({"mode": "reg"}, {"mode": "reg", "hold_similarity": False}),
     "pairs all": ({"mode": "init+reg", **V1}, {"mode": "init+reg", "pairs": "all"}),
 }
 
@@ -82,6 +83,10 @@ def test_a_run_of_before_is_read_found_compared_and_resumed(kind: str, tmp_path:
         ({"mode": "rescale", "objective": "kernel"}, "a/args.json: rescales to the norms of objective kernel"),
         ({"mode": "init", "objective": "ocnn", "preserve_norm": True, "rescale": True}, "norms of objective ocnn"),
         ({"pairs": "most"}, "a/args.json: pairs = 'most', expected all, neighbours"),
+        (
+            {"hold_similarity": True, "method": "cs"},
+            "a/args.json: hold_similarity is on; this version does not have it",
+        ),
         ({"mode": 3}, "a/args.json: `mode` 3: expected baseline, "),
         ({"mode": "init", "objective": ["cs"]}, r"a/args.json: `method` \['cs'\]: expected cs, "),
         ({"mode": "orthogonal", "method": "cs"}, "a/args.json: `mode` orthogonal: expected baseline, init"),

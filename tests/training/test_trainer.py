@@ -271,16 +271,13 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
     assert trainer.epoch == 0
 
 
-@pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_restored_state_continues_bit_identically_including_dropout(
-    data: Dataset, precision: str, hold: bool
-) -> None:
+def test_a_restored_state_continues_bit_identically_including_dropout(data: Dataset, precision: str) -> None:
     def trainer(seed: int) -> Trainer:
         model = nn.Sequential(build_network("cnn:4", seed=seed), nn.Dropout(0.3))
         return Trainer(model, data, arguments, CPU)
 
-    how = {"beta": "auto", "beta_schedule": "loss", "momentum": 0.9, "hold_similarity": hold}
+    how = {"beta": "auto", "beta_schedule": "loss", "momentum": 0.9}
     arguments = Arguments(mode="reg", batch_size=20, precision=precision, **how)  # type: ignore[arg-type]
     whole = trainer(seed=0)
     whole.run_epoch()
