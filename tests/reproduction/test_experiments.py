@@ -50,8 +50,7 @@ def test_arms_come_in_sets_by_name_and_all_at_once() -> None:
     assert arms("published") == ["baseline", "init", "reg"]
     rescaling, others = ["rescale", "rescale-0.07"], ["reg-norm", "orthogonal", "decorrelate", "baseline-lr0.1"]
     assert arms("controls") == [*rescaling, "init-norm", "init-norm-rescaled", *others]
-    momentum = ["init-norm-m0.9", "init-norm-held-m0.9"]
-    assert arms("momentum") == ["baseline-m0.9", "init-m0.9", "reg-m0.9", *momentum]
+    assert arms("momentum") == ["baseline-m0.9", "init-m0.9", "reg-m0.9", "init-norm-m0.9"]
     peers = ["reg-auto", "reg-kernel", "reg-ocnn", "reg-srip", "reg-orthoreg", "reg-neighbours"]
     assert arms("peers", "init", "peers", "reg-kernel") == [*peers, "init"]
     assert all(ARMS[name].settings["beta"] == "auto" for name in peers)
