@@ -290,8 +290,8 @@ def _translated(values: dict[str, Any], path: Path) -> dict[str, Any]:
     `hold_similarity` kept optimizer steps from raising ncs.
     """
     values = {"bn_statistics": "running", "decay": "all", **values}
-    if values.pop("hold_similarity", False):
-        raise InputError(f"{path}: hold_similarity is on; this version does not have it")
+    if (held := values.pop("hold_similarity", False)) is not False:
+        raise InputError(f"{path}: hold_similarity = {held!r}; this version reads only runs without it")
     if "pairs" in values:
         objectives, pairs = {"all": "cs", "neighbours": "neighbours"}, values.pop("pairs")
         if pairs not in list(objectives):

@@ -85,8 +85,9 @@ def test_a_run_of_before_is_read_found_compared_and_resumed(kind: str, tmp_path:
         ({"pairs": "most"}, "a/args.json: pairs = 'most', expected all, neighbours"),
         (
             {"hold_similarity": True, "method": "cs"},
-            "a/args.json: hold_similarity is on; this version does not have it",
+            "a/args.json: hold_similarity = True; this version reads only runs ",
         ),
+        ({"hold_similarity": None, "method": "cs"}, "a/args.json: hold_similarity = None; this version"),
         ({"mode": 3}, "a/args.json: `mode` 3: expected baseline, "),
         ({"mode": "init", "objective": ["cs"]}, r"a/args.json: `method` \['cs'\]: expected cs, "),
         ({"mode": "orthogonal", "method": "cs"}, "a/args.json: `mode` orthogonal: expected baseline, init"),
