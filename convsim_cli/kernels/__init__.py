@@ -4,10 +4,11 @@ Filters form pairs only where they see the same input: all i < j of a dense laye
 one. A module tells exactly (`modules`); a file holds names and shapes only, so its kernels are assumed (`guess`).
 """
 
-from convsim_cli.kernels.guess import WRAPPERS, TensorInfo, file_kernels, is_averaged, is_optimizer_state
+from convsim_cli.kernels.guess import TensorInfo, file_kernels, is_averaged, is_optimizer_state
 from convsim_cli.kernels.kernel import (
     FLOATING,
     VANISHED,
+    WRAPPERS,
     Kernel,
     Patterns,
     Selection,

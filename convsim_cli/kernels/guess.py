@@ -24,7 +24,7 @@ from itertools import pairwise
 from math import prod
 
 from convsim_cli.errors import InputError
-from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, in_layer_order, matches
+from convsim_cli.kernels.kernel import FLOATING, WRAPPERS, Kernel, Patterns, Selection, in_layer_order, matches
 from convsim_cli.kernels.neighbours import (
     PERHAPS_FIRST,
     PERHAPS_GROUPED,
@@ -43,7 +43,6 @@ MOST_TAPS = 1024  # of a tensor that is taken for a kernel: the stacked experts 
 NAMED = 3  # layers in a warning
 LEAST_WIDTH = 8  # channels between two sparse convolutions; a Conv1d kernel has fewer taps
 WIDEST = 11  # taps along an axis of the kernels of another layout
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts that wrappers add
 
 _NO_KERNEL = re.compile(  # a word in the last part of a name: a statistic, a gain, an embedding or a table
     r"running|moving|mean|var|variance|std|gamma|beta|scales?|bias|biases|ls|tokens?|emb|embeds?|embeddings?|pos|"

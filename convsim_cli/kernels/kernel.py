@@ -24,6 +24,7 @@ from convsim_cli.similarity import to_filters, to_weight
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")  # the types that kernels are optimized in, or through
 VANISHED = 1e-6  # a filter whose norm is below this share of the largest norm in its layer is dead
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts that wrappers add
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from convsim_cli.errors import ConvsimWarning, InputError, brief, kind_of
-from convsim_cli.kernels.kernel import FLOATING, Kernel, Patterns, Selection, Skipped
+from convsim_cli.kernels.kernel import FLOATING, WRAPPERS, Kernel, Patterns, Selection, Skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -45,7 +45,6 @@ _FUNCTIONS = frozenset(
     getattr(nn.functional, f"{name}{axes}d") for name in ("conv", "conv_transpose") for axes in (1, 2, 3)
 )
 _DTYPES = tuple(getattr(torch, name) for name in FLOATING)
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # names of what is inside
 _UPDATE = re.compile(r"(^|\.)(lora_(A|B|down|up|mid|layer)|lokr_\w+|hada_\w+|b?oft_\w+)(\.|$)")  # of another weight
 _CONVOLVES = re.compile(r"conv\w*[123]d")  # in the code of a class: it calls a convolution by itself
 
@@ -216,11 +215,11 @@ def current_kernel(model: nn.Module, kernel: Kernel) -> tuple[Kernel, Tensor]:
 
 def _inside(module: nn.Module, part: str | None = None) -> nn.Module | None:
     """Return the child `part`, or the convolution for None, of what has been wrapped since: by torch.compile, say."""
-    if part in _WRAPPERS:
+    if part in WRAPPERS:
         return module  # unwrapped since
     while isinstance(module._modules, dict) and len(module._modules) == 1:
         ((name, inner),) = module._modules.items()
-        if name not in _WRAPPERS or inner is None:
+        if name not in WRAPPERS or inner is None:
             return None
         module = inner
         found = module if part is None and is_convolution(module) else module._modules.get(part or "")
