@@ -75,13 +75,14 @@ class _Hooks:
 
         self._penalty = ConvSimPenalty(pl_module, self._objective, **self._patterns) if self._beta else None
         self._monitor = TurnMonitor(pl_module, self._turn_every, **self._patterns)
+        self._batch = None  # an interrupted training leaves one
         if self._start is not None:
             watched = self._monitor.state()
             self._monitor.load_state({name: was for name, was in self._start.items() if name in watched})
             self._start = None  # the next training begins with its own
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0 and self._is_measured(trainer) and self._images is None:
+        if self._batch is None and self._is_measured(trainer) and self._images is None:  # resumed, it may not be 0
             self._batch = batch
             if not self._measurable:  # tell now, not after an epoch
                 self._measure(pl_module, [batch], "; pass `images=`, or set `measure_every` to 0")

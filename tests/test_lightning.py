@@ -131,6 +131,15 @@ def test_a_resumed_training_counts_turns_from_its_start(package: Any, tmp_path: 
     assert logged(tmp_path / "rest")[-1] == pytest.approx(logged(tmp_path / "whole")[-1], rel=1e-3)
 
 
+def test_a_training_that_is_resumed_within_an_epoch_is_measured(package: Any, tmp_path: Path) -> None:
+    module = network(package)
+    type(module).on_train_batch_end = lambda self, *_: self.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train(package, module, make(), tmp_path / "a", max_steps=2)
+    train(package, network(package), make(), tmp_path / "b", ckpt_path=tmp_path / "a.ckpt")
+    assert len(rows := logged(tmp_path / "b")) == 2
+    assert all("fm_corr/layers.2.weight" in row for row in rows)
+
+
 def test_a_training_after_a_resumed_one_counts_turns_from_its_own_start(package: Any, tmp_path: Path) -> None:
     callback = make(measure_every=0)
     trainer = train(package, network(package), callback, tmp_path / "a", max_epochs=1)

@@ -86,12 +86,12 @@ def compare(
         lengths, reference = {group["epochs"] for group in groups}, groups[0]["baseline"]
         if len(lengths) == 1:
             console.note(f"epochs of each run: {lengths.pop()}")
-        if reference:
+        if any(group["difference"] for group in groups):
             tested = _tested(groups)
             intervals = ", with 95 % intervals (Student's t)" if tested else "; intervals need two seeds or more"
             corrected = f"; p: t-test, after Holm's correction for {tested} comparisons" if tested > 1 else ""
             console.note(f"differences from {reference}, paired by seed{intervals}{corrected}")
-        elif len(groups) > 1:
+        elif not reference and len(groups) > 1:
             console.note("no differences: no single group is the baseline; choose a group or a run with --baseline")
 
 

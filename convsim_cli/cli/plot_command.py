@@ -36,15 +36,16 @@ def plot(
     Runs that differ only by seed share one curve: their mean, in a band of ± one standard deviation. Curves are named
     by the settings that differ, as in `convsim compare`.
     """
-    from convsim_cli.training.comparison import group_by_seed, read_runs
+    from convsim_cli.training.comparison import data_labels, group_by_seed, read_runs
 
     console = Console(quiet, as_json)
     check_picture(output)
     found = read_runs(runs)
     groups = group_by_seed(found)
-    if len(tested := {group.data for group in groups}) > 1:
-        console.warn(f"these runs were tested on different images: {'; '.join(sorted(tested))}")
-    save_figure(draw_runs(_curves(groups), _common_settings(groups)), output)
+    if len(tested := data_labels(found)) > 1:
+        console.warn(f"these runs were tested on different images: {'; '.join(sorted(tested.values()))}")
+    curves = _curves(groups)
+    save_figure(draw_runs(curves, _common_settings(groups, curves)), output)
     console.document("plot", {"output": str(output), "runs": [str(run.folder) for run in found]})
     console.note(f"wrote {output}")
 
@@ -67,15 +68,17 @@ def _curves(groups: Sequence[Group]) -> list[Curve]:
     return curves
 
 
-def _common_settings(groups: Sequence[Group]) -> str:
+def _common_settings(groups: Sequence[Group], curves: Sequence[Curve]) -> str:
     """Return what all runs share, for a title: for instance `cnn1, cifar10, 100 epochs, seed 0`."""
+    from convsim_cli.training.comparison import data_labels
+
     arguments = [run.arguments for group in groups for run in group.runs]
     each: list[set[str]] = [
         {found.arch for found in arguments},
-        {group.data for group in groups},
+        set(data_labels(run for group in groups for run in group.runs).values()),
         {f"first {found.limit_train} training images" if found.limit_train else "" for found in arguments},
         {f"{found.epochs} epochs" if found.epochs > 1 else "1 epoch" for found in arguments},
         {f"seed {found.seed}" for found in arguments},
-        {f"mean ± standard deviation of {n} seeds" if (n := len(set(group.seeds))) > 1 else "" for group in groups},
+        {f"mean ± standard deviation of {n} seeds" if (n := len(curve.histories)) > 1 else "" for curve in curves},
     ]
     return ", ".join(value for values in each if len(values) == 1 for value in values if value)

@@ -106,7 +106,11 @@ def _arguments(options: dict[str, Any], config: Path | None, given: dict[str, An
     if config is not None:
         options |= read_config(config, given)
     own = {name: options[name] for name, declaration in declarations(Arguments).items() if declaration.group}
-    return Arguments(**own, device=_choose_device(options["device"], console))
+    chosen = Arguments(**own, device=_choose_device(options["device"], console))
+    if "beta" in given:
+        chosen.check()
+        chosen.check_beta_is_used()
+    return chosen
 
 
 def _choose_device(device: str, console: Console) -> str:

@@ -230,7 +230,8 @@ def plan_cells(experiment: Experiment, choices: Choices) -> list[Cell]:
             raise InputError(f"{experiment.name} has no `{field}`")
     cells = list(experiment.cells(replace(choices, epochs=choices.epochs or experiment.epochs)))
     for cell in cells:
-        cell.jobs[0].arguments.check()
+        for job in cell.jobs:
+            job.arguments.check()
     return cells
 
 
@@ -293,8 +294,8 @@ def known_experiments() -> list[str]:
 def _arm_cells(choices: Choices) -> Iterator[Cell]:
     arms = choose_arms(choices.arms)
     for arch in choices.archs or paper.ARCHS:
-        others = choices.arms is None and arch not in paper.ARCHS  # the paper has the wider network as a baseline only
-        for arm in [ARMS["baseline"]] if others else arms:
+        alone = choices.arms is None and arch == paper.WIDE_ARCH
+        for arm in [ARMS["baseline"]] if alone else arms:
             arguments = replace(choices.base, arch=arch, **arm.settings)
             yield _make_cell({"arch": arch, "arm": arm.name}, f"{arch}-{arm.name}", arguments, choices)
 

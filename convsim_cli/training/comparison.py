@@ -35,6 +35,11 @@ class RunResults(Run):
     def seed(self) -> int:
         return self.arguments.seed
 
+    @property
+    def data(self) -> tuple[str, int | None]:
+        """What tells the images that the run was tested on from others; a folder of images may lie anywhere."""
+        return self.arguments.folder_digest or self.arguments.dataset, self.arguments.limit_test
+
 
 @dataclass(frozen=True)
 class Group:
@@ -50,12 +55,6 @@ class Group:
     @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
-
-    @property
-    def data(self) -> str:
-        """The images that the runs were tested on."""
-        tested = self.runs[0].arguments
-        return tested.dataset + (f", first {tested.limit_test} test images" if tested.limit_test else "")
 
 
 def compare_runs(
@@ -81,24 +80,39 @@ def compare_runs(
         reasons = [f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}" for run in short]
         runs = _without(short, runs, reasons)
         runs = [replace(run, rows=run.rows[:epochs]) for run in runs]
-    tables: dict[tuple[Any, ...], list[RunResults]] = {}
-    for run in runs:  # a folder of images may lie anywhere
-        tested = run.arguments.folder_digest or run.arguments.dataset, run.arguments.limit_test
-        tables.setdefault(tested, []).append(run)
+    tables: dict[tuple[str, int | None], list[RunResults]] = {}
+    for run in runs:
+        tables.setdefault(run.data, []).append(run)
     compared = [_compare_groups(_of_one_length(found)) for found in tables.values()]
     if baseline is not None and not any(_matching(groups, baseline) for groups in compared):
         known = [name for groups in compared for name in _named_groups(groups)]
         raise InputError(f"`baseline` {baseline!r}: no such group or run; {did_you_mean(baseline, known)}")
-    figures, references = [], []
-    for groups in compared:
+    figures, references, labels = [], [], data_labels(runs)
+    for data, groups in zip(tables, compared, strict=True):
         reference = _find_baseline(groups, baseline)
         references.append(reference.name if reference else None)
-        figures += _with_holm([_figures(group, reference, accuracy) for group in groups])
+        figures += _with_holm([_figures(group, labels[data], reference, accuracy) for group in groups])
     return {
         "baseline": references[0] if len(set(references)) == 1 else None,
         "accuracy": accuracy,
         "groups": figures,
     }
+
+
+def data_labels(runs: Iterable[RunResults]) -> dict[tuple[str, int | None], str]:
+    """Return what to call the images that runs were tested on, by `RunResults.data`; no two are called the same."""
+    labels: dict[tuple[str, int | None], str] = {}
+    for run in runs:
+        if run.data in labels:
+            continue
+        tested = run.arguments
+        label = tested.dataset
+        if tested.limit_test:
+            label += f", first {tested.limit_test} test images"
+        if label in labels.values():  # the images in a folder were replaced
+            label += f", digest {(tested.folder_digest or 'unknown')[:8]}"
+        labels[run.data] = label
+    return labels
 
 
 def _without(left_out: Sequence[RunResults], runs: Sequence[RunResults], reasons: Sequence[str]) -> list[RunResults]:
@@ -117,7 +131,7 @@ def _of_one_length(runs: Sequence[RunResults]) -> list[RunResults]:
     unfinished = [run for run in runs if len(run.rows) < run.arguments.epochs and len(lengths) > 1]
     reasons = [
         f"{run.folder}: has done {len(run.rows)} of {run.arguments.epochs} epochs, other runs have done "
-        f"{max(lengths)}; finish it, or compare the first ones with `epochs` {min(lengths)}"
+        f"{max(lengths - {len(run.rows)})}; finish it, or compare the first ones with `epochs` {min(lengths)}"
         for run in sorted(unfinished, key=lambda run: len(run.rows))
     ]
     return _without(unfinished, runs, reasons)
@@ -166,11 +180,11 @@ def _find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     return found[0] if found else None
 
 
-def _figures(group: Group, reference: Group | None, accuracy: float | None) -> dict[str, Any]:
+def _figures(group: Group, data: str, reference: Group | None, accuracy: float | None) -> dict[str, Any]:
     histories = [run.rows for run in group.runs]
     return {
         "group": group.name,
-        "data": group.data,
+        "data": data,
         "baseline": reference.name if reference else None,
         "arguments": group.arguments,
         "runs": [str(run.folder) for run in group.runs],

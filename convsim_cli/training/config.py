@@ -225,9 +225,14 @@ class Arguments:
             raise InputError(f"`method` {self.method} already keeps every filter's norm; remove `preserve_norm`")
         if self.rescale and not self.keeps_norms:
             raise InputError(f"`rescale` has no effect after raw `method` {self.method}; add `preserve_norm`")
-        if self.beta == "auto" and not MODES[self.mode].regularizes:
+        if self.beta == "auto":
+            self.check_beta_is_used()
+
+    def check_beta_is_used(self) -> None:
+        """Raise InputError for a mode without a penalty. A number from a run's args.json may be there without one."""
+        if not MODES[self.mode].regularizes:
             modes = ", ".join(mode.name for mode in MODES.values() if mode.regularizes)
-            raise InputError(f"`beta` auto requires `mode` {modes}, got `mode` {self.mode}")
+            raise InputError(f"`beta` {self.beta} requires `mode` {modes}, got `mode` {self.mode}")
 
     @property
     def label(self) -> str:

@@ -383,8 +383,11 @@ def check_resumable(run: Run) -> None:
     path = run.folder / "state.pt"
     if path.exists():
         return
-    done = epochs_done(run.folder)
-    found = [f"{RESULTS_FILE} with {done} epoch{'s' if done > 1 else ''}"] if done else []
+    try:
+        done = epochs_done(run.folder)
+        found = [f"{RESULTS_FILE} with {done} epoch{'s' if done > 1 else ''}"] if done else []
+    except InputError:  # damaged, and no state to write it again from
+        found = [RESULTS_FILE]
     for weights in (run.folder / "last.safetensors", run.folder / "best.safetensors"):
         with suppress(InputError, OSError):  # weights that cannot be read may be those of an epoch
             check_regular(weights)

@@ -112,11 +112,9 @@ class Trainer:
             **{name: value for found in validation for name, value in zip(VALIDATION_COLUMNS, found, strict=True)},
         }
         if not all(map(math.isfinite, row.values())):
-            if not self.processes.is_rank_zero:
-                raise RankZeroFailedError
             losses = f"the loss is {loss:g} in training and {test_loss:g} in testing"
             losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
-            raise DivergedError(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
+            raise self._diverged(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
         self.epoch += 1
         return row
 
@@ -251,20 +249,25 @@ class Trainer:
         loss = self.processes.sum(weight * loss) / self.processes.size
         if self.first_loss is None:
             self.first_loss = loss
-        self.penalty.add_gradient_(self.beta * loss / self.first_loss, self.arguments.preserve_norm)
+        beta = self.beta * loss / self.first_loss
+        if beta.device.type == "cpu" and not beta.isfinite():  # elsewhere to look would wait; the epoch's end tells
+            raise self._diverged(f"epoch {self.epoch + 1}: the loss is {loss:g} in training; lower `lr` or `beta`")
+        self.penalty.add_gradient_(beta, self.arguments.preserve_norm)
 
     def _matched_beta(self) -> float:
         """`beta` auto: the same number in every process. Raises DivergedError if it is not finite, or 0."""
         ratio = self.penalty.gradient_ratio(self.arguments.preserve_norm)
         beta = AUTO_BETA * self.processes.sum(ratio).item() / self.processes.size
         if not 0 < beta < math.inf:
-            if not self.processes.is_rank_zero:
-                raise RankZeroFailedError
-            raise DivergedError(
+            raise self._diverged(
                 f"`beta` auto: the task's gradient is {beta / AUTO_BETA:g} times the objective's at the first batch; "
                 "give `beta` as a number"
             )
         return beta
+
+    def _diverged(self, reason: str) -> Exception:
+        """Return what to raise in every process for what all of them found: rank 0 tells."""
+        return DivergedError(reason) if self.processes.is_rank_zero else RankZeroFailedError()
 
     def evaluate(self) -> list[tuple[float, float]]:
         """Return loss and accuracy (per cent) on the test images, and on the validation images if there are any.

@@ -64,6 +64,9 @@ def test_runs_that_differ_in_nothing_are_named_by_their_folders(
         [str(tmp_path / "a"), str(tmp_path / "more/a")],
     ]
     assert drawn[0][1].endswith("1 epoch, seed 0")
+    convsim("train", *SMALL, "--epochs", 1, "--run-dir", tmp_path, "--name", "c", "--seed", 1, "-q")
+    convsim("plot", *(tmp_path / name for name in "abc"), "-o", tmp_path / "x.png")
+    assert drawn[2][1].endswith("1 epoch")  # no curve is a mean
 
 
 def test_runs_on_different_test_images_are_drawn_with_a_warning(tmp_path: Path, convsim: Convsim) -> None:

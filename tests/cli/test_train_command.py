@@ -129,6 +129,8 @@ def test_beta_auto_is_in_the_summary_and_a_run_resumes_with_it(tmp_path: Path, c
         (["--mode", "init", "--method", "dtc"], "--method dtc: expected cs, "),
         (["--mode", "reg", "--method", "kernel"], "--method requires --mode init, init+reg, got --mode reg"),
         (["--mode", "rescale", "--factor", "0"], "--factor 0.0: expected a number above 0"),
+        (["--beta", "0.5"], "--beta 0.5 requires --mode reg, init+reg, got --mode baseline"),
+        (["--mode", "init", "--beta", "0.001"], "--beta 0.001 requires --mode reg, init+reg, got --mode init"),
         (["--mode", "reg", "--beta", "much"], "--beta much: expected auto or a number from 0 to 3.4e+38"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
@@ -200,6 +202,8 @@ def test_a_config_sets_what_the_command_line_leaves_open(tmp_path: Path, convsim
     assert again.code == 0, again.err
     first, second = (json.loads((tmp_path / name / "args.json").read_text()) for name in ("first", "second"))
     assert second == first | {"lr": 0.5}
+    plain = convsim("train", "--config", config, "--mode", "baseline", "--run-dir", tmp_path, "--name", "third")
+    assert plain.code == 0, plain.err  # only a number that is typed must be of use
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_the_wide_network_runs_on_request_with_its_baseline_only() -> None:
     assert [job.stem for job in wide[0].jobs] == ["cnn512-baseline-s0", "cnn512-baseline-s1"]
     (row,) = table5.rows([(wide[0], [outcome([1], [1])])])
     assert row["published"] == {"test_accuracy": 79.78}
+
+
+def test_a_network_of_your_own_runs_with_the_usual_arms() -> None:
+    cells = plan_cells(find_experiment("table5"), Choices(BASE, archs=("cnn:32",)))
+    assert [cell.labels["arm"] for cell in cells] == list(paper.USUAL_ARMS)
+
+
+def test_every_seed_is_checked_before_the_first_run() -> None:
+    with pytest.raises(InputError, match="`seed` 4294967296: expected a whole number from 0 to 4294967295"):
+        plan_cells(find_experiment("table5"), Choices(replace(BASE, seed=2**32 - 1), seeds=2))
 
 
 def test_figures_1_to_3_are_of_table_5s_runs_and_figure_5_shares_figure_4s() -> None:

@@ -155,6 +155,7 @@ def test_intervals_are_announced_only_where_there_are_some(
 ) -> None:
     monkeypatch.setattr("convsim_cli.cli.console.Console.is_screen", True)
     assert said in " ".join(convsim("compare", *runs.glob(f"*-s{seeds}")).err.split())
+    assert "differences" not in convsim("compare", *runs.glob("baseline-s*")).err  # there is nothing to compare
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,10 @@ def test_finished_runs_of_other_lengths_are_groups_of_their_own(runs: Path) -> N
     )
     with pytest.raises(InputError, match=r"part: has done 2 epochs, fewer than `epochs` 3"):
         compare_runs([part], epochs=3)
+    rmtree(part)
+    make_run(runs, "long", [50.0] * 9, epochs=20, seed=6)
+    with pytest.warns(ConvsimWarning, match=r"long: has done 9 of 20 epochs, other runs have done 8; "):
+        compare_runs([runs])
 
 
 def test_runs_that_cannot_be_compared_are_one_error(tmp_path: Path) -> None:
@@ -310,6 +315,25 @@ def test_runs_on_other_test_images_are_tables_of_their_own(
         compare_runs([runs], "cifar-init-9")
     found = compare_runs([runs], "cifar-init-0")["groups"]
     assert {(group["data"], group["baseline"]) for group in found if group["baseline"]} == {("cifar10", "mode=init")}
+
+
+def test_a_folder_of_images_is_told_by_its_images_and_not_by_its_place(
+    tmp_path: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convsim_cli.cli.console.Console.is_screen", True)
+    for seed in (0, 1):
+        make_run(tmp_path, f"a{seed}", [50.0 + seed] * 6, seed=seed, dataset="folder:/old", folder_digest="a" * 64)
+        moved: dict[str, Any] = {"dataset": "folder:/new", "folder_digest": "a" * 64, "seed": seed}
+        make_run(tmp_path, f"b{seed}", [52.0] * 6, mode="init", **moved)
+    shown = convsim("compare", tmp_path)
+    assert (shown.out.count("group"), "on folder" in shown.err) == (1, False)
+    assert "+1.50" in shown.out
+    assert "different images" not in convsim("plot", tmp_path, "-o", tmp_path / "x.png").err
+    make_run(tmp_path, "replaced", [90.0] * 6, dataset="folder:/old", folder_digest="b" * 64)
+    groups = compare_runs([tmp_path])["groups"]
+    assert {group["data"] for group in groups} == {"folder:/old", "folder:/old, digest bbbbbbbb"}
+    assert convsim("compare", tmp_path).out.count("group") == 2
+    assert "folder:/old, digest bbbbbbbb" in convsim("plot", tmp_path, "-o", tmp_path / "x.png").err
 
 
 @pytest.mark.parametrize("wrong", [{"accuracy": float("nan")}, {"accuracy": 101.0}, {"epochs": 0}])

@@ -492,6 +492,16 @@ def test_a_run_that_has_lost_its_state_is_not_overwritten(lost: list[str], left:
     assert files(run.folder) == before
 
 
+def test_a_lost_state_is_named_also_where_the_results_are_damaged(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    train_run(run)
+    (run.folder / "state.pt").unlink()
+    results = run.folder / "results.csv"
+    results.write_text(results.read_text()[:-9])
+    with pytest.raises(InputError, match=r"state\.pt: missing, so the run .* would overwrite results\.csv, "):
+        train_run(open_run(run.folder))
+
+
 def test_what_to_do_about_a_lost_state_can_be_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -271,6 +271,12 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(data: Dataset) -> None:
     assert trainer.epoch == 0
 
 
+def test_a_loss_that_diverges_is_named_also_where_it_schedules_beta(data: Dataset) -> None:
+    how = Arguments(mode="reg", beta_schedule="loss", lr=1e30, batch_size=20)
+    with pytest.raises(DivergedError, match=r"^epoch 1: the loss is nan in training; lower `lr` or `beta`$"):
+        Trainer(build_network("cnn:4"), data, how, CPU).run_epoch()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_restored_state_continues_bit_identically_including_dropout(data: Dataset, precision: str) -> None:
     def trainer(seed: int) -> Trainer:
