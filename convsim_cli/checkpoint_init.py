@@ -266,7 +266,7 @@ def _write(
 def _change_network(source: ModelCheckpoint, options: InitOptions, device: torch.device, progress: Progress) -> Changed:
     """Apply a method that needs images to a copy of the network; return each kernel's weight there, by name.
 
-    Layers that the network never calls leave the selection, with the reason. Raises InputError for a network that does
+    Layers that no inputs reach leave the selection, with the reason. Raises InputError for a network that does
     not run on such inputs, and for NaN or Inf in a kernel or a map.
     """
     assert source.model is not None
@@ -287,7 +287,7 @@ def _change_network(source: ModelCheckpoint, options: InitOptions, device: torch
     kept = Selection(skipped=list(source.selection.skipped))
     found = {}
     for kernel, ours, was, now in zip(source.selection.kernels, kernels, former, weights, strict=True):
-        kept.add(kernel, None if ours.name in called else "the network does not call it on these images")
+        kept.add(kernel, None if ours.name in called else "no inputs reach it from these images")
         found[kernel.name] = was.cpu(), now.cpu()
     kept.require_kernels(f"{source.checkpoint.name}:")
     source.selection = kept

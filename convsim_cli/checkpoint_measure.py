@@ -223,7 +223,7 @@ def _measure_network(report: MeasureReport, source: ModelCheckpoint, task: _Task
         for kernel in kernels:
             of_layer = maps.pop(kernel.name)
             _add(report, options, kernel, weights[kernel.name], of_layer)
-            report.layers[-1]["calls"] = of_layer.calls // count
+            report.layers[-1]["calls"] = ceil(of_layer.calls / count)
             advance(1)
     report.notes += _call_notes(report.layers)
     if data is not None:
@@ -245,10 +245,10 @@ def _add(report: MeasureReport, options: MeasureOptions, kernel: Kernel, weight:
 
 
 def _call_notes(layers: Sequence[Record]) -> list[str]:
-    """Notes about layers that the network does not call exactly once."""
+    """Notes about layers that the network does not call exactly once. Calls on nothing do not count."""
     never = [layer["name"] for layer in layers if layer["calls"] == 0]
     often = [f"{layer['name']} ({layer['calls']} times)" for layer in layers if layer["calls"] > 1]
-    notes = [f"never called, so no feature maps: {', '.join(never)}"] if never else []
+    notes = [f"no inputs reach these layers, so they have no feature maps: {', '.join(never)}"] if never else []
     return notes + ([f"called more than once, every call counts: {', '.join(often)}"] if often else [])
 
 

@@ -313,7 +313,7 @@ def decorrelate_(
     The model runs in evaluation mode, but batch normalization by the statistics of this batch, in two passes and one
     more for each layer that is called several times (its maps are those of all calls, with the layers before it changed
     already). Only the kernels change; modes, buffers, hooks and random number generators do not. Warns about skipped
-    layers (parametrized, or never called) and about a model without kernels. Raises InputError for a pattern that
+    layers (parametrized, or without inputs) and about a model without kernels. Raises InputError for a pattern that
     matches nothing, an empty batch, and NaN or Inf in a kernel or a feature map. After any exception the kernels are
     unchanged.
 
@@ -334,14 +334,14 @@ def decorrelate_(
         raise model_failed(describe_tensor(images), error) from error
     called = {record["name"] for record in records}
     if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
-        warnings.warn(f"skipped layers that the model does not call: {', '.join(uncalled)}", stacklevel=2)
+        warnings.warn(f"skipped layers that no inputs reach: {', '.join(uncalled)}", stacklevel=2)
     return records
 
 
 def decorrelate_kernels_(
     model: nn.Module, kernels: Sequence[Kernel], images: Tensor, advance: Advance | None = None
 ) -> list[dict[str, Any]]:
-    """Do to the given kernels of a model what `decorrelate_` does. Those that are never called have no record."""
+    """Do to the given kernels of a model what `decorrelate_` does. Those that no inputs reach have no record."""
     model = unwrapped(model)
     if not isinstance(images, Tensor):
         raise InputError(f"`images` is {kind_of(images)}; expected a batch [B, C, …]")
@@ -371,10 +371,18 @@ def decorrelate_kernels_(
 
 
 def _run(model: nn.Module, images: Tensor, kernels: Sequence[Kernel], look: Callable[..., None]) -> None:
-    """Run a model, and call look(kernel, layer, inputs, options) before each call of a layer of these kernels."""
+    """Run a model, and call look(kernel, layer, inputs, options) before each call of a layer of these kernels.
+
+    Calls on nothing, such as those of a mask head where no object was found, are left out.
+    """
+
+    def look_at_inputs(kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if (*inputs, *options.values())[0].numel():
+            look(kernel, layer, inputs, options)
+
     with ExitStack() as hooks:
         for kernel, layer in layers_of(model, kernels):
-            hooks.enter_context(layer.register_forward_pre_hook(partial(look, kernel), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(look_at_inputs, kernel), with_kwargs=True))
         model(images)
 
 

@@ -11,6 +11,7 @@ from conftest import Convsim
 from safetensors.torch import save_file
 from torch import nn
 
+from convsim_cli import checkpoint_measure
 from convsim_cli.checkpoint_measure import measure_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.measurement import feature_maps
@@ -78,6 +79,27 @@ def test_parametrized_layers_of_a_network_are_measured(tmp_path: Path, monkeypat
     report = measure_checkpoint(arch="theirs:net", samples=2, input_size=16)
     assert [layer["name"] for layer in report.layers] == ["0.weight", "2.weight"]
     assert all(layer["fm_cos"] is not None for layer in report.layers)
+
+
+def test_calls_are_rounded_up_and_those_on_nothing_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sometimes.py").write_text(
+        "from torch import nn\n"
+        "class Sometimes(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body, self.some, self.none = (nn.Conv2d(3, 3, 1) for _ in range(3))\n"
+        "        self.batches = 0\n"
+        "    def forward(self, images):\n"
+        "        self.batches += 1\n"
+        "        maps = self.body(images)\n"
+        "        return self.some(maps) if self.batches == 2 else self.none(maps[:0])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint_measure, "MAP_BATCH", 1)
+    report = measure_checkpoint(arch="sometimes:Sometimes", samples=3, input_size=8)
+    assert [layer["calls"] for layer in report.layers] == [1, 1, 0]
+    assert report.layers[1]["fm_corr"] is not None
+    assert report.notes == ["no inputs reach these layers, so they have no feature maps: none.weight"]
 
 
 def test_layers_of_which_a_sample_of_filters_is_compared_are_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

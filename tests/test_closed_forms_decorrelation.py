@@ -305,10 +305,30 @@ def test_layers_never_called_are_named_and_progress_still_ends() -> None:
     model = Backwards().double()
     model.unused = nn.Conv2d(3, 4, 3)
     told: list[int] = []
-    with pytest.warns(UserWarning, match=r"does not call: unused\.weight"):
+    with pytest.warns(UserWarning, match=r"no inputs reach: unused\.weight"):
         records = decorrelate_(model, images(), advance=told.append)
     assert len(records) == 2
     assert sum(told) == 3
+
+
+def test_calls_on_nothing_change_no_kernel() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.some, self.none = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            maps = self.body(inputs)
+            self.some(maps[:0])
+            return self.some(maps) + self.none(maps[:0]).sum()
+
+    model, inputs = Heads().double(), images()
+    plain, unused = nn.Sequential(*copy.deepcopy([model.body, model.some])), model.none.weight.clone()
+    with pytest.warns(UserWarning, match=r"no inputs reach: none\.weight"):
+        assert len(decorrelate_(model, inputs)) == 2
+    decorrelate_(plain, inputs)
+    assert torch.equal(model.some.weight, plain[1].weight)
+    assert torch.equal(model.none.weight, unused)
 
 
 def test_patterns_choose_the_layers() -> None:

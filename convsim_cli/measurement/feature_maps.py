@@ -33,7 +33,7 @@ _STREAM = 0x9E3779B9  # keeps the kernels from being the values that the same se
 
 
 class LayerMaps:
-    """A layer's feature maps, those of random kernels on the same inputs, and how many calls there were.
+    """A layer's feature maps, those of random kernels on the same inputs, and how many calls had inputs.
 
     sample: which filters of each group are compared with each other, of more than `MOST_FILTERS`; None for all.
     """

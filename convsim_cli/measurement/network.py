@@ -61,7 +61,7 @@ def measure(
     as in a fresh network; the model keeps its own in any case. seed: of the random kernels that chance is measured
     with.
 
-    The model runs in evaluation mode, without autocast or TF32, and is not modified. A layer that is never called has
+    The model runs in evaluation mode, without autocast or TF32, and is not modified. A layer that no inputs reach has
     null feature-map figures. Warns about skipped layers. Raises InputError for a kernel with NaN or Inf, a pattern that
     matches nothing, images of another form or that the model fails on, and feature maps with NaN or Inf, as images with
     such values have.
@@ -173,6 +173,8 @@ def _record(
     kernel: Kernel, maps: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor
 ) -> None:
     """Add the feature maps of one call of a layer, and those that random kernels give in its place."""
+    if not output.numel():  # called on nothing, as a mask head is where no object was found
+        return
     maps.calls += 1
     output = output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
     own = layer.bias is None and not overrides_forward(layer)  # the layer's output is the convolution's

@@ -175,7 +175,7 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
         if method and method.of_maps:
             called = {record["name"] for record in method.of_maps(model, selection.kernels, images(), advance)}
             if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
-                message = f"layers that the network does not call are unchanged: {', '.join(uncalled)}"
+                message = f"layers that no inputs reach are unchanged: {', '.join(uncalled)}"
                 warnings.warn(message, ConvsimWarning, stacklevel=2)
 
 

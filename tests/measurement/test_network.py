@@ -84,6 +84,29 @@ def test_batches_add_up_and_layers_that_are_never_called_have_null_figures() -> 
     assert whole[1]["dead"] == 0
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_calls_on_nothing_add_no_maps(bias: bool) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 3)
+            self.some, self.none = nn.Conv2d(8, 8, 3, bias=bias), nn.Conv2d(8, 4, 3, bias=bias)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = self.body(images)
+            return self.some(maps[images.mean((1, 2, 3)) > 0]) + self.none(maps[:0]).sum()
+
+    model, images = Heads(), torch.randn(6, 3, 8, 8)
+    images -= images.mean((1, 2, 3), keepdim=True) + torch.tensor([1, -1, 1, -1, -1, 1]).reshape(-1, 1, 1, 1)
+    body, some, none = measure(model, images.split(1))
+    plain = nn.Sequential(model.body, model.some)
+    assert body == {**nearly(measure(plain, images)[0]), "name": "body.weight"}
+    assert some == {**nearly(measure(plain, images[[1, 3, 4]])[1]), "name": "some.weight"}
+    assert [none[key] for key in ("fm_corr", "fm_rank", "fm_cos", "fm_inner2", "fm_corr_random", "dead")] == [
+        None
+    ] * 5 + [0]
+
+
 def test_a_dead_filter_behind_a_bias_is_seen_as_dead() -> None:
     layer = nn.Conv2d(3, 4, 3)
     with torch.no_grad():

@@ -148,7 +148,7 @@ def test_layers_that_are_called_twice_or_never_are_said(convsim: Convsim) -> Non
     found = convsim("measure", "--arch", "mine:Tied", "--input-size", 8, "--json")
     assert [layer["calls"] for layer in found.document["layers"]] == [1, 2, 0]
     assert found.document["layers"][2]["fm_cos"] is None
-    assert "never called, so no feature maps: never.weight" in found.err
+    assert "no inputs reach these layers, so they have no feature maps: never.weight" in found.err
     assert "called more than once, every call counts: twice.weight (2 times)" in found.err
 
 
