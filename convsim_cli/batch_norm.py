@@ -126,7 +126,7 @@ def batch_norms_before(shapes: Mapping[str, Sequence[int]], channels: Mapping[st
             if channels[name] in between:
                 found[name] = between[channels[name]]
             between = {}
-        elif name.endswith(".running_var"):
+        elif name.endswith(".running_var") and len(shapes[name]) == 1:  # whatever a file calls so
             between[shapes[name][0]] = name.removesuffix(".running_var")
     return found
 

@@ -22,7 +22,7 @@ from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes, partners_of
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer, sum_cs
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
-from convsim_cli.measurement.synthetic import BatchNormBefore, LayerProbe
+from convsim_cli.measurement.synthetic import FEATURES, BatchNormBefore, LayerProbe
 from convsim_cli.networks.load import (
     ModelCheckpoint,
     check_inputs,
@@ -170,9 +170,11 @@ def _measure_layers(report: MeasureReport, source: ModelCheckpoint, task: _Task)
     for kernel in kernels:  # before any work is done
         check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.name)
     layer_probe = LayerProbe(options.input, options.samples, options.input_size, options.seed)
-    channels = {skipped.name: 0 for skipped in source.selection.skipped}  # no kernels to look at, but between others
-    channels |= {kernel.name: kernel.channels for kernel in kernels}
-    norms = batch_norms_before({name: info.shape for name, info in checkpoint.tensors.items()}, channels)
+    norms: dict[str, str] = {}
+    if options.input == FEATURES:
+        channels = dict.fromkeys((entry.name for entry in source.selection.skipped), 0)  # to stand between kernels
+        channels |= {kernel.name: kernel.channels for kernel in kernels}
+        norms = batch_norms_before({name: info.shape for name, info in checkpoint.tensors.items()}, channels)
     with task.progress(f"measure {checkpoint.name}", len(kernels)) as advance:
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)

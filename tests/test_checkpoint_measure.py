@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from convsim_cli import checkpoint_measure
 from convsim_cli.checkpoint_measure import measure_checkpoint
 from convsim_cli.errors import InputError
 from convsim_cli.measurement import feature_maps
+from convsim_cli.measurement.feature_maps import RandomKernels
 from convsim_cli.networks.architectures import build_network
 
 SHARED_KEYS = ("schema", "command", "version")  # of all commands' documents
@@ -213,6 +215,24 @@ def test_a_convolution_beside_a_running_variance_is_no_gain(tmp_path: Path) -> N
         save_file(kernels | more | {"b.running_var": torch.ones(8)}, tmp_path / "m.safetensors")
         found.append(measure_checkpoint(tmp_path / "m.safetensors", input="features").layers)
     assert found[0] == found[1]
+
+
+def test_a_running_variance_of_a_single_number_is_no_batch_norm(tmp_path: Path) -> None:
+    kernels = {"a.weight": torch.randn(8, 3, 3, 3), "b.weight": torch.randn(8, 8, 3, 3)}
+    found = []
+    for more in ({}, {"a.running_var": torch.ones(())}):
+        save_file(kernels | more, tmp_path / "m.safetensors")
+        found.append(measure_checkpoint(tmp_path / "m.safetensors", input="features", samples=2).layers)
+    assert found[0] == found[1]
+
+
+def test_batch_norms_slow_no_probe_that_they_do_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, update = [], RandomKernels.update
+    monkeypatch.setattr(RandomKernels, "update", lambda self, maps: updates.append(1) or update(self, maps))
+    layers = [(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)) for _ in range(3)]
+    torch.save(nn.Sequential(*chain(*layers)).state_dict(), tmp_path / "normalized.pt")
+    measure_checkpoint(tmp_path / "normalized.pt", samples=1)
+    assert len(updates) == 1  # chance, for all three layers
 
 
 def test_features_are_refused_with_a_network() -> None:

@@ -261,7 +261,7 @@ def _outputs(name: str, tensors: Infos) -> int | None:
     *path, number, _ = ["", *name_parts(name)]
     following = ".".join([*path[1:], str(int(number) + 1)]) if number.isdecimal() and len(number) < 20 else ""
     for other in (_bias_of(name), f"{following}.running_mean" if following else ""):
-        if other in tensors and len(tensors[other].shape) == 1:
+        if other in tensors and len(tensors[other].shape) == 1 and tensors[other].shape[0]:
             return tensors[other].shape[0]
     return None
 

@@ -49,6 +49,10 @@ def test_the_bias_tells_the_groups_of_a_transposed_layer() -> None:
     assert select(shapes)["u.weight"] == (4, True)
 
 
+def test_a_bias_without_values_proves_nothing() -> None:
+    assert select(layer("conv", 4, 8, 3, 3, bias=0)) == {"conv.weight": (1, False)}
+
+
 def test_batch_norm_behind_a_layer_of_a_sequential_proves_it_too() -> None:
     shapes: Shapes = {"e.weight": (16, 3, 3, 3), "d.0.weight": (16, 64, 3, 3), "d.1.running_mean": (64,)}
     assert select(shapes)["d.0.weight"] == (1, True)
