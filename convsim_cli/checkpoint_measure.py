@@ -17,7 +17,7 @@ from torch import Tensor
 from convsim_cli.batch_norm import INPUTS, batch_norms_before, choose_statistics
 from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.device import Progress, resolve_device, return_freed_memory, unreported
-from convsim_cli.kernels import Kernel, Patterns, effective_weight
+from convsim_cli.kernels import Kernel, Patterns, effective_weight, living_filters
 from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps
 from convsim_cli.measurement.figures import Record, add_changes, partners_of
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer, sum_cs
@@ -142,8 +142,10 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
         stored = own is not None and own.name in first.checkpoint.tensors and kernel.name in source.checkpoint.tensors
         if own is None or not stored or replace(own, name=kernel.name, assumed=kernel.assumed) != kernel:
             continue
-        weights = source.checkpoint.load(kernel.name), first.checkpoint.load(own.name)
-        layer["turned"] = median_angle(filter_angles(kernel, *weights))
+        start = first.checkpoint.load(own.name)
+        living = living_filters(kernel.to_filters(start)).flatten()  # those that count in a `TurnMonitor`
+        angles = filter_angles(kernel, source.checkpoint.load(kernel.name), start)
+        layer["turned"] = median_angle(angles.masked_fill(~living, torch.nan))
 
 
 def _measure(source: ModelCheckpoint, task: _Task) -> MeasureReport:

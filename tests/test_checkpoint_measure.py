@@ -18,6 +18,8 @@ from convsim_cli.errors import InputError
 from convsim_cli.measurement import feature_maps
 from convsim_cli.measurement.feature_maps import RandomKernels
 from convsim_cli.networks.architectures import build_network
+from convsim_cli.rotation import TurnMonitor
+from convsim_cli.settings import MeasureOptions
 
 SHARED_KEYS = ("schema", "command", "version")  # of all commands' documents
 
@@ -189,6 +191,20 @@ def test_filters_are_compared_with_those_of_the_first_checkpoint(tmp_path: Path,
     outcome = convsim("measure", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert "turned" in outcome.out.splitlines()[0].split("\t")
     assert "turned" not in convsim("measure", tmp_path / "a.safetensors").out
+
+
+def test_filters_dead_in_the_first_checkpoint_turn_nothing_as_in_a_run(tmp_path: Path) -> None:
+    model, sizes = nn.Sequential(nn.Conv2d(4, 8, 3)), torch.tensor([1, 1, 1, *[1e-20] * 5]).reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        model[0].weight *= sizes
+        torch.save(model.state_dict(), tmp_path / "first.pt")
+        monitor = TurnMonitor(model)
+        model[0].weight += 0.3 * torch.randn(8, 4, 3, 3) * sizes.flip(0)  # dead ones grow, living ones vanish
+    torch.save(model.state_dict(), tmp_path / "second.pt")
+    paths = tmp_path / "first.pt", tmp_path / "second.pt"
+    _, report = checkpoint_measure.measure_checkpoints(paths, MeasureOptions(samples=1))
+    (row,) = monitor.rows()
+    assert report.layers[0]["turned"] == row["turned"]
 
 
 def test_features_of_a_file_take_the_batch_norm_before_the_layer(tmp_path: Path) -> None:

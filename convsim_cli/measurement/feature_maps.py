@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, log2, prod
 from typing import Any
 
 import torch
@@ -269,7 +269,10 @@ class PaperSimilarity:
     @property
     def fm_inner2(self) -> float | None:
         """Mean over inputs and pairs of ⟨F_i, F_j⟩²; None without a pair, or beyond the range of float64."""
-        return finite(float(self._products) / self._pairs * self._scale**2 * self._scale**2) if self._pairs else None
+        if not self._pairs:
+            return None
+        scale = self._scale  # of which a power would be an error beyond the range of float64, not inf
+        return finite(float(self._products) / self._pairs * scale * scale * scale * scale)
 
     def _add(self, maps: Tensor) -> None:
         inputs, groups, count, positions = maps.shape
@@ -352,7 +355,9 @@ class RandomKernels:
         if not self._weights:
             generator = torch.Generator("cpu").manual_seed(self._seed ^ _STREAM)
             how: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-            self._weights = [torch.randn(self.kernel.shape, **how).to(like) for _ in range(self.draws)]
+            weights = self.kernel.channels // self.kernel.groups * prod(self.kernel.taps)  # of a filter
+            scale = 2.0 ** -round(log2(weights) / 2)  # its norm is about 1: maps stay in the range of half precision
+            self._weights = [torch.randn(self.kernel.shape, **how).mul_(scale).to(like) for _ in range(self.draws)]
         return self._weights
 
     def update(self, maps: Sequence[Tensor]) -> None:

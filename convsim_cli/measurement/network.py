@@ -147,7 +147,8 @@ def record_feature_maps(
                 assert weight is not None  # a layer without one is not selected
                 maps[kernel.name] = LayerMaps(kernel, weight.detach(), seed=seed, chance=chance, paper=paper)
             hook = partial(_record, kernel, maps[kernel.name])
-            hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+            handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)  # others may replace the output
+            hooks.enter_context(handle)
         for images in batches:
             with full_precision(images.device):
                 model(images)

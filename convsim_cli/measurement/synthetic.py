@@ -138,7 +138,8 @@ class LayerProbe:
     ) -> LayerMaps:
         """Return the maps of a layer's own filters."""
         scale = weight.abs().amax().double().item() or 1.0  # other maps could leave the range of float32
-        filters = (kernel.to_convolution(weight) / scale).float()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # half precision would round the quotient
+        filters = (kernel.to_convolution(wide) / scale).float()
         maps = LayerMaps(kernel, weight, scale=scale, seed=self.seed, chance=chance, paper=paper)
         for images in self._batches(kernel, weight.device, kernel.filters, norm):
             maps.update(self._convolve(kernel, images, filters))
@@ -195,7 +196,11 @@ class LayerProbe:
         return shared * IMAGE_CORRELATION**0.5 + own * (1 - IMAGE_CORRELATION) ** 0.5
 
     def _convolve(self, kernel: Kernel, images: Tensor, filters: Tensor) -> Tensor:
-        padding = "same" if self.name == FEATURES else tuple(k - 1 for k in kernel.taps)
+        padding = tuple(k - 1 for k in kernel.taps)
+        if self.name == FEATURES:  # as padding="same", of which torch warns where kernels are even
+            padding = tuple(side // 2 for side in padding)
+            ends = [extra for k in reversed(kernel.taps) for extra in (0, 1 - k % 2)]
+            images = torch.nn.functional.pad(images, ends) if any(ends) else images
         convolution: Any = _CONVOLUTIONS[len(kernel.taps) - 1]
         with full_precision(images.device), torch.inference_mode():
             found: Tensor = convolution(images, filters, padding=padding, groups=kernel.groups)

@@ -107,6 +107,23 @@ def test_calls_on_nothing_add_no_maps(bias: bool) -> None:
     ] * 5 + [0]
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_a_users_hook_on_an_output_changes_no_figure_of_its_layer(always: bool) -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 4, 3)), torch.randn(4, 3, 9, 9)
+    first, second = measure(model, images)
+    hook = model[0].register_forward_hook(lambda _, __, output: output.abs() + output.mean(1, True), always_call=always)
+    found = measure(model, images)
+    assert found[0] == first
+    assert found[1]["fm_corr"] != second["fm_corr"]  # it sees what the hook makes of the maps
+    assert list(model[0]._forward_hooks) == [hook.id]
+
+
+def test_chance_of_a_model_in_half_precision_stays_in_its_range() -> None:
+    model, images = nn.Sequential(nn.Conv2d(64, 16, 3, bias=False)), 2000 * torch.randn(2, 64, 6, 6)
+    exact, found = measure(model, images)[0], measure(model.half(), images.half())[0]
+    assert found["fm_corr_random"] == pytest.approx(exact["fm_corr_random"], rel=1e-2)
+
+
 def test_a_dead_filter_behind_a_bias_is_seen_as_dead() -> None:
     layer = nn.Conv2d(3, 4, 3)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from references import literal_fm_corr, literal_map_figures
@@ -8,6 +10,7 @@ from torch import nn
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import Kernel
 from convsim_cli.measurement import feature_maps, synthetic
+from convsim_cli.measurement.kernel_figures import measure_layer
 from convsim_cli.measurement.synthetic import LayerProbe, make_inputs
 
 
@@ -34,6 +37,20 @@ def test_a_layer_of_any_scale_is_probed(dtype: torch.dtype, scale: float) -> Non
     assert found.fm_corr() == pytest.approx(exact.fm_corr(), rel=1e-5)
     assert found.alive.all()
     assert found.paper.fm_inner2 == pytest.approx(exact.paper.fm_inner2 * scale**4, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    kernel, weight = Kernel("k", (8, 4, 3, 3)), torch.randn(8, 4, 3, 3).to(dtype)
+    same = (measure_layer(kernel, each, LayerProbe(samples=2).look(kernel, each)) for each in (weight, weight.float()))
+    assert next(same) == next(same)
+
+
+def test_a_figure_beyond_float64_is_null() -> None:
+    kernel, weight = Kernel("k", (4, 2, 3, 3)), torch.rand(4, 2, 3, 3, dtype=torch.float64)
+    found = LayerProbe(samples=2).look(kernel, weight * 1e200).paper
+    assert found.fm_inner2 is None
+    assert found.fm_cos == LayerProbe(samples=2).look(kernel, weight).paper.fm_cos
 
 
 def test_inputs_of_a_single_natural_pixel_are_zero_and_give_null() -> None:
@@ -98,6 +115,21 @@ def test_features_are_rectified_and_scaled_by_the_batch_norm_before() -> None:
     ):
         maps = nn.functional.conv2d(inputs, weight, padding=1, groups=2)
         assert probe.look(kernel, weight, norm).fm_corr() == pytest.approx(literal_fm_corr(maps, 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("taps", [(4,), (2, 4), (3, 6), (2, 3, 4)])
+def test_features_of_even_kernels_have_the_padding_same(taps: tuple[int, ...]) -> None:
+    weight, noise = torch.randn(4, 2, *taps), make_inputs("natural", 3, 4, (9,) * len(taps), seed=1)
+    torch.set_warn_always(True)  # of even kernels torch warns once, and a warning is an error here
+    try:
+        found = LayerProbe("features", samples=3, side=9, seed=1).fm_corr(Kernel("k", tuple(weight.shape), 2), weight)
+    finally:
+        torch.set_warn_always(False)
+    convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(taps) - 1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
+        maps = convolve(noise.relu(), weight, padding="same", groups=2)
+    assert found == pytest.approx(literal_fm_corr(maps, 2), rel=1e-4)
 
 
 def test_first_layers_features_have_the_correlated_channels_of_photographs() -> None:
