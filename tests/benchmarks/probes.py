@@ -55,12 +55,12 @@ def figures(records: list[dict[str, float]]) -> Figures:
 def probed(path: Path, probe: str) -> Figures:
     """The figures of a file alone. relu(natural) is what `features` is in a file without batch norms."""
     if probe != "relu(natural)":
-        return figures(measure_checkpoint(path, input=probe)["layers"])
+        return figures(measure_checkpoint(path, input=probe).layers)
     with TemporaryDirectory() as folder:
         tensors = open_model_checkpoint(path).checkpoint
         kept = {name: tensors.load(name) for name in tensors.tensors if "running" not in name}
         save_file({name: tensor.contiguous() for name, tensor in kept.items()}, Path(folder) / "m.safetensors")
-        return figures(measure_checkpoint(Path(folder) / "m.safetensors", input=synthetic.FEATURES)["layers"])
+        return figures(measure_checkpoint(Path(folder) / "m.safetensors", input=synthetic.FEATURES).layers)
 
 
 def spearman(a: list[float], b: list[float]) -> float:
