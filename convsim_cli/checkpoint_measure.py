@@ -45,7 +45,7 @@ class MeasureReport:
     normalization was run; layers: a record each, with the figures of `figures.FIGURES`; skipped: name, shape and reason
     of each tensor that was left out; total: `cs`, None where float64 cannot hold it, and, where there are labels,
     `accuracy` in per cent; notes: lines that explain figures; warnings: lines that must not be missed; heat: the
-    layers' heat maps, where they were asked for.
+    layers' heat maps, where they were asked for; method: of `convsim init`, where the file says so.
     """
 
     source: str
@@ -57,6 +57,7 @@ class MeasureReport:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     heat: dict[str, HeatMap] | None = None
+    method: str | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the content of the JSON document of `convsim measure`."""
@@ -151,6 +152,7 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
 def _measure(source: ModelCheckpoint, task: _Task) -> MeasureReport:
     skipped = [entry.record() for entry in source.selection.skipped]
     report = MeasureReport(source.checkpoint.name, task.options.input, skipped=skipped, heat={} if task.heat else None)
+    report.method = source.checkpoint.metadata.get("convsim.method")
     report.warnings += source.checkpoint.notes
     source.selection.require_kernels(f"{source.checkpoint.name}:")
     if any(kernel.filters // kernel.groups > MOST_FILTERS for kernel in source.selection.kernels):

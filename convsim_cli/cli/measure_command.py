@@ -134,7 +134,7 @@ def measure(
     documents = [{**report.document(), "skipped": name_options(report.skipped, context.command)} for report in reports]
     console.document("measure", documents[0] if len(documents) == 1 else {"checkpoints": documents})
     if not as_json:
-        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "")
+        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "", reports[0].method)
 
 
 def _explain_figures() -> str:
@@ -195,8 +195,13 @@ def _draw(report: MeasureReport, page: Path) -> None:
     save_figure(draw_heat(heat, captions, title), page)
 
 
-def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str) -> None:
-    """Show what was found. kind: what a network without a file is, "fresh " or "pretrained "."""
+def _show(
+    reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str, method: str | None
+) -> None:
+    """Show what was found.
+
+    kind: what a network without a file is, "fresh " or "pretrained ". method: see `MeasureReport`, of the first file.
+    """
     if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
     if top:
@@ -213,15 +218,15 @@ def _show(reports: Sequence[ReportDocument], console: Console, as_csv: bool, top
     for report in reports[1:]:
         if changed := what_changed(reports[0], report):
             console.note(f"{short[report['source']]} against {short[reports[0]['source']]}: {changed}")
-    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"])):
+    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"], method)):
         console.note(f"next: {advice}")
 
 
-def _what_next(layers: Sequence[Record]) -> str | None:
+def _what_next(layers: Sequence[Record], method: str | None) -> str | None:
     """Advice on duplicates or dead filters, or None."""
     page = "the documentation page 'Measure' shows how to remove"
-    if why_duplicates(layers):
-        return "convsim init --method dct creates no duplicates in first layers"
+    if method != "dct" and why_duplicates(layers):
+        return "convsim init --method dct creates fewer duplicates in first layers, on photographs"
     if any(layer["removable"] for layer in layers):
         return f"--top 3 lists the most similar pairs; {page} filters"
     return f"{page} dead filters" if any(layer["dead"] for layer in layers) else None

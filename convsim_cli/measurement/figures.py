@@ -235,10 +235,10 @@ def what_stands_out(layers: Sequence[Record]) -> str:
 
 
 def why_duplicates(layers: Sequence[Record]) -> str | None:
-    """Return one line about the first layer whose duplicates come from minimizing L_CS at unchanged norms, or None.
+    """Return one line about the first layer with duplicates whose filters have one spatial pattern each, or None.
 
     There `ncs` is over half the way from 1 to its lower bound (S − c) / (S − 1), where c is ‖A‖² of a constant kernel
-    of norm 1: only that minimization goes so far.
+    of norm 1, as after minimizing L_CS at unchanged norms and after `dct`. Fresh filters stay near 1.
     """
     for layer in layers:
         if not layer["removable"] or layer["ncs"] is None:
@@ -246,8 +246,8 @@ def why_duplicates(layers: Sequence[Record]) -> str | None:
         constant = prod((2 * size**2 + 1) / (3 * size) for size in layer["shape"][2:])
         if (1 - layer["ncs"]) * (layer["filters"] / layer["groups"] - 1) > max(1e-6, (constant - 1) / 2):
             return (
-                f"{layer['name']} has duplicates because its ncs is near its lower bound: L_CS at unchanged norms "
-                "gives each filter one pattern, and in few input channels the filters of a pattern are alike"
+                f"{layer['name']} has duplicates because its ncs is near its lower bound, as after L_CS at unchanged "
+                "norms or dct: each filter has one pattern, and in few input channels filters of a pattern are alike"
             )
     return None
 

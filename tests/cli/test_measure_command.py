@@ -582,7 +582,11 @@ def test_duplicates_that_init_leaves_in_a_first_layer_are_explained(convsim: Con
     assert convsim("init", file, "--preserve-norm", "--iterations", 500).code == 0
     err = convsim("measure", file, "--input", "natural").err
     assert "m.safetensors: a has duplicates because its ncs" in err
-    assert err.endswith("\nnext: convsim init --method dct creates no duplicates in first layers\n")
+    assert err.endswith("\nnext: convsim init --method dct creates fewer duplicates in first layers, on photographs\n")
+    assert convsim("init", file, "--method", "dct").code == 0
+    err = convsim("measure", file, "--input", "natural").err
+    assert "a has duplicates because its ncs is near its lower bound, as after L_CS at unchanged norms or dct" in err
+    assert "next: --top 3" in err and "--method dct" not in err
 
 
 def test_real_vanished_filters_are_counted_as_dead(checkpoint_dir: Path, convsim: Convsim) -> None:

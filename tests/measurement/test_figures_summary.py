@@ -42,7 +42,7 @@ def test_dead_filters_are_counted_beside_removable_ones() -> None:
     assert what_stands_out(layers[1:]).endswith("; 0 filters removable; 15 dead (14 of b, 1 of c)")
 
 
-def test_only_a_minimum_at_unchanged_norms_explains_duplicates() -> None:
+def test_only_one_pattern_per_filter_explains_duplicates() -> None:
     layer = {**record("a", 0.2, 18.0, 2), "filters": 64, "groups": 1, "shape": [64, 3, 3, 3], "ncs": 0.962}
     assert (why_duplicates([layer]) or "").startswith("a has duplicates because its ncs is near its lower bound")
     assert why_duplicates([{**layer, "removable": 0}]) is None
