@@ -377,7 +377,7 @@ def _run(model: nn.Module, images: Tensor, kernels: Sequence[Kernel], look: Call
     """
 
     def look_at_inputs(kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if (*inputs, *options.values())[0].numel():
+        if (inputs[0] if inputs else options["input"]).numel():
             look(kernel, layer, inputs, options)
 
     with ExitStack() as hooks:
