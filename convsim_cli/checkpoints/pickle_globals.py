@@ -59,13 +59,14 @@ class _Global(str):
 class _Made:
     """What a pickle has made: `by` is "" for a container or a long text, or the global that was called.
 
-    items: of a tuple; leaves: of a tuple within tuples; elements: of a storage. shared: taken from the
-    memo, so that each use costs the file a few bytes.
+    items: of a tuple; leaves, depth: of tuples within it; elements: of a storage. shared: taken from the memo, so that
+    each use costs the file a few bytes.
     """
 
     by: str = ""
     items: tuple[_Value, ...] | None = None
     leaves: int = 1
+    depth: int = 0
     elements: int = 0
     shared: bool = False
 
@@ -152,10 +153,15 @@ class PickleGlobals:
                 stack.append(_NUMBERS[name](io.BytesIO(argument)))
             elif name in ("TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
                 items = tuple(_pop_tuple(stack, marks, name))
-                leaves = 1 + sum(item.leaves for item in items if isinstance(item, _Made))
+                made_items = [item for item in items if isinstance(item, _Made)]
+                leaves = 1 + sum(item.leaves for item in made_items)
+                depth = 1 + max((item.depth for item in made_items), default=0)
                 if leaves > _MOST_LEAVES + size:  # its hash alone would take for ever
                     self.refused = self.refused or "tuples within tuples that expand beyond the file"
-                stack.append(_Made(items=items, leaves=leaves))
+                if depth > _DEEPEST:  # its hash alone would overflow the stack of the process
+                    self.refused = self.refused or f"tuples within tuples, more than {_DEEPEST} deep"
+                    items = ()
+                stack.append(_Made(items=items, leaves=leaves, depth=depth))
             else:
                 taken = _pop(stack, marks, opcode.stack_before)
                 if name == "STACK_GLOBAL":
@@ -265,6 +271,11 @@ def _is_text(arguments: Sequence[_Value]) -> bool:
     return all(type(value) is str or value == _Made() for value in arguments)
 
 
+def _is_of_numbers(arguments: Sequence[_Value]) -> bool:
+    """Return whether nothing is nested: slices within slices overflow the stack when they are freed."""
+    return all(not isinstance(value, _Made) or value.by.endswith("multiarray.scalar") for value in arguments)
+
+
 def _fits_storage(arguments: Sequence[_Value]) -> bool:
     """Return whether a tensor, given as `(storage, offset, size, stride, …)`, lies within its storage."""
     if len(arguments) < 4 or not isinstance(arguments[0], _Made) or arguments[0].by != _STORAGE:
@@ -289,7 +300,7 @@ _NUMBERS: dict[str, Callable[[BinaryIO], Any]] = {
     if opcode.arg and opcode.name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 }
 _LITERALS = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "FROZENSET", "BINBYTES", "SHORT_BINBYTES")
-_MOST_LEAVES = 1_000_000
+_MOST_LEAVES, _DEEPEST = 1_000_000, 500
 _ELEMENT_BYTES = {"Double": 8, "Long": 8, "ComplexDouble": 16, "ComplexFloat": 8, "Float": 4, "Int": 4, "QInt32": 4}
 _ELEMENT_BYTES |= {"Half": 2, "BFloat16": 2, "Short": 2}  # of torch's types of storages; 1 for the others
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # (function, type, arguments, state)
@@ -308,10 +319,11 @@ _CALLS: Mapping[str, Callable[[Sequence[_Value]], bool]] = {  # of harmless glob
         ("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.frozenset", "torch.Size"), _is_copy
     ),
     **dict.fromkeys(("builtins.bytearray", "builtins.bytes"), _is_copy),
+    "builtins.slice": _is_of_numbers,
     **dict.fromkeys(("_codecs.encode", "pathlib.PosixPath", "pathlib._local.PosixPath"), _is_text),
     **dict.fromkeys(
         (
-            *("argparse.Namespace", "collections.defaultdict", "builtins.complex", "builtins.range", "builtins.slice"),
+            *("argparse.Namespace", "collections.defaultdict", "builtins.complex", "builtins.range"),
             *("numpy.dtype", "numpy.ndarray", "torch.device", "torch.serialization._get_layout"),
             *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
             *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),

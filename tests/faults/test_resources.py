@@ -224,6 +224,21 @@ def test_no_call_in_a_pickle_makes_more_than_the_file_holds(kind: str, legacy: b
     assert seconds < 20
 
 
+DEEP = 100_000
+FROM_TYPE = b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00"  # calls its first argument with its third
+CHAINS = {
+    "tuples as a key": b"}" + b")" + b"\x85" * DEEP + b"Ns.",
+    "slices": b"cbuiltins\nslice\nq\x00" + b"h\x00" * DEEP + b"N" + b"\x85R" * DEEP + b".",
+    "tuples in a call": FROM_TYPE + b"h\x00N" * DEEP + b"N" + b"\x87" * DEEP + b"R.",
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_no_depth_of_tuples_or_slices_overflows_the_stack(kind: str, tmp_path: Path) -> None:
+    write_pickled(tmp_path / "model.pt", b"\x80\x02" + CHAINS[kind], legacy=False)
+    assert "which is not plain data" in call_in_fork(peak_of, tmp_path / "model.pt")[0]
+
+
 def test_a_tensor_whose_offset_is_no_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"a.weight": torch.tensor(1.0)}, path)
