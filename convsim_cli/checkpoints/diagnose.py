@@ -213,11 +213,10 @@ def check_pickle(file: BinaryIO) -> None:
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    start = file.read(64)
+    zipped = file.read(4) == b"PK\x03\x04"
     file.seek(0)
     found = PickleGlobals(_LONGEST_LOADED)
     sizes: dict[str, int] = {}
-    zipped = start.startswith(b"PK\x03\x04")
     if zipped:
         entries = list(_zip_entries(file, size))
         if any(entry.method or entry.packed != entry.size for entry in entries) or sum(e.size for e in entries) > size:
@@ -234,8 +233,8 @@ def check_pickle(file: BinaryIO) -> None:
             sizes[key] = min(sizes.get(key, entry.size), entry.size)
             if name.endswith("data.pkl"):
                 found.read(io.BytesIO(_packed(file, entry)), 1)
-    else:
-        found.read(file, _LEGACY_PICKLES if _TORCH_MAGIC in start else 1)
+    else:  # torch tells the older stream by the value of its first pickle, however that is spelled
+        found.read(file, _LEGACY_PICKLES)
     if found.refused == MISFIT:
         raise DamagedError(f"damaged (it holds {MISFIT}); fetch it again")
     if found.refused:

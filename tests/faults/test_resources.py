@@ -224,6 +224,17 @@ def test_no_call_in_a_pickle_makes_more_than_the_file_holds(kind: str, legacy: b
     assert seconds < 20
 
 
+def test_an_older_stream_is_checked_however_its_magic_number_is_spelled(tmp_path: Path) -> None:
+    path, spelled = tmp_path / "model.pt", b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+    torch.save({"a.weight": KERNEL, "b": Call(bytearray, LARGE)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    assert whole.count(spelled) == 1
+    path.write_bytes(whole.replace(spelled, b"\x8a\x0b" + spelled[2:-1] + b"\0."))
+    said, grown, _ = call_in_fork(peak_of, path)
+    assert "a call of builtins.bytearray" in said
+    assert grown < 50 << 20
+
+
 DEEP = 100_000
 FROM_TYPE = b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00"  # calls its first argument with its third
 CHAINS = {
