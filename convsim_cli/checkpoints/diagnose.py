@@ -268,7 +268,9 @@ def _zip_entries(file: BinaryIO, size: int) -> Iterator[_ZipEntry]:
         raise zipfile.BadZipFile
     count, start = _ZIP_END.unpack_from(tail, end)
     if end >= 20 and tail[end - 20 : end - 16] == b"PK\x06\x07":
-        file.seek(int.from_bytes(tail[end - 12 : end - 4], "little"))
+        if (place := int.from_bytes(tail[end - 12 : end - 4], "little")) > size:
+            raise zipfile.BadZipFile
+        file.seek(place)
         large = file.read(56)
         if len(large) == 56 and large.startswith(b"PK\x06\x06"):
             count, start = struct.unpack_from("<Q8xQ", large, 32)
@@ -285,6 +287,8 @@ def _zip_entries(file: BinaryIO, size: int) -> Iterator[_ZipEntry]:
                 values = iter(struct.unpack_from(f"<{length // 8}Q", extra.ljust(4 + length, b"\0"), 4))
                 full, packed, offset = (next(values, n) if n == 0xFFFFFFFF else n for n in (full, packed, offset))
             extra = extra[4 + length :]
+        if offset > size:
+            raise zipfile.BadZipFile
         yield _ZipEntry(name.decode("utf-8", "replace"), method, packed, full, offset)
 
 

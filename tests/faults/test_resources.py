@@ -322,6 +322,27 @@ def test_an_archive_that_expands_is_refused_before_it_is_read(tmp_path: Path) ->
     assert grown < 100 << 20
 
 
+@pytest.mark.parametrize("damage", [0x70, 0xFF])
+@pytest.mark.parametrize("place", ["of the directory's end", "of an entry"])
+def test_an_offset_beyond_the_end_of_an_archive_is_damage(place: str, damage: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    if place == "of an entry":
+        write_pickled(path, b"\x80\x02}.", legacy=False)
+        whole = bytearray(path.read_bytes())
+        entry = whole.index(b"PK\x01\x02")
+        end = entry + 46 + len("model/data.pkl")
+        struct.pack_into("<H", whole, entry + 30, 12)
+        struct.pack_into("<L", whole, entry + 42, 0xFFFFFFFF)  # the offset stands in the extra field
+        whole[end:end] = struct.pack("<HHQ", 1, 8, damage << 56)
+    else:
+        save(path, {"a.weight": KERNEL})
+        whole = bytearray(path.read_bytes())
+        whole[whole.rindex(b"PK\x06\x07") + 15] = damage
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("place", [20, 24])  # of the packed and the full size in an entry of the directory
 def test_a_directory_that_lies_about_sizes_is_refused(place: int, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
