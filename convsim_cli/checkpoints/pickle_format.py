@@ -182,25 +182,29 @@ def find_state_dicts(root: Any) -> list[Found]:
     the top level and the usual names, then the largest.
     """
     found: list[Found] = []
-    is_state_dict: dict[int, bool] = {}
+    searched: set[int] = set()
+    ranks: dict[int, tuple[bool, int]] = {}  # of each state dict: whether it is without kernels, and minus its length
     waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
     for where, node in waiting:
         if len(where) > _DEEPEST:
             continue
-        if id(node) not in is_state_dict:
+        if id(node) not in searched:
+            searched.add(id(node))
             is_mapping, is_sequence = isinstance(node, dict), isinstance(node, (list, tuple))
-            names = named_tensors(node) if is_mapping else {}
-            is_state_dict[id(node)] = any(not is_optimizer_state(name) for name in names)
-            items = node.items() if is_mapping else enumerate(node) if is_sequence else ()
+            tensors = named_tensors(node) if is_mapping else {}
+            if any(not is_optimizer_state(name) for name in tensors):
+                ranks[id(node)] = all(tensor.ndim != 4 for tensor in tensors.values()), -len(tensors)
+            items = dict.items(node) if is_mapping else enumerate(node) if is_sequence else ()
             inner = [(str(key), value) for key, value in items if isinstance(value, (dict, list, tuple))]
             waiting += [((*where, key), value) for key, value in inner if not is_optimizer_state(key)]
-        if is_state_dict[id(node)]:
+        if id(node) in ranks:
             found.append((where, node))
 
     def preference(item: Found) -> tuple[bool, int, int]:
-        where, tensors = item[0], named_tensors(item[1])
+        where, node = item
         rank = -1 if not where else _USUAL.index(where[-1]) if where[-1] in _USUAL else len(_USUAL)
-        return all(tensor.ndim != 4 for tensor in tensors.values()), rank, -len(tensors)
+        without_kernels, fewer = ranks[id(node)]
+        return without_kernels, rank, fewer
 
     return sorted(found, key=preference)
 

@@ -26,6 +26,7 @@ PERHAPS_GROUPED = "perhaps grouped, by the channels of the layers around them"
 PERHAPS_FIRST = "of one channel, so depthwise or a first layer, which the layers around them do not tell"
 
 _DEEPEST = 100  # modules around a tensor
+_LONGEST = 200  # characters of a part: the time that patterns take on a hostile one grows with its third power
 _SQUEEZE = re.compile(r"(?i)(.*_)?(se|squeeze\w*|excit\w*|attn|attention|ca|gate)(_.*|\d*)")
 _DOWNWARD = re.compile(r"(?i)(.*_)?(sr|down\w*|reduc\w*|patch\w*|pool\w*|stem|embed\w*|proj\w*|merg\w*)(_.*|\d*)")
 _ENCODING = re.compile(r"(?i)(.*_)?(encoder|subsampl\w*|extractor)(_.*|\d*)")
@@ -36,7 +37,8 @@ _TABLE = re.compile(r"emb|embeds?|embeddings?|wte|wpe")  # a word in the own par
 
 
 def name_parts(name: str) -> list[str]:
-    return re.split(r"[./]", name)
+    """Return the parts of a name, very long ones cut."""
+    return [part[:_LONGEST] for part in re.split(r"[./]", name)]
 
 
 def layer_parts(name: str) -> list[str]:

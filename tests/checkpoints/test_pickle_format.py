@@ -17,6 +17,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PosixPath
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -360,3 +361,11 @@ def test_state_dicts_are_found_in_every_container(kind: str, tmp_path: Path) -> 
 def tensors_of(node: Any) -> list[torch.Tensor]:
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else []
     return [node] if isinstance(node, torch.Tensor) else [found for child in children for found in tensors_of(child)]
+
+
+def test_a_state_dict_under_thousands_of_keys_is_judged_once(tmp_path: Path) -> None:
+    state = {f"n{number}": torch.zeros(1) for number in range(2000)}
+    torch.save([state] * 30_000, tmp_path / "model.pt")
+    start = process_time()
+    open_checkpoint(tmp_path / "model.pt")
+    assert process_time() - start < 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import KeysView
 from pathlib import Path
+from time import process_time
 
 import pytest
 import torch
@@ -342,3 +343,10 @@ def test_a_padded_depthwise_layer_is_named_by_the_module_around_it() -> None:
 def test_an_encoding_that_a_1x1_layer_reads_is_no_sign_of_groups() -> None:
     blocks = {"b.conv.weight": (192, 3, 3, 3), "c.conv.weight": (192, 192, 3, 3)}
     assert not selection(blocks | {"pos_embed.projection.weight": (192, 64, 1, 1)}).doubts
+
+
+@pytest.mark.parametrize("part", ["down_" * 1200 + "\n", "conv" * 20_000])
+def test_a_name_of_thousands_of_characters_is_judged_in_no_time(part: str) -> None:
+    start = process_time()
+    selection({f"{part}.weight": (8, 4, 3, 3), f"a.{part}": (8, 4, 3)})
+    assert process_time() - start < 1
