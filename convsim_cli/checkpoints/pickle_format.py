@@ -5,6 +5,7 @@ A pickle holds nested containers; this module finds the state dicts in them.
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -18,9 +19,9 @@ from torch import Tensor
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
 from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, why_not_loaded
-from convsim_cli.checkpoints.pickle_globals import RefusedError, harmless_globals, pickle_module
+from convsim_cli.checkpoints.pickle_globals import HarmlessPickler, RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
-from convsim_cli.errors import CheckpointError, did_you_mean, is_out_of_memory
+from convsim_cli.errors import CheckpointError, brief, did_you_mean, is_number, is_out_of_memory
 from convsim_cli.kernels.guess import is_optimizer_state
 
 
@@ -67,8 +68,7 @@ class PickledCheckpoint(Checkpoint):
         self.unfit = _shared_memory(strided)
 
     def load(self, name: str) -> Tensor:
-        tensor: Tensor = self._state[name].detach()
-        return tensor
+        return self._state[name]
 
     def keeps_record(self, target: Path) -> bool:
         return False
@@ -77,17 +77,35 @@ class PickledCheckpoint(Checkpoint):
         self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
     ) -> Path | None:
         self.check_suffix(target)
+        self._rehearse()
 
         def write(file: BinaryIO) -> None:
             for name, tensor in changes:
-                self._state[name].detach().copy_(tensor)  # into its own memory, which other tensors may share
-            try:
-                write_pickle(file, self._root, self._zipped, pickle_module())
-            except RefusedError as error:
-                problem = f"{self.path}: holds {error}, which is not plain data; nothing was written"
-                raise CheckpointError(problem) from error
+                self._state[name].copy_(tensor)  # into its own memory, which other tensors may share
+            write_pickle(file, self._root, self._zipped, pickle_module())
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+
+    def _rehearse(self) -> None:
+        """Raise CheckpointError for what loads but cannot be saved again, before any work is done."""
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                _Rehearsal(nowhere, 2).dump(self._root)
+        except RefusedError as error:
+            problem = f"{self.path}: holds {error}, which is not plain data; nothing was written"
+            raise CheckpointError(problem) from error
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # whatever deep nesting, or an attribute that hides a method, makes a pickler raise
+            problem = f"{self.path}: holds what cannot be saved again ({brief(error)}); save model.state_dict() alone"
+            raise CheckpointError(problem) from error
+
+
+class _Rehearsal(HarmlessPickler):
+    """Pickles all but the values of tensors."""
+
+    def persistent_id(self, obj: Any) -> str | None:
+        return "" if torch.is_storage(obj) else None
 
 
 def load_pickle(path: Path, file: BinaryIO) -> tuple[bool, Any]:
@@ -195,7 +213,11 @@ def find_state_dicts(root: Any) -> list[Found]:
             if any(not is_optimizer_state(name) for name in tensors):
                 ranks[id(node)] = all(tensor.ndim != 4 for tensor in tensors.values()), -len(tensors)
             items = dict.items(node) if is_mapping else enumerate(node) if is_sequence else ()
-            inner = [(str(key), value) for key, value in items if isinstance(value, (dict, list, tuple))]
+            inner = [
+                (str(key), value)
+                for key, value in items
+                if isinstance(value, (dict, list, tuple)) and (isinstance(key, str) or is_number(key))
+            ]
             waiting += [((*where, key), value) for key, value in inner if not is_optimizer_state(key)]
         if id(node) in ranks:
             found.append((where, node))
@@ -210,5 +232,9 @@ def find_state_dicts(root: Any) -> list[Found]:
 
 
 def named_tensors(node: dict[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors that a dictionary holds under names."""
-    return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    """Return the tensors that a dictionary holds under names, without attributes, which could hide methods.
+
+    They share the memory of those in the dictionary.
+    """
+    tensors = {name: value for name, value in dict.items(node) if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name: Tensor.detach(tensor) for name, tensor in tensors.items()}

@@ -139,21 +139,64 @@ DISGUISED = {
 }
 
 
-@pytest.mark.parametrize("kind", DISGUISED)
-def test_a_disguised_stand_in_reaches_no_numpy_and_is_refused_in_one_line(
-    kind: str, tmp_path: Path, convsim: Convsim
-) -> None:
-    made, path = io.BytesIO(), tmp_path / "model.pt"
+def save_beside_kernel(path: Path, other: bytes) -> Path:
+    """Save a kernel and what these opcodes make."""
+    made = io.BytesIO()
     torch.save({"a.weight": KERNEL, "other": 7}, made)
     with zipfile.ZipFile(made) as source, zipfile.ZipFile(path, "w") as target:
         for name in source.namelist():
             content = source.read(name)
-            target.writestr(name, content.replace(b"K\x07", DISGUISED[kind]) if name.endswith(".pkl") else content)
+            target.writestr(name, content.replace(b"K\x07", other) if name.endswith(".pkl") else content)
+    return path
+
+
+@pytest.mark.parametrize("kind", DISGUISED)
+def test_a_disguised_stand_in_reaches_no_numpy_and_is_refused_in_one_line(
+    kind: str, tmp_path: Path, convsim: Convsim
+) -> None:
+    path = save_beside_kernel(tmp_path / "model.pt", DISGUISED[kind])
     before = path.read_bytes()
     outcome = convsim("init", path, "--iterations", 1)
     assert outcome.code == 2, outcome.err
     assert "is not plain data" in outcome.error
     assert path.read_bytes() == before
+
+
+def with_attribute(made: Any, name: str) -> Any:
+    """An object with an attribute that may hide what its class has of that name."""
+    vars(made)[name] = 3
+    return made
+
+
+@pytest.mark.parametrize("name", ["detach", "numel", "is_floating_point"])
+def test_an_attribute_that_hides_a_tensor_s_method_is_data(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(OrderedDict({"a.weight": with_attribute(KERNEL.clone(), name)}), path)
+    init_checkpoint(path, method="dct", no_backup=True)
+    assert not torch.equal(open_checkpoint(path).load("a.weight"), KERNEL)
+    assert getattr(torch.load(path, weights_only=True)["a.weight"], name) == 3
+
+
+UNSAVABLE = {
+    "lists within lists": b"]" * 3000 + b"a" * 2999,
+    "a dictionary with an attribute items": b"ccollections\nOrderedDict\n)R}" + text("items") + b"cbuiltins\nint\nsb",
+}
+
+
+@pytest.mark.parametrize("kind", UNSAVABLE)
+def test_what_loads_but_cannot_be_saved_is_refused_before_any_work(kind: str, tmp_path: Path) -> None:
+    path = save_beside_kernel(tmp_path / "model.pt", UNSAVABLE[kind])
+    before, layers = path.read_bytes(), iter([("a.weight", KERNEL)])
+    with pytest.raises(CheckpointError, match=r"model\.pt: holds what cannot be saved again \(.*\); save model"):
+        open_checkpoint(path).write(path, layers)
+    assert list(layers)
+    assert path.read_bytes() == before
+
+
+def test_a_dictionary_under_a_key_that_is_no_text_or_number_is_kept(tmp_path: Path) -> None:
+    inner = {"b.weight": KERNEL.clone()}
+    torch.save({"a.weight": KERNEL, with_attribute(torch.ones(2), "dim"): inner, 7: inner}, tmp_path / "model.pt")
+    assert "others under 7 (" in open_checkpoint(tmp_path / "model.pt").notes[0]
 
 
 MINE = """
