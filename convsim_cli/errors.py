@@ -77,9 +77,13 @@ def brief(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is not enough memory: torch raises RuntimeError."""
+    """Return whether an error says that there is not enough memory: torch raises RuntimeError.
+
+    Errors of other kinds may quote a file.
+    """
     said = ("allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    from_system = isinstance(error, RuntimeError | OSError)
+    return isinstance(error, MemoryError) or (from_system and any(words in str(error) for words in said))
 
 
 def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -313,6 +313,12 @@ def test_the_names_in_an_archive_do_not_steer_a_terminal(tmp_path: Path) -> None
     assert r"it holds \x1b[2J" in said_of(file.getvalue(), tmp_path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", ["out of memory", "not enough memory"])
+def test_a_global_that_is_named_like_an_error_is_one_that_would_run(words: str, kind: str, tmp_path: Path) -> None:
+    assert_runs_nothing(said_of(KINDS[kind](b"\x80\x02c" + words.encode() + b"\nsystem\n)R."), tmp_path), words)
+
+
 def test_torchs_own_advice_to_load_unsafely_is_not_passed_on(tmp_path: Path) -> None:
     said = said_of(zipped(b"\x80\x02}K\x01a."), tmp_path)  # appends to a dictionary, which torch refuses
     assert "pickled in a way that torch.load does not read safely; ask its author" in said
