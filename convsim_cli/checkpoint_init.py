@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # what most calls do not need
 
 SPREAD = 3.0  # how many times the spread of independent weights a trained layer's norms have to show
 FEWEST = 8  # living filters that a spread is taken of
+MOST_VALUES = 1 << 20  # of a batch-norm statistic: a larger tensor of that name is something else
 NEAR_ZERO = 0.35  # share of weights below a tenth of their filter's root mean square: raw Algorithm 1 leaves half
 
 Changed = dict[str, tuple[Tensor, Tensor]]  # a kernel's name → its weight in a network, before and after
@@ -301,9 +303,13 @@ def looks_trained(checkpoint: Checkpoint) -> bool:
     zero. Without them the filters' norms do: their spread is `SPREAD` times that of independent weights or more, in the
     median over the layers. Files written by `convsim init` then do not count as trained.
     """
-    statistics = [name for name in checkpoint.tensors if name.endswith(("num_batches_tracked", "running_mean"))]
+    statistics = [
+        name
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(("num_batches_tracked", "running_mean")) and prod(info.shape) <= MOST_VALUES
+    ]
     if statistics:
-        return any(_is_nonzero(checkpoint.load(name)) for name in statistics)
+        return any((checkpoint.load(name).to(torch.complex128) != 0).any().item() for name in statistics)
     if "convsim.layers" in checkpoint.metadata:
         return False
     kernels = file_kernels(checkpoint.tensors, Patterns(layout="torch"), checkpoint.unfit).kernels
@@ -334,9 +340,3 @@ def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
         return None
     norms = norms[living]
     return (norms.std(correction=0) / norms.mean() * (2 * weights) ** 0.5).item()
-
-
-def _is_nonzero(statistic: Tensor) -> bool:
-    if statistic.numel() * statistic.element_size() > statistic.untyped_storage().nbytes():
-        return False  # an expanded tensor, perhaps larger than memory: no statistic
-    return bool((statistic.to(torch.complex128) != 0).any())

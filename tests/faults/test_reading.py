@@ -285,6 +285,15 @@ def test_a_running_mean_expanded_beyond_all_memory_is_no_obstacle(tmp_path: Path
     assert convsim("init", path, "--iterations", 1).code == 0
 
 
+def test_a_large_tensor_named_like_a_statistic_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, size = tmp_path / "model.safetensors", 1 << 26
+    path.write_bytes(made({"bn.running_mean": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, b""))
+    os.truncate(path, path.stat().st_size + size)
+    checkpoint = open_checkpoint(path)
+    monkeypatch.setattr(type(checkpoint), "load", lambda *_: pytest.fail("read"))
+    assert not looks_trained(checkpoint)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool, torch.complex64, torch.int8, torch.bfloat16])
 def test_statistics_of_any_type_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
