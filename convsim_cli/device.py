@@ -1,25 +1,23 @@
-"""Devices and the host: CUDA graphs, random generators, the allocator, regular files, interruption, and progress."""
+"""Devices and the host: CUDA graphs, random generators, the allocator, small files, interruption, and progress."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import platform
 import random
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from convsim_cli.errors import ConvsimError, InputError, did_you_mean, no_name_twice
+from convsim_cli.errors import ConvsimError, InputError, did_you_mean, no_name_twice, open_regular
 
 Advance = Callable[[int], None]  # takes the number of steps completed since the last call
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # takes a description and the total number of steps
@@ -126,18 +124,6 @@ def restore_generators(states: tuple[Any, ...]) -> None:
         raise ValueError(f"numpy's generator is at {position} of {len(keys)}")
     random.setstate(pythons)
     numpy.random.set_state((name, keys, position, *rest))
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading. Raises OSError for anything but a regular file: a pipe would be waited for."""
-    refusal = OSError(errno.EINVAL, "not a regular file", str(path))
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a device may already act on it
-        raise refusal
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another has taken its name since
-            raise refusal
-        yield file
 
 
 def keep_freed_memory() -> bool:

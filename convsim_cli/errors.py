@@ -6,11 +6,15 @@ the option of that name instead (--lr). Only a whole command to copy (convsim tr
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 _LISTED = 12  # names in an error, at most
 _NAMED = 3  # of a list in a line
@@ -62,6 +66,31 @@ class WriteError(ConvsimError):
 
 class ConvsimWarning(UserWarning):
     """A warning that users must see; the command line shows it even when quiet."""
+
+
+class IrregularFileError(OSError):
+    """A pipe, a device or a folder, where a regular file is expected."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EINVAL, "not a regular file", path)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError, IrregularFileError for anything but a regular file.
+
+    Nothing else is even opened: a pipe would be waited for, and a device may already act on it.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise IrregularFileError(path)
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)  # another has taken its name since
+    raise IrregularFileError(path)
 
 
 def brief(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
 
 from convsim_cli.checkpoints.atomic import check_regular, replace_file
-from convsim_cli.errors import InputError, one_of
+from convsim_cli.errors import InputError, one_of, open_regular
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,7 +223,7 @@ def check_picture(path: Path) -> None:
     if not path.exists():
         return
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4096)
     except OSError as error:
         raise InputError(f"{path}: exists and cannot be read ({error.strerror}); choose a new file") from error

@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import shlex
-import stat
 import struct
 import tarfile
 import weakref
@@ -34,7 +33,7 @@ from convsim_cli.checkpoints.pickle_globals import (
     TornPickleError,
     harmless_names,
 )
-from convsim_cli.errors import CheckpointError, ReadError, is_out_of_memory
+from convsim_cli.errors import CheckpointError, IrregularFileError, ReadError, is_out_of_memory, open_regular
 
 _ADVICE = {  # what to do about an error of the system
     errno.EMFILE: "; close other files or raise the limit of this process (ulimit -n)",
@@ -115,6 +114,8 @@ def explained(path: Path) -> Iterator[None]:
             siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.name != path.name]
         close = get_close_matches(path.name, siblings, n=1)
         raise CheckpointError(f"{path}: no such file" + (f"; did you mean {close[0]}?" if close else "")) from error
+    except IrregularFileError as error:
+        raise CheckpointError(f"{path}: a pipe or a device; save its output to a file first") from error
     except OSError as error:
         kind = CheckpointError if error.errno in _OF_THE_PATH else ReadError
         reason = f"{os.strerror(error.errno) if error.errno else error}{_ADVICE.get(error.errno or 0, '')}"
@@ -129,14 +130,14 @@ def explained(path: Path) -> Iterator[None]:
 class Source:
     """A regular file that is open to read, closed when nothing refers to it any more.
 
-    It is opened without blocking, and refused if it is a pipe or a device. All reads go to this open file, whatever
-    happens to its name, and never through a memory map, which crashes the process if the file is truncated.
+    All reads go to this open file, whatever happens to its name, and never through a memory map, which crashes the
+    process if the file is truncated.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with explained(path):
-            self.file: BinaryIO = open(path, "rb", opener=_open_regular)  # noqa: SIM115
+            self.file = open_regular(path)
         weakref.finalize(self, self.file.close)
         self.descriptor = self.file.fileno()
         self._state = self._read_state()
@@ -161,15 +162,6 @@ class Source:
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(f"{self.path}: another process changed it while it was read; try again when it is done")
-
-
-def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` refuses a folder by itself
-        return descriptor
-    os.close(descriptor)
-    raise CheckpointError(f"{path}: a pipe or a device; save its output to a file first")
 
 
 def describe_unknown(path: Path, start: bytes) -> str:

@@ -19,8 +19,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from convsim_cli.device import open_regular
-from convsim_cli.errors import InputError, brief, did_you_mean, one_of, to_install
+from convsim_cli.errors import InputError, brief, did_you_mean, one_of, open_regular, to_install
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from convsim_cli.checkpoints.atomic import check_folder, check_regular, free_names, replace_file
 from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
-from convsim_cli.device import Progress, open_regular, read_bounded, read_json, seed_generators, unreported
-from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, to_install
+from convsim_cli.device import Progress, read_bounded, read_json, seed_generators, unreported
+from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, open_regular, to_install
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, to_repeat

@@ -23,6 +23,7 @@ from forks import call_in_fork
 from safetensors.torch import load_file, save_file
 
 from convsim_cli.checkpoints import diagnose
+from convsim_cli.checkpoints.diagnose import Source
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimError, ReadError
 
@@ -112,6 +113,28 @@ def test_no_pipe_or_device_is_waited_for(kind: str, name: str, tmp_path: Path) -
         (tmp_path / "a.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ConvsimError):
         open_checkpoint(tmp_path / "a.index.json" if name.startswith("shard") else path)
+
+
+@pytest.mark.parametrize("when", ["before", "while it is opened"])
+def test_a_pipe_is_not_opened_nor_read_where_it_takes_a_file_s_name(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "model.pt", {"a.weight": KERNEL})
+    opened = os.open
+
+    def replace_by_pipe(name: Any, *arguments: Any, **more: Any) -> int:
+        if isinstance(name, str | Path) and Path(name) == path:
+            assert when != "before"
+            path.unlink()
+            os.mkfifo(path)
+        return opened(name, *arguments, **more)
+
+    if when == "before":
+        path.unlink()
+        os.mkfifo(path)
+    monkeypatch.setattr(os, "open", replace_by_pipe)
+    with pytest.raises(CheckpointError, match=r"model.pt: a pipe or a device; save its output to a file first"):
+        Source(path)
 
 
 def sparse(path: Path, size: int) -> Path:
