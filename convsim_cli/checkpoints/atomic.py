@@ -169,8 +169,9 @@ class _Move:
 class Replacements:
     """New files that replace old ones together: a context manager that removes them unless they are committed.
 
-    Together means in one folder, after following links. Each method raises WriteError that names a target, `writing`
-    InputError for one that is no regular file; the old files are then intact.
+    Together means in one folder, after following links; several folders are committed one right after the other. Each
+    method raises WriteError that names a target, `writing` InputError for one that is no regular file; the old files
+    are then intact.
     """
 
     def __init__(self) -> None:
@@ -250,9 +251,13 @@ class Replacements:
         """
         begun: list[tuple[_Move, Path | None]] = []
         try:
-            for folder in journals:
-                with _explained(moves[0].target):
+            with _explained(moves[0].target):
+                for folder in journals:
+                    self._scratch[folder].prepare_journal()
+                for folder in journals:  # one right after the other: a kill in between mixes old and new files
                     self._scratch[folder].make_journal()
+                for folder in journals:
+                    flush_folder(folder)
             for move in moves:
                 with _explained(move.target):
                     scratch = self._scratch[move.place.parent]

@@ -369,10 +369,16 @@ class Scratch:
         else:
             self.file_for(place).unlink()
 
-    def make_journal(self) -> None:
-        """Commit: from now on every file here goes to its place, even if this process dies."""
+    def prepare_journal(self) -> None:
+        """Write the manifest to disk, which takes time: it holds a digest of each file."""
         write_manifest(self.path.parent, self._descriptor)
         flush_folder(self.path)
+
+    def make_journal(self) -> None:
+        """Commit: from now on every file here goes to its place, even if this process dies.
+
+        The parent folder still has to be flushed.
+        """
         journal = self.path.with_name(JOURNAL)
         while True:
             try:
@@ -382,7 +388,6 @@ class Scratch:
                 if error.errno not in TAKEN and not os.path.lexists(journal):
                     raise
                 complete_save(journal.parent)
-        flush_folder(journal.parent)
 
     def unmake_journal(self) -> None:
         """Undo `make_journal`, once no file has been moved or all were moved back."""

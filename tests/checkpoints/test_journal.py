@@ -18,6 +18,7 @@ from conftest import Convsim
 from forks import fork
 from safetensors.torch import load_file, save_file
 
+from convsim_cli.checkpoints import journal
 from convsim_cli.checkpoints.atomic import finish_saves, replace_file
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimWarning, WriteError
@@ -189,6 +190,22 @@ def test_shards_behind_links_are_completed_where_they_are(folder: Path, convsim:
     assert f"{links}: a save to {folder} was interrupted" in outcome.error
     assert convsim("init", links, "--recover").code == 0
     assert values(links) == [2.0, 2.0]
+
+
+def die_in_second_manifest(folder: Path) -> None:
+    die_after(journal, "write_manifest", 1)
+    open_checkpoint(folder).write(folder / INDEX, [(name, torch.full((4, 3, 3, 3), 2.0)) for name in NAMES])
+
+
+def test_nothing_is_committed_before_the_manifests_of_all_folders(folder: Path) -> None:
+    (folder.parent / "other").mkdir()
+    (folder / SHARDS[1]).rename(folder.parent / "other" / SHARDS[1])
+    (folder / SHARDS[1]).symlink_to(folder.parent / "other" / SHARDS[1])
+    process = fork(die_in_second_manifest, folder)
+    process.join()
+    assert process.exitcode == 9
+    finish_saves(folder)
+    assert values(folder) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("moves", [0, 1])
