@@ -21,7 +21,15 @@ from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, te
 from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import HarmlessPickler, RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
-from convsim_cli.errors import CheckpointError, brief, did_you_mean, is_number, is_out_of_memory
+from convsim_cli.errors import (
+    CheckpointError,
+    ConvsimWarning,
+    brief,
+    did_you_mean,
+    is_number,
+    is_out_of_memory,
+    some_of,
+)
 from convsim_cli.kernels.guess import is_optimizer_state
 
 
@@ -49,7 +57,8 @@ class PickledCheckpoint(Checkpoint):
             if not found:
                 hint = did_you_mean(key, known) if known else "all are at its top level"
                 raise CheckpointError(f"{path}: has no tensors under {key!r}: {hint}")
-        self._state = named_tensors(found[0][1])
+        self._place, state = found[0]
+        self._state = named_tensors(state)
         empty = next((name for name, tensor in self._state.items() if tensor.is_meta), None)
         if empty is not None:
             raise CheckpointError(f"{path}: {empty} has a shape but no values (device meta); save it with its weights")
@@ -80,11 +89,34 @@ class PickledCheckpoint(Checkpoint):
         self._rehearse()
 
         def write(file: BinaryIO) -> None:
+            changed = []
             for name, tensor in changes:
                 self._state[name].copy_(tensor)  # into its own memory, which other tensors may share
+                changed.append(name)
+            if following := self._following(changed):
+                message = f"{target}: tensors that share memory with a kernel changed with it: {some_of(following)}"
+                warnings.warn(message, ConvsimWarning, stacklevel=2)
             write_pickle(file, self._root, self._zipped, pickle_module())
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+
+    def _following(self, changed: list[str]) -> list[str]:
+        """Return the places of tensors that changed with others, except those that are skipped for sharing memory."""
+        extents: dict[int, list[tuple[int, int]]] = {}
+        for extent in filter(None, (storage_extent(self._state[name]) for name in changed)):
+            extents.setdefault(extent[0], []).append(extent[1:])
+        known = {(*self._place, name) for name in (*changed, *self.unfit)}
+        following, searched = [], set()
+        waiting: list[tuple[tuple[str, ...], Any]] = [((), self._root)]
+        for where, node in waiting:
+            if isinstance(node, Tensor) and not node.is_nested and where not in known:
+                storage, first, last = storage_extent(Tensor.detach(node)) or (0, 0, 0)
+                if any(start < last and first < end for start, end in extents.get(storage, ())):
+                    following.append(".".join(where))
+            elif id(node) not in searched:
+                searched.add(id(node))
+                waiting += [((*where, key), value) for key, value in _children(node)]
+        return following
 
     def _rehearse(self) -> None:
         """Raise CheckpointError for what loads but cannot be saved again, before any work is done."""
@@ -179,11 +211,21 @@ def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         other = next((owner for start, end, owner in placed if start < last and first < end), None)
         if other:
             reasons[name] = f"shared with {other}"
-        elif last - first < tensor.numel():
+            continue
+        placed.append((first, last, name))
+        if _may_overlap(tensor):
             reasons[name] = "its elements share memory (an expanded tensor)"
-        else:
-            placed.append((first, last, name))
     return reasons
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Return whether elements of a tensor may share memory: whether an axis steps within what smaller steps reach."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 _USUAL = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
@@ -208,16 +250,10 @@ def find_state_dicts(root: Any) -> list[Found]:
             continue
         if id(node) not in searched:
             searched.add(id(node))
-            is_mapping, is_sequence = isinstance(node, dict), isinstance(node, (list, tuple))
-            tensors = named_tensors(node) if is_mapping else {}
+            tensors = named_tensors(node) if isinstance(node, dict) else {}
             if any(not is_optimizer_state(name) for name in tensors):
                 ranks[id(node)] = all(tensor.ndim != 4 for tensor in tensors.values()), -len(tensors)
-            items = dict.items(node) if is_mapping else enumerate(node) if is_sequence else ()
-            inner = [
-                (str(key), value)
-                for key, value in items
-                if isinstance(value, (dict, list, tuple)) and (isinstance(key, str) or is_number(key))
-            ]
+            inner = [(key, value) for key, value in _children(node) if isinstance(value, (dict, list, tuple))]
             waiting += [((*where, key), value) for key, value in inner if not is_optimizer_state(key)]
         if id(node) in ranks:
             found.append((where, node))
@@ -229,6 +265,13 @@ def find_state_dicts(root: Any) -> list[Found]:
         return without_kernels, rank, fewer
 
     return sorted(found, key=preference)
+
+
+def _children(node: Any) -> list[tuple[str, Any]]:
+    """Return what a container holds, with its key if that is text or a number, or its index."""
+    if isinstance(node, dict):
+        return [(str(key), value) for key, value in dict.items(node) if isinstance(key, str) or is_number(key)]
+    return [(str(index), value) for index, value in enumerate(node)] if isinstance(node, (list, tuple)) else []
 
 
 def named_tensors(node: dict[Any, Any]) -> dict[str, Tensor]:

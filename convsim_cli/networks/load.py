@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -117,8 +117,12 @@ def open_model_checkpoint(
     else:
         checkpoint = open_checkpoint(path, key, for_writing=for_writing)
         names = load_weights(model, checkpoint, arch)
-    selection = module_kernels(model, patterns, names, parametrized=parametrized)
-    return ModelCheckpoint(checkpoint, selection, model, arch, names, find_aliases(model, selection.kernels, names))
+    found = module_kernels(model, patterns, names, parametrized=parametrized)
+    aliases = find_aliases(model, found.kernels, names)
+    selection = replace(found, kernels=[])
+    for kernel in found.kernels:  # tied weights share memory, and are written under each name
+        selection.add(kernel, None if kernel.name in aliases else checkpoint.unfit.get(kernel.name))
+    return ModelCheckpoint(checkpoint, selection, model, arch, names, aliases)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dict[str, str]:

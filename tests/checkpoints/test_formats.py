@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
-from convsim_cli.errors import CheckpointError, InputError
+from convsim_cli.errors import CheckpointError, ConvsimWarning, InputError
+from convsim_cli.networks.architectures import build_network
 
 DTYPES = (
     torch.float64,
@@ -119,6 +121,36 @@ def test_kernels_that_share_memory_cannot_be_changed_alone(tmp_path: Path) -> No
     assert set(unfit) == {"half", "other", "wide"}
     assert unfit["half"] == "shared with all"
     assert "expanded" in unfit["wide"]
+
+
+@pytest.mark.parametrize("strides", [(1000, 100, 1, 1), (0, 1000, 3, 1), (9, 3, 3, 1)])
+def test_a_kernel_that_overlaps_itself_is_skipped(strides: tuple[int, ...], tmp_path: Path) -> None:
+    overlapping = torch.randn(9000).as_strided((8, 8, 3, 3), strides)
+    sliced = torch.randn(16, 16, 3, 5)[::2, ::2, :, :3].transpose(0, 1)
+    torch.save({"0.weight": torch.randn(4, 8, 3, 3), "b": overlapping, "c": sliced}, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt").unfit) == ["b"]
+
+
+def test_with_a_network_too_a_kernel_that_overlaps_itself_is_skipped(tmp_path: Path) -> None:
+    state = build_network("cnn:4").state_dict()
+    name = next(name for name, tensor in state.items() if tensor.shape[:2] == (4, 4))
+    state[name] = torch.randn(1000).as_strided((4, 4, 3, 3), (100, 10, 1, 1))
+    torch.save(state, tmp_path / "a.pt")
+    before = torch.load(tmp_path / "a.pt")[name]
+    done = init_checkpoint(tmp_path / "a.pt", arch="cnn:4", method="dct", no_backup=True)
+    assert [entry["name"] for entry in done.skipped] == [name]
+    assert torch.equal(torch.load(tmp_path / "a.pt")[name], before)
+
+
+def test_tensors_that_change_with_a_kernel_are_named(tmp_path: Path) -> None:
+    path, kernel = tmp_path / "a.pt", torch.randn(8, 3, 3, 3)
+    flat = torch.zeros(9)
+    state = {"conv.weight": kernel, "tied.weight": kernel, "flat": kernel.view(8, 27), "other": flat[:4]}
+    torch.save({"state_dict": state, "best": {"conv.weight": kernel}, "params": [kernel, flat]}, path)
+    with pytest.warns(ConvsimWarning, match="changed with it: state_dict.flat, best.conv.weight, params.0$"):
+        open_checkpoint(path, "state_dict").write(path, [("conv.weight", torch.ones_like(kernel))])
+    saved = torch.load(path)
+    assert saved["best"]["conv.weight"].data_ptr() == saved["state_dict"]["tied.weight"].data_ptr()
 
 
 def test_empty_metadata_is_no_obstacle(tmp_path: Path) -> None:
