@@ -267,6 +267,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHAINS)
 def test_no_depth_of_tuples_or_slices_overflows_the_stack(kind: str, tmp_path: Path) -> None:
     write_pickled(tmp_path / "model.pt", b"\x80\x02" + CHAINS[kind], legacy=False)
