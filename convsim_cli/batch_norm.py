@@ -17,11 +17,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.layers import side_effect_free
@@ -33,8 +35,8 @@ STORED, INPUTS = "stored", "inputs"
 
 def batch_norm_layers(model: nn.Module) -> list[_BatchNorm]:
     """Return the batch-norm layers of a network that keep running statistics."""
-    layers = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
-    return [layer for layer in layers if layer.track_running_stats and layer.running_mean is not None]
+    layers = (layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats)
+    return [layer for layer in layers if layer.running_mean is not None and not is_lazy(layer.running_mean)]
 
 
 def choose_statistics(model: nn.Module, wanted: str = "auto", kernels_changed: bool = False) -> str | None:
@@ -100,8 +102,10 @@ def reestimate_statistics(
         with side_effect_free(model), ExitStack() as hooks:
             for layer in layers:
                 hooks.enter_context(layer.register_forward_pre_hook(average, with_kwargs=True))
+                if isinstance(layer, nn.SyncBatchNorm):  # other processes take no part
+                    layer.forward = partial(_BatchNorm.forward, layer)  # type: ignore[method-assign]
             for images in batches:
-                model(images)
+                model(images.clone())  # which the model may change
             found = {layer: dict(layer.named_buffers(recurse=False)) for layer in layers if seen[layer]}
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

@@ -377,13 +377,13 @@ def _run(model: nn.Module, images: Tensor, kernels: Sequence[Kernel], look: Call
     """
 
     def look_at_inputs(kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if (inputs[0] if inputs else options["input"]).numel():
+        if next(iter((*inputs, *options.values()))).numel():
             look(kernel, layer, inputs, options)
 
     with ExitStack() as hooks:
         for kernel, layer in layers_of(model, kernels):
             hooks.enter_context(layer.register_forward_pre_hook(partial(look_at_inputs, kernel), with_kwargs=True))
-        model(images)
+        model(images.clone())  # which the model may change
 
 
 class _Pass:
@@ -478,7 +478,7 @@ def _change_kernels_(
 ) -> list[tuple[Kernel, dict[str, Any]]]:
     """Give all kernels of a model that the patterns select a closed form, in place, or on failure none of them."""
     selection = module_kernels(model, patterns)
-    warn_of_unsupported(selection)
+    warn_of_unsupported(selection, stacklevel=4)
     weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
     found = []
     for kernel, weight in zip(selection.kernels, weights, strict=True):
@@ -486,8 +486,9 @@ def _change_kernels_(
         if advance:
             advance(1)
     records = compare_weights(list(zip(selection.kernels, weights, found, strict=True)))
-    for weight, changed in zip(weights, found, strict=True):
-        weight.copy_(changed)
+    with undone_on_failure(weights):
+        for weight, changed in zip(weights, found, strict=True):
+            weight.copy_(changed)
     return list(zip(selection.kernels, records, strict=True))
 
 

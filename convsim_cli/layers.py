@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from convsim_cli.device import generator_states, restore_generators
 from convsim_cli.errors import InputError
@@ -28,8 +30,9 @@ from convsim_cli.kernels import (
 def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Let a model run in evaluation mode, without gradients and not compiled, so that hooks added later are called.
 
-    On leaving, its modes, its buffers and the random number generators, also Python's, numpy's and the model's own, are
-    as they were. Precision and autocast are those of the caller.
+    On leaving, its modes, its buffers, the attributes of its modules and the random number generators, also Python's,
+    numpy's and the model's own, are as they were. Precision and autocast are those of the caller. A lazy layer that is
+    not yet initialized raises InputError when it is called.
     """
     tensors = chain(model.parameters(), model.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
@@ -42,8 +45,16 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
         uncompiled,
         evaluation_mode(model),
         _own_buffers(model),
+        ExitStack() as hooks,
     ):
+        for module in model.modules():
+            if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+                hooks.enter_context(module.register_forward_pre_hook(_refuse_lazy, prepend=True))
         yield
+
+
+def _refuse_lazy(layer: nn.Module, _: Any) -> None:
+    raise InputError(f"the model calls a {type(layer).__name__} that is not yet initialized; run a forward pass first")
 
 
 @contextmanager
@@ -65,21 +76,32 @@ def _other_generators(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _own_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the model copies of its buffers, and drop what is written to them. A scripted one's values are put back."""
+    """Give the model copies of its buffers, and drop what is written to them and to attributes of its modules.
+
+    A scripted module's values are put back.
+    """
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     values = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)]
     own = {module: dict(module._buffers) for module in model.modules() if module not in scripted}
-    copies = {buffer: buffer.clone() for buffers in own.values() for buffer in buffers.values() if buffer is not None}
+    attributes = [(vars(module), dict(vars(module))) for module in own]
+    copies = {buffer: buffer.clone() for buffers in own.values() for buffer in buffers.values() if _is_given(buffer)}
     try:
         for module, buffers in own.items():
-            module._buffers.update({name: copies[was] for name, was in buffers.items() if was is not None})
+            module._buffers.update({name: copies[was] for name, was in buffers.items() if _is_given(was)})
         yield
     finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
         for module, buffers in own.items():
             module._buffers.clear()
             module._buffers.update(buffers)
         for buffer, value in values:
             buffer.copy_(value)
+
+
+def _is_given(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not is_lazy(buffer)
 
 
 @contextmanager

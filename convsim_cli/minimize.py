@@ -34,6 +34,7 @@ from convsim_cli.kernels import (
     warn_of_unsupported,
     weight_of,
 )
+from convsim_cli.layers import undone_on_failure
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.objectives import find_objective, rescale_
 from convsim_cli.precision import full_precision
@@ -121,7 +122,7 @@ def minimize_(
     warn_of_unsupported(selection)
     weights = [weight_of(model, kernel) for kernel in selection.kernels]
     done = list(minimize_kernels(zip(selection.kernels, weights, strict=True), settings, advance))
-    with torch.no_grad():
+    with torch.no_grad(), undone_on_failure(weights):
         for weight, (minimized, _) in zip(weights, done, strict=True):
             weight.copy_(minimized)
     return [record for _, record in done]

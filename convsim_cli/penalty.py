@@ -224,7 +224,7 @@ def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
         if isinstance(factor, Tensor):
-            parameter.grad.addcmul_(gradient, factor)
+            parameter.grad.addcmul_(gradient, factor.reshape(()))
         elif gradient.dtype == parameter.grad.dtype and _strides(gradient) == _strides(parameter.grad):
             alike.append((parameter.grad, gradient))
         else:

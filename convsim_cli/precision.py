@@ -174,7 +174,7 @@ class Differentiable:
             if transformed():  # which the operator is not made for: traced, in a precision that nothing lowers
                 return self.value(_widened(filters), taps)[0].to(filters.dtype)
             return cast(Tensor, torch.ops.convsim.value(filters, taps, self.name))
-        if transformed():
+        if transformed() or forward_ad._current_level >= 0:  # in forward mode
             return cast(Tensor, _Transformed.apply(filters, _Wide(self, taps)))
         return cast(Tensor, _Eager.apply(filters, taps, self))
 

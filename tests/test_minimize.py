@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +11,7 @@ from conftest import same_bits
 from references import literal_similarity
 from torch import Tensor, nn
 
-from convsim_cli import minimize
+from convsim_cli import dct_, minimize, orthogonalize_
 from convsim_cli.device import Advance
 from convsim_cli.errors import DivergedError, InputError
 from convsim_cli.kernels import Kernel, living_filters, module_kernels, weight_of
@@ -153,6 +154,23 @@ def test_a_diverging_layer_is_named() -> None:
     kernel, weight = fresh(8, 4)
     with pytest.raises(DivergedError, match=r"conv\.weight: the objective is .*lower `lr`"):
         minimize_kernel(kernel, weight, Minimization(200, lr=1e6, optimizer="sgd"))
+
+
+@pytest.mark.parametrize("change", [partial(minimize_, iterations=1), orthogonalize_, dct_])
+def test_a_module_is_untouched_when_one_of_its_layers_cannot_be_written(change: Callable[..., object]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].weight = nn.Parameter(torch.randn(1, 8, 3, 3).expand(8, 8, 3, 3))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        change(model)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("change", [partial(minimize_, iterations=1), orthogonalize_, dct_])
+def test_a_warning_names_the_line_that_called(change: Callable[..., object]) -> None:
+    with pytest.warns(UserWarning, match="no convolution kernels") as caught:
+        change(nn.Linear(2, 2))
+    assert caught[0].filename == __file__
 
 
 def test_a_module_is_untouched_when_one_of_its_layers_cannot_be_minimized() -> None:

@@ -34,7 +34,7 @@ def test_penalty_is_the_literal_equation_10_summed_over_the_layers() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("beta", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+@pytest.mark.parametrize("beta", [0.3, torch.full((1,) * 5, 0.3)], ids=["number", "tensor"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_adding_the_gradient_directly_equals_backward_through_the_penalty(
     objective: str, beta: float | Tensor, layout: torch.memory_format

@@ -10,6 +10,7 @@ import torch
 from references import LITERAL
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from convsim_cli.objectives import OBJECTIVES
@@ -54,6 +55,10 @@ def test_jvp_gives_what_the_literal_equation_gives(case: Case) -> None:
     found, expected, weights = case
     for ours, theirs in zip(*(jvp(f, (weights[0],), (weights[1],)) for f in (found, expected)), strict=True):
         assert_same(ours, theirs)
+    with forward_ad.dual_level():
+        ours = forward_ad.unpack_dual(found(forward_ad.make_dual(weights[0], weights[1]))).tangent
+    assert ours is not None
+    assert_same(ours, jvp(expected, (weights[0],), (weights[1],))[1])
     tangents = vmap(lambda w, t: jvp(found, (w,), (t,))[1])(weights, weights.flip(0))
     assert_same(
         tangents, torch.stack([jvp(expected, (w,), (t,))[1] for w, t in zip(weights, weights.flip(0), strict=True)])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -159,17 +159,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def warn_of_unsupported(selection: Selection) -> None:
-    """Warn once about all layers that convsim cannot act on, or about a model without kernels."""
+def warn_of_unsupported(selection: Selection, stacklevel: int = 3) -> None:
+    """Warn once about all layers that convsim cannot act on, or about a model without kernels.
+
+    stacklevel: as `warnings.warn` takes it; 3 for a public function that calls this.
+    """
     by_reason: dict[str, list[str]] = {}
     for skipped in selection.skipped:
         if skipped.unsupported:
             by_reason.setdefault(skipped.reason, []).append(skipped.name)
     if by_reason:
         listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-        warnings.warn(f"convsim skips {listed}", ConvsimWarning, stacklevel=3)
+        warnings.warn(f"convsim skips {listed}", ConvsimWarning, stacklevel=stacklevel)
     elif not selection.kernels:
-        warnings.warn(f"the model has {selection.no_kernels()}", ConvsimWarning, stacklevel=3)
+        warnings.warn(f"the model has {selection.no_kernels()}", ConvsimWarning, stacklevel=stacklevel)
 
 
 def weight_of(model: nn.Module, kernel: Kernel) -> Tensor:
@@ -327,7 +330,10 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
         for hook in hooks:
             hook(layer, ())
         if overrides:
-            return own if own is not None and _uses_as_stored(layer, own) else _weight_at_convolution(layer)
+            if own is not None and _uses_as_stored(layer, own):
+                return own
+            with nullcontext() if torch.is_grad_enabled() else _own_random_numbers(layer):
+                return _weight_at_convolution(layer)
     return layer.weight if hooks else None  # type: ignore[return-value]
 
 
@@ -337,8 +343,9 @@ _uses: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()  
 def _uses_as_stored(layer: nn.Module, own: Tensor) -> bool:
     """Return whether a `forward` convolves with the parameter as it is, as one does that only pads in its own way.
 
-    It is tried with other values: a mask changes nothing of a weight that is masked already. The answer is kept until
-    something in the layer changes that may decide it: a mode, an attribute, a buffer.
+    It is the same tensor then, with the same values: a gain of 1 is a gain. It is tried with other values: a mask
+    changes nothing of a weight that is masked already. The answer is kept until something in the layer changes that may
+    decide it: a mode, an attribute, a buffer.
     """
     modules = list(layer.modules())
     state = [
@@ -353,12 +360,13 @@ def _uses_as_stored(layer: nn.Module, own: Tensor) -> bool:
     ]
     known, answer = _uses.get(layer, (None, False))
     if known != state:
-        with torch.no_grad():
+        with torch.no_grad(), _own_random_numbers(layer):
             other = torch.linspace(1, 3, own.numel(), device=own.device)
             other[::2] *= -1
             other = other.to(own.dtype).view(own.shape)
-            used = _weight_at_convolution(layer, {"weight": other.clone()})
-        answer = used.is_meta or torch.equal(used, other)
+            given = other.clone()
+            used = _weight_at_convolution(layer, {"weight": given})
+        answer = used is given and (used.is_meta or torch.equal(used, other))
         _uses[layer] = state, answer
     return answer
 
@@ -467,14 +475,24 @@ def reach_convolution(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and every module back in its own mode on leaving."""
+    """Put a model in evaluation mode, and every module back in its own mode on leaving.
+
+    `eval` is not called: that of some layers changes weights, as one does that merges a LoRA into its weight.
+    """
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        for module in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _own_random_numbers(layer: nn.Module) -> AbstractContextManager[None]:
+    """Let a layer draw random numbers without a trace in the generators of torch."""
+    devices = {tensor.device for tensor in chain(layer.parameters(), layer.buffers()) if tensor.device.type == "cuda"}
+    return torch.random.fork_rng(list(devices))
 
 
 def pull_back(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[Tensor, Tensor]:

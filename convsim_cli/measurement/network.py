@@ -151,14 +151,18 @@ def record_feature_maps(
             hooks.enter_context(handle)
         for images in batches:
             with full_precision(images.device):
-                model(images)
+                model(images.clone())  # which the model may change
     return maps
 
 
 @contextmanager
 def _own_parameters(model: nn.Module) -> Iterator[None]:
-    """Put back the parameters that a user's `forward` writes to, as one does that masks its weight."""
-    own = [module for module in model.modules() if not type(module).__module__.startswith("torch.")]
+    """Put back the parameters that a `forward` writes to, as a user's does that masks its weight."""
+    own = [
+        module
+        for module in model.modules()
+        if not type(module).__module__.startswith("torch.") or getattr(module, "max_norm", None) is not None
+    ]
     kept = [
         (p, p.data, p.detach().clone()) for module in own for p in dict(module.named_parameters(recurse=False)).values()
     ]
@@ -174,24 +178,24 @@ def _record(
     kernel: Kernel, maps: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor
 ) -> None:
     """Add the feature maps of one call of a layer, and those that random kernels give in its place."""
-    if not output.numel():  # called on nothing, as a mask head is where no object was found
+    images: Tensor = next(iter((*inputs, *options.values())))
+    if not images.numel():  # called on nothing, as a mask head is where no object was found
         return
     maps.calls += 1
-    output = output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
+    call = find_convolution(layer, kernel.shape, inputs, options)
     own = layer.bias is None and not overrides_forward(layer)  # the layer's output is the convolution's
     if own:
+        output = output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
         maps.update(output)
+    else:
+        output = call._replace(images=call.images[:1]).convolve(call.weight)
     filters = kernel.filters if maps.chance is None else maps.chance.filters
-    images: Tensor = inputs[0] if inputs else options["input"]
-    batched = images.ndim == len(kernel.shape)  # not an image without an axis for the batch
-    size = inputs_at_once(filters, kernel.groups, prod(output.shape[2:]))
-    for part in images.split(size) if batched else [images]:
-        inputs, options = ((part, *inputs[1:]), options) if inputs else ((), {**options, "input": part})
-        call = find_convolution(layer, kernel.shape, inputs, options)
+    for part in call.images.split(inputs_at_once(filters, kernel.groups, prod(output.shape[2:]))):
+        some = call._replace(images=part)
         if not own:  # subtracting the bias would leave rounding in maps that are small beside it
-            maps.update(call.convolve(call.weight))
+            maps.update(some.convolve(call.weight))
         if maps.chance is not None:
-            maps.chance.update([call.convolve(drawn) for drawn in maps.chance.weights(call.weight)])
+            maps.chance.update([some.convolve(drawn) for drawn in maps.chance.weights(call.weight)])
 
 
 class Batches:

@@ -217,6 +217,74 @@ def test_a_weight_is_looked_at_once_until_something_changes_its_use() -> None:
     assert penalty().item() == pytest.approx(16 * expected)
 
 
+class Gained(nn.Conv2d):
+    """Multiplies its weight by a gain that is 1 at first."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv2d(input, self.weight * self.gain)
+
+
+def test_a_weight_times_a_gain_of_1_is_computed_all_the_same() -> None:
+    layer = Gained(3, 8, 3)
+    penalty = ConvSimPenalty(layer)
+    penalty().backward()
+    assert layer.gain.grad is not None
+    with torch.no_grad():
+        layer.gain.fill_(0.5)
+    assert penalty().item() == pytest.approx(literal_similarity(layer.weight.detach().double() / 2).item(), rel=1e-5)
+    with pytest.warns(UserWarning, match="convsim skips weight"):
+        assert minimize_(layer, iterations=1) == []
+
+
+class Merging(nn.Conv2d):
+    """Of loralib: `eval` adds the update to the weight itself, and `train` subtracts it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.update, self.merged = nn.Parameter(torch.full_like(self.weight, 0.1)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.update.data if mode else self.update.data
+            self.merged = not mode
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv2d(input, self.weight if self.merged else self.weight + self.update)
+
+
+@pytest.mark.filterwarnings("ignore:convsim skips 0.update")
+def test_looking_at_a_model_does_not_merge_its_updates() -> None:
+    model = nn.Sequential(Merging(3, 8, 3))
+    before = model[0].weight.detach().clone()
+    penalty = ConvSimPenalty(model)
+    measure(model, torch.randn(2, 3, 9, 9))
+    with torch.no_grad():
+        penalty.value()
+    assert torch.equal(model[0].weight, before)
+    assert (model[0].merged, model[0].training) == (False, True)
+    penalty().backward()
+    assert model[0].update.grad is not None
+
+
+def test_looking_at_a_noisy_weight_draws_nothing_from_the_callers_generator() -> None:
+    class Noisy(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return conv2d(input, self.weight + 0.1 * torch.randn_like(self.weight))
+
+    model, images = nn.Sequential(Noisy(3, 8, 3)), torch.randn(2, 3, 9, 9)
+    before = torch.get_rng_state()
+    penalty = ConvSimPenalty(model)
+    penalty.value()
+    measure(model, images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_switching_quantization_on_is_followed() -> None:
     from torch.ao.quantization import disable_fake_quant, enable_fake_quant
 

@@ -163,3 +163,107 @@ def test_a_sharded_model_is_refused_before_it_waits_for_others() -> None:
     model = nn.Sequential(FullyShardedDataParallel(nn.Conv2d(3, 8, 3), device_id=torch.device("cpu")))
     with pytest.raises(InputError, match="`model` is sharded"):
         measure(model, torch.randn(2, 3, 12, 12))
+
+
+def test_a_model_that_changes_its_images_is_measured_as_one_that_does_not() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, layers: nn.Module, in_place: bool) -> None:
+            super().__init__()
+            self.layers, self.in_place = layers, in_place
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layers(images.sub_(0.5).relu_() if self.in_place else images.sub(0.5).relu())
+
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    images = torch.rand(8, 3, 12, 12)
+    before, twin = images.clone(), copy.deepcopy(layers)
+    assert measure(Shifted(layers, True), images) == measure(Shifted(layers, False), images)
+    decorrelate_(Shifted(layers, True), images)
+    decorrelate_(Shifted(twin, False), images)
+    assert torch.equal(layers[0].weight, twin[0].weight)
+    assert torch.equal(images, before)
+
+
+def test_what_a_model_keeps_in_attributes_is_as_it_was() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.size = nn.Conv2d(3, 4, 3, padding=1), 0
+            self.register_buffer("table", torch.empty(0))
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.size != images.shape[-1]:
+                self.size = images.shape[-1]
+                self.table = torch.ones(self.size)
+            return self.layer(images) + self.table
+
+    model = Cached()
+    model(torch.randn(2, 3, 8, 8))
+    measure(model, torch.randn(2, 3, 16, 16))
+    assert model.size == len(model.table) == 8
+    model(torch.randn(2, 3, 16, 16))
+
+
+def test_an_embedding_of_bounded_norm_is_as_it_was() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.embedding = nn.Conv2d(3, 4, 3), nn.Embedding(2, 4, max_norm=0.1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images) + self.embedding(torch.zeros(len(images), dtype=torch.long))[..., None, None]
+
+    model = Conditional()
+    before = model.embedding.weight.detach().clone()
+    measure(model, torch.randn(2, 3, 8, 8))
+    assert torch.equal(model.embedding.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:convsim skips")
+@pytest.mark.parametrize("layer", [nn.LazyConv2d(4, 3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d())])
+def test_a_lazy_layer_that_is_called_is_named_and_stays_lazy(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), layer)
+    with pytest.raises(InputError, match=r"the model calls a Lazy.* that is not yet initialized; run a forward pass"):
+        measure(model, torch.randn(2, 3, 9, 9))
+    model(torch.randn(2, 3, 9, 9))
+
+
+class Partial(nn.Conv2d):
+    """Takes a mask beside the images, and returns it with the maps."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        mask = torch.ones_like(x) if mask is None else mask
+        return nn.functional.conv2d(x * mask, self.weight, self.bias), mask[..., 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_with_more_inputs_and_outputs_is_measured(named: bool, bias: bool) -> None:
+    class Painting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Partial(3, 8, 3, bias=bias)
+
+        def forward(self, images: Tensor) -> Tensor:
+            mask = (images > 0).float()
+            return self.layer(x=images, mask=mask)[0] if named else self.layer(images, mask)[0]
+
+    model, images = Painting(), torch.randn(16, 3, 70, 70)
+    (record,) = measure(model, images)
+    plain = nn.Conv2d(3, 8, 3, bias=False)
+    plain.weight = model.layer.weight
+    (expected,) = measure(plain, images * (images > 0))
+    assert record["fm_corr"] == pytest.approx(expected["fm_corr"], rel=1e-5)
+    assert record["fm_corr_random"] == pytest.approx(expected["fm_corr_random"], rel=1e-5)
+    if not bias:
+        decorrelate_(model, images[:4, :, :9, :9])
+
+
+@pytest.mark.usefixtures("process_group")
+def test_statistics_are_estimated_without_other_processes() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    images = torch.randn(4, 3, 9, 9)
+    expected = measure(plain, images)
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+    assert measure(synchronized, images) == expected
+    assert "forward" not in vars(synchronized[1])
