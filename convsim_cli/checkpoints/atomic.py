@@ -74,13 +74,13 @@ def check_regular(target: Path, replaceable: str = "a regular one") -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError for a folder that is read-only, or has links to files: these would change where they are."""
+    """Raise InputError for a folder that is read-only, or has links: what they lead to would change."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: is read-only; allow writing there, or copy it elsewhere and use the copy")
     for file in sorted(folder.iterdir()):
-        if file.is_symlink() and file.is_file():
+        if file.is_symlink() and file.exists():
             raise InputError(
-                f"{file}: is a link to {file.readlink()}; replace the link with a copy: that file would change"
+                f"{file}: is a link to {file.readlink()}; replace the link with a copy, or the original would change"
             )
 
 

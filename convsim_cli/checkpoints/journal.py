@@ -63,6 +63,11 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 Fingerprint = list[int | str]  # inode, size and digest of a file
 
 
+def is_scratch(path: Path) -> bool:
+    """Return whether a path is that of a folder in which a save prepares its files, as a kill leaves it."""
+    return _NAME.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
 class ForeignJournalError(FileExistsError):
     """A file or folder of the journal's name is not an interrupted save that can be completed."""
 

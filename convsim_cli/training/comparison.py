@@ -80,10 +80,10 @@ def compare_runs(
         reasons = [f"{run.folder}: has done {len(run.rows)} epochs, fewer than `epochs` {epochs}" for run in short]
         runs = _without(short, runs, reasons)
         runs = [replace(run, rows=run.rows[:epochs]) for run in runs]
-    tables: dict[tuple[str, int | None], list[RunResults]] = {}
-    for run in runs:
-        tables.setdefault(run.data, []).append(run)
-    compared = [_compare_groups(_of_one_length(found)) for found in tables.values()]
+    unfinished = [pair for table in _by_data(runs).values() for pair in _unfinished(table)]
+    runs = _without([run for run, _ in unfinished], runs, [reason for _, reason in unfinished])
+    tables = _by_data(runs)
+    compared = [_compare_groups(table) for table in tables.values()]
     if baseline is not None and not any(_matching(groups, baseline) for groups in compared):
         known = [name for groups in compared for name in _named_groups(groups)]
         raise InputError(f"`baseline` {baseline!r}: no such group or run; {did_you_mean(baseline, known)}")
@@ -125,16 +125,26 @@ def _without(left_out: Sequence[RunResults], runs: Sequence[RunResults], reasons
     return kept
 
 
-def _of_one_length(runs: Sequence[RunResults]) -> list[RunResults]:
-    """Return the runs, without unfinished ones where they differ in length. Raises InputError if all are unfinished."""
+def _by_data(runs: Iterable[RunResults]) -> dict[tuple[str, int | None], list[RunResults]]:
+    """Return the runs by the images that they were tested on, a table each."""
+    tables: dict[tuple[str, int | None], list[RunResults]] = {}
+    for run in runs:
+        tables.setdefault(run.data, []).append(run)
+    return tables
+
+
+def _unfinished(runs: Sequence[RunResults]) -> list[tuple[RunResults, str]]:
+    """Return the unfinished runs of a table where its runs differ in length, each with why it is left out."""
     lengths = {len(run.rows) for run in runs}
-    unfinished = [run for run in runs if len(run.rows) < run.arguments.epochs and len(lengths) > 1]
-    reasons = [
-        f"{run.folder}: has done {len(run.rows)} of {run.arguments.epochs} epochs, other runs have done "
-        f"{max(lengths - {len(run.rows)})}; finish it, or compare the first ones with `epochs` {min(lengths)}"
-        for run in sorted(unfinished, key=lambda run: len(run.rows))
+    return [
+        (
+            run,
+            f"{run.folder}: has done {len(run.rows)} of {run.arguments.epochs} epochs, other runs have done "
+            f"{max(lengths - {len(run.rows)})}; finish it, or compare the first ones with `epochs` {min(lengths)}",
+        )
+        for run in sorted(runs, key=lambda run: len(run.rows))
+        if len(run.rows) < run.arguments.epochs and len(lengths) > 1
     ]
-    return _without(unfinished, runs, reasons)
 
 
 def _compare_groups(runs: Sequence[RunResults]) -> list[Group]:

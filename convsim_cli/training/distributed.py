@@ -26,7 +26,12 @@ LONGEST_PREPARATION = timedelta(days=1)  # of rank 0, which downloads data and r
 
 def is_rank_zero() -> bool:
     """Return whether this process is rank 0 of its launch, before it has joined the others."""
-    return os.environ.get("RANK", "0") == "0"
+    return _launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def _launched() -> int:
+    """Return how many processes were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
 
     Raises InputError for a device that all of them would share, and for fewer GPUs than processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _launched()
     if size == 1:
         yield ALONE
         return

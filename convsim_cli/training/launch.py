@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from convsim_cli.checkpoints.journal import is_scratch
 from convsim_cli.device import read_json
-from convsim_cli.errors import InputError, brief
+from convsim_cli.errors import BusyError, InputError, brief
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.architectures import find_network, to_repeat
 from convsim_cli.settings import declarations
@@ -65,6 +66,8 @@ def start_runs(
             model = None if finished else checked  # the next seed has a network of its own
             try:
                 finished.append((run, train_run(run, callbacks, data, processes, model)))
+            except BusyError:  # the run is another process's now
+                raise
             except Exception:  # an interrupted run is kept
                 if processes.is_rank_zero:
                     remove_unsaved(run, made, run_dir_existed)
@@ -105,19 +108,20 @@ def _new_runs(
     stem = processes.on_rank_zero(lambda: free_stem(arguments, run_dir, name, numbers))
     for seed in numbers:
         one = replace(arguments, seed=seed)
-        yield processes.on_rank_zero(partial(create_run, one, run_dir, f"{stem}-s{seed}"))
+        yield processes.on_rank_zero(partial(create_run, one, run_dir, f"{stem}-s{seed}", or_next=name is None))
 
 
-def create_run(arguments: Arguments, run_dir: Path, name: str | None) -> Run:
+def create_run(arguments: Arguments, run_dir: Path, name: str | None, or_next: bool = False) -> Run:
     """Create the folder of a new run: of this name, or of one made from the arguments.
 
-    No two processes ever get the same folder. Raises InputError if the name is taken.
+    No two processes ever get the same folder. or_next: if the name is taken, add a number to it, as to one made from
+    the arguments. Raises InputError if the name is taken.
     """
     stem = name or plain_name(f"{arguments.arch}-{arguments.label}-s{arguments.seed}")
     check_name(stem)
     make_folder(run_dir)
     with locked(run_dir, wait=True):
-        run = create_first_free(arguments, run_dir, [stem] if name else numbered(stem))
+        run = create_first_free(arguments, run_dir, [stem] if name and not or_next else numbered(stem))
     return run or _refuse_taken(run_dir / stem, arguments)
 
 
@@ -143,9 +147,11 @@ def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str])
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether a run can have a folder: there is nothing of its name, or it is empty, as a kill may leave it."""
+    """Return whether a run can have a folder: there is nothing of its name, or what a kill leaves of a new folder."""
     with suppress(OSError):  # no folder, or one that cannot be looked into
-        return not os.path.lexists(folder) or not (folder.is_symlink() or any(folder.iterdir()))
+        if not os.path.lexists(folder):
+            return True
+        return not folder.is_symlink() and all(map(is_scratch, folder.iterdir()))
     return False
 
 

@@ -53,6 +53,7 @@ from convsim_cli.training.trainer import VALIDATION_COLUMNS, Trainer, choose_alg
 ARGUMENTS_FILE = "args.json"
 RESULTS_FILE = "results.csv"
 LAYERS_FILE = "layers.csv"
+FORMER_BEST = ".former-best.safetensors"  # while a save is under way
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "cs", "seconds")  # of results.csv
 LAYER_COLUMNS = ("epoch", "layer", "norm", "turn_per_step", "turned")  # of layers.csv; angles in degrees
 SAVING = 0.05  # of the time since the last save, that this save may have taken for the next one to be due
@@ -179,14 +180,22 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
 
 def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row], ended: bool = False) -> None:
     """Write weights that are missing or damaged again; where the state does not hold them, move them away and warn."""
+    former = run.folder / FORMER_BEST
+    with suppress(ValueError, OSError):
+        check_regular(former)
+        if history and SafetensorsCheckpoint(former).metadata.get("convsim.epoch") == str(best_row(history)["epoch"]):
+            former.replace(run.folder / "best.safetensors")
+        former.unlink()
     for name, epoch in (("last", trainer.epoch), *([("best", best_row(history)["epoch"])] if history else [])):
         path = run.folder / f"{name}.safetensors"
         with suppress(ValueError, OSError):
             check_regular(path)
-            saved = SafetensorsCheckpoint(path).metadata
+            checkpoint = SafetensorsCheckpoint(path)
+            saved = checkpoint.metadata
             # of a crash: they are written before the state, and mostly repeated until the run has ended
             ahead = not ended and int(saved.get("convsim.epoch", 0)) > trainer.epoch
-            if ahead or (saved.get("convsim.epoch"), saved.get("convsim.arch")) == (str(epoch), run.arguments.arch):
+            known = (saved.get("convsim.epoch"), saved.get("convsim.arch")) == (str(epoch), run.arguments.arch)
+            if ahead or (known and (ended or epoch != trainer.epoch or _holds(checkpoint, trainer.model.state_dict()))):
                 continue
         if epoch == trainer.epoch:
             _write_weights(run, name, trainer.model.state_dict(), epoch)
@@ -202,6 +211,11 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row], ended: 
             "better epoch replaces them"
         )
         warnings.warn(message, ConvsimWarning, stacklevel=2)
+
+
+def _holds(checkpoint: SafetensorsCheckpoint, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a file holds these weights."""
+    return all(torch.equal(checkpoint.load(name), weight.cpu()) for name, weight in weights.items())
 
 
 def feature_map_correlations(
@@ -296,10 +310,15 @@ def save_state(run: Run, trainer: Trainer, log: Log, best: dict[str, Tensor] | N
 
     def write() -> None:
         _write_weights(run, "last", trainer.model.state_dict(), trainer.epoch)
+        former = run.folder / FORMER_BEST  # which the last state names, until there is a new one
         if best is not None:
+            with suppress(OSError):  # none yet, or a file system without hard links
+                former.unlink(missing_ok=True)
+                former.hardlink_to(run.folder / "best.safetensors")
             _write_weights(run, "best", best, best_row(log["history"])["epoch"])
         write_tables(run, log)
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
+        former.unlink(missing_ok=True)
         write_json(run.folder / ARGUMENTS_FILE, asdict(run.arguments))  # without it the folder is no run's any more
 
     trainer.processes.on_rank_zero(write)
@@ -533,8 +552,9 @@ def tensorboard_log(run: Run, trainer: Trainer) -> Iterator[Callable[[Row], None
     try:
         yield lambda row: trainer.processes.on_rank_zero(lambda: write(row))
     finally:
-        if writer:
-            writer.close()
+        with suppress(OSError):  # which has been told, or what it cannot write is flushed already
+            if writer:
+                writer.close()
 
 
 def import_summary_writer() -> Any:

@@ -244,6 +244,15 @@ def test_finished_runs_of_other_lengths_are_groups_of_their_own(runs: Path) -> N
         compare_runs([runs])
 
 
+def test_runs_under_way_on_other_images_take_no_table_away(runs: Path) -> None:
+    for seed, done in ((0, 2), (1, 3)):
+        make_run(runs, f"cifar-{seed}", [50.0] * done, dataset="cifar10", seed=seed)
+    with pytest.warns(ConvsimWarning) as warned:
+        groups = compare_runs([runs])["groups"]
+    assert [group["group"] for group in groups] == ["mode=baseline", "mode=init"]
+    assert [str(each.message).partition(" has done ")[2][:6] for each in warned] == ["2 of 6", "3 of 6"]
+
+
 def test_runs_that_cannot_be_compared_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a run's folder .* and it holds none"):
         compare_runs([tmp_path / "nowhere"])

@@ -20,7 +20,7 @@ from torch import distributed, nn
 
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.distributed import join_processes
+from convsim_cli.training.distributed import is_rank_zero, join_processes
 from convsim_cli.training.run import read_results
 from convsim_cli.training.trainer import Trainer, reestimate_together
 
@@ -51,6 +51,14 @@ def test_the_others_wait_for_rank_0_as_long_as_it_prepares_a_network(monkeypatch
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
     with join_processes(torch.device("cpu")):
         assert found["timeout"] >= timedelta(hours=12)  # torch's own are 10 and 30 minutes
+
+
+def test_a_rank_without_others_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert is_rank_zero()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_rank_zero()
 
 
 def train_an_epoch(environment: dict[str, str], path: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convsim_cli.cli import run as run_command
-from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.errors import BusyError, DivergedError, InputError
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.training import run as run_module
 from convsim_cli.training.config import MODES, Arguments
@@ -250,13 +250,11 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(before["0.weight"], after["0.weight"])
 
 
-def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_run(replace(SMALL, epochs=1), tmp_path, "one")
     train_run(run)
     good = (run.folder / "last.safetensors").read_bytes()
-    state = torch.load(run.folder / "state.pt", weights_only=True)
-    state["trainer"]["model"]["0.weight"].fill_(torch.inf)
-    torch.save(state, run.folder / "state.pt")
+    monkeypatch.setattr(Trainer, "train_batches", lambda *_: (math.inf, 10.0))
     with pytest.raises(DivergedError, match="epoch 2"):
         train_run(open_run(run.folder, epochs=2))
     assert (run.folder / "last.safetensors").read_bytes() == good
@@ -500,6 +498,69 @@ def test_a_lost_state_is_named_also_where_the_results_are_damaged(tmp_path: Path
     results.write_text(results.read_text()[:-9])
     with pytest.raises(InputError, match=r"state\.pt: missing, so the run .* would overwrite results\.csv, "):
         train_run(open_run(run.folder))
+
+
+def test_a_save_that_is_killed_loses_no_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "best_row", lambda history: history[2 if len(history) == 3 else 0])
+    run = create_run(replace(SMALL, epochs=2), tmp_path, "one")
+    train_run(run)
+    best = (run.folder / "best.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "write_pickle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(open_run(run.folder, epochs=3))
+    assert (run.folder / "best.safetensors").read_bytes() != best  # the state knows nothing of epoch 3
+    train_run(open_run(run.folder, epochs=2))
+    assert (run.folder / "best.safetensors").read_bytes() == best
+    assert not [path.name for path in run.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_weights_of_which_a_byte_has_changed_are_written_again(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    train_run(run)
+    last = run.folder / "last.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-9] + bytes(9))
+    train_run(open_run(run.folder))
+    assert last.read_bytes() == whole
+
+
+def test_seeds_whose_names_are_taken_meanwhile_get_others(tmp_path: Path) -> None:
+    def begin(run: Run, _: object) -> None:
+        if run.arguments.seed == 0:
+            create_run(replace(SMALL, seed=1, lr=0.5), tmp_path, None)  # as another process would
+
+    started = start_runs(replace(SMALL, epochs=1), tmp_path, None, 3, RunCallbacks(begin=begin))
+    assert [run.name for run, _ in started] == [f"cnn4-baseline-s{end}" for end in ("0", "1-2", "2")]
+    with pytest.raises(InputError, match=r"mine-s1 already exists"):
+        begin = lambda run, _: create_run(SMALL, tmp_path, "mine-s1")  # noqa: E731
+        start_runs(replace(SMALL, epochs=1), tmp_path, "mine", 2, RunCallbacks(begin=begin))
+
+
+def test_a_run_that_another_process_has_taken_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(run: Run, *_: object) -> dict[str, Any]:
+        raise BusyError(f"{run.folder}: another process is working on this run")
+
+    monkeypatch.setattr("convsim_cli.training.launch.train_run", taken)
+    with pytest.raises(BusyError):
+        start_runs(SMALL, tmp_path, "one", None, RunCallbacks())
+    assert (tmp_path / "one" / "args.json").exists()
+
+
+def test_what_a_kill_leaves_of_a_new_folder_blocks_no_name(tmp_path: Path) -> None:
+    (tmp_path / "one" / ".convsim-0123456789abcdef.tmp").mkdir(parents=True)
+    train_run(create_run(replace(SMALL, epochs=1), tmp_path, "one"))
+    (tmp_path / "two" / ".convsim-notes.tmp").mkdir(parents=True)
+    with pytest.raises(InputError, match="two already exists"):
+        create_run(SMALL, tmp_path, "two")
+
+
+def test_a_run_with_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
+    run = create_run(SMALL, tmp_path, "one")
+    (tmp_path / "other").mkdir()
+    (run.folder / "tensorboard").symlink_to(tmp_path / "other")
+    with pytest.raises(InputError, match=r"one/tensorboard: is a link to .*/other; replace the link with a copy"):
+        train_run(run)
 
 
 def test_what_to_do_about_a_lost_state_can_be_copied(

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from errno import ENOSPC
 from math import cos, pi
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -287,6 +287,10 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: p
     module.SummaryWriter = full  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run = create_run(replace(SMALL, tensorboard=True), tmp_path, "run")
+    with pytest.raises(WriteError, match=r"run/tensorboard: cannot be written \(No space left on device\)"):
+        train_run(run)
+    writer = SimpleNamespace(add_scalar=full, flush=lambda: None, close=full)  # the disk fills up later
+    module.SummaryWriter = lambda *_, **__: writer  # type: ignore[attr-defined]
     with pytest.raises(WriteError, match=r"run/tensorboard: cannot be written \(No space left on device\)"):
         train_run(run)
 
