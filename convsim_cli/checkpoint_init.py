@@ -27,7 +27,7 @@ from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.checkpoints.diagnose import explained
 from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_hub, path_of
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
-from convsim_cli.errors import ConvsimWarning, InputError
+from convsim_cli.errors import ConvsimWarning, InputError, quoted
 from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight, sum_cs
 from convsim_cli.methods import METHODS, Method
@@ -180,7 +180,7 @@ def _warn(checkpoint: Checkpoint, method: Method, target: Path | None, backup: P
         if target is not None and has_statistics and not checkpoint.keeps_record(target):
             message = (
                 f"{target} cannot record that its batch-norm statistics no longer match its kernels: to run the "
-                "network, convsim measure --arch NAME --bn-statistics inputs"
+                f"network, convsim measure {quoted(target)} --arch NAME --bn-statistics inputs"
             )
             warnings.warn(message, ConvsimWarning, stacklevel=3)
     caution = method.warning({name: info.shape for name, info in checkpoint.tensors.items()})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -113,6 +114,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = ("allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
     from_system = isinstance(error, RuntimeError | OSError)
     return isinstance(error, MemoryError) or (from_system and any(words in str(error) for words in said))
+
+
+def quoted(path: str | Path) -> str:
+    """Return a path as it is typed in a command, where it is no option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from convsim_cli.checkpoints.journal import (
     is_interrupted,
     warn_of_foreign,
 )
-from convsim_cli.errors import CheckpointError, InputError, WriteError
+from convsim_cli.errors import CheckpointError, InputError, WriteError, quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,7 +138,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _recovery(path: Path) -> str:
-    return f"convsim init {shlex.quote(str(path))} --recover"
+    return f"convsim init {quoted(path)} --recover"
 
 
 @contextmanager

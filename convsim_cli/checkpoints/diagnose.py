@@ -33,7 +33,7 @@ from convsim_cli.checkpoints.pickle_globals import (
     TornPickleError,
     harmless_names,
 )
-from convsim_cli.errors import CheckpointError, IrregularFileError, ReadError, is_out_of_memory, open_regular
+from convsim_cli.errors import CheckpointError, IrregularFileError, ReadError, is_out_of_memory, open_regular, quoted
 
 _ADVICE = {  # what to do about an error of the system
     errno.EMFILE: "; close other files or raise the limit of this process (ulimit -n)",
@@ -399,7 +399,7 @@ def _shown(text: str, widest: int = _WIDEST) -> str:
 
 def _command(script: str, path: Path) -> str:
     """Return a command that converts a file, to copy into a shell."""
-    return f'python -c "{script}" {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix(".converted.pt")))}'
+    return f'python -c "{script}" {quoted(path)} {quoted(path.with_suffix(".converted.pt"))}'
 
 
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # Hugging Face's names; a variant such as fp16 comes last
@@ -432,7 +432,7 @@ def describe_distributed(folder: Path) -> str:
     target = shlex.quote(f"{folder.resolve()}.pt")
     return (
         "a distributed checkpoint; if you trust where it came from, convert it: "
-        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} {target}"
+        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {quoted(folder)} {target}"
     )
 
 

@@ -6,6 +6,7 @@ Formats are told apart by the content of a file. A checkpoint may also be on the
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -175,6 +176,9 @@ def _fetch(name: str) -> Path:
         from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
     except ImportError as error:
         raise InputError(f"{name}: needs huggingface_hub, which is not installed: {to_install('hub')}") from error
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every attempt
     repo, candidates = parts["repo"], [parts["file"]] if parts["file"] else _HUB_FILES
     revision = unquote(parts["revision"]) if parts["revision"] else None
     wanted, missing = one_of(candidates), None
@@ -198,6 +202,8 @@ def _fetch(name: str) -> Path:
         raise
     except Exception as error:  # whatever a library raises that cannot download
         raise _explain_hub(name, repo, revision, wanted, error) from error
+    finally:
+        log.setLevel(level)
     return path
 
 

@@ -145,7 +145,9 @@ def run(arguments: list[str]) -> int:
                 code, message = 2, f"{error.filename}: cannot be opened ({error.strerror}); choose another path"
             elif hasattr(error, "format_message"):  # a usage error of the parser
                 code, message = 2, explain_usage(error, arguments) or "see convsim --help"
-            if not isinstance(error, RankZeroFailedError):  # which rank 0 reports
+            if isinstance(error.__context__, BrokenPipeError):  # of a help page that nobody reads
+                code = 0
+            elif not isinstance(error, RankZeroFailedError):  # which rank 0 reports
                 _show("error", message, arguments)
         if code == 130:  # the parser turns some interruptions into this code by itself
             say("convsim: interrupted")

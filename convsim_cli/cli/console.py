@@ -274,7 +274,9 @@ def _while_read() -> Iterator[None]:
         if sys.stdout is not None:
             _silence(sys.stdout)
         why = error.strerror or error
-        raise WriteError(f"standard output: cannot be written ({why}); result files were still written") from error
+        raise WriteError(
+            f"standard output: cannot be written ({why}); result files, if any, were still written"
+        ) from error
 
 
 def _silence(stream: TextIO) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -26,7 +25,7 @@ from convsim_cli.cli.options import (
     show_skipped,
     typed,
 )
-from convsim_cli.errors import CheckpointError, InputError, some_of
+from convsim_cli.errors import CheckpointError, InputError, quoted, some_of
 from convsim_cli.settings import InitOptions
 
 EXAMPLES = """\b
@@ -156,7 +155,7 @@ def _show(content: dict[str, Any], probe: str | None, console: Console) -> None:
     backup = f"; the original is kept in {content['backup']}" if content["backup"] else ""
     console.note(f"wrote {content['output']}{backup}")
     inputs = f" --input {probe}" if probe else ""
-    console.note(f"next: convsim measure {shlex.quote(content['output'])}{inputs}")
+    console.note(f"next: convsim measure {quoted(content['output'])}{inputs}")
     reasons = [entry["reason"] for entry in content["skipped"] if "matched by" not in entry["reason"]]
     if len(reasons) > len(layers):
         pointwise = any(reason.startswith("1×1") for reason in reasons)

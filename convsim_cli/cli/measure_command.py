@@ -38,6 +38,7 @@ from convsim_cli.measurement.figures import (
     shown_keys,
     side_by_side,
     sort_layers,
+    sort_reports,
     what_changed,
     what_stands_out,
     why_duplicates,
@@ -75,7 +76,7 @@ def measure(
         str | None,
         typer.Option(
             metavar="[-]KEY",
-            help="Sort by a column, largest first. -KEY: smallest first.",
+            help="Sort by a figure, largest first. -KEY: smallest first.",
             autocompletion=completer([f"{sign}{figure.key}" for figure in FIGURES for sign in ("", "-")]),
             rich_help_panel=OUTPUT,
         ),
@@ -90,7 +91,7 @@ def measure(
         ),
     ] = None,
     figures: Annotated[
-        bool, typer.Option("--figures", help="Explain the table's columns and exit.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--figures", help="Explain the figures and exit.", rich_help_panel=OUTPUT)
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.", rich_help_panel=OUTPUT)] = False,
     wide: WideOption = False,
@@ -126,8 +127,8 @@ def measure(
             console.warn(with_options(line, context.command))
         for line in report.notes:
             console.note(f"{report.source}: {with_options(line, context.command)}")
-        if sort is not None:
-            sort_layers(report.layers, sort)
+    if sort is not None:
+        sort_reports([{"layers": report.layers} for report in reports], sort)
     for report, page in zip(reports, pages, strict=False):
         _draw(report, page)
         console.note(f"wrote {page}")

@@ -35,7 +35,7 @@ Labeled = list[tuple[str, int]]  # image files, each with the number of its clas
 
 def load_dataset(
     name: str,
-    data_dir: Path,
+    data_dir: str | Path,
     side: int = 32,
     mean: Channels | None = None,
     std: Channels | None = None,
@@ -54,7 +54,7 @@ def load_dataset(
     file to get and where to put it.
     """
     if name in DATASETS:
-        found = DATASETS[name](data_dir)
+        found = DATASETS[name](Path(data_dir))
     elif name.startswith("folder:"):
         path = Path(name.removeprefix("folder:"))
         classes, train, test = find_splits(path)

@@ -264,5 +264,19 @@ def sort_layers(layers: list[Record], by: str) -> None:
     layers.sort(key=lambda layer: (layer[key] is None, sign * (layer[key] or 0)))
 
 
+def sort_reports(reports: Sequence[ReportDocument], by: str) -> None:
+    """Sort the layers of every report, in place, as `sort_layers`: those of the first one by the first that has `by`.
+
+    The first one leads where reports are shown side by side, and has no `turned`.
+    """
+    for report in reports:
+        sort_layers(report["layers"], by)
+    key = by.removeprefix("-")
+    leader = next((report for report in reports if any(layer[key] is not None for layer in report["layers"])), None)
+    if leader not in (None, reports[0]):
+        places = {layer["name"]: place for place, layer in enumerate(partners_of(reports[0], leader).values())}
+        reports[0]["layers"].sort(key=lambda layer: places.get(layer["name"], len(places)))
+
+
 def _against_chance(layers: Sequence[Record], key: str) -> list[tuple[float, Record]]:
     return [(layer[key] / layer[f"{key}_random"], layer) for layer in layers if layer[key] and layer[f"{key}_random"]]

@@ -17,7 +17,16 @@ from torch import nn
 
 from convsim_cli.checkpoints.formats import is_on_hub, new_suffixes
 from convsim_cli.device import generator_states, restore_generators, seed_generators
-from convsim_cli.errors import ConvsimError, ConvsimWarning, DownloadError, InputError, brief, did_you_mean, to_install
+from convsim_cli.errors import (
+    ConvsimError,
+    ConvsimWarning,
+    DownloadError,
+    InputError,
+    brief,
+    did_you_mean,
+    quoted,
+    to_install,
+)
 
 Build = Callable[[int | None], nn.Module]  # builds a network with so many classes; None: its own number
 
@@ -69,7 +78,9 @@ def find_network(name: str, pretrained: bool = False) -> Build:
         return _find_callable(library, rest)
 
     if Path(name).suffix in new_suffixes() or Path(name).is_file():
-        raise InputError(f"`arch` {name}: is a file, not a network; pass it as a checkpoint: convsim measure {name}")
+        raise InputError(
+            f"`arch` {name}: is a file, not a network; pass it as a checkpoint: convsim measure {quoted(name)}"
+        )
     from torchvision import models
 
     in_torchvision = name in models.list_models()

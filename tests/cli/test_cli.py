@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from convsim_cli.cli import SPINS, app, run
 from convsim_cli.cli.console import duration, printable, remaining, shape, show
+from convsim_cli.errors import quoted
 
 COMMANDS = ("init", "measure", "train", "compare", "reproduce")
 
@@ -107,6 +108,21 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path, start: Start) ->
     assert process.stdout.readline().startswith("name\t")
     process.stdout.close()  # as `head -n 1` does
     assert (process.wait(), process.communicate()[1]) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "page", [("--version",), ("init", "--help"), ("train", "--help-all"), ("measure", "--figures")]
+)
+def test_a_page_that_nobody_reads_is_no_failure(page: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    shown = subprocess.run([sys.executable, "-m", "convsim_cli", *page], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+def test_a_path_in_a_command_to_copy_is_an_argument() -> None:
+    assert [quoted(path) for path in ("a.pt", "-a.pt", Path("a b/-c"))] == ["a.pt", "./-a.pt", "'a b/-c'"]
 
 
 def test_no_time_is_estimated_before_a_twentieth_is_done() -> None:

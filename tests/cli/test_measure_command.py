@@ -540,6 +540,17 @@ def test_rows_and_json_are_sorted_by_a_figure(convsim: Convsim, tmp_path: Path) 
     assert "--sort fm_rnk: did you mean 'fm_rank'?" in outcome.error
 
 
+def test_a_comparison_is_sorted_by_a_figure_that_only_later_files_have(convsim: Convsim, tmp_path: Path) -> None:
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, file in enumerate(files):
+        assert convsim("init", "--arch", "cnn:4", "--method", "dct", "--seed", seed, "-o", file).code == 0
+    for sign in ("", "-"):
+        layers = convsim("measure", *files, "--json").document["checkpoints"][1]["layers"]
+        expected = [layer["name"] for layer in sorted(layers, key=lambda layer: layer["turned"], reverse=not sign)]
+        rows = convsim("measure", *files, "--sort", f"{sign}turned").rows
+        assert [row["name"] for row in rows] == [name for name in expected for _ in files]
+
+
 @pytest.mark.parametrize("how", [("--json",), ("--wide",), ("--sort", "fm_cos")])
 def test_the_papers_figures_are_computed_only_where_they_are_shown(
     convsim: Convsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
