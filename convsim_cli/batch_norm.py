@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from convsim_cli.errors import InputError, did_you_mean
-from convsim_cli.layers import side_effect_free
+from convsim_cli.layers import images_of, side_effect_free
 
 Wanted = Literal["auto", "stored", "inputs"]
 CHOICES: tuple[str, ...] = get_args(Wanted)
@@ -88,7 +88,7 @@ def reestimate_statistics(
 
     def average(layer: _BatchNorm, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Let a call count by its share of the values. torch's plain average (`momentum=None`) waits for the device."""
-        images: Tensor = (*inputs, *options.values())[0]
+        images = images_of(inputs, options)
         layer.training = images.numel() > images.shape[1]  # of one value per channel there is no variance
         if layer.training:
             if not seen[layer]:

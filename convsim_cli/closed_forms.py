@@ -56,7 +56,7 @@ from convsim_cli.kernels import (
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.layers import convolve_with, layers_of, side_effect_free, undone_on_failure
+from convsim_cli.layers import convolve_with, images_of, layers_of, side_effect_free, undone_on_failure
 from convsim_cli.measurement.feature_maps import MapMoments
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.precision import Taps, full_precision
@@ -377,7 +377,7 @@ def _run(model: nn.Module, images: Tensor, kernels: Sequence[Kernel], look: Call
     """
 
     def look_at_inputs(kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if next(iter((*inputs, *options.values()))).numel():
+        if images_of(inputs, options).numel():
             look(kernel, layer, inputs, options)
 
     with ExitStack() as hooks:

@@ -138,6 +138,11 @@ def layers_of(
             yield kernel, layer
 
 
+def images_of(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
+    """Return the images that a layer is called with, under whatever name: its first tensor."""
+    return next(value for value in (*inputs, *options.values()) if isinstance(value, Tensor))
+
+
 def convolve_with(layer: nn.Module, weight: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
     """Return the maps `[images, S, *space]` that a convolution gives for another weight and no bias.
 

@@ -33,7 +33,7 @@ from convsim_cli.kernels import (
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.layers import find_convolution, layers_of, side_effect_free
+from convsim_cli.layers import find_convolution, images_of, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import LayerMaps, inputs_at_once
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import measure_layer
@@ -178,8 +178,7 @@ def _record(
     kernel: Kernel, maps: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor
 ) -> None:
     """Add the feature maps of one call of a layer, and those that random kernels give in its place."""
-    images: Tensor = next(iter((*inputs, *options.values())))
-    if not images.numel():  # called on nothing, as a mask head is where no object was found
+    if not images_of(inputs, options).numel():  # called on nothing, as a mask head is where no object was found
         return
     maps.calls += 1
     call = find_convolution(layer, kernel.shape, inputs, options)

@@ -259,6 +259,25 @@ def test_a_convolution_with_more_inputs_and_outputs_is_measured(named: bool, bia
         decorrelate_(model, images[:4, :, :9, :9])
 
 
+def test_the_images_of_a_call_are_found_wherever_they_stand_in_it() -> None:
+    class Upward(nn.Module):
+        def __init__(self, named: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.named = nn.ConvTranspose2d(3, 4, 3, stride=2), named
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.named:
+                return self.layer(output_size=[20, 20], input=images)
+            return self.layer(images, [20, 20])
+
+    images = torch.randn(2, 3, 9, 9)
+    assert measure(Upward(True), images) == measure(Upward(False), images)
+    for model in (found := Upward(True), expected := Upward(False)):
+        decorrelate_(model, images)
+    assert torch.equal(found.layer.weight, expected.layer.weight)
+
+
 @pytest.mark.usefixtures("process_group")
 def test_statistics_are_estimated_without_other_processes() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
