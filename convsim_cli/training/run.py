@@ -215,7 +215,8 @@ def _restore_weights(run: Run, trainer: Trainer, history: Sequence[Row], ended: 
 
 def _holds(checkpoint: SafetensorsCheckpoint, weights: Mapping[str, Tensor]) -> bool:
     """Return whether a file holds these weights."""
-    return all(torch.equal(checkpoint.load(name), weight.cpu()) for name, weight in weights.items())
+    complete = weights.keys() <= checkpoint.tensors.keys()
+    return complete and all(torch.equal(checkpoint.load(name), weight.cpu()) for name, weight in weights.items())
 
 
 def feature_map_correlations(
@@ -318,7 +319,8 @@ def save_state(run: Run, trainer: Trainer, log: Log, best: dict[str, Tensor] | N
             _write_weights(run, "best", best, best_row(log["history"])["epoch"])
         write_tables(run, log)
         replace_file(run.folder / "state.pt", lambda file: write_pickle(file, state))
-        former.unlink(missing_ok=True)
+        with suppress(OSError):
+            former.unlink()
         write_json(run.folder / ARGUMENTS_FILE, asdict(run.arguments))  # without it the folder is no run's any more
 
     trainer.processes.on_rank_zero(write)
