@@ -45,7 +45,7 @@ class MeasureReport:
     normalization was run; layers: a record each, with the figures of `figures.FIGURES`; skipped: name, shape and reason
     of each tensor that was left out; total: `cs`, None where float64 cannot hold it, and, where there are labels,
     `accuracy` in per cent; notes: lines that explain figures; warnings: lines that must not be missed; heat: the
-    layers' heat maps, where they were asked for; method: of `convsim init`, where the file says so.
+    layers' heat maps, if requested; method: the `convsim init` method that the file records, if any.
     """
 
     source: str

@@ -52,11 +52,12 @@ from convsim_cli.kernels import (
     Selection,
     living_filters,
     module_kernels,
+    undone_on_failure,
     unwrapped,
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.layers import convolve_with, images_of, layers_of, side_effect_free, undone_on_failure
+from convsim_cli.layers import convolve_with, images_of, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import MapMoments
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.precision import Taps, full_precision

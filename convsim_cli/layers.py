@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, TypeGuard
@@ -102,18 +102,6 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 
 def _is_given(buffer: Tensor | None) -> TypeGuard[Tensor]:
     return buffer is not None and not is_lazy(buffer)
-
-
-@contextmanager
-def undone_on_failure(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Restore the weights, bit for bit, if the block raises."""
-    former = [weight.detach().clone() for weight in weights]
-    try:
-        yield
-    except BaseException:
-        for weight, was in zip(weights, former, strict=True):
-            weight.copy_(was)
-        raise
 
 
 def layers_of(

@@ -31,10 +31,10 @@ from convsim_cli.kernels import (
     living_filters,
     module_kernels,
     refuse_sharded,
+    undone_on_failure,
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.layers import undone_on_failure
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.objectives import find_objective, rescale_
 from convsim_cli.precision import full_precision

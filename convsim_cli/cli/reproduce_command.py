@@ -157,7 +157,8 @@ def reproduce(
 
 def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
     from convsim_cli.reproduction.numerical import EPISODES, find_table, numerical_steps, reproduce_table
-    from convsim_cli.training.run import make_folder, write_json
+    from convsim_cli.training.launch import make_folder
+    from convsim_cli.training.run import write_json
 
     if given["device"] != "auto" and choose_device(given["device"], console).type != "cpu":
         raise InputError(f"{name} runs in float64 on the CPU within a minute; remove `device`")

@@ -15,6 +15,7 @@ from convsim_cli.kernels.kernel import (
     Skipped,
     living_filters,
     refuse_meta,
+    undone_on_failure,
 )
 from convsim_cli.kernels.modules import (
     ConvolutionCall,
@@ -58,6 +59,7 @@ __all__ = [
     "reach_convolution",
     "refuse_meta",
     "refuse_sharded",
+    "undone_on_failure",
     "unwrapped",
     "warn_of_unsupported",
     "weight_of",

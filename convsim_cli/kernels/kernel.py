@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -230,6 +231,18 @@ def _resolved(pattern: str, names: Collection[str]) -> str:
     if matches(names, [f"*{pattern}"]):  # behind a prefix, such as `module.`
         like = f"did you mean {f'*{pattern}'!r}?"
     raise InputError(f"the pattern {pattern!r} matches no tensor; {like}")
+
+
+@contextmanager
+def undone_on_failure(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Restore the weights, bit for bit, if the block raises."""
+    former = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    except BaseException:
+        for weight, was in zip(weights, former, strict=True):
+            weight.copy_(was)
+        raise
 
 
 def in_layer_order(names: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from convsim_cli.reproduction import published as paper
 from convsim_cli.reproduction.published import ARMS, CURVES, arms_of, choose_arms
 from convsim_cli.training.comparison import epochs_to
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.launch import find_or_create_run, find_run, is_finished, plain_name
+from convsim_cli.training.launch import find_or_create_run, find_run, is_finished, make_folder, plain_name
 from convsim_cli.training.prepare import build_with_weights, check_network, load_data, used_images
 from convsim_cli.training.run import (
     ACCURACIES,
@@ -31,7 +31,6 @@ from convsim_cli.training.run import (
     RunCallbacks,
     check_resumable,
     epochs_done,
-    make_folder,
     read_results,
     spread,
     train_run,

@@ -26,15 +26,13 @@ from convsim_cli.networks.architectures import find_network, to_repeat
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import FOLDER, Arguments, parse_arguments
 from convsim_cli.training.distributed import Processes, join_processes
-from convsim_cli.training.prepare import build_with_weights, check_network, identified, load_data
+from convsim_cli.training.prepare import build_with_weights, check_network, identified, import_summary_writer, load_data
 from convsim_cli.training.run import (
     ARGUMENTS_FILE,
     Run,
     RunCallbacks,
     epochs_done,
-    import_summary_writer,
     locked,
-    make_folder,
     open_run,
     train_command,
     train_run,
@@ -123,6 +121,16 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None, or_next: b
     with locked(run_dir, wait=True):
         run = create_first_free(arguments, run_dir, [stem] if name and not or_next else numbered(stem))
     return run or _refuse_taken(run_dir / stem, arguments)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents. Raises InputError if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"`run_dir` {path}: exists but is not a folder; name another one") from error
+    except (OSError, RecursionError) as error:  # mkdir calls itself for each missing parent
+        raise InputError(f"`run_dir` {path}: cannot be created ({brief(error)})") from error
 
 
 def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:

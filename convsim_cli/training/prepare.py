@@ -9,17 +9,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.device import Advance
-from convsim_cli.errors import ConvsimWarning, InputError, brief
+from convsim_cli.errors import ConvsimWarning, InputError, brief, to_install
 from convsim_cli.inputs.datasets import folder_digest, load_dataset
 from convsim_cli.inputs.images import Dataset, parse_channels
-from convsim_cli.kernels import Selection, module_kernels, warn_of_unsupported, weight_of
-from convsim_cli.layers import side_effect_free, undone_on_failure
+from convsim_cli.kernels import Selection, module_kernels, undone_on_failure, warn_of_unsupported, weight_of
+from convsim_cli.layers import side_effect_free
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Minimization, minimize_kernels, rescale_to
 from convsim_cli.networks.architectures import build_network, usual_side, warn_of_random_weights
@@ -28,6 +29,17 @@ from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.training.config import FOLDER, MODES, Arguments
 
 IMAGES = 1024  # the first training images, on which `decorrelate` makes feature maps uncorrelated
+
+
+def import_summary_writer() -> Any:
+    """Return torch's class that writes for TensorBoard. Raises InputError if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            f"`tensorboard` requires the package tensorboard, which is not installed: {to_install('tensorboard')}"
+        ) from error
+    return SummaryWriter
 
 
 def load_data(arguments: Arguments) -> Dataset:

@@ -34,7 +34,7 @@ from convsim_cli.checkpoints.atomic import check_folder, check_regular, free_nam
 from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, read_bounded, read_json, seed_generators, unreported
-from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, open_regular, to_install
+from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, open_regular
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, to_repeat
@@ -44,6 +44,7 @@ from convsim_cli.training.prepare import (
     build_with_weights,
     count_steps,
     first_images,
+    import_summary_writer,
     load_data,
     prepare_,
     used_images,
@@ -559,17 +560,6 @@ def tensorboard_log(run: Run, trainer: Trainer) -> Iterator[Callable[[Row], None
                 writer.close()
 
 
-def import_summary_writer() -> Any:
-    """Return torch's class that writes for TensorBoard. Raises InputError if the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            f"`tensorboard` requires the package tensorboard, which is not installed: {to_install('tensorboard')}"
-        ) from error
-    return SummaryWriter
-
-
 def open_run(folder: Path, **changes: Any) -> Run:
     """Open a run's folder, with changes to its arguments, such as more `epochs` or another `data_dir`.
 
@@ -599,16 +589,6 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{folder}: cannot be opened or locked ({error.strerror})") from error
         yield
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises InputError if that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InputError(f"`run_dir` {path}: exists but is not a folder; name another one") from error
-    except (OSError, RecursionError) as error:  # mkdir calls itself for each missing parent
-        raise InputError(f"`run_dir` {path}: cannot be created ({brief(error)})") from error
 
 
 def write_json(path: Path, document: Any) -> None:

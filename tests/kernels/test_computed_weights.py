@@ -272,7 +272,7 @@ def test_looking_at_a_model_does_not_merge_its_updates() -> None:
     assert model[0].update.grad is not None
 
 
-def test_looking_at_a_noisy_weight_draws_nothing_from_the_callers_generator() -> None:
+def test_looking_at_a_noisy_weight_leaves_the_generator_as_it_was() -> None:
     class Noisy(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:
             return conv2d(input, self.weight + 0.1 * torch.randn_like(self.weight))
