@@ -100,12 +100,10 @@ FIGURES: tuple[Figure, ...] = (
         "filters",
         shown=False,
     ),
-    Figure(
-        "fm_cos", "the paper's mean abs cosine between feature maps on the same input, not mean-centered", wide=True
-    ),
+    Figure("fm_cos", "mean abs cosine between feature maps on the same input, not mean-centered", wide=True),
     Figure(
         "fm_inner2",
-        "the paper's feature-map similarity, mean ⟨F_i, F_j⟩²",
+        "the square of the paper's feature-map similarity: mean ⟨F_i, F_j⟩²",
         "map⁴",
         moves_with_scale=True,
         wide=True,
