@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +26,7 @@ from convsim_cli.checkpoints.diagnose import explained
 from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_hub, path_of
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError, quoted
-from convsim_cli.kernels import Kernel, Patterns, Selection, file_kernels, living_filters, weight_of
+from convsim_cli.kernels import Patterns, Selection, living_filters, weight_of
 from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight, sum_cs
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Layer, Minimization, minimize_kernels
@@ -37,6 +35,7 @@ from convsim_cli.networks.load import (
     check_inputs,
     explain_failure,
     load_inputs,
+    looks_trained,
     open_model_checkpoint,
 )
 from convsim_cli.settings import InitOptions, with_signature_of
@@ -44,10 +43,6 @@ from convsim_cli.settings import InitOptions, with_signature_of
 if TYPE_CHECKING:  # what most calls do not need
     from convsim_cli.measurement.synthetic import LayerProbe
 
-SPREAD = 3.0  # how many times the spread of independent weights a trained layer's norms have to show
-FEWEST = 8  # living filters that a spread is taken of
-MOST_VALUES = 1 << 20  # of a batch-norm statistic: a larger tensor of that name is something else
-NEAR_ZERO = 0.35  # share of weights below a tenth of their filter's root mean square: raw Algorithm 1 leaves half
 
 Changed = dict[str, tuple[Tensor, Tensor]]  # a kernel's name → its weight in a network, before and after
 
@@ -294,49 +289,3 @@ def _change_network(source: ModelCheckpoint, options: InitOptions, device: torch
     kept.require_kernels(f"{source.checkpoint.name}:")
     source.selection = kept
     return found
-
-
-def looks_trained(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint's weights look trained.
-
-    Batch-norm statistics decide where there are any: training leaves a counter above zero or a running mean other than
-    zero. Without them the filters' norms do: their spread is `SPREAD` times that of independent weights or more, in the
-    median over the layers. Files written by `convsim init` then do not count as trained.
-    """
-    statistics = [
-        name
-        for name, info in checkpoint.tensors.items()
-        if name.endswith(("num_batches_tracked", "running_mean")) and prod(info.shape) <= MOST_VALUES
-    ]
-    if statistics:
-        return any((checkpoint.load(name).to(torch.complex128) != 0).any().item() for name in statistics)
-    if "convsim.layers" in checkpoint.metadata:
-        return False
-    kernels = file_kernels(checkpoint.tensors, Patterns(layout="torch"), checkpoint.unfit).kernels
-    spreads = [
-        spread for kernel in kernels if (spread := norm_spread(kernel, checkpoint.load(kernel.name))) is not None
-    ]
-    return bool(spreads) and median(spreads) >= SPREAD
-
-
-def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
-    """Return the spread of a layer's filter norms, as a multiple of what independent weights give.
-
-    That is the coefficient of variation of the living filters' norms times √(2·C·N): near 1 for Gaussian weights, 0.63
-    for uniform ones. None for fewer than `FEWEST` filters, for NaN or infinity, and where `NEAR_ZERO` or more of the
-    weights are next to zero: as raw Algorithm 1 takes weights there, the norms that are left spread too.
-    """
-    filters = kernel.to_filters(weight)
-    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), dtype=torch.float64)
-    if not norms.isfinite().all():
-        return None
-    living = living_filters(filters)
-    if living.sum() < FEWEST:
-        return None
-    weights = filters[0, 0].numel()
-    next_to_zero = (0.1 * norms / weights**0.5).to(filters.dtype)  # of this type, so that no copy is made in another
-    shares = (filters.abs() < next_to_zero[..., None, None]).sum(dim=(-2, -1)) / weights
-    if shares[living].mean() >= NEAR_ZERO:
-        return None
-    norms = norms[living]
-    return (norms.std(correction=0) / norms.mean() * (2 * weights) ** 0.5).item()

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from convsim_cli.batch_norm import INPUTS, batch_norms_before, choose_statistics
-from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.device import Progress, resolve_device, return_freed_memory, unreported
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.kernels import Kernel, Patterns, effective_weight, living_filters
+from convsim_cli.layers import layers_of
 from convsim_cli.measurement.feature_maps import MOST_FILTERS, LayerMaps
-from convsim_cli.measurement.figures import Record, add_changes, partners_of
+from convsim_cli.measurement.figures import Record, add_changes, partners_of, why_duplicates
 from convsim_cli.measurement.kernel_figures import check_finite, measure_layer, sum_cs
 from convsim_cli.measurement.pairs import HeatMap, make_heat_map, strongest_pairs
 from convsim_cli.measurement.synthetic import FEATURES, BatchNormBefore, LayerProbe
@@ -28,6 +29,7 @@ from convsim_cli.networks.load import (
     check_inputs,
     explain_failure,
     load_inputs,
+    looks_trained,
     open_model_checkpoint,
     require_layer_inputs,
 )
@@ -45,7 +47,8 @@ class MeasureReport:
     normalization was run; layers: a record each, with the figures of `figures.FIGURES`; skipped: name, shape and reason
     of each tensor that was left out; total: `cs`, None where float64 cannot hold it, and, where there are labels,
     `accuracy` in per cent; notes: lines that explain figures; warnings: lines that must not be missed; heat: the
-    layers' heat maps, if requested; method: the `convsim init` method that the file records, if any.
+    layers' heat maps, if requested; method: the `convsim init` method that the file records, if any;
+    is_trained: whether layers have duplicates that `init` could avoid, and the file looks trained.
     """
 
     source: str
@@ -58,6 +61,7 @@ class MeasureReport:
     warnings: list[str] = field(default_factory=list)
     heat: dict[str, HeatMap] | None = None
     method: str | None = None
+    is_trained: bool = False
 
     def document(self) -> dict[str, Any]:
         """Return the content of the JSON document of `convsim measure`."""
@@ -91,7 +95,7 @@ def measure_checkpoint(
     """
     (report,) = measure_checkpoints([path], MeasureOptions(**options), progress)
     for line in report.warnings:
-        warnings.warn(line, stacklevel=3)
+        warnings.warn(line, ConvsimWarning, stacklevel=2)
     return report
 
 
@@ -143,10 +147,20 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
         stored = own is not None and own.name in first.checkpoint.tensors and kernel.name in source.checkpoint.tensors
         if own is None or not stored or replace(own, name=kernel.name, assumed=kernel.assumed) != kernel:
             continue
-        start = first.checkpoint.load(own.name)
+        start = _used_weight(first, own)
         living = living_filters(kernel.to_filters(start)).flatten()  # those that count in a `TurnMonitor`
-        angles = filter_angles(kernel, source.checkpoint.load(kernel.name), start)
+        angles = filter_angles(kernel, _used_weight(source, kernel), start)
         layer["turned"] = median_angle(angles.masked_fill(~living, torch.nan))
+
+
+def _used_weight(source: ModelCheckpoint, kernel: Kernel) -> Tensor:
+    """The weight that a layer uses, where it is computed in the layer's `forward`, else the stored one."""
+    if kernel.computed and source.model is not None:
+        ((_, layer),) = layers_of(source.model, [kernel], source.names)
+        with torch.no_grad():
+            if (weight := effective_weight(layer)) is not None:
+                return weight.cpu()
+    return source.checkpoint.load(kernel.name)
 
 
 def _measure(source: ModelCheckpoint, task: _Task) -> MeasureReport:
@@ -164,12 +178,15 @@ def _measure(source: ModelCheckpoint, task: _Task) -> MeasureReport:
             _measure_network(report, source, task)
     report.notes += _sample_notes(report.layers)
     report.total["cs"] = sum_cs(report.layers)
+    report.is_trained = why_duplicates(report.layers) is not None and looks_trained(source.checkpoint)
     return report
 
 
 def _measure_layers(report: MeasureReport, source: ModelCheckpoint, task: _Task) -> None:
     options, device = task.options, task.device
     require_layer_inputs(options)
+    if options.bn_statistics != "auto":
+        raise InputError("`bn_statistics` requires `arch`: a checkpoint alone runs no batch normalization")
     checkpoint, kernels = source.checkpoint, source.selection.kernels
     for kernel in kernels:  # before any work is done
         check_finite([(kernel, checkpoint.load(kernel.name))], checkpoint.name)
@@ -182,13 +199,14 @@ def _measure_layers(report: MeasureReport, source: ModelCheckpoint, task: _Task)
     with task.progress(f"measure {checkpoint.name}", len(kernels)) as advance:
         for kernel in kernels:
             weight = checkpoint.load(kernel.name).to(device)
-            norm = _load_norm(checkpoint, norms[kernel.name], device) if kernel.name in norms else None
+            norm = _load_norm(source, norms[kernel.name], device) if kernel.name in norms else None
             _add(report, options, kernel, weight, layer_probe.look(kernel, weight, norm, paper=task.paper))
             advance(1)
 
 
-def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> BatchNormBefore:
+def _load_norm(source: ModelCheckpoint, name: str, device: torch.device) -> BatchNormBefore:
     """γ and β of a batch norm, 1 and 0 where it has none."""
+    checkpoint = source.checkpoint
     likewise = torch.zeros_like(checkpoint.load(f"{name}.running_var"), dtype=torch.float32, device=device)
     found = [likewise + 1, likewise]
     for index, part in enumerate((f"{name}.weight", f"{name}.bias")):
@@ -199,7 +217,6 @@ def _load_norm(checkpoint: Checkpoint, name: str, device: torch.device) -> Batch
 
 def _measure_network(report: MeasureReport, source: ModelCheckpoint, task: _Task) -> None:
     from convsim_cli.inputs.images import measure_accuracy
-    from convsim_cli.layers import layers_of
     from convsim_cli.measurement.network import Batches, record_feature_maps
 
     path, kernels, arch = source.checkpoint.name, source.selection.kernels, source.arch or ""

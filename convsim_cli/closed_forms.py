@@ -44,7 +44,15 @@ from torch.nn.functional import normalize, pad
 
 from convsim_cli.batch_norm import batch_statistics
 from convsim_cli.device import Advance
-from convsim_cli.errors import ConvsimError, InputError, describe_tensor, is_out_of_memory, kind_of, model_failed
+from convsim_cli.errors import (
+    ConvsimError,
+    ConvsimWarning,
+    InputError,
+    describe_tensor,
+    is_out_of_memory,
+    kind_of,
+    model_failed,
+)
 from convsim_cli.kernels import (
     VANISHED,
     Kernel,
@@ -179,7 +187,7 @@ def dct_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     selection, kernel = Selection(), Kernel("weight", tuple(weight.shape), groups)
     selection.add(kernel)
     if selection.skipped:
-        warnings.warn(f"the weight is unchanged: {selection.skipped[0].reason}", stacklevel=2)
+        warnings.warn(f"the weight is unchanged: {selection.skipped[0].reason}", ConvsimWarning, stacklevel=2)
         return weight
     with torch.no_grad():
         return weight.copy_(dct_kernel(kernel, weight))
@@ -335,7 +343,7 @@ def decorrelate_(
         raise model_failed(describe_tensor(images), error) from error
     called = {record["name"] for record in records}
     if uncalled := [kernel.name for kernel in selection.kernels if kernel.name not in called]:
-        warnings.warn(f"skipped layers that no inputs reach: {', '.join(uncalled)}", stacklevel=2)
+        warnings.warn(f"skipped layers that no inputs reach: {', '.join(uncalled)}", ConvsimWarning, stacklevel=2)
     return records
 
 

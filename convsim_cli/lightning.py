@@ -7,9 +7,10 @@ program uses. Importing this module needs neither: the class is made when its na
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from convsim_cli.errors import InputError, is_number, to_install
@@ -28,14 +29,16 @@ class _Hooks:
 
     beta: weight of the penalty, dimensionless; 0 adds none. objective, preserve_norm, include, exclude: as
     `ConvSimPenalty` and its `add_gradient_` take them; layers that are left out are not measured either. images: what
-    `measure` takes; if None, the first training batch of each epoch, which is tried before the first step.
+    `measure` takes, but no iterator; if None, the first training batch of each epoch. The first batch is tried before
+    the first step.
     measure_every: epochs between measurements, 0 for none. turn_every: steps between measurements of rotation,
     including the first step of each epoch. Raises InputError for another argument when it is made.
 
     The gradient is added before each optimizer step: after the gradients were unscaled, accumulated and averaged over
-    processes, and before they are clipped. With several optimizers, toggle those that do not step (`toggle_optimizer`).
-    Logged are `fm_corr/LAYER`, `fm_rank/LAYER`, `ncs/LAYER` and `norm/LAYER`, and in degrees `turn_per_step/LAYER` and
-    `turned/LAYER` since the start of the training, also of a resumed one.
+    processes, and before they are clipped. For a fused optimizer, whose step unscales, it is scaled as they are. With
+    several optimizers, toggle those that do not step (`toggle_optimizer`). Logged are `fm_corr/LAYER`, `fm_rank/LAYER`,
+    `ncs/LAYER` and `norm/LAYER`, and in degrees `turn_per_step/LAYER` and `turned/LAYER` since the start of the
+    training, also of a resumed one.
 
     >>> from convsim_cli.lightning import ConvSimCallback
     >>> callback = ConvSimCallback(beta=1e-3, objective="ocnn")  # Trainer(callbacks=[callback])
@@ -60,6 +63,8 @@ class _Hooks:
         for name, value, least in (("measure_every", measure_every, 0), ("turn_every", turn_every, 1)):
             if not (is_number(value, whole=True) and value >= least):
                 raise InputError(f"`{name}` is {value!r}; expected a whole number ≥ {least}")
+        if isinstance(images, Iterator):
+            raise InputError("`images` is an iterator, which serves one epoch; expected a batch, a list or a loader")
         self._beta, self._objective, self._preserve_norm = beta, objective, preserve_norm
         self._patterns: dict[str, Any] = {"include": include, "exclude": exclude}
         self._images, self._measure_every, self._turn_every = images, measure_every, turn_every
@@ -67,7 +72,7 @@ class _Hooks:
         self._monitor: TurnMonitor | None = None
         self._start: dict[str, Tensor] | None = None  # the kernels of a training that is resumed
         self._batch: Any = None
-        self._measurable = False  # whether a training batch has been measured
+        self._measurable = False  # whether a batch has been measured
         self._steps = 0
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -82,16 +87,21 @@ class _Hooks:
             self._start = None  # the next training begins with its own
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        if self._batch is None and self._is_measured(trainer) and self._images is None:  # resumed, it may not be 0
+        if self._batch is None and self._is_measured(trainer):  # resumed, it may not be 0
             self._batch = batch
             if not self._measurable:  # tell now, not after an epoch
-                self._measure(pl_module, [batch], "; pass `images=`, or set `measure_every` to 0")
+                hint = "; pass `images=`, or set `measure_every` to 0" if self._images is None else ""
+                self._measure(pl_module, [batch] if self._images is None else _first(self._images), hint)
                 self._measurable = True
         self._steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
-        if self._penalty is not None:
-            self._penalty.add_gradient_(self._beta, self._preserve_norm)
+        if self._penalty is None:
+            return
+        beta, scaler = self._beta, getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            beta *= scaler._get_scale_async()  # a fused step unscales the gradients itself
+        self._penalty.add_gradient_(beta, self._preserve_norm)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
         if self._monitor is not None and trainer.global_step > self._steps:  # not while gradients are accumulated
@@ -129,6 +139,11 @@ class _Hooks:
 
     def _is_measured(self, trainer: Any) -> bool:
         return self._measure_every > 0 and trainer.current_epoch % self._measure_every == 0
+
+
+def _first(images: Any) -> Any:
+    """The first batch of what `measure` takes."""
+    return images if hasattr(images, "shape") or isinstance(images, Mapping) else list(islice(images, 1))
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from convsim_cli.device import Advance, repeated
-from convsim_cli.errors import DivergedError, InputError, is_number
+from convsim_cli.errors import ConvsimWarning, DivergedError, InputError, is_number
 from convsim_cli.kernels import (
     Kernel,
     Patterns,
@@ -155,7 +155,7 @@ def minimize_weight_(
     selection.add(Kernel("weight", tuple(weight.shape), groups))
     selection = settings.select(selection)
     if selection.skipped:
-        warnings.warn(f"the weight is unchanged: {selection.skipped[0].reason}", stacklevel=2)
+        warnings.warn(f"the weight is unchanged: {selection.skipped[0].reason}", ConvsimWarning, stacklevel=2)
         return weight
     ((minimized, _),) = minimize_kernels([(selection.kernels[0], weight)], settings)
     with torch.no_grad():

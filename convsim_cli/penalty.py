@@ -23,7 +23,7 @@ from convsim_cli.kernels import (
 )
 from convsim_cli.layers import layers_of
 from convsim_cli.objectives import OBJECTIVES, Objective, Value, find_objective, make_objective
-from convsim_cli.precision import full_precision
+from convsim_cli.precision import full_precision, transformed
 
 LARGEST_BETA = 3.4e38  # in float32
 
@@ -32,7 +32,8 @@ class ConvSimPenalty:
     """An objective, summed over a model's convolutions: `loss = task_loss + beta * penalty()`.
 
     model: any module. objective: `cs` (Eq. 10), `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`; or a
-    function of a layer's filters `[groups, S / groups, N, C]` and its kernel size that returns a differentiable scalar.
+    function of a layer's filters `[groups, S / groups, N, C]` and its kernel size that returns a differentiable scalar,
+    whose own `backward` runs in the precision that is set then (in full float32 in `add_gradient_`).
     include, exclude: globs over names of kernels, such as `layer1.*`.
 
     The penalty selects layers by name when it is created, and looks their weights up at each call: it follows replaced
@@ -41,12 +42,13 @@ class ConvSimPenalty:
     as timm's StdConv2d: that layer is run on a few zeros, up to its convolution, which torch.compile cannot trace. It
     does not include layers with new names. A call raises InputError if a selected layer is gone, is no longer a
     convolution, or has a weight that the penalty cannot follow, such as a DTensor (`fully_shard`) or one on the meta
-    device.
+    device; and under a transform of torch.func that does not act on the model's own weights: there, let the model call
+    its penalty within `functional_call`, or use `convolutional_similarity`.
 
     The penalty is not a module: it owns no parameters and does not enter state dicts. Pickling or copying it includes
-    its model. Warns about skipped layers that it cannot act on (lazy layers, unknown types). Raises InputError for an
-    unknown objective, for a pattern that matches nothing, and for a model without kernels that form pairs. Source:
-    Algorithm 2.
+    its model; a copy of the model alone needs a penalty of its own. Warns about skipped layers that it cannot act on
+    (lazy layers, unknown types). Raises InputError for an unknown objective, for a pattern that matches nothing, and
+    for a model without kernels that form pairs. Source: Algorithm 2.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -101,12 +103,12 @@ class ConvSimPenalty:
         of the penalty, finite and ≥ 0. A tensor with one element stays on its device: its value is checked on the CPU
         only, since reading it elsewhere would wait for the device. Frozen parameters are left alone. Half-precision
         gradients are added to in float32 and rounded once. Gradient hooks of a parameter, including post-accumulate
-        hooks, are called with the penalty's gradient. preserve_norm: remove from each filter's gradient the component
-        along the filter, so that it reduces similarity without shrinking. Raises InputError for another beta, and as a
-        call of the penalty; all gradients are then unchanged.
+        hooks, are called with the penalty's gradient. preserve_norm:
+        remove from each filter's gradient the component along the filter, so that it reduces similarity without
+        shrinking. Raises InputError for another beta, and as a call of the penalty; all gradients are then unchanged.
         """
         _check_beta(beta)
-        beta = beta if isinstance(beta, Tensor) else float(beta)  # torch takes whole numbers of 64 bits alone
+        beta = beta.reshape(()) if isinstance(beta, Tensor) else float(beta)  # torch takes no ints above 64 bits
         own, behind = self._contributions(beta, preserve_norm)
         for parameter in [kept for kept in own if kept._backward_hooks or kept._post_accumulate_grad_hooks]:
             dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
@@ -163,7 +165,13 @@ class ConvSimPenalty:
 
     def _sum(self, objective: Objective) -> Tensor:
         values = []
-        for kernel, weight in self._layers():
+        layers = self._layers()
+        if transformed() and not any(torch._C._functorch.is_functorch_wrapped_tensor(weight) for _, weight in layers):
+            raise InputError(
+                "a transform of torch.func does not reach this penalty, which reads the weights that the model holds; "
+                "let the model call it within `functional_call`, or use `convolutional_similarity`"
+            )
+        for kernel, weight in layers:
             refuse_meta(kernel.name, weight)
             values.append(objective.value(_filters(objective, kernel, weight), kernel.taps))
         return torch.stack([value.to(values[0]) for value in values]).sum()
@@ -224,7 +232,7 @@ def _accumulate(gradients: dict[Tensor, Tensor], factor: float | Tensor) -> None
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
         if isinstance(factor, Tensor):
-            parameter.grad.addcmul_(gradient, factor.reshape(()))
+            parameter.grad.addcmul_(gradient, factor)
         elif gradient.dtype == parameter.grad.dtype and _strides(gradient) == _strides(parameter.grad):
             alike.append((parameter.grad, gradient))
         else:

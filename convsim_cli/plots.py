@@ -42,6 +42,7 @@ UNITS = {  # by column of results.csv, and of layers.csv as a median over layers
 LOGARITHMIC = {"cs", "train_loss", "turn_per_step"}
 
 COLUMN, PAGE = 3.5, 7.2  # inches: the width of a column and of a page
+MOST_LABELED = 12  # pairs of bars, each with its numbers
 TEXT, SMALL = 7, 6  # points; a smaller text cannot be read in print
 DPI = 300  # of a PNG
 
@@ -125,8 +126,13 @@ def draw_grid(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         places = [position + 0.4 * index - 0.2 for position in range(len(rows))]
         style: dict[str, Any] = {"color": color, "edgecolor": "black", "linewidth": 0.6, "hatch": hatch}
         bars = axes.bar(places, heights, 0.38, yerr=spreads, label=label, **style)
-        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=SMALL)
-    axes.set_xticks(range(len(rows)), [f"lr {row['lr']:g}\nbatch {row['batch_size']}" for row in rows])
+        if len(rows) <= MOST_LABELED:
+            axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=SMALL)
+    if len(rows) <= MOST_LABELED:
+        axes.set_xticks(range(len(rows)), [f"lr {row['lr']:g}\nbatch {row['batch_size']}" for row in rows])
+    else:
+        names = [f"{row['lr']:g}, {row['batch_size']}" for row in rows]
+        axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=SMALL)
     axes.set_xlabel("learning rate and batch size (images)")
     axes.set_ylabel("best test accuracy (%)")
     axes.margins(y=0.12)
@@ -138,11 +144,14 @@ def draw_grid(rows: Sequence[dict[str, Any]], title: str) -> Figure:
 def draw_iterations(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """Draw Figure 5: test accuracy against the iterations I of Algorithm 1."""
     figure, (axes,) = _panels(1, 1)
+    rows = sorted(rows, key=lambda row: row["iterations"])
     counts = [row["iterations"] for row in rows]
+    beside = 0.004 * (counts[-1] - counts[0])  # so that both error bars are seen
     for index, (key, label) in enumerate((("best_test_accuracy", "best"), ("last_test_accuracy", "last epoch"))):
         values, spreads = _over_seeds([row["measured"] for row in rows], key)
         style = {"color": COLORS[2 + index], "linestyle": DASHES[index], "marker": "os"[index], "markersize": 3}
-        axes.errorbar(counts, values, yerr=spreads, label=label, capsize=2, **style)
+        places = [count + (beside if index else -beside) for count in counts]
+        axes.errorbar(places, values, yerr=spreads, label=label, capsize=2, **style)
     axes.set_xlabel("iterations I of Algorithm 1 (0 is the baseline)")
     axes.set_ylabel("test accuracy (%)")
     _finish(figure, axes, title)
@@ -261,24 +270,31 @@ def _panels(count: int, columns: int, width: float | None = None) -> tuple[Figur
 def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    drawn = False  # a value above 0
     for index, curve in enumerate(curves):
         round_ = index // len(COLORS)  # after eight curves the colors repeat, with other dash patterns
         style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[(index + round_) % len(DASHES)]}
-        rows = [row for rows in curve.histories for row in rows if row.get(column) is not None]
-        points = sorted((row["epoch"], row[column]) for row in rows)
-        by_epoch = {epoch: [v for _, v in found] for epoch, found in groupby(points, key=lambda point: point[0])}
-        epochs, values = list(by_epoch), list(by_epoch.values())  # a diverged seed has fewer epochs
+        seeds = [{row["epoch"]: row[column] for row in rows if row.get(column) is not None} for rows in curve.histories]
+        seeds = [seed for seed in seeds if seed]
+        drawn |= any(value > 0 for seed in seeds for value in seed.values())
+        epochs = sorted(set.intersection(*map(set, seeds))) if seeds else []  # those of a diverged seed, and no more
+        values = [[seed[epoch] for seed in seeds] for epoch in epochs]
         marker = "o" if len(epochs) == 1 else None
-        means, label = [mean(seeds) for seeds in values], plain_text(curve.label)
+        means, label = [mean(found) for found in values], plain_text(curve.label)
         axes.plot(epochs, means, linewidth=1.2, marker=marker, markersize=4, label=label, **style)
-        if len(curve.histories) > 1:
-            spreads = [stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+        for seed in seeds:  # by itself where another has ended, from the last mean
+            rest = [(epoch, seed[epoch]) for epoch in sorted(seed) if not epochs or epoch > epochs[-1]]
+            if rest:
+                joint = [(epochs[-1], means[-1])] if epochs else []
+                axes.plot(*zip(*joint, *rest, strict=True), linewidth=0.6, **style)
+        if len(seeds) > 1 and epochs:
+            spreads = [stdev(found) for found in values]
             low = [center - spread for center, spread in zip(means, spreads, strict=True)]
             high = [center + spread for center, spread in zip(means, spreads, strict=True)]
             if column in LOGARITHMIC:  # which has no room for 0 and below
-                low = [bottom if bottom > 0 else min(seeds) for bottom, seeds in zip(low, values, strict=True)]
+                low = [max(bottom, min(found)) for bottom, found in zip(low, values, strict=True)]
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    if column in LOGARITHMIC:
+    if column in LOGARITHMIC and drawn:
         _use_log_scale(axes)
     round_steps = MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)  # a single epoch is a single tick
     axes.xaxis.set_major_locator(round_steps)

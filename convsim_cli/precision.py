@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, Concatenate, ParamSpec, cast
 
 import torch
@@ -34,6 +35,9 @@ _LOOKED_AT: tuple[Key, ...] = (("mkldnn", "matmul"), ("mkldnn", "conv"), ("cuda"
 _ON_CPU: tuple[Key, ...] = (("generic", "all"), ("mkldnn", "all"), ("cuda", "all"), *_LOOKED_AT)  # parents first
 _ELSEWHERE: tuple[Key, ...] = (*_ON_CPU, ("cuda", "conv"), ("cuda", "rnn"))
 
+_LOCK = Lock()  # of the switches, since autograd has a thread for each device
+_BLOCKS: list[list[Restore]] = []  # of `full_precision` that are running, in the order in which they were entered
+
 _KEPT = 64  # constants of one kind, the latest
 _SAFE = 1e30  # a float32 value below it means that no product on the way to it, or to its gradient, has overflowed
 
@@ -48,7 +52,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type == "meta":  # nothing is computed
         yield
         return
-    restore = _switch_off(device.type)
+    with _LOCK:
+        block = _switch_off(device.type)
+        _BLOCKS.append(block)
     try:
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
@@ -56,8 +62,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         else:
             yield
     finally:
-        for write, value in restore:
-            write(value)
+        with _LOCK:
+            _leave(block)
 
 
 @contextmanager
@@ -77,6 +83,17 @@ def tf32(device: torch.device) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision("highest")
             _allow_tf32_in_cudnn(False)
+
+
+def _leave(block: list[Restore]) -> None:
+    """Restore the switches; or, where a block that was entered later still runs in another thread, leave it to that."""
+    index = next(i for i, other in enumerate(_BLOCKS) if other is block)
+    del _BLOCKS[index]
+    if index < len(_BLOCKS):
+        _BLOCKS[index] += block
+        return
+    for write, value in block:
+        write(value)
 
 
 def _switch_off(kind: str) -> list[Restore]:
@@ -266,16 +283,18 @@ def _widened(filters: Tensor) -> Tensor:
     return filters if filters.device.type == "mps" else filters.double()  # mps has no float64
 
 
-@torch.library.custom_op(
-    "convsim::value", mutates_args=(), schema="(Tensor filters, SymInt[] taps, str name) -> Tensor"
-)
+# Constants are kept, and some are copied from the host: not within a CUDA graph that torch.compile records
+_OPERATOR: dict[str, Any] = {"mutates_args": ()}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _OPERATOR["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("convsim::value", schema="(Tensor filters, SymInt[] taps, str name) -> Tensor", **_OPERATOR)
 def _value(filters: Tensor, taps: Sequence[int], name: str) -> Tensor:
     return BY_NAME[name].evaluate(filters, tuple(taps))[0]
 
 
-@torch.library.custom_op(
-    "convsim::gradient", mutates_args=(), schema="(Tensor filters, SymInt[] taps, str name) -> Tensor"
-)
+@torch.library.custom_op("convsim::gradient", schema="(Tensor filters, SymInt[] taps, str name) -> Tensor", **_OPERATOR)
 def _gradient(filters: Tensor, taps: Sequence[int], name: str) -> Tensor:
     function = BY_NAME[name]
     _, shared = function.evaluate(filters, tuple(taps))

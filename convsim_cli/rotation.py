@@ -107,11 +107,11 @@ class TurnMonitor:
             wide = torch.float32 if weight.device.type == "mps" else torch.float64  # small squares must not underflow
             norms = torch.linalg.vector_norm(kernel.to_filters(weight), dim=(-2, -1), dtype=wide).flatten()
             start = self._start.get(kernel.name)
-            norm = norms.masked_fill(~self._living[kernel.name], torch.nan).nanmean()
+            norm = norms.masked_fill(~self._living[kernel.name].to(norms.device), torch.nan).nanmean()
             unknown = torch.full_like(norm, torch.nan)  # on the layer's device, whatever the default one is
             found += [
                 norm,
-                torch.cat(turns).nanmedian() if turns else unknown,
+                torch.cat([each.to(norm.device) for each in turns]).nanmedian() if turns else unknown,
                 unknown if start is None else self._angles(kernel, weight, start).nanmedian(),
             ]
         figures = iter(_read(found))
@@ -151,7 +151,8 @@ class TurnMonitor:
         self._steps, self._before = 0, self._copies()
 
     def _angles(self, kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
-        return filter_angles(kernel, weight, former).masked_fill(~self._living[kernel.name], torch.nan)
+        angles = filter_angles(kernel, weight, former.to(weight.device))  # the model may have moved
+        return angles.masked_fill(~self._living[kernel.name].to(angles.device), torch.nan)
 
     def _weight(self, kernel: Kernel) -> Tensor:
         weight = weight_of(self._model, kernel)

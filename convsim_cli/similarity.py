@@ -39,8 +39,8 @@ def convolutional_similarity(weight: Tensor, groups: int = 1) -> Tensor:
 
     weight: `[S, C, *taps]` with 1 to 3 axes of taps, floating; S filters in `groups` consecutive groups, pairs counted
     within each. Half types are computed in float32. Returns a scalar ≥ 0 (float32, or float64 for a float64 weight),
-    inf where L_CS exceeds its type; on CUDA, float32 weights beyond 1e17 may give NaN instead. Raises ValueError for
-    another shape, type or number of groups. Source: Eq. 10.
+    inf where L_CS exceeds its type; float64 weights beyond 1e154, and on CUDA float32 ones beyond 1e17, may give NaN.
+    Raises ValueError for another shape, type or number of groups. Source: Eq. 10.
 
     >>> convolutional_similarity(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])).item()  # ‖(1, 2) ⋆ (3, 0)‖² = 3² + 6²
     45.0

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convsim_cli.checkpoint_init import init_checkpoint, looks_trained, norm_spread
+from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
 from convsim_cli.kernels import Kernel
 from convsim_cli.networks.architectures import build_network
+from convsim_cli.networks.load import looks_trained, norm_spread
 
 FRESH = (
     *("cnn1", "cnn2", "cnn:8", "resnet18"),

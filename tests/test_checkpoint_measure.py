@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import Convsim
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from convsim_cli import checkpoint_measure
 from convsim_cli.checkpoint_measure import measure_checkpoint
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.measurement import feature_maps
 from convsim_cli.measurement.feature_maps import RandomKernels
 from convsim_cli.networks.architectures import build_network
@@ -254,3 +254,34 @@ def test_batch_norms_slow_no_probe_that_they_do_not_change(tmp_path: Path, monke
 def test_features_are_refused_with_a_network() -> None:
     with pytest.raises(InputError, match="`input` features applies only without `arch`"):
         measure_checkpoint(arch="cnn:4", input="features")
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, images: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(images, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def standardized(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(Standardized(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def test_turned_is_the_angle_of_the_weights_that_layers_use(tmp_path: Path, convsim: Convsim) -> None:
+    state = standardized().state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    save_file({**state, "0.weight": state["0.weight"] + 1}, tmp_path / "b.safetensors")
+    arch = f"{__name__}:standardized"
+    found = convsim(
+        "measure", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--arch", arch, "--json"
+    ).document
+    assert found["checkpoints"][1]["layers"][0]["turned"] < 0.01
+
+
+def test_warnings_point_at_the_caller_and_batch_norm_needs_a_network(tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(4, 3, 3, 3)}
+    torch.save({"model": state, "other": state}, tmp_path / "two.pth")
+    with pytest.warns(ConvsimWarning, match="loaded the tensors under model") as found:
+        measure_checkpoint(tmp_path / "two.pth")
+    assert found[0].filename == __file__
+    with pytest.raises(InputError, match="`bn_statistics` requires `arch`"):
+        measure_checkpoint(tmp_path / "two.pth", key="model", bn_statistics="inputs")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_cuda import CUDA, Trace, fake_cuda, needs_a_driver, real_network
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from convsim_cli import minimize as descent
 from convsim_cli.inputs.images import Dataset, Split
@@ -19,6 +19,7 @@ from convsim_cli.minimize import Minimization, Stack, descend_, group_by_shape, 
 from convsim_cli.objectives import OBJECTIVES
 from convsim_cli.penalty import ConvSimPenalty
 from convsim_cli.precision import full_precision
+from convsim_cli.rotation import TurnMonitor
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.trainer import Trainer
 
@@ -225,3 +226,13 @@ def test_the_trace_sees_a_wait_a_launch_and_a_mixture_of_devices() -> None:
     assert trace.waits["_to_copy"] >= 1
     with pytest.raises(Exception, match="device"):
         nn.functional.linear(a, here)
+
+
+def test_a_monitor_follows_a_model_that_moves() -> None:
+    with unset_fake_temporarily():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+        turned = TurnMonitor(model)
+    model.to(CUDA)
+    with Trace():
+        turned()
+        assert len(turned.rows()) == 2

@@ -235,7 +235,7 @@ def deterministic_rows(mode: str) -> list[dict[str, float]]:
 def test_deterministic_training_gives_the_same_bits_twice(mode: str) -> None:
     """In a process of its own: cuBLAS reads its setting once, at its first product."""
     check = f"import test_gpu; first, second = test_gpu.deterministic_rows({mode!r}); assert first == second"
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     settings = {**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run([sys.executable, "-c", check], env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -185,6 +185,34 @@ def test_batches_that_cannot_be_measured_are_refused_at_the_first(package: Any, 
     assert "fm_corr/layers.2.weight" in logged(tmp_path / "b")[-1]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_penalty_is_as_large_with_scaled_gradients(fused: bool, package: Any, tmp_path: Path) -> None:
+    moved = []
+    for plugins in ([], [scaled_precision(package)]):
+        torch.manual_seed(0)
+        module = network(package, lr=1.0, task=1e-9)
+        module.configure_optimizers = lambda m=module: torch.optim.SGD(m.parameters(), lr=1.0, fused=fused)
+        before = module.layers[0].weight.detach().clone()
+        train(package, module, make(beta=1e-2, measure_every=0), tmp_path, max_steps=1, plugins=plugins)
+        moved.append(module.layers[0].weight.detach() - before)
+    torch.testing.assert_close(*moved, rtol=2e-2, atol=1e-6)
+
+
+def scaled_precision(package: Any) -> Any:
+    plugins = import_module(f"{package.__name__}.plugins.precision")
+    return plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+
+
+def test_images_of_your_own_are_tried_before_the_first_step(package: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is an iterator"):
+        make(images=iter([IMAGES]))
+    module = network(package)
+    start = module.layers[0].weight.detach().clone()
+    with pytest.raises(InputError, match="ConvSimCallback"):
+        train(package, module, make(images=[torch.randn(2, 5, 8, 8)]), tmp_path)
+    assert torch.equal(module.layers[0].weight, start)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -543,3 +543,37 @@ def test_an_objective_that_returns_no_scalar_is_named() -> None:
         InputError, match=r"`objective` <lambda>: returned torch.float32 \[1, 4, 9, 3\]; expected a real scalar"
     ):
         penalty()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_weight_that_is_nan_shows_in_every_objective(objective: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = torch.nan
+    assert ConvSimPenalty(model, objective)().isnan()
+
+
+def test_a_transform_that_does_not_reach_the_penalty_is_refused() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8)
+    penalty = ConvSimPenalty(model)
+    values = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (images,)).square().mean() + penalty()
+
+    with pytest.raises(InputError, match="does not reach this penalty"):
+        torch.func.grad(loss)(values)
+
+    class Penalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Tensor:
+            return penalty()
+
+    (found,) = torch.func.grad(lambda v: torch.func.functional_call(Penalized(), v, ()))(
+        {"model.0.weight": values["0.weight"]}
+    ).values()
+    penalty().backward()
+    torch.testing.assert_close(found, model[0].weight.grad)

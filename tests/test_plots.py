@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
 
@@ -151,9 +152,12 @@ def test_a_log_scale_has_several_labels_however_little_it_spans(factor: float) -
     assert len(set(found)) == len(found)
 
 
-def test_a_diverged_seed_counts_up_to_its_last_epoch() -> None:
+def test_a_mean_ends_with_the_first_of_its_seeds_and_the_others_go_on() -> None:
     figure = draw_runs([Curve("arm", [HISTORY, HISTORY[:2], []])], "")
-    assert [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes] == [5] * 4  # type: ignore[arg-type]
+    for axes in figure.axes:
+        both, rest = axes.get_lines()
+        assert list(both.get_xdata()) == [1, 2]
+        assert list(rest.get_xdata()) == [2, 3, 4, 5]
 
 
 def test_any_name_is_drawn_as_it_is_and_stands_in_the_legend(tmp_path: Path) -> None:
@@ -188,3 +192,35 @@ def test_a_long_label_stays_within_the_figure(label: str) -> None:
     box = figure.legends[0].get_window_extent()
     assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
     assert box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
+def test_no_band_on_a_log_scale_reaches_below_its_lowest_seed() -> None:
+    histories = [[{**row, "cs": value} for row in HISTORY] for value in (10000.0, 1720.0)]
+    axes = draw_runs([Curve("a", histories)], "").axes[3]
+    (band,) = axes.collections
+    assert band.get_paths()[0].vertices[:, 1].min() == 1720  # type: ignore[union-attr, index, call-overload]
+
+
+def test_a_network_whose_runs_all_diverged_at_once_leaves_an_empty_panel(tmp_path: Path) -> None:
+    rows = [{"arch": "cnn1", "arm": "init", "seed": seed, "epoch": [], "cs": []} for seed in range(2)]
+    save_figure(draw_arms(rows, "title"), tmp_path / "x.png")
+    save_figure(draw_runs([Curve("a", [[{**row, "cs": 0.0} for row in HISTORY]])], ""), tmp_path / "y.png")
+
+
+def test_figure_5_shows_both_error_bars_in_the_order_of_the_iterations() -> None:
+    measured = FIGURES | {"best_test_accuracy_std": 1.0, "last_test_accuracy_std": 1.0}
+    axes = draw_iterations([{"iterations": n, "measured": measured} for n in (200, 0, 50)], "").axes[0]
+    best, last = (sorted(line.get_xdata()) for line in axes.get_lines() if line.get_marker() in ("o", "s"))
+    assert [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"] == [best]
+    assert not set(best) & set(last)
+
+
+def test_the_labels_of_twenty_configurations_do_not_overlap() -> None:
+    sides = {"baseline": FIGURES, "init": FIGURES}
+    rows = [
+        {"lr": lr, "batch_size": size, "measured": sides} for lr in (0.1, 0.03, 0.01, 0.003) for size in range(64, 69)
+    ]
+    figure = draw_grid(rows, "")
+    figure.draw_without_rendering()
+    boxes = sorted((label.get_window_extent() for label in figure.axes[0].get_xticklabels()), key=lambda box: box.x0)
+    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))

@@ -143,3 +143,29 @@ def test_autocast_is_off_inside_and_on_afterwards() -> None:
         with full_precision(a.device):
             assert (a @ a).dtype == torch.float32
         assert (a @ a).dtype == torch.bfloat16
+
+
+def test_blocks_that_overlap_in_two_threads_leave_the_switches_as_they_were() -> None:
+    def looks() -> tuple[object, object]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = looks()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        first, second = (full_precision(torch.device("cuda")) for _ in range(2))
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert looks() == ("highest", False)  # the second still computes
+        second.__exit__(None, None, None)
+        assert looks() == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(str(before[0]))
+        torch.backends.cudnn.allow_tf32 = bool(before[1])
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_no_operator_is_recorded_in_a_cuda_graph() -> None:
+    for operator in (torch.ops.convsim.value.default, torch.ops.convsim.gradient.default):
+        assert torch.Tag.cudagraph_unsafe in operator.tags

@@ -91,6 +91,9 @@ def compare(
             intervals = ", with 95 % intervals (Student's t)" if tested else "; intervals need two seeds or more"
             corrected = f"; p: t-test, after Holm's correction for {tested} comparisons" if tested > 1 else ""
             console.note(f"differences from {reference}, paired by seed{intervals}{corrected}")
+            for group in groups:
+                if group["difference"] and not group["difference"]["n"]:
+                    console.note(f"{group['group']}: has no seed in common with {reference}")
         elif not reference and len(groups) > 1:
             console.note("no differences: no single group is the baseline; choose a group or a run with --baseline")
 
@@ -113,7 +116,9 @@ def screen_table(groups: list[dict[str, Any]], accuracy: float | None) -> tuple[
         for key in compared:
             found = group["difference"][key] if group["difference"] else dict.fromkeys(_TESTED)
             ends = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
-            row.append("" if found["mean"] is None else f"{found['mean']:+.2f}{ends}")
+            pairs = (group["difference"] or {}).get("n", group["n"])
+            some = f" ({pairs} pair{'s' if pairs != 1 else ''})" if pairs != group["n"] else ""
+            row.append("" if found["mean"] is None else f"{found['mean']:+.2f}{ends}{some}")
             if adjusted:
                 row.append("" if found["p_holm"] is None else f"{found['p_holm']:.2g}")
         rows.append(row)

@@ -27,7 +27,7 @@ PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 GAP, TIGHT_GAP = 3, 2  # characters between two columns; those of a table with names above its rows
 EDGES = 2  # characters left and right of a table
 _SECOND_LINE = re.compile(
-    "_(before|after|published|measured|fixed_norms|accuracy|last5|to_99|random|change|difference)$"
+    "_(before|after|published|measured|fixed_norms|per_epoch|done|accuracy|last5|to_99|random|change|difference)$"
 )  # of a header
 
 _COMMAND = re.compile(  # to copy: up to a comma, a semicolon or a bracket outside quotes
@@ -63,8 +63,8 @@ class Console:
         say(f"convsim: warning: {message}")
 
     def document(self, command: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Return a command's JSON document; print it with --json."""
-        document = {"schema": 2, "command": command, **content, "version": __version__}
+        """Print a command's JSON document with --json, and return it. Write what it names before."""
+        document = make_document(command, content)
         if self.as_json:
             with _while_read():
                 print(json.dumps(document, indent=2, allow_nan=False))
@@ -111,7 +111,7 @@ class Console:
         by_index = [[columns.index(name) for name in names if name in columns] for names in groups]
         screen = 10_000 if self.wide else screen_width(sys.stdout)  # the terminal wraps what is wider
         kept = fitting_columns(widths, by_index, screen)
-        name_above = kept is None and len(columns) > above and max(widths[:above]) + EDGES <= screen
+        name_above = bool(rows) and kept is None and len(columns) > above and max(widths[:above]) + EDGES <= screen
         above, gap = (above, TIGHT_GAP) if name_above else (0, GAP)
         if name_above:
             kept = fitting_columns([0] * above + widths[above:], by_index, screen + above * gap, gap)
@@ -122,14 +122,17 @@ class Console:
             return
         if left_out := [column for index, column in enumerate(columns) if index not in kept]:
             self.note(f"hidden to fit {screen} characters: {', '.join(left_out)} (--wide shows all)")
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 2, 0, 1), pad_edge=False)
+        rich = RichConsole(width=screen, height=100)  # a dumb terminal is given its width only with a height
+        rule = box.SIMPLE_HEAD  # rich would replace it by a frame where the encoding has no lines
+        if rich.options.ascii_only:
+            rule = box.Box(str(rule).replace("─", "-"), ascii=True)
+        table = Table(box=rule, padding=(0, gap - 2, 0, 1), pad_edge=False)
         for index in kept[above:]:
             right = any(isinstance(row[index], int | float) for row in rows)
             table.add_column(Text(headers[index]), justify="right" if right else "left", no_wrap=True)
         for row in cells:
             table.add_row(*(Text(row[index]) for index in kept[above:]))
-        with _while_read():  # a dumb terminal is given its width only with a height
-            rich = RichConsole(width=screen, height=100)
+        with _while_read():
             if not name_above:
                 return rich.print(table)
             with rich.capture() as drawn:
@@ -166,6 +169,11 @@ class Console:
                 yield Progress(description, total, bar)
         else:
             yield Progress(description, 0 if self.quiet else total)
+
+
+def make_document(command: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's JSON document."""
+    return {"schema": 2, "command": command, **content, "version": __version__}
 
 
 class Progress:

@@ -31,6 +31,7 @@ from convsim_cli.cli.options import (
 from convsim_cli.errors import InputError
 from convsim_cli.measurement.figures import (
     FIGURES,
+    Figure,
     Record,
     ReportDocument,
     compared_keys,
@@ -104,10 +105,12 @@ def measure(
     From a file alone, each layer is measured separately, on synthetic inputs. With --arch the whole network runs on
     --input.
     """
-    if figures:
-        typer.echo(_explain_figures())
-        return
     console = Console(quiet, as_json, wide)
+    if figures:
+        if not as_json:
+            typer.echo(_explain_figures())
+        console.document("measure", {"figures": [_explanation(figure) for figure in FIGURES]})
+        return
     kind = "pretrained" if arguments["pretrained"] else "fresh"
     paths, arguments["arch"] = _choose_networks(checkpoints or [], arguments["arch"], kind, console)
     options = parse_options(arguments)
@@ -135,7 +138,8 @@ def measure(
     documents = [{**report.document(), "skipped": name_options(report.skipped, context.command)} for report in reports]
     console.document("measure", documents[0] if len(documents) == 1 else {"checkpoints": documents})
     if not as_json:
-        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "", reports[0].method)
+        may_init = reports[0].method != "dct" and not reports[0].is_trained
+        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "", may_init)
 
 
 def _explain_figures() -> str:
@@ -147,6 +151,15 @@ def _explain_figures() -> str:
         first, *rest = wrap(f"{figure.meaning}{moves}{unit}", 62)
         lines += [f"{figure.key:<16} {first}", *(f"{'':<16} {line}" for line in rest)]
     return "\n".join(lines)
+
+
+def _explanation(figure: Figure) -> dict[str, Any]:
+    return {
+        "key": figure.key,
+        "meaning": figure.meaning,
+        "unit": figure.unit or None,
+        "depends_on_scale": figure.moves_with_scale,
+    }
 
 
 def _choose_networks(
@@ -197,11 +210,11 @@ def _draw(report: MeasureReport, page: Path) -> None:
 
 
 def _show(
-    reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str, method: str | None
+    reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str, may_init: bool
 ) -> None:
     """Show what was found.
 
-    kind: what a network without a file is, "fresh " or "pretrained ". method: see `MeasureReport`, of the first file.
+    kind: what a network without a file is, "fresh " or "pretrained ". may_init: whether to advise on `init`.
     """
     if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
@@ -219,14 +232,14 @@ def _show(
     for report in reports[1:]:
         if changed := what_changed(reports[0], report):
             console.note(f"{short[report['source']]} against {short[reports[0]['source']]}: {changed}")
-    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"], method)):
+    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"], may_init)):
         console.note(f"next: {advice}")
 
 
-def _what_next(layers: Sequence[Record], method: str | None) -> str | None:
+def _what_next(layers: Sequence[Record], may_init: bool) -> str | None:
     """Advice on duplicates or dead filters, or None."""
     page = "the documentation page 'Measure' shows how to remove"
-    if method != "dct" and why_duplicates(layers):
+    if may_init and why_duplicates(layers):
         return "convsim init --method dct creates fewer duplicates in first layers, on photographs"
     if any(layer["removable"] for layer in layers):
         return f"--top 3 lists the most similar pairs; {page} filters"

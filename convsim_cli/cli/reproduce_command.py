@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsim_cli.checkpoints.atomic import check_regular
-from convsim_cli.cli.console import Console, Least, Progress, duration, remaining
+from convsim_cli.cli.console import Console, Least, Progress, duration, make_document, remaining
 from convsim_cli.cli.options import (
     MOST_SEEDS,
     DeviceOption,
@@ -48,7 +48,7 @@ Examples:
 
 _OF_TRAINING = (
     *("archs", "arms", "lrs", "batch_sizes", "iterations", "seeds", "epochs", "limit_train", "limit_test"),
-    *("precision", "compile"),
+    *("precision", "compile", "data_dir"),
 )
 _LISTS: dict[str, tuple[Callable[[str], Any], int | None, str]] = {  # each item's type and least value, what to expect
     "archs": (str, None, "names"),
@@ -141,9 +141,13 @@ def reproduce(
     On two CPU cores, table1, 2, 3 and 6 take half a minute each, an epoch of cnn1 on CIFAR-10 takes 30 seconds, and
     one of resnet18 takes 7 minutes. To estimate the time on your machine, add --dry-run.
     """
+    from convsim_cli.reproduction.experiments import find_experiment
+
     console = Console(quiet, as_json, wide)
     given = {**context.params, "run_dir": run_dir}  # a path as text in older typers
     is_numerical = any(table.name == name for table in NUMERICAL_TABLES)
+    if not is_numerical:
+        find_experiment(name)
     for key in _OF_TRAINING if is_numerical else ["episodes"]:
         if key in typed(context):
             raise InputError(f"{name} does not take `{key}`")
@@ -174,7 +178,8 @@ def _run_numerical(name: str, given: dict[str, Any], console: Console) -> None:
     make_folder(given["run_dir"])
     with console.progress(name, steps) as advance:
         content = reproduce_table(name, episodes, given["seed"], advance)
-    write_json(document, console.document("reproduce", content))
+    write_json(document, make_document("reproduce", content))
+    console.document("reproduce", content)
     if not console.as_json:
         console.table(*numerical_table(content["rows"]), LEAST)
         claim = f"; published: {content['claim']}" if content["claim"] else ""
@@ -194,7 +199,7 @@ def _show_estimate(name: str, given: dict[str, Any], console: Console) -> None:
     if not console.as_json:
         columns = ["arch", "batch_size", "runs", "finished", "epochs", "epochs_done", "seconds_per_epoch"]
         rows = [[*(row[column] for column in columns), duration(row["seconds"])] for row in content["rows"]]
-        console.table([*columns, "time"], rows)
+        console.table([*columns, "time"], rows, ["finished", "epochs_done", "batch_size"])
         runs, epochs, rest = content["runs"], content["epochs"], duration(content["seconds"])
         left = f"the rest takes about {rest} at the current load" if content["seconds"] else "nothing is left to run"
         console.note(
@@ -217,9 +222,10 @@ def _run_trained(name: str, given: dict[str, Any], console: Console) -> None:
         screen = CampaignScreen(console, name, bar)
         report = CampaignCallbacks(screen.begin, screen.progress, screen.epoch, screen.plan, screen.end, screen.wait)
         content = run_experiment(experiment, choices, given["run_dir"], report)
-    write_json(given["run_dir"] / f"{name}.json", console.document("reproduce", content))
+    write_json(given["run_dir"] / f"{name}.json", make_document("reproduce", content))
     if is_figure:
         save_figure(draw_experiment(name, content["rows"], content["title"]), given["run_dir"] / f"{name}.png")
+    console.document("reproduce", content)
     if not console.as_json:
         usual: dict[str, Any] = {"epochs": choices.epochs or experiment.epochs, "diverged": 0}
         console.table(*EXPERIMENT_TABLES[name](content["rows"]), least=LEAST, **usual)

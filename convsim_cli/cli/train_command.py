@@ -13,7 +13,7 @@ import typer
 from convsim_cli.cli.console import Console, Progress, duration
 from convsim_cli.cli.options import MOST_SEEDS, JsonOption, QuietOption, WideOption, add_options, choose_device, typed
 from convsim_cli.settings import declarations
-from convsim_cli.training.config import Arguments
+from convsim_cli.training.config import Arguments, without_unused
 
 if TYPE_CHECKING:
     from convsim_cli.inputs.images import Dataset
@@ -104,7 +104,7 @@ def _arguments(options: dict[str, Any], config: Path | None, given: dict[str, An
     from convsim_cli.training.launch import read_config
 
     if config is not None:
-        options |= read_config(config, given)
+        options |= without_unused(read_config(config, given), given)
     own = {name: options[name] for name, declaration in declarations(Arguments).items() if declaration.group}
     chosen = Arguments(**own, device=_choose_device(options["device"], console))
     if "beta" in given:

@@ -119,6 +119,9 @@ def file_kernels(
     candidates = {name: info for name, info in tensors.items() if len(info.shape) >= 3 or _is_bank(name, tensors)}
     patterns = patterns.resolved(candidates)
     left_out = _evidence_against(candidates)
+    for name, info in candidates.items():  # square matrices, for each of a number of relations
+        if len(info.shape) == 3 and _outputs(name, tensors) == info.shape[1] == info.shape[2] != info.shape[0]:
+            left_out.setdefault(name, "3-D, perhaps stacked matrices, as its bias says: taken only by `include`")
     for name in patterns.forced(candidates, left_out):
         del left_out[name]
     for name, info in candidates.items():
@@ -219,6 +222,7 @@ def _guess(usable: Shapes, tensors: Infos, patterns: Patterns) -> tuple[dict[str
         if groups < 1 or shape[0] % groups:
             raise InputError(f"`groups`: {groups} groups do not divide the {shape[0]} filters of {name} {list(shape)}")
         kernels[name] = Kernel(name, shape, groups, is_transposed, assumed=not given)
+    doubts |= dict.fromkeys(_in_transposed_chains(chain, kernels, doubts), PERHAPS_TRANSPOSED)
     for name, (groups, doubt) in groups_by_neighbours(chain, kernels, {k: i.shape for k, i in tensors.items()}).items():
         if kernels[name].assumed and name not in doubts and not kernels[name].transposed:
             kernels[name] = Kernel(name, kernels[name].shape, groups, assumed=True)
@@ -254,6 +258,41 @@ def _transposition(name: str, tensors: Infos, around: Sequence[Sequence[int]]) -
     alike = [tuple(shape[2:]) for shape in around if tuple(shape[:2]) == (first, second)]
     parallel = len(alike) == 2 or (len(alike) == 1 and alike[0] != tuple(taps))
     return False, 1, PERHAPS_TRANSPOSED if chained and not (is_pointwise or parallel) else ""
+
+
+def _in_transposed_chains(chain: Sequence[str], kernels: Mapping[str, Kernel], doubts: Mapping[str, str]) -> set[str]:
+    """Return the kernels that fit the layers before and after them only if all of these are transposed.
+
+    The first and the last one of a file count if the layer beside them is transposed, or doubted.
+    """
+
+    def fits_only_so(place: int, step: int) -> bool:
+        other = kernels.get(chain[place + step])
+        if other is None or other.pointwise:  # a linear layer, or a step within a block of ordinary ones
+            return False
+        (first, second), (beyond, beside) = kernels[chain[place]].shape[:2], other.shape[:2]
+        if step > 0:
+            return second == beyond and first != (beyond if other.transposed else beside)
+        if other.transposed:  # a U-Net's next layer takes more channels than that gives
+            return first == other.filters > second
+        return first == beside and second != beyond
+
+    guessed = [
+        (place, kernels[name])
+        for place, name in enumerate(chain)
+        if name in kernels and kernels[name].assumed and not kernels[name].transposed and name not in doubts
+    ]
+    found: set[str] = set()
+    for sides in (2, 1):
+        for place, kernel in guessed:
+            steps = [step for step in (-1, 1) if 0 <= place + step < len(chain)]
+            if len(steps) != sides or kernel.pointwise or kernel.shape[0] == kernel.shape[1]:
+                continue
+            beside = chain[place + steps[0]]
+            is_known = beside in found or beside in doubts or (beside in kernels and kernels[beside].transposed)
+            if (is_known or sides == 2) and all(fits_only_so(place, step) for step in steps):
+                found.add(kernel.name)
+    return found
 
 
 def _outputs(name: str, tensors: Infos) -> int | None:

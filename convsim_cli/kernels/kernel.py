@@ -102,7 +102,7 @@ def living_filters(filters: Tensor) -> Tensor:
     """
     found = filters.cpu() if filters.device.type == "mps" else filters  # mps has no float64
     norms = torch.linalg.vector_norm(found, dim=(-2, -1), dtype=torch.float64)
-    return ((norms > 0) & (norms >= VANISHED * norms.max())).to(filters.device)
+    return ((norms != 0) & ~(norms < VANISHED * norms.max())).to(filters.device)  # NaN is alive, and so it shows
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def measure_weight(kernel: Kernel, weight: Tensor, living: Tensor | None = None)
     """Return `cs` and `norm` of all filters, and `ncs` of the living ones.
 
     weight: as stored. living: which filters count in `ncs`, `[groups, S / groups]`; by their norms for None. `ncs` is
-    None if no group has two living filters. Raises InputError for NaN or Inf.
+    None if no group has two living filters, or a norm leaves the range of float64. Raises InputError for NaN or Inf.
     """
     return _measure_weights([(kernel, weight, living)])[0]
 
@@ -100,7 +100,7 @@ def _measure_weights(weights: Sequence[tuple[Kernel, Tensor, Tensor | None]]) ->
     for (kernel, weight, _), (pairs, value, normalized, norm) in zip(weights, rows, strict=True):
         if not math.isfinite(norm):
             check_finite([(kernel, weight)])
-        ncs = None if not pairs else 1.0 if kernel.pointwise else normalized / pairs
+        ncs = None if not pairs or not math.isfinite(norm) else 1.0 if kernel.pointwise else normalized / pairs
         records.append({"cs": finite(value), "ncs": ncs, "norm": finite(norm)})
     return records
 
@@ -124,6 +124,8 @@ def kernel_cosine(kernel: Kernel, weight: Tensor, living: Tensor | None = None) 
     living = (living_filters(filters) if living is None else living).to(filters.device)
     pairs = int(_pairs(living))
     norms = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
+    if not norms.isfinite().all():
+        return None
     unit = _directions_(filters, norms, living).flatten(2)
     total = torch.zeros((), dtype=unit.dtype, device=unit.device)
     with full_precision(unit.device):

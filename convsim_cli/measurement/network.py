@@ -54,12 +54,12 @@ def measure(
 ) -> list[Record]:
     """Return a record per convolution of a network, with figures of its feature maps on the images.
 
-    images: one batch `[B, C, …]`, or an iterable of batches, such as a loader: images, `(images, labels)` or
-    `{"pixel_values": images}`; they are moved to the model's device. include, exclude: globs over the names of weights
-    (`layer1.*`). threshold: correlation, in (0, 1], above which two filters are duplicates. bn_statistics: `stored`
-    batch-norm statistics, those of the `inputs`, or `auto`: of the inputs if the stored ones do not match the kernels,
-    as in a fresh network; the model keeps its own in any case. seed: of the random kernels that chance is measured
-    with.
+    images: a batch `[B, C, …]` or `{"pixel_values": images}`, or an iterable of batches, such as a loader, of which
+    each may also be `(images, labels)`; they are moved to the model's device. include, exclude: globs over the names of
+    weights (`layer1.*`). threshold: correlation, in (0, 1], above which two filters are duplicates. bn_statistics:
+    `stored` batch-norm statistics, those of the `inputs` (averages over batches, which should hold 8 images or more),
+    or `auto`: of the inputs if the stored ones do not match the kernels, as in a fresh network; the model keeps its own
+    in any case. seed: of the random kernels that chance is measured with.
 
     The model runs in evaluation mode, without autocast or TF32, and is not modified. A layer that no inputs reach has
     null feature-map figures. Warns about skipped layers. Raises InputError for a kernel with NaN or Inf, a pattern that
@@ -207,7 +207,7 @@ class Batches:
     def __init__(self, images: Tensor | Iterable[Any], device: torch.device, advance: Advance | None = None) -> None:
         if not (isinstance(images, Iterable) or hasattr(images, "__getitem__")):
             raise InputError(f"`images` is {kind_of(images)}; expected a batch [B, C, …] or several")
-        self._batches = [images] if isinstance(images, Tensor) else images
+        self._batches = [images] if isinstance(images, Tensor | Mapping) else images
         self.running = ""
         self._device, self._advance = device, advance
 
@@ -236,7 +236,7 @@ def _images(batch: Any, number: int) -> Tensor:
         found = describe_tensor(images) if isinstance(images, Tensor) else type(images).__name__
         raise InputError(
             f"batch {number}: got {found}; expected floating images [B, C, …], (images, labels) "
-            f"or a dictionary with {PIXELS!r}"
+            f"or a dictionary with {PIXELS!r}" + "; for one batch (images, labels), pass [batch]" * (number == 2)
         )
     if not images.numel():
         raise InputError(f"batch {number} is empty: {list(images.shape)}")

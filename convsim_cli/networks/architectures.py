@@ -74,9 +74,11 @@ def find_network(name: str, pretrained: bool = False) -> Build:
         return _find_in_torchvision(rest, pretrained)
     if library == "timm" and rest:
         return _find_in_timm(rest, pretrained)
-    if library != "cnn" and rest:
+    if library not in ("", "cnn") and rest:
         return _find_callable(library, rest)
 
+    if library == "cnn" and rest.isdecimal():
+        raise InputError(f"`arch` {name}: expected a width from 1 to 999,999,999")
     if Path(name).suffix in new_suffixes() or Path(name).is_file():
         raise InputError(
             f"`arch` {name}: is a file, not a network; pass it as a checkpoint: convsim measure {quoted(name)}"

@@ -1,4 +1,4 @@
-"""Open a checkpoint, a checkpoint with its network, or a new network; and load the network's inputs.
+"""Open a checkpoint, a checkpoint with its network, or a new network; load its inputs; tell whether it was trained.
 
 A checkpoint's tensors are matched with a network's by their names, whatever prefix or wrapper these have in the file. A
 parameter that a network holds under several names is changed under each of them.
@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from os import PathLike
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -33,6 +35,7 @@ from convsim_cli.kernels import (
     is_averaged,
     is_convolution,
     is_optimizer_state,
+    living_filters,
     module_kernels,
 )
 from convsim_cli.layers import side_effect_free
@@ -45,6 +48,10 @@ if TYPE_CHECKING:
 _USUAL = ("", "model.")  # prefixes
 _WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
 USUAL = (3, 1)  # channels of images
+SPREAD = 3.0  # how many times the spread of independent weights a trained layer's norms have to show
+FEWEST = 8  # living filters that a spread is taken of
+MOST_VALUES = 1 << 20  # of a batch-norm statistic: a larger tensor of that name is something else
+NEAR_ZERO = 0.35  # share of weights below a tenth of their filter's root mean square: raw Algorithm 1 leaves half
 _COUNTER = "num_batches_tracked"  # of batch normalization: optional in files
 
 
@@ -277,8 +284,10 @@ def names_of_one_tensor(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def check_inputs(options: InputOptions) -> None:
     """Raise InputError for options without effect on the inputs."""
-    from convsim_cli.measurement.synthetic import LAYER_PROBES
+    from convsim_cli.measurement.synthetic import FEATURES, LAYER_PROBES
 
+    if options.input_size == 1 and options.input in ("natural", FEATURES):
+        raise InputError(f"`input_size` 1: `input` {options.input} has no mean, so a pixel is 0; use 2 or more")
     if options.input_channels not in (None, 3) and options.input not in LAYER_PROBES:
         raise InputError(
             f"`input_channels` applies only to synthetic inputs: the images of `input` {options.input} have 3"
@@ -330,7 +339,7 @@ def load_inputs(
         )
     if not _is_labeled(name):
         if not Path(name).is_dir():
-            raise InputError(f"`input` {name!r}: {did_you_mean(name, (*PROBES, *NAMES))}, or a folder")
+            raise InputError(f"`input` {name!r}: no such folder; {did_you_mean(name, (*PROBES, *NAMES))}")
         return load_images(Path(name), options.samples, length(2), options.mean, options.std), None
     folder = Path(options.data_dir)
     data = load_dataset(name, folder, length(2), options.mean, options.std, test_only=not training)
@@ -400,3 +409,49 @@ def _accepts(model: nn.Module, channels: int, sides: tuple[int, ...]) -> bool:
 
 def _stop(*_: object) -> NoReturn:
     raise _Accepted
+
+
+def looks_trained(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint's weights look trained.
+
+    Batch-norm statistics decide where there are any: training leaves a counter above zero or a running mean other than
+    zero. Without them the filters' norms do: their spread is `SPREAD` times that of independent weights or more, in the
+    median over the layers. Files written by `convsim init` then do not count as trained.
+    """
+    statistics = [
+        name
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(("num_batches_tracked", "running_mean")) and prod(info.shape) <= MOST_VALUES
+    ]
+    if statistics:
+        return any((checkpoint.load(name).to(torch.complex128) != 0).any().item() for name in statistics)
+    if "convsim.layers" in checkpoint.metadata:
+        return False
+    kernels = file_kernels(checkpoint.tensors, Patterns(layout="torch"), checkpoint.unfit).kernels
+    spreads = [
+        spread for kernel in kernels if (spread := norm_spread(kernel, checkpoint.load(kernel.name))) is not None
+    ]
+    return bool(spreads) and median(spreads) >= SPREAD
+
+
+def norm_spread(kernel: Kernel, weight: Tensor) -> float | None:
+    """Return the spread of a layer's filter norms, as a multiple of what independent weights give.
+
+    That is the coefficient of variation of the living filters' norms times √(2·C·N): near 1 for Gaussian weights, 0.63
+    for uniform ones. None for fewer than `FEWEST` filters, for NaN or infinity, and where `NEAR_ZERO` or more of the
+    weights are next to zero: as raw Algorithm 1 takes weights there, the norms that are left spread too.
+    """
+    filters = kernel.to_filters(weight)
+    norms = torch.linalg.vector_norm(filters, dim=(-2, -1), dtype=torch.float64)
+    if not norms.isfinite().all():
+        return None
+    living = living_filters(filters)
+    if living.sum() < FEWEST:
+        return None
+    weights = filters[0, 0].numel()
+    next_to_zero = (0.1 * norms / weights**0.5).to(filters.dtype)  # of this type, so that no copy is made in another
+    shares = (filters.abs() < next_to_zero[..., None, None]).sum(dim=(-2, -1)) / weights
+    if shares[living].mean() >= NEAR_ZERO:
+        return None
+    norms = norms[living]
+    return (norms.std(correction=0) / norms.mean() * (2 * weights) ** 0.5).item()

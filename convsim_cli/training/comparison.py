@@ -310,7 +310,9 @@ def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[G
             values = {"epochs": len(run.rows)} | values
         grouped.setdefault(tuple(values.items()), []).append(run)
     configurations, known = [dict(key) for key in grouped], declarations(Arguments)
-    differing = [name for name in known if len({values[name] for values in configurations if name in values}) > 1]
+    differing = [
+        name for name in known if len({values.get(name, known[name].default) for values in configurations}) > 1
+    ]
     owns, settings = [], []
     for configuration in configurations:
         own = {name: configuration[name] for name in differing if name in configuration}

@@ -7,6 +7,7 @@ torch, so that `convsim train --help` is quick.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -247,16 +248,53 @@ class Arguments:
         """Whether the run's method changes the kernels before training, and every filter keeps its norm."""
         return MODES[self.mode].initializes and (self.preserve_norm or not METHODS[self.method].iterates)
 
+    @property
+    def takes_raw_norms(self) -> bool:
+        """Whether filters are scaled to the norms that raw `cs` gives them."""
+        return self.rescale or (MODES[self.mode].scales and self.factor is None)
+
+    @property
+    def minimizes(self) -> bool:
+        """Whether Algorithm 1 runs before training."""
+        return self.takes_raw_norms or (MODES[self.mode].initializes and METHODS[self.method].iterates)
+
     def identity(self) -> dict[str, Any]:
         """Return what identifies this run: everything that its results depend on.
 
-        This excludes the location of its data, what a weight decay of 0 acts on and, without a schedule over all
-        epochs, their number.
+        This excludes the location of its data, settings that its mode does not use, what a weight decay of 0 acts on
+        and, without a schedule over all epochs, their number.
         """
         left_out = {"data_dir", "tensorboard"} | ({"decay"} if not self.weight_decay else set())
+        left_out |= set() if MODES[self.mode].regularizes else {"beta"}
+        left_out |= set() if self.minimizes else {"iterations", "init_lr"}
         left_out |= {"epochs"} if self.schedule == "constant" else set()
         left_out |= {"dataset"} if self.folder_digest else set()
         return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
+def without_unused(values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a file without those that contradict what was typed, and that nobody could take back.
+
+    For instance, a control is started from the file of a run by typing another mode.
+    """
+    unused = set()
+    if mode := MODES.get(typed.get("mode", "")):
+        unused |= {name for name in values if (takers := modes_that_take(name)) and mode.name not in takers}
+        unused |= set() if mode.regularizes else {"beta"}
+    method = METHODS.get(typed.get("method", ""))
+    if method and not method.iterates and typed.get("mode", values.get("mode")) == "init":
+        unused.add("preserve_norm")
+    if typed.get("optimizer", "sgd") != "sgd":
+        unused |= {"momentum", "nesterov"}
+    if typed.get("momentum") == 0:
+        unused.add("nesterov")
+    if typed.get("weights"):
+        unused.add("pretrained")
+    if typed.get("pretrained"):
+        unused.add("weights")
+    if not typed.get("dataset", FOLDER).startswith(FOLDER):
+        unused.add("image_size")
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 def make_arguments(values: Any, path: Path) -> Arguments:

@@ -80,7 +80,8 @@ def build_with_weights(arguments: Arguments, classes: int) -> nn.Module:
         checkpoint = open_checkpoint(arguments.weights)
         load_weights(model, checkpoint, arguments.arch)
         for line in checkpoint.notes:
-            warnings.warn(line, stacklevel=2)
+            line = line.replace("(choose with `key`)", "(to start from those, save them alone)")
+            warnings.warn(line, ConvsimWarning, stacklevel=2)
     return model
 
 
@@ -210,11 +211,10 @@ def _method(settings: Arguments) -> Method | None:
 def _minimizations(settings: Arguments) -> tuple[Minimization | None, Minimization | None]:
     """The minimization of the run's method, and the one that norms are taken from; None if there is none."""
     method, raw = _method(settings), Minimization(settings.iterations, settings.init_lr)
-    rescales = settings.rescale or (MODES[settings.mode].scales and settings.factor is None)
     own = None
     if method and method.iterates:
         own = replace(raw, preserve_norm=settings.preserve_norm, objective=method.name)
-    return own, raw if rescales else None
+    return own, raw if settings.takes_raw_norms else None
 
 
 def _minimized(

@@ -63,7 +63,10 @@ class Trainer:
         # tensor cores and CPUs take NHWC as it is; float32 on CUDA uses no tensor cores
         is_plain = device.type == "cuda" and arguments.precision == "fp32"
         layout = torch.contiguous_format if is_plain else torch.channels_last
-        self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.model = model.to(device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.ndim == 4:  # channels_last knows no other number of axes
+                tensor.data = tensor.data.to(memory_format=layout)
         self.dataset = replace(resident(dataset, device), layout=layout)
         self.arguments = arguments
         self.device = device
@@ -424,8 +427,11 @@ def choose_algorithms(deterministic: bool) -> None:
 
 
 def compile_network(model: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Compile a network; on CUDA into graphs that are replayed without work for the host in between."""
-    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    """Compile a network for each size of batch by itself.
+
+    On CUDA this gives graphs that are replayed without work for the host in between.
+    """
+    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
 
 
 def run_padded(network: Callable[[Tensor], Tensor], size: int, images: Tensor) -> Tensor:

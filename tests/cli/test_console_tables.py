@@ -342,3 +342,37 @@ def test_errors_and_warnings_wrap_at_words_but_never_in_a_command(
     assert all(len(line) <= 80 for line in said if command not in line)
     assert run(["measure", "--input", f"no/{'such folder/' * 12}"]) == 2
     assert max(len(line) for line in lines()) <= 80
+
+
+LONG = (["group", "mean", "difference"], [["a" * 70, "1.5", "+0.25"], ["b" * 70, "2.5", "+7.75"]])
+
+
+def test_names_above_their_rows_keep_their_own_values_in_any_encoding(terminal: Terminal) -> None:
+    def shown(encoding: str) -> list[list[str]]:
+        lines = terminal(80)
+        sys.stdout.reconfigure(encoding=encoding)  # type: ignore[union-attr]
+        Console().table(*LONG)
+        return [line.split() for line in lines() if line.strip() and not set(line) <= set(" ─-")]
+
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        found = shown(encoding)
+        assert found == [["mean", "difference"], ["a" * 70], ["1.5", "+0.25"], ["b" * 70], ["2.5", "+7.75"]]
+
+
+def test_a_table_without_rows_is_its_header_on_a_narrow_terminal(terminal: Terminal) -> None:
+    lines = terminal(36)
+    Console(quiet=True).table(["name", "b" * 15, "c" * 15], [])
+    assert not any("+0" in line for line in lines())
+
+
+def test_the_estimate_of_an_experiment_fits_80_columns(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"arch": "cnn1", "batch_size": 512, "runs": 5, "finished": 0, "epochs": 500, "epochs_done": 0}
+    row |= {"seconds_per_epoch": 30.25, "seconds": 15125.0}
+    content = {"rows": [row, {**row, "arch": "cnn2", "seconds_per_epoch": 76.5}], "runs": 10, "finished": 0}
+    content |= {"epochs": 1000, "epochs_done": 0, "seconds": 53375.0, "not_estimated": "saves"}
+    monkeypatch.setattr("convsim_cli.reproduction.experiments.estimate_experiment", lambda *_: content)
+    lines = terminal(80)
+    assert run(["reproduce", "table5", "--dry-run", "-q"]) == 0
+    shown = [line for line in lines() if line.strip()]
+    assert [line.split()[0] for line in shown[-2:]] == ["cnn1", "cnn2"]
+    assert max(map(len, shown)) <= 80

@@ -17,6 +17,7 @@ from convsim_cli.inputs.images import evaluation_totals
 from convsim_cli.measurement.feature_maps import PaperSimilarity
 from convsim_cli.measurement.network import measure
 from convsim_cli.measurement.synthetic import make_inputs
+from convsim_cli.minimize import minimize_weight_
 from convsim_cli.networks.architectures import build_network
 from convsim_cli.plots import draw_heat
 
@@ -624,3 +625,37 @@ def test_choices_made_in_reading_a_file_name_options(tmp_path: Path, convsim: Co
     extra = convsim("measure", tmp_path / "extra.pt", "--arch", "cnn:4", "--samples", 1)
     assert "--arch cnn:4 has no place for 1 of its tensors (extra)" in extra.err
     assert "`" not in two.err + extra.err
+
+
+def test_the_figures_are_explained_as_json_too(convsim: Convsim) -> None:
+    found = convsim("measure", "--figures", "--json").document["figures"]
+    assert [figure["key"] for figure in found][:2] == ["cs", "ncs"]
+    assert {figure["key"] for figure in found if figure["depends_on_scale"]} == {"cs", "fm_inner2", "norm"}
+
+
+def test_nobody_is_told_to_initialize_a_network_that_looks_trained(convsim: Convsim, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    weight = 0.1 * torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    save_file({"a": minimize_weight_(weight, preserve_norm=True)}, file)
+    assert "next: convsim init" in convsim("measure", file, "--input", "natural").err
+    save_file({"a": weight, "bn.running_mean": torch.ones(64)}, file)
+    err = convsim("measure", file, "--input", "natural").err
+    assert "has duplicates because" in err
+    assert "next: --top 3" in err
+
+
+def test_a_folder_that_is_missing_is_said_with_what_is_known(convsim: Convsim) -> None:
+    said = convsim("measure", "--arch", "cnn:4", "--input", "natura").error
+    assert "no such folder; did you mean 'natural'?" in said
+    assert "expected a width from 1" in convsim("measure", "--arch", "cnn:0").error
+    assert "unknown network ':x'" in convsim("measure", "--arch", ":x").error
+
+
+@pytest.mark.parametrize("how", [("natural",), ("features",), ("natural", "--arch", "cnn:4")])
+def test_noise_without_a_mean_is_refused_on_a_single_pixel(
+    how: tuple[str, ...], convsim: Convsim, tmp_path: Path
+) -> None:
+    save_file(build_network("cnn:4").state_dict(), tmp_path / "m.safetensors")
+    assert (
+        "--input-size 1: " in convsim("measure", tmp_path / "m.safetensors", "--input-size", 1, "--input", *how).error
+    )

@@ -297,3 +297,13 @@ def test_the_numerical_tables_have_no_precision_to_choose(
     outcome = convsim("reproduce", "table2", *settings, "--run-dir", tmp_path)
     assert outcome.code == 2
     assert f"table2 does not take {settings[0]}" in outcome.error
+
+
+def test_a_table_is_written_also_where_standard_output_is_full(tmp_path: Path, start: Start) -> None:
+    child = start("reproduce", "table1", "--episodes", 2, "--json", "-q", "--run-dir", tmp_path, stdout="/dev/full")
+    assert child.wait() == 1
+    assert json.loads((tmp_path / "table1.json").read_text())["name"] == "table1"
+
+
+def test_a_mistyped_experiment_is_named_before_its_options(convsim: Convsim) -> None:
+    assert "did you mean 'table1'?" in convsim("reproduce", "tabel1", "--episodes", 10).error

@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Convsim, Start
 
+from convsim_cli.networks.architectures import build_network
 from convsim_cli.training.config import MODES
 
 SMALL = (
@@ -273,3 +275,26 @@ def test_a_layer_that_is_left_out_is_warned_of_once(
     monkeypatch.syspath_prepend(tmp_path)
     how = ("--dataset", "digits", "--limit-train", 20, "--limit-test", 10, "--epochs", 1, "--run-dir", tmp_path, "-q")
     assert convsim("train", "--arch", "left_out:net", *how).err.count("skips 1.weight") == 1
+
+
+def test_a_control_starts_from_the_file_of_a_run_by_another_mode(tmp_path: Path, convsim: Convsim) -> None:
+    small = ("--dataset", "digits", "--arch", "cnn:4", "--epochs", 1, "--limit-train", 20, "--limit-test", 10)
+    where = ("--run-dir", tmp_path, "-q")
+    assert (
+        convsim("train", *small, "--mode", "init", "--preserve-norm", "--iterations", 2, "--name", "a", *where).code
+        == 0
+    )
+    config = ("train", "--config", tmp_path / "a" / "args.json", *where)
+    assert convsim(*config, "--mode", "baseline", "--name", "b").code == 0
+    assert convsim(*config, "--method", "dct", "--name", "c").code == 0
+    assert json.loads((tmp_path / "b" / "args.json").read_text())["preserve_norm"] is False
+    refused = convsim(*config, "--mode", "baseline", "--factor", 0.5, "--name", "d")
+    assert "--factor requires --mode rescale" in refused.error
+
+
+def test_tensors_beside_the_weights_are_told_of_without_an_option(tmp_path: Path, convsim: Convsim) -> None:
+    state = build_network("cnn:4").state_dict()
+    torch.save({"model": state, "other": state}, tmp_path / "two.pth")
+    small = ("--dataset", "digits", "--arch", "cnn:4", "--epochs", 1, "--limit-train", 20, "--limit-test", 10)
+    said = convsim("train", *small, "--weights", tmp_path / "two.pth", "--run-dir", tmp_path, "-q").err
+    assert "there are others under other (to start from those, save them alone)" in " ".join(said.split())

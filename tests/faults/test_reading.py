@@ -19,11 +19,11 @@ from conftest import Convsim
 from forks import call_in_fork
 from safetensors.torch import save
 
-from convsim_cli.checkpoint_init import looks_trained
 from convsim_cli.checkpoints.base import Checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimError
 from convsim_cli.kernels import file_kernels
+from convsim_cli.networks.load import looks_trained
 
 WHOLE = save({"a.weight": torch.randn(4, 3, 3, 3), "b.bias": torch.randn(4)}, {"format": "pt"})
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import KeysView
+from itertools import pairwise
 from pathlib import Path
 from time import process_time
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import Convsim, same_bits
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from convsim_cli.batch_norm import batch_norms_before
 from convsim_cli.errors import InputError
@@ -29,6 +31,10 @@ def select(
 
 def selection(shapes: Shapes, patterns: Patterns | None = None, metadata: dict[str, str] | None = None) -> Selection:
     return file_kernels({name: TensorInfo("float32", s) for name, s in shapes.items()}, patterns, metadata=metadata)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def layer(name: str, *shape: int, bias: int) -> Shapes:
@@ -350,3 +356,26 @@ def test_a_name_of_thousands_of_characters_is_judged_in_no_time(part: str) -> No
     start = process_time()
     selection({f"{part}.weight": (8, 4, 3, 3), f"a.{part}": (8, 4, 3)})
     assert process_time() - start < 1
+
+
+def test_generators_of_transposed_layers_are_transposed_or_doubted() -> None:
+    def generator(normalized: bool) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for channels, width in pairwise((100, 64, 32, 3)):
+            layers += [nn.ConvTranspose2d(channels, width, 4, bias=False)]
+            layers += [nn.BatchNorm2d(width)] if normalized and width != 3 else [nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    for normalized in (True, False):
+        found = selection(shapes_of(generator(normalized)))
+        assert all(kernel.transposed or kernel.name in found.doubts for kernel in found.kernels)
+        assert len(found.kernels) == 3
+    ordinary = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 32, 3), nn.Conv2d(32, 100, 3), nn.Conv2d(100, 3, 3))
+    assert not selection(shapes_of(ordinary)).doubts
+
+
+def test_square_matrices_that_a_bias_contradicts_are_no_transposed_kernels() -> None:
+    shapes: Shapes = {"conv1.weight": (30, 16, 16), "conv1.bias": (16,), "conv2.weight": (8, 16, 3)}
+    found = selection(shapes)
+    assert [kernel.name for kernel in found.kernels] == ["conv2.weight"]
+    assert "stacked matrices" in found.skipped[0].reason

@@ -101,3 +101,9 @@ def test_a_record_has_every_figure_in_the_order_of_the_table() -> None:
     for maps in (LayerMaps(kernel, weight), LayerProbe(samples=1).look(kernel, weight)):
         record = measure_layer(kernel, weight, maps)
         assert list(record) == ["name", "shape", "groups", "assumed", "filters", *(figure.key for figure in FIGURES)]
+
+
+def test_figures_of_weights_whose_norm_leaves_float64_are_none() -> None:
+    kernel, weight = Kernel("a", (4, 3, 3, 3)), torch.full((4, 3, 3, 3), 1e170, dtype=torch.float64)
+    assert measure_weight(kernel, weight) == {"cs": None, "ncs": None, "norm": None}
+    assert kernel_cosine(kernel, weight) is None

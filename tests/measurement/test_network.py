@@ -422,3 +422,10 @@ def test_only_the_layers_that_patterns_choose_are_measured() -> None:
 def test_the_figure_alone_is_that_of_measure() -> None:
     model, images = network(), torch.randn(2, 3, 16, 16)
     assert fm_corr_by_layer(model, images) == {r["name"]: r["fm_corr"] for r in measure(model, images)}
+
+
+def test_one_batch_in_a_dictionary_is_measured_as_its_images() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(4, 3, 8, 8)
+    assert measure(model, {"pixel_values": images}) == measure(model, images)
+    with pytest.raises(InputError, match=r"for one batch \(images, labels\), pass \[batch\]"):
+        measure(model, (images, torch.zeros(4, dtype=torch.long)))

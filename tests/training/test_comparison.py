@@ -387,3 +387,23 @@ def test_a_pipe_gets_every_figure_and_json_one_document(runs: Path, convsim: Con
     assert document["version"]
     refused = convsim("compare", runs, "--baseline", "mode=inti")
     assert (refused.code, refused.error.startswith("convsim: error: --baseline 'mode=inti'")) == (2, True)
+
+
+def test_settings_that_a_mode_does_not_use_make_no_other_group(tmp_path: Path) -> None:
+    assert Arguments(init_lr=0.5, iterations=7, beta=0.5).identity() == Arguments().identity()
+    assert Arguments(mode="init", iterations=7).identity() != Arguments(mode="init").identity()
+    assert Arguments(mode="rescale", init_lr=0.5).identity() != Arguments(mode="rescale").identity()
+    reg = replace(BASE, mode="reg", beta=0.5)
+    found = group_by_seed([RunResults(tmp_path, arguments, []) for arguments in (BASE, reg)])
+    assert [group.name for group in found] == ["mode=baseline", "mode=reg, beta=0.5"]
+
+
+def test_the_screen_says_how_many_seeds_are_paired(
+    runs: Path, convsim: Convsim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convsim_cli.cli.console.Console.is_screen", True)
+    rmtree(runs / "baseline-s2")
+    assert "] (2 pairs)" in convsim("compare", runs, "--wide").out
+    rmtree(runs / "baseline-s1")
+    rmtree(runs / "init-s0")
+    assert "mode=init: has no seed in common with mode=baseline" in convsim("compare", runs).err

@@ -321,8 +321,8 @@ def test_cudnn_times_its_algorithms_unless_deterministic(deterministic: bool, mo
 def test_a_compiled_network_is_replayed_as_a_graph_on_cuda(
     kind: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda _, mode: mode)
-    assert compile_network(nn.Identity(), torch.device(kind)) == mode
+    monkeypatch.setattr(torch, "compile", lambda _, mode, dynamic: (mode, dynamic))
+    assert compile_network(nn.Identity(), torch.device(kind)) == (mode, False)  # each size of batch by itself
 
 
 def test_a_data_set_too_large_for_the_device_is_one_line(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,3 +403,16 @@ def test_training_and_evaluation_are_compiled_once_for_all_seeds(
 def test_options_that_a_mode_would_ignore_are_refused(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         replace(Arguments(), **wrong).check()  # type: ignore[arg-type]
+
+
+def test_a_network_with_kernels_of_three_axes_is_trained(data: Dataset) -> None:
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels, self.classes = nn.Conv3d(1, 4, 3, padding=1), nn.Linear(4, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.classes(self.kernels(images.unsqueeze(1)).mean((2, 3, 4)))
+            return found
+
+    assert Trainer(Volumes(), data, Arguments(batch_size=25), CPU).run_epoch()["train_loss"] > 0
