@@ -323,6 +323,10 @@ def _copy_attributes(real: Path, descriptor: int) -> None:
             continue
     new = os.fstat(descriptor)
     lost = (0 if new.st_uid == old.st_uid else 0o4000) | (0 if new.st_gid == old.st_gid else 0o2000)
+    with suppress(OSError, AttributeError):  # an access list that the folder gives to new files
+        for name in {*os.listxattr(descriptor)} - {*os.listxattr(real)}:
+            with suppress(OSError):
+                os.removexattr(descriptor, name)
     os.fchmod(descriptor, old.st_mode & 0o7777 & ~lost)  # drop setuid or setgid if ownership changed
     with suppress(OSError, AttributeError):  # not every file system has them, nor every system
         for name in os.listxattr(real):  # after the mode, which an access list changes

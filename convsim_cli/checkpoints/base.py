@@ -10,12 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from convsim_cli.checkpoints.atomic import check_regular, free_names
-from convsim_cli.errors import InputError, one_of
+from convsim_cli.errors import CheckpointError, InputError, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from convsim_cli.kernels import TensorInfo
+
+MOST_PARTS = 200  # of a tensor's name: what they tell takes time that grows with the square of their number
 
 Changes = Iterable[tuple[str, "Tensor"]]
 
@@ -35,6 +37,8 @@ class Checkpoint(ABC):
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
         self.name = str(path)
+        if (parts := max((name.count(".") for name in tensors), default=0)) > MOST_PARTS:
+            raise CheckpointError(f"{path}: a tensor has a name with {parts:,} dots; no network has one")
         self.tensors = tensors
         self.unfit: Mapping[str, str] = {}
         self.notes: list[str] = []

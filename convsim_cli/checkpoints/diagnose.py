@@ -156,6 +156,15 @@ class Source:
             if self._state != self._read_state():
                 raise self._changed()
 
+    def check_place(self) -> None:
+        """Raise CheckpointError if another file has taken the name since this one was opened."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            found = None
+        if found is None or not os.path.samestat(found, os.fstat(self.descriptor)):
+            raise self._changed()
+
     def _read_state(self) -> tuple[int, int, int, int]:
         status = os.fstat(self.descriptor)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

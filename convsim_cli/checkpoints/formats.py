@@ -250,14 +250,22 @@ def new_suffixes() -> list[str]:
 
 
 class StateDict(Checkpoint):
-    """A state dict that has no file yet. path: what to call it in messages."""
+    """A state dict that has no file yet. path: what to call it in messages.
 
-    def __init__(self, path: Path, state: Mapping[str, Tensor]) -> None:
+    What modules keep beside tensors (`get_extra_state`) is written as it is, where the format can hold it.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Any]) -> None:
+        import torch
+
         self._state = dict(state)
-        super().__init__(path, tensor_infos(state))
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        self._beside = [name for name in state if name not in tensors]
+        super().__init__(path, tensor_infos(tensors))
 
     def load(self, name: str) -> Tensor:
-        return self._state[name]
+        found: Tensor = self._state[name]
+        return found
 
     def write(
         self, target: Path, changes: Changes, record: Mapping[str, str] | None = None, *, backup: bool = False
@@ -274,6 +282,8 @@ class StateDict(Checkpoint):
         return format_for(target).keeps_record
 
     def check_suffix(self, target: Path) -> None:
+        if self._beside and format_for(target).keeps_record:
+            raise InputError(f"{target}: a safetensors file cannot hold {self._beside[0]}, which is no tensor; use .pt")
         format_for(target)
 
 

@@ -166,7 +166,7 @@ def remove_folder(folder: Path, descriptor: int) -> None:
 
     What tells whose folder it is goes last: a process that is killed here leaves a folder that is known as convsim's.
     """
-    for name in reversed(list_names(descriptor)):
+    for name in sorted(list_names(descriptor), key=lambda name: name in (_MARK, MANIFEST)):
         os.unlink(name, dir_fd=descriptor)
     try:
         folder.rmdir()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
@@ -104,14 +105,14 @@ class PickledCheckpoint(Checkpoint):
         """Return the places of tensors that changed with others, except those that are skipped for sharing memory."""
         extents: dict[int, list[tuple[int, int]]] = {}
         for extent in filter(None, (storage_extent(self._state[name]) for name in changed)):
-            extents.setdefault(extent[0], []).append(extent[1:])
+            insort(extents.setdefault(extent[0], []), extent[1:])
         known = {(*self._place, name) for name in (*changed, *self.unfit)}
         following, searched = [], set()
         waiting: list[tuple[tuple[str, ...], Any]] = [((), self._root)]
         for where, node in waiting:
             if isinstance(node, Tensor) and not node.is_nested and where not in known:
                 storage, first, last = storage_extent(Tensor.detach(node)) or (0, 0, 0)
-                if any(start < last and first < end for start, end in extents.get(storage, ())):
+                if _place(extents.get(storage, ()), first, last) is None:
                     following.append(".".join(where))
             elif id(node) not in searched:
                 searched.add(id(node))
@@ -201,21 +202,27 @@ def _shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Changing such a kernel would change the other one as well.
     """
     reasons: dict[str, str] = {}
-    owners: dict[int, list[tuple[int, int, str]]] = {}
+    owners: dict[int, list[tuple[int, int, str]]] = {}  # storage → disjoint extents in order, each with its tensor
     for name, tensor in tensors.items():
         extent = storage_extent(tensor)
         if tensor.ndim < 3 or extent is None:
             continue
         storage, first, last = extent
         placed = owners.setdefault(storage, [])
-        other = next((owner for start, end, owner in placed if start < last and first < end), None)
-        if other:
-            reasons[name] = f"shared with {other}"
+        place = _place(placed, first, last)
+        if place is None:
+            reasons[name] = f"shared with {placed[bisect_left(placed, (last,)) - 1][2]}"
             continue
-        placed.append((first, last, name))
+        placed.insert(place, (first, last, name))
         if _may_overlap(tensor):
             reasons[name] = "its elements share memory (an expanded tensor)"
     return reasons
+
+
+def _place(extents: Sequence[tuple[Any, ...]], first: int, last: int) -> int | None:
+    """Return where an extent belongs among disjoint ones in order, None if it overlaps one."""
+    place = bisect_left(extents, (last,))
+    return None if place and extents[place - 1][1] > first else place
 
 
 def _may_overlap(tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ from functools import cache
 from math import prod
 from pathlib import PosixPath
 from types import ModuleType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 COMPUTED = "(a computed name)"
 MISFIT = "a tensor that does not fit into its storage"
@@ -49,6 +49,10 @@ _TEXTS: dict[str, Callable[[BinaryIO], str]] = {  # how each opcode of a text is
 }
 _IMPORTING = ("GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
 _IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # opcodes that change what they leave
+
+
+class _Shared(str):
+    """A text taken from the memo, so that each use costs the file a few bytes."""
 
 
 class _Global(str):
@@ -141,7 +145,9 @@ class PickleGlobals:
                 memo[len(memo) if name == "MEMOIZE" else _index(name, argument)] = _top(stack, marks)
             elif name in ("GET", "BINGET", "LONG_BINGET"):
                 value = memo.get(_index(name, argument))
-                stack.append(replace(value, items=None, shared=True) if isinstance(value, _Made) else value)
+                if isinstance(value, _Made):
+                    value = replace(value, items=None, shared=True)
+                stack.append(_Shared(value) if type(value) is str else value)
             elif name == "DUP":
                 stack.append(_top(stack, marks))
             elif name in _TEXTS:
@@ -165,7 +171,7 @@ class PickleGlobals:
             else:
                 taken = _pop(stack, marks, opcode.stack_before)
                 if name == "STACK_GLOBAL":
-                    found = ".".join(map(str, taken)) if all(type(text) is str for text in taken) else COMPUTED
+                    found = ".".join(map(str, taken)) if all(map(_is_name, taken)) else COMPUTED
                     self.names.add(found)
                 elif name == "BUILD" and isinstance(taken[0], _Global):
                     self.names.add(f"changes to {taken[0]}")
@@ -184,7 +190,7 @@ class PickleGlobals:
         """Follow `("storage", type, key, device, elements, …)`."""
         items = _items(identifier)
         kind, key, elements = (items[1], items[2], items[4]) if len(items) > 4 else (None, None, None)
-        if not isinstance(kind, _Global) or type(key) is not str or type(elements) is not int or elements < 0:
+        if not isinstance(kind, _Global) or not _is_name(key) or type(elements) is not int or elements < 0:
             self.refused = self.refused or "a storage without a type, a key or a size"
             return _Made()
         bytes_each = _ELEMENT_BYTES.get(kind.rpartition(".")[2].removesuffix("Storage"), 1)
@@ -261,14 +267,30 @@ def _is_any(_: Sequence[_Value]) -> bool:
     return True
 
 
+def _is_name(value: _Value) -> TypeGuard[str]:
+    """Whether a value is a text, of which globals are made."""
+    return isinstance(value, str) and not isinstance(value, _Global)
+
+
 def _is_copy(arguments: Sequence[_Value]) -> bool:
-    """Return whether a call copies what is written for it alone: short texts, and a container that nothing shares."""
-    made = [value for value in arguments if type(value) is not str]
-    return all(isinstance(v, _Made) and not v.shared and v.by in ("", "_codecs.encode") for v in made)
+    """Return whether a call copies a container, or bytes, that nothing shares."""
+    return all(isinstance(v, _Made) and not v.shared and v.by in ("", "_codecs.encode") for v in arguments)
 
 
-def _is_text(arguments: Sequence[_Value]) -> bool:
-    return all(type(value) is str or value == _Made() for value in arguments)
+def _is_encoding(arguments: Sequence[_Value]) -> bool:
+    """Return whether a call encodes a text of its own, or a short one, in a codec that pickle uses."""
+    if len(arguments) != 2 or not (isinstance(arguments[1], str) and str(arguments[1]) in _CODECS):
+        return False
+    text = arguments[0]
+    return text == _Made() or (_is_name(text) and not (isinstance(text, _Shared) and len(text) > _LONGEST_SHARED))
+
+
+def _is_bytes(arguments: Sequence[_Value]) -> bool:
+    return _is_copy(arguments) or _is_encoding(arguments)
+
+
+def _is_path(arguments: Sequence[_Value]) -> bool:
+    return all(map(_is_name, arguments)) and sum(map(len, map(str, arguments))) <= _LONGEST_PATH
 
 
 def _is_of_numbers(arguments: Sequence[_Value]) -> bool:
@@ -300,6 +322,8 @@ _NUMBERS: dict[str, Callable[[BinaryIO], Any]] = {
     if opcode.arg and opcode.name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 }
 _LITERALS = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "FROZENSET", "BINBYTES", "SHORT_BINBYTES")
+_CODECS = ("latin1", "latin-1", "iso-8859-1", "ascii", "utf-8", "utf8")  # others may take a text's length squared
+_LONGEST_SHARED, _LONGEST_PATH = 16, 4096  # characters
 _MOST_LEAVES, _DEEPEST = 1_000_000, 500
 _ELEMENT_BYTES = {"Double": 8, "Long": 8, "ComplexDouble": 16, "ComplexFloat": 8, "Float": 4, "Int": 4, "QInt32": 4}
 _ELEMENT_BYTES |= {"Half": 2, "BFloat16": 2, "Short": 2}  # of torch's types of storages; 1 for the others
@@ -318,9 +342,10 @@ _CALLS: Mapping[str, Callable[[Sequence[_Value]], bool]] = {  # of harmless glob
     **dict.fromkeys(
         ("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.frozenset", "torch.Size"), _is_copy
     ),
-    **dict.fromkeys(("builtins.bytearray", "builtins.bytes"), _is_copy),
+    **dict.fromkeys(("builtins.bytearray", "builtins.bytes"), _is_bytes),
     "builtins.slice": _is_of_numbers,
-    **dict.fromkeys(("_codecs.encode", "pathlib.PosixPath", "pathlib._local.PosixPath"), _is_text),
+    "_codecs.encode": _is_encoding,
+    **dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), _is_path),
     **dict.fromkeys(
         (
             *("argparse.Namespace", "collections.defaultdict", "builtins.complex", "builtins.range"),

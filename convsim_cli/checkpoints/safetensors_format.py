@@ -47,7 +47,7 @@ class SafetensorsCheckpoint(Checkpoint):
     """A safetensors file. Raises CheckpointError if it is damaged."""
 
     def __init__(self, file: Path | Source) -> None:
-        self._source = source = file if isinstance(file, Source) else Source(file)
+        self.source = source = file if isinstance(file, Source) else Source(file)
         path = source.path
         with source.reading():
             length = int.from_bytes(os.pread(source.descriptor, 8, 0), "little")
@@ -70,12 +70,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def load(self, name: str) -> Tensor:
         info, (first, end) = self.tensors[name], self._header[name]["data_offsets"]
-        with self._source.reading():
+        with self.source.reading():
             data = torch.empty(end - first, dtype=torch.uint8)
             content, done = data.numpy().data, 0
             while done < len(content):
                 part = content[done : done + _LARGEST_READ]
-                read = os.preadv(self._source.descriptor, [part], self._data_start + first + done)
+                read = os.preadv(self.source.descriptor, [part], self._data_start + first + done)
                 if not read:
                     raise CheckpointError(f"{self.path}: cut short within {name}; fetch it again")
                 done += read
@@ -105,7 +105,7 @@ class SafetensorsCheckpoint(Checkpoint):
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("convsim.")} | dict(record)
         header = _make_header(metadata, self._header)
         file.write(header)
-        copy_data(self._source, self._data_start, file)
+        copy_data(self.source, self._data_start, file)
 
         def put(name: str, tensor: Tensor) -> None:
             file.seek(len(header) + self._header[name]["data_offsets"][0])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convsim_cli.checkpoints.atomic import Replacements, free_names
+from convsim_cli.checkpoints.atomic import Replacements, free_names, refuse_interrupted
 from convsim_cli.checkpoints.base import Changes, Checkpoint
 from convsim_cli.checkpoints.diagnose import Source, is_index
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, natural_order
@@ -32,13 +32,16 @@ class ShardedCheckpoint(Checkpoint):
     """
 
     def __init__(self, source: Source) -> None:
-        path = source.path
+        path, self._source = source.path, source
         self._shard_of = read_index(source)
         for name in sorted(set(self._shard_of.values())):
             _require_shard(path, name)
         self._shards = {
             name: SafetensorsCheckpoint(path.with_name(name)) for name in sorted(set(self._shard_of.values()))
         }
+        refuse_interrupted(path)  # waits for a save that began meanwhile, of which this has opened some files
+        for opened in (source, *(shard.source for shard in self._shards.values())):
+            opened.check_place()
         for name, shard in self._shard_of.items():
             if name not in self._shards[shard].tensors:
                 raise CheckpointError(f"{path}: maps {name} to {shard}, which does not contain it; fetch both again")
@@ -70,7 +73,7 @@ class ShardedCheckpoint(Checkpoint):
     def is_in_place(self, target: Path) -> bool:
         """Return whether all files are this checkpoint's own. Raises InputError if only some of them are."""
         sources = self._sources(target).items()
-        own = [place for place, source in sources if place.exists() and place.samefile(source)]
+        own = [place for place, source in sources if place.exists() and place.samefile(source.path)]
         if own and len(own) < len(sources):
             raise InputError(
                 f"{target}: {own[0].name} beside it belongs to the checkpoint itself; choose another folder, or "
@@ -124,7 +127,7 @@ class ShardedCheckpoint(Checkpoint):
             for place, source in {} if in_place else self._sources(target).items():
                 if place not in put:
                     with files.writing(place) as file:
-                        copy_data(Source(source), 0, file)
+                        copy_data(source, 0, file)
             replaced = [place for place in (put if in_place else self._sources(target)) if place.exists()]
             backups = {place: place.with_name(f"{place.name}.bak") for place in replaced} if backup else {}
             kept = files.commit(backups, self._backups(target))
@@ -134,10 +137,10 @@ class ShardedCheckpoint(Checkpoint):
         """Return the names of every file's backup: one number belongs to one save, whichever files it changes."""
         return [place.with_name(f"{place.name}.bak") for place in self._sources(target)]
 
-    def _sources(self, target: Path) -> dict[Path, Path]:
-        """Return each file of a checkpoint with this index, and the file of this checkpoint that it is made from."""
-        shards = {target.with_name(shard.path.name): shard.path for shard in self._shards.values()}
-        return {**shards, target: self.path}
+    def _sources(self, target: Path) -> dict[Path, Source]:
+        """Return each file of a checkpoint with this index, and the open file of this one that it is made from."""
+        shards = {target.with_name(shard.path.name): shard.source for shard in self._shards.values()}
+        return {**shards, target: self._source}
 
 
 def _pattern(backup: Path) -> Path:

@@ -464,6 +464,8 @@ def _copies(averaged: Shapes, own: Shapes) -> Iterator[str]:
     The copies under one prefix are those of one other prefix, and at least half as many as there are tensors under it:
     a single name in common is chance.
     """
+    if not averaged:
+        return
     ends: dict[str, dict[str, str]] = defaultdict(dict)  # the end of a name, joined → what stands before → the name
     for name in own:
         parts = name_parts(name)

@@ -78,7 +78,7 @@ def find_network(name: str, pretrained: bool = False) -> Build:
         return _find_callable(library, rest)
 
     if library == "cnn" and rest.isdecimal():
-        raise InputError(f"`arch` {name}: expected a width from 1 to 999,999,999")
+        raise InputError(f"unknown network {name!r}: expected a width from 1 to 999,999,999")
     if Path(name).suffix in new_suffixes() or Path(name).is_file():
         raise InputError(
             f"`arch` {name}: is a file, not a network; pass it as a checkpoint: convsim measure {quoted(name)}"

@@ -152,7 +152,7 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     Raises InputError that lists what is missing, what has another shape (found and expected), and the first tensor of
     integers where floating-point numbers are expected.
     """
-    state = model.state_dict(keep_vars=True)
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     full_names = [list(state), list(checkpoint.tensors)]
     plain = [{_WRAPPER.sub("", name): name for name in names} for names in full_names]
     if list(map(len, plain)) != list(map(len, full_names)):  # two names would become one
@@ -422,6 +422,7 @@ def looks_trained(checkpoint: Checkpoint) -> bool:
         name
         for name, info in checkpoint.tensors.items()
         if name.endswith(("num_batches_tracked", "running_mean")) and prod(info.shape) <= MOST_VALUES
+        if isinstance(getattr(torch, info.dtype, None), torch.dtype)  # a file may hold others
     ]
     if statistics:
         return any((checkpoint.load(name).to(torch.complex128) != 0).any().item() for name in statistics)

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import stat
+import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import IRREGULAR, Start
 from forks import call_in_fork, run_code
 
 from convsim_cli.checkpoints.atomic import replace_file
-from convsim_cli.checkpoints.journal import Scratch
+from convsim_cli.checkpoints.journal import Scratch, remove_folder
 from convsim_cli.checkpoints.pickle_format import write_pickle
 from convsim_cli.errors import InputError, WriteError
 
@@ -382,3 +383,33 @@ def test_only_a_regular_file_is_replaced(kind: str, tmp_path: Path) -> None:
         replace_file(target, lambda file: file.write(b"new"))
     assert os.path.samestat(target.lstat(), before)
     assert names(tmp_path) == ["file"]
+
+
+def test_an_access_list_of_the_folder_does_not_open_a_file_to_others(tmp_path: Path) -> None:
+    entries = [(1, 7, -1), (2, 7, 1234), (4, 0, -1), (0x10, 7, -1), (0x20, 0, -1)]  # user 1234 may do everything
+    listed = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", listed)
+    except OSError:
+        pytest.skip("no access lists on this file system")
+    before = os.listxattr(path)
+    replace_file(path, lambda file: file.write(b"new"))
+    assert os.listxattr(path) == before
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_tells_whose_folder_it_is_goes_last_whatever_is_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ".convsim-backup.tmp"
+    folder.mkdir()
+    for name in (".convsim-turn", "(1).pt.bak", "z.pt.bak"):
+        (folder / name).touch()
+    removed: list[str] = []
+    monkeypatch.setattr(os, "unlink", lambda name, **_: removed.append(name))
+    with suppress(OSError):
+        remove_folder(folder, os.open(folder, os.O_RDONLY))
+    assert removed[-1] == ".convsim-turn"

@@ -6,17 +6,19 @@ import struct
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import pytest
 import torch
-from conftest import same_bits
+from conftest import Convsim, same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
+from convsim_cli.checkpoints.pickle_format import _shared_memory
 from convsim_cli.errors import CheckpointError, ConvsimWarning, InputError
 from convsim_cli.networks.architectures import build_network
 
@@ -295,3 +297,56 @@ def test_a_file_replaced_meanwhile_is_written_back_whole(tmp_path: Path) -> None
     found = load_file(path)
     assert torch.equal(found["a.weight"], twos)
     assert torch.equal(found["b"], state["b"])
+
+
+def test_a_name_of_thousands_of_parts_is_refused_at_once(tmp_path: Path) -> None:
+    save_file({"a." * 20_000 + "weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
+    start = process_time()
+    with pytest.raises(CheckpointError, match="a name with 20,000 dots"):
+        open_checkpoint(tmp_path / "m.safetensors")
+    assert process_time() - start < 2
+
+
+def test_thousands_of_kernels_in_one_storage_are_told_apart_in_time() -> None:
+    values, count = torch.zeros(40_000), 20_000
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    state = {f"{n}.weight": values[n : n + 1].view(1, 1, 1) for n in order}
+    state["shared.weight"] = values[5:9].view(1, 1, 4)
+    start = process_time()
+    reasons = _shared_memory(state)
+    assert process_time() - start < 4
+    assert list(reasons) == ["shared.weight"]
+
+
+class Counted(nn.Module):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.kernels, self.classes = nn.Conv2d(3, 8, 3), nn.Linear(8, num_classes)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"epoch": 1}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.classes(self.kernels(images).mean((2, 3)))
+        return found
+
+
+def test_what_a_network_keeps_beside_tensors_is_written_or_refused(tmp_path: Path, convsim: Convsim) -> None:
+    new = ("init", "--arch", f"{__name__}:Counted", "--iterations", 1, "-o")
+    assert convsim(*new, tmp_path / "m.pt").code == 0
+    assert torch.load(tmp_path / "m.pt")["_extra_state"] == {"epoch": 1}
+    assert "cannot hold _extra_state" in convsim(*new, tmp_path / "m.safetensors").error
+    assert convsim("measure", tmp_path / "m.pt", "--arch", f"{__name__}:Counted").code == 0
+
+
+def test_a_statistic_of_a_type_that_torch_lacks_is_no_hindrance(tmp_path: Path, convsim: Convsim) -> None:
+    header = {"a.weight": {"dtype": "F32", "shape": [4, 3, 3, 3], "data_offsets": [0, 432]}}
+    header |= {"b.running_mean": {"dtype": "F4", "shape": [4], "data_offsets": [432, 434]}}
+    text = json.dumps(header).encode()
+    data = torch.randn(108).numpy().tobytes() + b"ab"
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert convsim("init", tmp_path / "m.safetensors", "--iterations", 1).code == 0
+    assert (tmp_path / "m.safetensors").read_bytes().endswith(b"ab")

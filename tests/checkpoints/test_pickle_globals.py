@@ -9,8 +9,9 @@ import struct
 import tarfile
 import tracemalloc
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from time import perf_counter, process_time
 from typing import Any
 
@@ -323,3 +324,39 @@ def test_torchs_own_advice_to_load_unsafely_is_not_passed_on(tmp_path: Path) -> 
     said = said_of(zipped(b"\x80\x02}K\x01a."), tmp_path)  # appends to a dictionary, which torch refuses
     assert "pickled in a way that torch.load does not read safely; ask its author" in said
     assert not [word for word in RUNS_CODE if word in said.replace("torch.load does not", "")]
+
+
+LONG_TEXT = "".join(map(chr, range(0x100, 0x100 + 250)))
+
+
+def calls(function: str, text: str, argument: bytes, count: int = 3) -> bytes:
+    """A pickle of a list of calls that all take one text from the memo."""
+    module, name = function.rsplit(".", 1)
+    data = text.encode()
+    start = b"\x80\x02]" + f"c{module}\n{name}\n".encode() + b"q\x01" + b"0"
+    start += b"X" + len(data).to_bytes(4, "little") + data + b"q\x02" + b"0"
+    return start + b"".join(b"h\x01h\x02" + argument + b"Ra" for _ in range(count)) + b"."
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        ("builtins.set", b"\x85"),
+        ("collections.Counter", b"\x85"),
+        ("_codecs.encode", b"X\x06\x00\x00\x00latin1\x86"),
+        ("_codecs.encode", b"X\x08\x00\x00\x00punycode\x86"),
+    ],
+)
+def test_a_text_of_the_memo_is_multiplied_by_no_call(function: str, argument: bytes) -> None:
+    found = PickleGlobals()
+    found.read(io.BytesIO(calls(function, LONG_TEXT, argument)))
+    assert found.refused == f"a call of {function} that makes more than the file holds"
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+def test_plain_data_of_every_protocol_makes_no_more_than_it_holds(protocol: int) -> None:
+    value = [{"a", "b"}, Counter("aab"), b"x" * 600, bytearray(b"y" * 600), bytearray(b"ab"), b"ab", b""]
+    value += [PosixPath("/data/set"), OrderedDict(a=1), frozenset("ab"), torch.Size([3, 4])]
+    found = PickleGlobals()
+    found.read(io.BytesIO(pickle.dumps([*value, *value], protocol)))
+    assert found.refused is None

@@ -16,6 +16,7 @@ from torch import Tensor
 from convsim_cli.checkpoints.atomic import Replacements
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.checkpoints.journal import Scratch
+from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint
 from convsim_cli.errors import CheckpointError, InputError, WriteError
 
 INDEX = "model.safetensors.index.json"
@@ -335,3 +336,40 @@ def test_a_folder_that_cannot_be_flushed_by_its_file_system_is_no_failure(
     with pytest.raises(WriteError, match="Input/output error"):
         save(folder, 3.0)
     assert values(folder) == [2.0, 2.0]  # the journal could not be said to be on disk: nothing was moved
+
+
+def shards_of(folder: Path, value: float) -> None:
+    folder.mkdir(exist_ok=True)
+    for shard, name in (("1.safetensors", "a.weight"), ("2.safetensors", "b")):
+        save_file({name: torch.full((4, 3, 3, 3), value)}, folder / shard)
+    index = {"weight_map": {"a.weight": "1.safetensors", "b": "2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_copy_holds_no_shard_that_another_process_saved_meanwhile(tmp_path: Path) -> None:
+    shards_of(tmp_path / "old", 1.0)
+    shards_of(tmp_path / "new", 2.0)
+    checkpoint = open_checkpoint(tmp_path / "old")
+    for shard in ("1.safetensors", "2.safetensors"):
+        (tmp_path / "new" / shard).replace(tmp_path / "old" / shard)
+    output = checkpoint.target_for(tmp_path / "copy")
+    checkpoint.write(output, [("a.weight", torch.full((4, 3, 3, 3), 3.0))])
+    assert load_file(tmp_path / "copy" / "1.safetensors")["a.weight"].eq(3).all()
+    assert load_file(tmp_path / "copy" / "2.safetensors")["b"].eq(1).all()
+
+
+def test_shards_that_a_save_replaces_while_they_are_opened_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards_of(tmp_path / "old", 1.0)
+    shards_of(tmp_path / "new", 2.0)
+    open_shard = SafetensorsCheckpoint.__init__
+
+    def opened(self: SafetensorsCheckpoint, file: Path) -> None:
+        open_shard(self, file)
+        for shard in (tmp_path / "new").glob("*.safetensors"):
+            shard.replace(tmp_path / "old" / shard.name)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "__init__", opened)
+    with pytest.raises(CheckpointError, match="another process changed it while it was read"):
+        open_checkpoint(tmp_path / "old")
