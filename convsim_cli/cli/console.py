@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EBADF
 from textwrap import wrap
@@ -31,7 +31,8 @@ _SECOND_LINE = re.compile(
 )  # of a header
 
 _COMMAND = re.compile(  # to copy: up to a comma, a semicolon or a bracket outside quotes
-    r"""(convsim (init|measure|train|compare|reproduce|plot)|pip install|python -c)( ('[^']*'|"[^"]*"|[^\s,;()'"])+)+"""
+    r"""(convsim (init|measure|train|compare|reproduce|plot)|pip install|python -c|torchrun)"""
+    r"""( ('[^']*'|"[^"]*"|[^\s,;()'"])+)+"""
 )
 
 
@@ -164,11 +165,14 @@ class Console:
     @contextmanager
     def progress(self, description: str, total: float) -> Iterator[Progress]:
         """Show the progress of a loop of `total` steps, with the time left; yield a function that advances it."""
-        if self.live and total:
-            with _make_bar() as bar:
-                yield Progress(description, total, bar)
-        else:
-            yield Progress(description, 0 if self.quiet else total)
+        bar = _make_bar() if self.live and total else None
+        if bar is not None and not _is_drawn(bar.start):
+            bar = None
+        try:
+            yield Progress(description, 0 if self.quiet else total, bar)
+        finally:
+            if bar is not None:
+                _is_drawn(bar.stop)
 
 
 def make_document(command: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +204,16 @@ class Progress:
         """Set the bar's description."""
         if self._bar is not None:
             self._bar.update(self._task, description=printable(description))
+
+
+def _is_drawn(draw: Callable[[], object]) -> bool:
+    """Draw on stderr, and return whether that works; a terminal that was closed gets nothing more."""
+    try:
+        draw()
+    except OSError:
+        _silence(sys.stderr)
+        return False
+    return True
 
 
 def _make_bar() -> Any:

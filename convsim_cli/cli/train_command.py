@@ -92,7 +92,8 @@ def train(
     except KeyboardInterrupt:  # here the bar has ended, which would break a long line
         if is_rank_zero() and screen.runs:
             run = screen.runs[-1]
-            command = train_command("resume", run.folder, to_repeat(run.arguments.arch, run.arguments.weights))
+            how = run.arguments
+            command = train_command("resume", run.folder, to_repeat(how.arch, how.weights), how.processes)
             console.warn(f"stopped; resume with: {command}{_other_seeds(run, (seeds or 1) - len(screen.runs))}")
         raise
     if is_rank_zero():

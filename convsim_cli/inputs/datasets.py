@@ -6,9 +6,10 @@ refused: images in the wrong place would be trained on with wrong labels.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -41,6 +42,8 @@ def load_dataset(
     std: Channels | None = None,
     *,
     test_only: bool = False,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
 ) -> Dataset:
     """Read a dataset by its name.
 
@@ -48,17 +51,16 @@ def load_dataset(
     or `folder:PATH` with one folder of images per class, in PATH/train (or training) and PATH/val (or valid,
     validation, test, testing), or in PATH itself, where every fifth image is then for testing. Images of a folder are
     resized and center-cropped to side × side pixels; each split is in a fixed shuffled order, so that its first images
-    are from all classes.
-    mean, std: normalize by these instead of the dataset's own. test_only: do not decode the training images of a
-    folder. Raises InputError for an unknown name, and for data that is missing and cannot be downloaded: it says which
-    file to get and where to put it.
+    are from all classes. mean, std: normalize by these instead of the dataset's own. test_only: do not decode the
+    training images of a folder; limit_train, limit_test: decode only so many images of it. Raises InputError for an
+    unknown name, and for data that is missing and cannot be downloaded: it says which file to get and where to put it.
     """
     if name in DATASETS:
         found = DATASETS[name](Path(data_dir))
     elif name.startswith("folder:"):
         path = Path(name.removeprefix("folder:"))
         classes, train, test = find_splits(path)
-        splits = (_decoded_split([] if test_only else train, side), _decoded_split(test, side))
+        splits = _decoded_split([] if test_only else train, side, limit_train), _decoded_split(test, side, limit_test)
         found = Dataset(f"folder:{path}", *splits, len(classes), IMAGENET_MEAN, IMAGENET_STD, tuple(classes))
     else:
         raise InputError(f"unknown dataset {name!r}: {did_you_mean(name, NAMES)}")
@@ -103,8 +105,11 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
     _refuse_inside(data_dir, source)
     created = [path for path in (data_dir, *data_dir.parents) if not path.exists()]
     try:
-        splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
+        with _alone_in(data_dir):
+            splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
+        if folder.is_dir() and isinstance(error, OSError) and not isinstance(error, URLError):
+            raise InputError(f"{kind} in {folder} cannot be read ({brief(error)})") from error
         if folder.is_dir():
             raise InputError(
                 f"{kind} in {folder} is damaged or incomplete; remove that folder to download it again, "
@@ -121,6 +126,19 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
                 path.rmdir()
     train, test = (Split(torch.from_numpy(s.data).contiguous(), torch.tensor(s.targets)) for s in splits)
     return Dataset(kind.lower(), train, test, classes, mean, std, tuple(splits[0].classes))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for processes that download to a folder, or read from it; where its file system has no locks, for none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_inside(data_dir: Path, source: Any) -> None:
@@ -169,14 +187,14 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {  # mean and standard deviatio
 NAMES = (*DATASETS, "folder:PATH")
 
 
-def _decoded_split(files: Labeled, side: int) -> Split:
-    """Decode files in a fixed shuffled order, so that the first images are from all classes."""
+def _decoded_split(files: Labeled, side: int, limit: int | None = None) -> Split:
+    """Decode files, the first `limit`, in a fixed shuffled order, so that the first images are from all classes."""
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
     try:
-        images = torch.empty(len(files), side, side, 3, dtype=torch.uint8)
+        images = torch.empty(len(order), side, side, 3, dtype=torch.uint8)
     except RuntimeError as error:
-        raise InputError(f"`image_size` {side}: {len(files):,} images of that size do not fit into memory") from error
-    labels = torch.empty(len(files), dtype=torch.long)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+        raise InputError(f"`image_size` {side}: {len(order):,} images of that size do not fit into memory") from error
+    labels = torch.empty(len(order), dtype=torch.long)
     for place, (file, label) in enumerate(files[number] for number in order):
         images[place], labels[place] = decode_image(Path(file), side), label
     return Split(images, labels)

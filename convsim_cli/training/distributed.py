@@ -1,26 +1,33 @@
-"""The processes of one data-parallel run, as `torchrun` starts them. Only rank 0 writes files and logs.
+"""The processes of one data-parallel run, as `torchrun` starts them, and locks between launches.
 
-Nothing here knows convsim: torch's DistributedDataParallel averages the gradients, over nccl on CUDA and gloo
-elsewhere. If a process dies, the others fail at their next exchange.
+Only rank 0 writes files and logs. Nothing here knows convsim: torch's DistributedDataParallel averages the gradients,
+over nccl on CUDA and gloo elsewhere. If a process dies, the others fail at their next exchange.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gc
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from convsim_cli.errors import ConvsimError, InputError, RankZeroFailedError
+from convsim_cli.errors import BusyError, ConvsimError, ConvsimWarning, InputError, RankZeroFailedError
 
 T = TypeVar("T")
 
+PATIENCE = 2.0  # seconds of waiting for another process before a warning
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 LONGEST_PREPARATION = timedelta(days=1)  # of rank 0, which downloads data and runs Algorithm 1 while the others wait
 
 
@@ -57,6 +64,42 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     finally:
         gc.collect()  # a DistributedDataParallel still alive would end its threads at interpreter exit, by an abort
         distributed.destroy_process_group()
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on a folder. The lock ends with the process, even if it is killed.
+
+    wait: until another process releases it, with a warning after two seconds. Raises BusyError if another process holds
+    it. On a file system without locks this warns, and keeps nobody away.
+    """
+    with ExitStack() as held:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, descriptor)
+            patience = time.monotonic() + PATIENCE if wait else 0.0
+            while not _try_lock(descriptor):
+                if not wait:
+                    raise BusyError(f"{folder}: another process is working on this run")
+                if time.monotonic() > patience:
+                    warnings.warn(f"waiting for another process that works in {folder}", ConvsimWarning, stacklevel=3)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    break
+                time.sleep(0.02)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise InputError(f"{folder}: cannot be opened or locked ({error.strerror})") from error
+            said = f"{folder}: its file system has no locks; do not train a run there from two processes at once"
+            warnings.warn(said, ConvsimWarning, stacklevel=3)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,13 @@ from convsim_cli.inputs.images import Dataset
 from convsim_cli.networks.architectures import find_network, to_repeat
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import FOLDER, Arguments, parse_arguments
-from convsim_cli.training.distributed import Processes, join_processes
+from convsim_cli.training.distributed import Processes, join_processes, locked
 from convsim_cli.training.prepare import build_with_weights, check_network, identified, import_summary_writer, load_data
 from convsim_cli.training.run import (
     ARGUMENTS_FILE,
     Run,
     RunCallbacks,
     epochs_done,
-    locked,
     open_run,
     train_command,
     train_run,
@@ -58,6 +57,7 @@ def start_runs(
     with join_processes(torch.device(arguments.device)) as processes:
         arguments = replace(arguments, processes=processes.size)
         checked, data = processes.rank_zero_first(lambda: _load_checked(arguments))
+        arguments = processes.on_rank_zero(lambda: identified(arguments))  # once, for all seeds
         finished: list[tuple[Run, dict[str, Any]]] = []
         for run in _new_runs(arguments, run_dir, name, seeds, processes):
             made = processes.on_rank_zero(run.folder.stat)
@@ -118,6 +118,7 @@ def create_run(arguments: Arguments, run_dir: Path, name: str | None, or_next: b
     stem = name or plain_name(f"{arguments.arch}-{arguments.label}-s{arguments.seed}")
     check_name(stem)
     make_folder(run_dir)
+    arguments = identified(arguments)  # not while others wait
     with locked(run_dir, wait=True):
         run = create_first_free(arguments, run_dir, [stem] if name and not or_next else numbered(stem))
     return run or _refuse_taken(run_dir / stem, arguments)
@@ -212,7 +213,7 @@ def check_name(name: str) -> None:
 
 
 def _refuse_taken(folder: Path, arguments: Arguments) -> NoReturn:
-    command = train_command("resume", folder, to_repeat(arguments.arch, arguments.weights))
+    command = train_command("resume", folder, to_repeat(arguments.arch, arguments.weights), arguments.processes)
     resume = f"resume it with: {command}, or " if os.access(folder / ARGUMENTS_FILE, os.R_OK) else ""
     raise InputError(f"{folder} already exists; {resume}choose another `name`")
 
@@ -240,7 +241,8 @@ def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
                 "with `resume` only `epochs`, `data_dir` and the path of a folder:PATH may change"
             )
     repeated = to_repeat(run.arguments.arch, run.arguments.weights)
-    _require_repeated(repeated, folder / ARGUMENTS_FILE, given, train_command("resume", folder, repeated))
+    command = train_command("resume", folder, repeated, run.arguments.processes)
+    _require_repeated(repeated, folder / ARGUMENTS_FILE, given, command)
     return replace(run, arguments=replace(run.arguments, **given))
 
 
@@ -291,6 +293,7 @@ def find_run(arguments: Arguments, run_dir: Path) -> Run | None:
 def find_or_create_run(arguments: Arguments, run_dir: Path, stem: str) -> Run:
     """Return the run with these arguments, created if there is none. Processes that ask at once get the same run."""
     make_folder(run_dir)
+    arguments = identified(arguments)
     with locked(run_dir, wait=True):
         run = find_run(arguments, run_dir) or create_first_free(arguments, run_dir, numbered(stem))
     assert run is not None  # there is always a free number

@@ -43,7 +43,7 @@ def import_summary_writer() -> Any:
 
 
 def load_data(arguments: Arguments) -> Dataset:
-    """Return the whole dataset of a run.
+    """Return the dataset of a run: all of its images, except those of a folder beyond the run's limits.
 
     Raises InputError if it cannot be read, and for an image folder with other images than those of the run.
     """
@@ -55,7 +55,15 @@ def load_data(arguments: Arguments) -> Dataset:
             f"{arguments.dataset}: names or sizes of its images differ from those that the run began with; "
             "use a folder with the same images"
         )
-    return load_dataset(arguments.dataset, Path(arguments.data_dir), side, mean, std)
+    return load_dataset(
+        arguments.dataset,
+        Path(arguments.data_dir),
+        side,
+        mean,
+        std,
+        limit_train=arguments.limit_train,
+        limit_test=arguments.limit_test,
+    )
 
 
 def identified(arguments: Arguments) -> Arguments:

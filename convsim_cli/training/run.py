@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import fcntl
 import io
 import json
 import math
@@ -34,12 +33,12 @@ from convsim_cli.checkpoints.atomic import check_folder, check_regular, free_nam
 from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, read_bounded, read_json, seed_generators, unreported
-from convsim_cli.errors import BusyError, ConvsimWarning, InputError, WriteError, brief, open_regular
+from convsim_cli.errors import ConvsimWarning, InputError, WriteError, brief, open_regular
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, to_repeat
 from convsim_cli.training.config import MODES, Arguments, make_arguments
-from convsim_cli.training.distributed import ALONE, Processes
+from convsim_cli.training.distributed import ALONE, Processes, locked
 from convsim_cli.training.prepare import (
     build_with_weights,
     count_steps,
@@ -117,7 +116,7 @@ def train_run(
     with ExitStack() as held:
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
         state = processes.on_rank_zero(lambda: read_state(run))  # refused before a dataset is downloaded
-        data = used_images(arguments, dataset or load_data(arguments))
+        data = used_images(arguments, dataset or processes.rank_zero_first(lambda: load_data(arguments)))
         callbacks.begin(run, data)
         trainer, log = _resume(run, data, state, processes) if state else _start(run, data, model, processes, callbacks)
         saves = Saves(run, trainer, log)
@@ -129,7 +128,7 @@ def train_run(
             if trainer.epoch < arguments.epochs:
                 check_regular(run.folder / "summary.json")
                 (run.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
-        log_row = held.enter_context(tensorboard_log(run, trainer))
+        log_row, trained = held.enter_context(tensorboard_log(run, trainer)), trainer.epoch < arguments.epochs
         while trainer.epoch < arguments.epochs:
             with callbacks.progress(f"epoch {trainer.epoch + 1}/{arguments.epochs}", trainer.steps) as advance:
                 row = trainer.run_epoch(advance)
@@ -143,6 +142,10 @@ def train_run(
             return {}
         _restore_weights(run, trainer, log["history"], ended=True)
         summary = summarize_run(trainer, log, saves.lap())
+        if not trained:  # how long it took does not change
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                former = read_json(run.folder / "summary.json")
+                summary |= {name: former[name] for name in ("seconds", "images_per_second")}
         write_json(run.folder / "summary.json", summary)
     return summary
 
@@ -266,7 +269,8 @@ class Saves:
     """
 
     def __init__(self, run: Run, trainer: Trainer, log: Log) -> None:
-        self._run, self._trainer, self._log, self._place = run, trainer, log, run.folder.stat()
+        self._run, self._trainer, self._log = run, trainer, log
+        self._place = trainer.processes.on_rank_zero(run.folder.stat)
         self._took = 0.0  # seconds, of the last save; after a resume not known
         self._ended = self._counted = time.perf_counter()
         self._best: dict[str, Tensor] | None = None  # weights of the best epoch, while they are not saved
@@ -426,10 +430,13 @@ def check_resumable(run: Run) -> None:
         )
 
 
-def train_command(option: Literal["resume", "config"], path: Path, repeated: Mapping[str, str]) -> str:
+def train_command(
+    option: Literal["resume", "config"], path: Path, repeated: Mapping[str, str], processes: int = 1
+) -> str:
     """Return the command that resumes a run, or starts another from its args.json, with what `to_repeat` finds."""
     options = (f"--{name} {quote(value)}" for name, value in repeated.items())
-    return " ".join([f"convsim train --{option} {quote(str(path))}", *options])
+    command = "convsim train" if processes == 1 else f"torchrun --nproc-per-node {processes} -m convsim_cli train"
+    return " ".join([f"{command} --{option} {quote(str(path))}", *options])
 
 
 def read_results(folder: Path) -> list[Row]:
@@ -571,24 +578,6 @@ def open_run(folder: Path, **changes: Any) -> Run:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, "restore it from a copy") from error
     return Run(folder, replace(make_arguments(values, path), **changes))
-
-
-@contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on a folder. The lock ends with the process, even if it is killed.
-
-    wait: until another process releases it. Raises BusyError if another process holds it.
-    """
-    with ExitStack() as held:
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            held.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise BusyError(f"{folder}: another process is working on this run") from None
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be opened or locked ({error.strerror})") from error
-        yield
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -41,6 +41,7 @@ _MOST_IMAGES, _MOST_PIXELS = 512, 64 * 224 * 224  # of one such batch
 PADDING = 4  # black pixels on each side, before the crop
 SAMPLED_STEPS = 4  # of an epoch, over which the turn per step is taken
 LARGE_TURN = 10.0  # degrees, of a layer's median filter in the first step
+_COMPILED: list[str] = []  # the network, and the size of its batches, that torch.compile keeps graphs of
 AUTO_BETA = 0.01  # of the task's gradient, that β times the objective's is at the first batch with `beta` auto
 
 
@@ -83,6 +84,8 @@ class Trainer:
         self.first_loss: Tensor | None = None
         self.beta = None if arguments.beta == "auto" else float(arguments.beta)  # None until the first batch
         self._parallel: Callable[[Tensor], Tensor] = processes.parallel(self.model)
+        if arguments.compile:
+            forget_other_graphs(f"{arguments.batch_size} {model}")
         self._compiled = compile_network(self._parallel, device) if arguments.compile else None
 
     @property
@@ -124,6 +127,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what a bit-exact resume needs besides the arguments. All processes must call this."""
         on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        on_device = torch.mps.get_rng_state() if self.device.type == "mps" else on_device
         optimizer = self.optimizer.state_dict()
         numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
         return {
@@ -163,6 +167,8 @@ class Trainer:
         torch.set_rng_state(on_cpu)
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(on_device, self.device)
+        if self.device.type == "mps" and on_device is not None:  # which earlier versions did not save
+            torch.mps.set_rng_state(on_device)
         for states in others:
             restore_generators(states)
 
@@ -424,6 +430,16 @@ def choose_algorithms(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def forget_other_graphs(what: str) -> None:
+    """Let torch.compile forget what was compiled for another network, or another size of batches.
+
+    It counts all that it compiles as variants of one function, and runs what is beyond the eighth as it is.
+    """
+    if _COMPILED and what not in _COMPILED:
+        torch._dynamo.reset()
+    _COMPILED[:] = [what]
 
 
 def compile_network(model: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:

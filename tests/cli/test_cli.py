@@ -252,3 +252,18 @@ def test_arguments_in_an_error_of_the_library_are_shown_as_options(command: str,
 
 def test_no_line_of_the_main_help_is_longer_than_80_characters(convsim: Convsim) -> None:
     assert max(map(len, convsim("--help").out.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_does_not_end_a_training(tmp_path: Path) -> None:
+    small = ["--dataset", "digits", "--arch", "cnn:4", "--epochs", "3", "--limit-test", "20"]
+    command = [sys.executable, "-m", "convsim_cli", "train", *small, "--run-dir", str(tmp_path), "--name", "a"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, stdout=child, stderr=child, env=os.environ | {"TERM": "xterm"})
+    os.close(child)
+    drawn = b""
+    while b"epoch 2/3" not in drawn:
+        drawn += os.read(parent, 65536)
+    os.close(parent)
+    process.wait()  # the table at the end has no place to go
+    assert (tmp_path / "a" / "summary.json").exists()

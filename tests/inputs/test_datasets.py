@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from convsim_cli.errors import InputError
-from convsim_cli.inputs.datasets import folder_digest, load_dataset
+from convsim_cli.inputs.datasets import _alone_in, decode_image, folder_digest, load_dataset
 from convsim_cli.inputs.images import Channels
 
 
@@ -352,3 +353,42 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
     make_images(tmp_path, {"cat": 2, "dog": 0})
     with pytest.raises(InputError, match=r"expected a folder of images for each class \(no images in dog\)"):
         load_dataset(f"folder:{tmp_path}", Path())
+
+
+def test_a_dataset_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)$"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_process_waits_for_another_that_downloads(tmp_path: Path) -> None:
+    steps: list[str] = []
+    with _alone_in(tmp_path / "data"):
+        other = threading.Thread(target=lambda: enter(tmp_path / "data", steps))
+        other.start()
+        time.sleep(0.1)
+        steps.append("downloaded")
+    other.join()
+    assert steps == ["downloaded", "entered"]
+
+
+def enter(folder: Path, steps: list[str]) -> None:
+    with _alone_in(folder):
+        steps.append("entered")
+
+
+def test_images_beyond_the_limits_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path, {"cat": 10, "dog": 10})
+    whole = load_dataset(f"folder:{tmp_path}", Path(), 8)
+    decoded = []
+    monkeypatch.setattr(
+        "convsim_cli.inputs.datasets.decode_image", lambda *how: (decoded.append(how), decode_image(*how))[1]
+    )
+    few = load_dataset(f"folder:{tmp_path}", Path(), 8, limit_train=3, limit_test=1)
+    assert len(decoded) == 4
+    assert torch.equal(few.train.images, whole.train.images[:3])
+    assert torch.equal(few.test.labels, whole.test.labels[:1])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +23,11 @@ from conftest import Start
 from forks import Program, call_in_fork, fork
 from torch import distributed, nn
 
+from convsim_cli.errors import ConvsimWarning
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.training.config import Arguments
-from convsim_cli.training.distributed import is_rank_zero, join_processes
-from convsim_cli.training.run import read_results
+from convsim_cli.training.distributed import Processes, is_rank_zero, join_processes, locked
+from convsim_cli.training.run import Run, RunCallbacks, read_results, train_command, train_run
 from convsim_cli.training.trainer import Trainer, reestimate_together
 
 SMALL = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", "61", "--limit-test", "31", "--batch-size", "20")
@@ -147,3 +153,44 @@ def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path: Path, ranks: R
     assert second.wait() == -signal.SIGKILL
     assert first.returncode == 1
     assert the_error_in(said)
+
+
+def test_a_folder_on_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(ConvsimWarning, match="has no locks"), locked(tmp_path):
+        pass
+
+
+def test_waiting_for_a_folder_is_said_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convsim_cli.training.distributed.PATIENCE", 0.05)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [held]).start()
+    with pytest.warns(ConvsimWarning, match="waiting for another process"), locked(tmp_path, wait=True):
+        pass
+
+
+def test_the_other_ranks_load_data_after_rank_0_when_a_run_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Ranks(Processes):
+        def rank_zero_first(self, function: Callable[[], Any]) -> Any:
+            asked.append(function)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("convsim_cli.training.run.read_state", lambda _: None)
+    run = Run(Path("/"), Arguments(processes=1))
+    monkeypatch.setattr("convsim_cli.training.run.locked", nullcontext)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(run, RunCallbacks(), None, Ranks())
+    assert asked
+
+
+def test_a_run_of_several_processes_is_resumed_by_as_many() -> None:
+    command = train_command("resume", Path("runs/a b"), {}, 2)
+    assert command == "torchrun --nproc-per-node 2 -m convsim_cli train --resume 'runs/a b'"

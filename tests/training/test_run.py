@@ -613,3 +613,11 @@ def test_a_new_run_never_takes_the_folder_of_another(tmp_path: Path) -> None:
         assert run_command(small(*how, "--name", name)) == 2
     assert files(tmp_path / "a-s0") == before
     assert {path.name for path in tmp_path.iterdir()} == {"a-s0", "link", "broken"}
+
+
+def test_resuming_a_finished_run_changes_none_of_its_files(tmp_path: Path) -> None:
+    run = create_run(replace(SMALL, epochs=1), tmp_path, "a")
+    train_run(run)
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    train_run(run)
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before

@@ -416,3 +416,13 @@ def test_a_network_with_kernels_of_three_axes_is_trained(data: Dataset) -> None:
             return found
 
     assert Trainer(Volumes(), data, Arguments(batch_size=25), CPU).run_epoch()["train_loss"] > 0
+
+
+def test_networks_are_compiled_whatever_was_compiled_before(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for width in range(2, 8):
+        Trainer(build_network(f"cnn:{width}"), data, Arguments(compile=True, batch_size=25), CPU).run_epoch()
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 8
