@@ -42,7 +42,7 @@ Where a change goes: a method, its function in closed_forms or objectives.OBJECT
 an option of init or measure, settings; of training, or a mode, training/config; a figure, figures.FIGURES and
 kernel_figures.measure_layer; a format, checkpoints/formats.FORMATS; a dataset, inputs/datasets.DATASETS; a network,
 networks/architectures; an arm, reproduction/published.ARMS. Help texts, checks, completion, JSON and tables read these.
-`.github/CONTRIBUTING.md` goes through each.
+`.github/CONTRIBUTING.md` goes through most of these.
 """
 
 from __future__ import annotations

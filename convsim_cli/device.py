@@ -43,7 +43,8 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"`device` {name}: {did_you_mean(kind, ('auto', 'cpu', 'cuda', 'cuda:N', 'mps'))}")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if len(index) > 9 or int(index or 0) >= there:  # int() refuses thousands of digits
-        raise InputError(f"`device` {name}: this machine has {there} {kind} devices; use `device` cpu or auto")
+        count, own = f"{there} {kind} device{'s' * (there != 1)}", f"{kind}, " if there else ""
+        raise InputError(f"`device` {name}: this machine has {count}; use `device` {own}cpu or auto")
     return torch.device(name)
 
 

@@ -38,7 +38,7 @@ class ConvSimPenalty:
 
     The penalty selects layers by name when it is created, and looks their weights up at each call: it follows replaced
     and compiled layers, `load_state_dict(assign=True)`, and parametrizations and pruning added or removed later. It
-    computes a parametrized weight once per call, and so it does a weight that a layer computes in its `forward`, such
+    computes a parametrized weight once per call, and likewise a weight that a layer computes in its `forward`, such
     as timm's StdConv2d: that layer is run on a few zeros, up to its convolution, which torch.compile cannot trace. It
     does not include layers with new names. A call raises InputError if a selected layer is gone, is no longer a
     convolution, or has a weight that the penalty cannot follow, such as a DTensor (`fully_shard`) or one on the meta

@@ -47,7 +47,7 @@ class TurnMonitor:
     every: measure every so many steps, including the first; calls in between cost nothing. include, exclude: globs over
     names of kernels, such as `layer1.*`. The monitor keeps a copy of the kernels as they are when it is made, and
     another one during the steps that it measures. Filters that are dead at the start (a norm below 1e-6 of the largest
-    in their layer) count nowhere. Parametrized layers count with the weight that they compute. Nothing waits for the
+    in their layer) are left out. Parametrized layers count with the weight that they compute. Nothing waits for the
     device before `rows`, which waits once and restarts `turn_per_step`. To resume training, save `state()` and pass
     it to `load_state` of a new monitor, once the model has its weights.
 

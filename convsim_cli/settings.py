@@ -249,7 +249,7 @@ class InitOptions(InputOptions):
             if name == "preserve_norm" and not method.iterates:
                 raise InputError(f"`method` {self.method} already keeps every filter's norm; remove `preserve_norm`")
             if name in ("iterations", "lr", "optimizer") and not method.iterates:
-                raise InputError(f"`{name}` has no effect on `method` {self.method}, which is a closed form")
+                raise InputError(f"`{name}` has no effect on `method` {self.method}, which is a closed form; remove it")
             if declaration.group == "Inputs" and not method.needs_images:
                 takers = ", ".join(one.name for one in METHODS.values() if one.needs_images)
                 raise InputError(f"`{name}` requires `method` {takers}, got `method` {self.method}")

@@ -98,7 +98,8 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="A,B",
-            help=f"table5, figure1 to 3: arms, sets of arms, or all. See below. Default: {', '.join(USUAL_ARMS)}.",
+            help="table5, figure1 to 3: arms (ways to train), sets of arms, or all. See below. "
+            f"Default: {', '.join(USUAL_ARMS)}.",
             show_default=False,
             autocompletion=complete_arms,
         ),
@@ -150,7 +151,7 @@ def reproduce(
         find_experiment(name)
     for key in _OF_TRAINING if is_numerical else ["episodes"]:
         if key in typed(context):
-            raise InputError(f"{name} does not take `{key}`")
+            raise InputError(f"{name} does not take `{key}`; remove it")
     if is_numerical:
         _run_numerical(name, given, console)
     elif dry_run:

@@ -66,8 +66,8 @@ def train(
 ) -> None:
     """Train a network; results and weights go to a folder.
 
-    The defaults are the paper's (section 4.2); they take about 50 minutes on two CPU cores. You can stop a run at any
-    time and continue with --resume: the result is the same (on CUDA, with --deterministic).
+    The defaults are the paper's (section 4.2) but for batch-norm statistics; they take about 50 minutes on two CPU
+    cores. Stop at any time and continue with --resume: the result is the same (on CUDA, with --deterministic).
     """
     from convsim_cli.networks.architectures import to_repeat
     from convsim_cli.training.distributed import is_rank_zero

@@ -193,7 +193,9 @@ def _decoded_split(files: Labeled, side: int, limit: int | None = None) -> Split
     try:
         images = torch.empty(len(order), side, side, 3, dtype=torch.uint8)
     except RuntimeError as error:
-        raise InputError(f"`image_size` {side}: {len(order):,} images of that size do not fit into memory") from error
+        raise InputError(
+            f"`image_size` {side}: {len(order):,} images of that size do not fit into memory; choose a smaller one"
+        ) from error
     labels = torch.empty(len(order), dtype=torch.long)
     for place, (file, label) in enumerate(files[number] for number in order):
         images[place], labels[place] = decode_image(Path(file), side), label
@@ -316,7 +318,7 @@ def image_files(folder: Path) -> list[Path]:
         files += [file for file in shown if is_image_file(file.name)]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: a pipe or a device, expected an image")
+            raise InputError(f"{file}: a pipe or a device, expected an image; remove it")
     return sorted(files, key=lambda file: (str(file.parent), file.name))
 
 

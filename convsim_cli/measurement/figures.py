@@ -54,8 +54,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("cs", "L_CS, Eq. 10 of the paper", "weight⁴", moves_with_scale=True, keep=4),
     Figure(
         "ncs",
-        "L_CS per pair over ‖K_i‖²‖K_j‖²: below 1 if filters use different frequencies, above 1 if they use the same; "
-        "compare only layers with equal filter counts",
+        "mean over pairs of L_CS with each filter scaled to norm 1: below 1 if filters use different frequencies, "
+        "above 1 if they use the same; compare only layers with equal filter counts",
         compared=True,
         keep=3,
     ),

@@ -226,7 +226,7 @@ def plan_cells(experiment: Experiment, choices: Choices) -> list[Cell]:
     """Return the configurations of an experiment. Raises InputError for choices that do not apply to it."""
     for field in ("archs", "arms", "lrs", "batch_sizes", "iterations"):
         if getattr(choices, field) is not None and field not in experiment.takes:
-            raise InputError(f"{experiment.name} has no `{field}`")
+            raise InputError(f"{experiment.name} has no `{field}`; remove it")
     cells = list(experiment.cells(replace(choices, epochs=choices.epochs or experiment.epochs)))
     for cell in cells:
         for job in cell.jobs:

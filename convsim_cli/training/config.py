@@ -64,7 +64,7 @@ def modes_that_take(argument: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything that determines a run's result, with the paper's settings as defaults (section 4.2)."""
+    """Everything that determines a run's result, with the paper's settings (section 4.2) as defaults but for one."""
 
     mode: str = setting("baseline", "Mode.", "Method", metavar="NAME", common=True, choices=MODES)
     method: str = setting(
@@ -78,10 +78,16 @@ class Arguments:
     iterations: int = setting(500, "Iterations of Algorithm 1, before training.", "Method", metavar="N")
     init_lr: float = setting(0.001, "Step size of Adam in Algorithm 1.", "Method", metavar="X", above=0)
     rescale: bool = setting(
-        False, "After a method that keeps norms, scale the filters to the norms from raw cs.", "Method"
+        False,
+        "With --mode init or init+reg: after a method that keeps norms, scale the filters to the norms from raw cs.",
+        "Method",
     )
     factor: float | None = setting(
-        None, "Scale every filter by this factor, without Algorithm 1.", "Method", metavar="F", above=0
+        None,
+        "With --mode rescale: scale every filter by this factor, without Algorithm 1.",
+        "Method",
+        metavar="F",
+        above=0,
     )
     objective: str = setting(
         "cs",

@@ -56,7 +56,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             raise InputError(f"`device` {device}: torchrun gives each process its own GPU; use `device` cuda")
         local = int(os.environ["LOCAL_RANK"])
         if (count := torch.cuda.device_count()) <= local:
-            raise InputError(f"process {local} of this machine has no GPU: the machine has {count}")
+            raise InputError(f"process {local} of this machine has no GPU: the machine has {count}; start as many")
         torch.cuda.set_device(local)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_PREPARATION)
     try:

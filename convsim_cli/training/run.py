@@ -369,7 +369,9 @@ def read_state(run: Run) -> dict[str, Any] | None:
                 f"{path}: belongs to a run with {name} = {saved.get(name)!r}, args.json says {wanted.get(name)!r}"
             )
     if run.arguments.epochs < done:
-        raise InputError(f"{run.folder}: has done {done} epochs, more than `epochs` {run.arguments.epochs}")
+        raise InputError(
+            f"{run.folder}: has done {done} epochs, more than `epochs` {run.arguments.epochs}; ask for as many"
+        )
     return state
 
 
