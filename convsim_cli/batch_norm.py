@@ -89,6 +89,7 @@ def reestimate_statistics(
     def average(layer: _BatchNorm, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Let a call count by its share of the values. torch's plain average (`momentum=None`) waits for the device."""
         images = images_of(inputs, options)
+        assert images is not None  # nothing else can be normalized
         layer.training = images.numel() > images.shape[1]  # of one value per channel there is no variance
         if layer.training:
             if not seen[layer]:

@@ -156,7 +156,7 @@ def _add_turns(first: ModelCheckpoint, before: MeasureReport, source: ModelCheck
 def _used_weight(source: ModelCheckpoint, kernel: Kernel) -> Tensor:
     """The weight that a layer uses, where it is computed in the layer's `forward`, else the stored one."""
     if kernel.computed and source.model is not None:
-        ((_, layer),) = layers_of(source.model, [kernel], source.names)
+        _, layer = next(iter(layers_of(source.model, [kernel], source.names)))  # of several, all use this weight
         with torch.no_grad():
             if (weight := effective_weight(layer)) is not None:
                 return weight.cpu()

@@ -60,12 +60,13 @@ from convsim_cli.kernels import (
     Selection,
     living_filters,
     module_kernels,
+    overrides_forward,
     undone_on_failure,
     unwrapped,
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.layers import convolve_with, images_of, layers_of, side_effect_free
+from convsim_cli.layers import convolve_with, is_empty_call, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import MapMoments
 from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
 from convsim_cli.precision import Taps, full_precision
@@ -113,7 +114,8 @@ def orthogonalize_weight_(weight: Tensor, groups: int = 1) -> Tensor:
     """Make the filters of a weight `[S, C, *taps]` orthogonal, in place, each at its own norm, and return the weight.
 
     Use it like torch.nn.init. groups: S filters in that many consecutive groups, each orthogonal by itself. Raises
-    ValueError for another shape, type or number of groups, and InputError for NaN or Inf. Formula: `orthogonalize_`.
+    ValueError for another shape, type or number of groups, and InputError for NaN or Inf. A filter
+    that forms no pairs, as in a depthwise layer, loses its means all the same. Formula: `orthogonalize_`.
 
     >>> rows = nn.functional.normalize(orthogonalize_weight_(torch.randn(8, 4, 3, 3)).flatten(1))
     >>> torch.allclose(rows @ rows.T, torch.eye(8), atol=1e-5)
@@ -386,7 +388,7 @@ def _run(model: nn.Module, images: Tensor, kernels: Sequence[Kernel], look: Call
     """
 
     def look_at_inputs(kernel: Kernel, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if images_of(inputs, options).numel():
+        if not is_empty_call(inputs, options):
             look(kernel, layer, inputs, options)
 
     with ExitStack() as hooks:
@@ -444,8 +446,10 @@ def _maps(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tenso
     """A convolution's maps `[images, S, *space]` without its bias, in float32 at least."""
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
 
+    shared = overrides_forward(layer)  # its `forward` may write to what it is called with
+
     def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) else value
+        return value.to(dtype, copy=shared) if isinstance(value, Tensor) else value
 
     inputs, options = tuple(map(cast, inputs)), {name: cast(value) for name, value in options.items()}
     with full_precision(layer.weight.device):  # the network may switch autocast on by itself

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from convsim_cli.device import generator_states, restore_generators
 from convsim_cli.errors import InputError
@@ -20,9 +21,11 @@ from convsim_cli.kernels import (
     Kernel,
     evaluation_mode,
     is_convolution,
+    kept_attributes,
     own_weight,
     reach_convolution,
     unwrapped,
+    without_wrappers,
 )
 
 
@@ -83,16 +86,13 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     values = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers(recurse=False)]
     own = {module: dict(module._buffers) for module in model.modules() if module not in scripted}
-    attributes = [(vars(module), dict(vars(module))) for module in own]
     copies = {buffer: buffer.clone() for buffers in own.values() for buffer in buffers.values() if _is_given(buffer)}
     try:
         for module, buffers in own.items():
             module._buffers.update({name: copies[was] for name, was in buffers.items() if _is_given(was)})
-        yield
+        with kept_attributes(own):
+            yield
     finally:
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
         for module, buffers in own.items():
             module._buffers.clear()
             module._buffers.update(buffers)
@@ -118,7 +118,7 @@ def layers_of(
     for path, layer in unwrapped(model).named_modules():
         if not is_convolution(layer):
             continue
-        name, own = f"{path}.weight".lstrip("."), own_weight(layer)
+        name, own = f"{without_wrappers(path)}.weight".lstrip("."), own_weight(layer)
         kernel = known.get(names.get(name, name)) or owners.get(id(own))
         if kernel is not None and (layer.transposed, layer.groups) == (kernel.transposed, kernel.groups):
             if own is not None:
@@ -126,9 +126,15 @@ def layers_of(
             yield kernel, layer
 
 
-def images_of(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
-    """Return the images that a layer is called with, under whatever name: its first tensor."""
-    return next(value for value in (*inputs, *options.values()) if isinstance(value, Tensor))
+def images_of(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """Return the images that a layer is called with: its first tensor, under whatever name, in whatever container."""
+    return next((value for value in tree_leaves((inputs, options)) if isinstance(value, Tensor)), None)
+
+
+def is_empty_call(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    """Return whether a layer is called on nothing, as a mask head is where no object was found."""
+    images = images_of(inputs, options)
+    return images is not None and not images.numel()
 
 
 def convolve_with(layer: nn.Module, weight: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:

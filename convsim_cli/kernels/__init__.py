@@ -19,10 +19,12 @@ from convsim_cli.kernels.kernel import (
 )
 from convsim_cli.kernels.modules import (
     ConvolutionCall,
+    axes_of,
     current_kernel,
     effective_weight,
     evaluation_mode,
     is_convolution,
+    kept_attributes,
     module_kernels,
     overrides_forward,
     own_weight,
@@ -32,6 +34,7 @@ from convsim_cli.kernels.modules import (
     unwrapped,
     warn_of_unsupported,
     weight_of,
+    without_wrappers,
 )
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "Selection",
     "Skipped",
     "TensorInfo",
+    "axes_of",
     "current_kernel",
     "effective_weight",
     "evaluation_mode",
@@ -51,6 +55,7 @@ __all__ = [
     "is_averaged",
     "is_convolution",
     "is_optimizer_state",
+    "kept_attributes",
     "living_filters",
     "module_kernels",
     "overrides_forward",
@@ -63,4 +68,5 @@ __all__ = [
     "unwrapped",
     "warn_of_unsupported",
     "weight_of",
+    "without_wrappers",
 ]

@@ -14,10 +14,11 @@ Here all of them are computed anew, once per call.
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def module_kernels(
     selection = Selection()
     owners: dict[int, str] = {}
     found = [
-        (f"{path}.{name}".lstrip("."), layer, parameter)
+        (f"{without_wrappers(path)}.{name}".lstrip("."), layer, parameter)
         for path, layer in model.named_modules()
         for name, parameter in _candidates(layer)
     ]
@@ -105,11 +106,18 @@ def module_kernels(
     return selection
 
 
+def without_wrappers(path: str) -> str:
+    """Return the path of a module as `state_dict` has it, which leaves activation checkpointing out."""
+    return path.replace("_checkpoint_wrapped_module.", "").removesuffix("._checkpoint_wrapped_module")
+
+
 def _candidates(layer: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """Give what may be kernels among a layer's own tensors: their names, with None for a weight without a parameter."""
     if isinstance(layer, parametrize.ParametrizationList):
         return  # its layer has the tensor
     parameters = dict(layer.named_parameters(recurse=False))
+    if not is_convolution(layer) and _is_quantized(layer):
+        yield "weight", None
     if is_convolution(layer):
         yield "weight", parameters.pop("weight", None)
         if not overrides_forward(layer) or _hooks(layer):
@@ -133,6 +141,12 @@ def _candidates(layer: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
             likely |= name == "weight" and 3 <= parameter.ndim <= 5  # such as torchvision's DeformConv2d
         if likely:
             yield name, parameter
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    """Return whether a layer has the sizes of a convolution and, as quantized ones, neither parameters nor layers."""
+    sizes = all(hasattr(layer, name) for name in ("kernel_size", "in_channels", "out_channels", "groups"))
+    return sizes and next(chain(layer.parameters(), layer.children()), None) is None
 
 
 @lru_cache(maxsize=1024)  # classes made on the fly are let go
@@ -245,6 +259,18 @@ def is_convolution(layer: nn.Module | None) -> bool:
     return isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)
 
 
+def axes_of(layer: nn.Module) -> int:
+    """Return the number of axes that a convolution's kernels have, 1 to 3."""
+    kinds = zip(_CONVOLUTIONS, _TRANSPOSED, strict=True)
+    return next(axes for axes, both in enumerate(kinds, 1) if isinstance(layer, both))
+
+
+def per_axis(layer: Any, name: str) -> tuple[int, ...]:
+    """Return a convolution's setting, such as its `kernel_size`, for each axis: a class may hold one number for all."""
+    value = getattr(layer, name)
+    return (value,) * axes_of(layer) if isinstance(value, int) else tuple(value)
+
+
 def _shape(layer: Any) -> tuple[int, ...]:
     """Return the shape of a layer's weight, from the layer's attributes if it has no usable weight of its own."""
     weight = own_weight(layer)
@@ -257,7 +283,7 @@ def _defined_shape(layer: Any) -> tuple[int, ...]:
     first, second = layer.out_channels, layer.in_channels
     if isinstance(layer, _TRANSPOSED):
         first, second = second, first
-    return (first, second // layer.groups, *layer.kernel_size)
+    return (first, second // layer.groups, *per_axis(layer, "kernel_size"))
 
 
 def _kernel_of(name: str, layer: Any, shape: tuple[int, ...], computed: bool) -> Kernel:
@@ -290,7 +316,7 @@ def _unusable(layer: Any, weight: Tensor | None) -> str | None:
         return "its weight is not a parameter, nor computed from parameters in a way that convsim knows"
     if isinstance(weight, UninitializedParameter):
         return "lazy and not yet initialized; run a forward pass first"
-    if weight.ndim != 2 + len(layer.kernel_size):
+    if weight.ndim != 2 + axes_of(layer):
         return f"its weight is flattened or sharded, of shape {list(weight.shape)}"
     if weight.dtype not in _DTYPES:
         return f"its dtype {str(weight.dtype).removeprefix('torch.')} cannot be optimized"
@@ -304,9 +330,9 @@ def own_weight(layer: nn.Module) -> Tensor | None:
 
 def overrides_forward(layer: nn.Module) -> bool:
     """Return whether a convolution's class, or the layer itself, has a `forward` other than torch's."""
-    kind = type(layer)
-    if kind in _KNOWN or "forward" in layer.__dict__:
-        return "forward" in layer.__dict__
+    kind, own = type(layer), "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
+    if kind in _KNOWN or own:
+        return own
     return kind.forward not in _FORWARDS or getattr(kind, "_conv_forward", None) not in _FORWARDS
 
 
@@ -326,15 +352,19 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
         if not overrides and parametrize.is_parametrized(layer, "weight"):
             computed: Tensor = layer.parametrizations["weight"]()  # type: ignore[index, operator]
             return computed
-        hooks = _hooks(layer)
-        for hook in hooks:
-            hook(layer, ())
-        if overrides:
-            if own is not None and _uses_as_stored(layer, own):
-                return own
-            with nullcontext() if torch.is_grad_enabled() else _own_random_numbers(layer):
-                return _weight_at_convolution(layer)
-    return layer.weight if hooks else None  # type: ignore[return-value]
+        hooks, former = _hooks(layer), layer.__dict__.get("weight")
+        try:
+            for hook in hooks:
+                hook(layer, ())
+            if overrides:
+                if own is not None and _uses_as_stored(layer, own):
+                    return own
+                with nullcontext() if torch.is_grad_enabled() else _own_random_numbers(layer):
+                    return _weight_at_convolution(layer)
+            return layer.weight if hooks else None  # type: ignore[return-value]
+        finally:
+            if former is not None and not torch.is_grad_enabled():
+                layer.__dict__["weight"] = former  # the graph behind it is the user's
 
 
 _uses: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()  # what the answer rests on, and it
@@ -377,8 +407,9 @@ def _weight_at_convolution(layer: Any, parameters: Mapping[str, Tensor] | None =
         parameters = {name: parameter.clone() for name, parameter in layer.named_parameters()}
     shape = _defined_shape(layer)
     like = next(chain(layer.parameters(), layer.buffers()), torch.empty(0, device="cpu"))
-    padding = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
-    sides = [2 * pad + d * (k - 1) + 1 for pad, d, k in zip(padding, layer.dilation, layer.kernel_size, strict=True)]
+    padding = (0,) * axes_of(layer) if isinstance(layer.padding, str) else per_axis(layer, "padding")
+    extents = zip(padding, per_axis(layer, "dilation"), per_axis(layer, "kernel_size"), strict=True)
+    sides = [2 * pad + dilation * (k - 1) + 1 for pad, dilation, k in extents]
     # two inputs: a weight of each input's own has another shape
     zeros = torch.zeros(2, layer.in_channels, *sides, dtype=like.dtype, device=like.device)
     try:
@@ -457,20 +488,38 @@ def reach_convolution(
     own. Returns None if there is no such convolution.
     """
     tensors = {name: buffer.clone() for name, buffer in layer.named_buffers()} | dict(parameters or {})
-    attributes = [(vars(module), dict(vars(module))) for module in layer.modules()]
     mode = _UntilConvolution(shape)
+    with kept_attributes(layer.modules()), suppress(_Reached), mode:
+        functional_call(
+            _Forward(layer), {f"layer.{name}": t for name, t in tensors.items()}, inputs, dict(options or {})
+        )
+    return mode.call
+
+
+@contextmanager
+def kept_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the attributes of modules back on leaving, and what was written to lists, dictionaries, sets and tensors."""
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    held = list(chain.from_iterable(was.values() for _, was in attributes))
+    containers = [(value, copy.copy(value)) for value in held if type(value) in (list, dict, set)]
+    tensors = [value for value in held if type(value) is Tensor and not value.is_inference()]
+    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
     try:
-        with mode:
-            functional_call(
-                _Forward(layer), {f"layer.{name}": t for name, t in tensors.items()}, inputs, dict(options or {})
-            )
-    except _Reached:
-        pass
+        yield
     finally:
         for now, before in attributes:
             now.clear()
             now.update(before)
-    return mode.call
+        for container, before in containers:
+            if isinstance(container, list):
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+        for tensor, version, value in values:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
 
 
 @contextmanager
@@ -479,7 +528,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     `eval` is not called: that of some layers changes weights, as one does that merges a LoRA into its weight.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules() if hasattr(module, "training")}  # else it is frozen
     try:
         for module in modes:
             module.training = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from convsim_cli.batch_norm import INPUTS, batch_norm_layers, choose_statistics, reestimate_statistics
 from convsim_cli.device import Advance
@@ -33,7 +34,7 @@ from convsim_cli.kernels import (
     warn_of_unsupported,
     weight_of,
 )
-from convsim_cli.layers import find_convolution, images_of, layers_of, side_effect_free
+from convsim_cli.layers import find_convolution, is_empty_call, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import LayerMaps, inputs_at_once
 from convsim_cli.measurement.figures import Record
 from convsim_cli.measurement.kernel_figures import measure_layer
@@ -147,8 +148,10 @@ def record_feature_maps(
                 assert weight is not None  # a layer without one is not selected
                 maps[kernel.name] = LayerMaps(kernel, weight.detach(), seed=seed, chance=chance, paper=paper)
             hook = partial(_record, kernel, maps[kernel.name])
-            handle = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)  # others may replace the output
-            hooks.enter_context(handle)
+            if overrides_forward(layer):  # it may write to what it is called with, or to itself
+                hooks.enter_context(layer.register_forward_pre_hook(partial(_record_before, hook), with_kwargs=True))
+            else:  # other hooks may replace the output
+                hooks.enter_context(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
         for images in batches:
             with full_precision(images.device):
                 model(images.clone())  # which the model may change
@@ -174,16 +177,22 @@ def _own_parameters(model: nn.Module) -> Iterator[None]:
                 parameter.data = data.copy_(was)  # no new version: a graph may hold the parameter
 
 
+def _record_before(record: Callable[..., None], layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Record a call that is to come, on copies of its inputs."""
+    inputs, options = tree_map_only(Tensor, torch.clone, (inputs, options))
+    record(layer, inputs, options, None)
+
+
 def _record(
-    kernel: Kernel, maps: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor
+    kernel: Kernel, maps: LayerMaps, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor | None
 ) -> None:
     """Add the feature maps of one call of a layer, and those that random kernels give in its place."""
-    if not images_of(inputs, options).numel():  # called on nothing, as a mask head is where no object was found
+    if is_empty_call(inputs, options):
         return
     maps.calls += 1
     call = find_convolution(layer, kernel.shape, inputs, options)
-    own = layer.bias is None and not overrides_forward(layer)  # the layer's output is the convolution's
-    if own:
+    own = output is not None and layer.bias is None  # the layer's output is the convolution's
+    if output is not None and own:
         output = output if output.ndim == len(kernel.shape) else output.unsqueeze(0)
         maps.update(output)
     else:

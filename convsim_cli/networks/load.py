@@ -31,6 +31,7 @@ from convsim_cli.kernels import (
     Kernel,
     Patterns,
     Selection,
+    axes_of,
     file_kernels,
     is_averaged,
     is_convolution,
@@ -372,9 +373,9 @@ def find_input(model: nn.Module, side: Callable[[int], int], channels: int | Non
     it is known. A network that takes none of these gets what its first convolution is defined with.
     """
     layers: list[Any] = [layer for layer in model.modules() if is_convolution(layer)]
-    axes = [axes for axes, _ in Counter(len(layer.kernel_size) for layer in layers).most_common()]
+    axes = [axes for axes, _ in Counter(axes_of(layer) for layer in layers).most_common()]
     usual = [(number, count) for count in axes for number in (USUAL if channels is None else (channels,))]
-    own = [(layer.in_channels, len(layer.kernel_size)) for layer in layers if channels is None]
+    own = [(layer.in_channels, axes_of(layer)) for layer in layers if channels is None]
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
     try:

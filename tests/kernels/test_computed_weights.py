@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from timm.layers.std_conv import ScaledStdConv2d, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv_transpose2d
 
-from convsim_cli import ConvSimPenalty, dct_, decorrelate_, measure, minimize_
+from convsim_cli import ConvSimPenalty, convolutional_similarity, dct_, decorrelate_, measure, minimize_
 from convsim_cli.errors import InputError
 from convsim_cli.kernels import module_kernels
 from convsim_cli.measurement.feature_maps import PaperSimilarity
@@ -447,3 +448,29 @@ def test_an_update_of_another_weight_is_no_layer() -> None:
         "0.lora_B.default.weight": "lora_B",
         "0.lokr_w2.default": "lokr_w2",
     }
+
+
+@pytest.mark.parametrize("how", ["prune", "weight_norm"])
+@pytest.mark.filterwarnings("ignore")
+def test_looking_leaves_the_weight_whose_graph_a_user_holds(how: str) -> None:
+    layer = nn.Conv2d(3, 8, 3)
+    if how == "prune":
+        torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+    else:
+        torch.nn.utils.weight_norm(layer)
+    layer(torch.randn(1, 3, 8, 8))
+    weight, penalty = layer.weight, ConvSimPenalty(nn.Sequential(layer))
+    penalty.value()
+    assert layer.weight is weight
+    assert weight.requires_grad
+
+
+def test_a_convolution_patched_on_the_layer_itself_is_seen() -> None:
+    layer = nn.Conv2d(3, 8, 3)
+
+    def centered(_: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.conv2d(images, weight - weight.mean(), bias)
+
+    layer._conv_forward = MethodType(centered, layer)  # type: ignore[method-assign]
+    expected = convolutional_similarity(layer.weight - layer.weight.mean())
+    torch.testing.assert_close(ConvSimPenalty(nn.Sequential(layer))(), expected)

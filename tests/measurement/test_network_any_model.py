@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from convsim_cli import ConvSimPenalty, TurnMonitor, dct_, decorrelate_, measure, minimize_, orthogonalize_
+from convsim_cli import (
+    ConvSimPenalty,
+    TurnMonitor,
+    convolutional_similarity,
+    dct_,
+    decorrelate_,
+    measure,
+    minimize_,
+    orthogonalize_,
+)
 from convsim_cli.batch_norm import reestimate_statistics
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.measurement.network import fm_corr_by_layer
 
 
@@ -286,3 +296,138 @@ def test_statistics_are_estimated_without_other_processes() -> None:
     synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
     assert measure(synchronized, images) == expected
     assert "forward" not in vars(synchronized[1])
+
+
+class Leaky(nn.Conv2d):
+    """Writes to what it is called with."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.leaky_relu(images, 0.2, inplace=True))
+
+
+class Streaming(nn.Conv1d):
+    """Remembers the end of what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 6, 3)
+        self.cache = torch.zeros(1, 3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = torch.cat([self.cache.expand(len(images), -1, -1), images], -1)
+        self.cache = images[:1, :, -2:]
+        return super().forward(images)
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), Leaky(8, 8, 1), nn.Conv2d(8, 6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner = self.a(images)
+        return self.c(inner + self.b(inner))
+
+
+def correlation(maps: Tensor) -> float:
+    rows = maps.transpose(0, 1).flatten(1).double()
+    upper = torch.ones(len(rows), len(rows), dtype=torch.bool).triu(1)
+    return rows.corrcoef()[upper].abs().mean().item()
+
+
+def test_a_layer_that_writes_to_its_input_is_measured_as_it_is_called() -> None:
+    model, images = Beside(), torch.randn(4, 3, 12, 12)
+    found = {record["name"]: record["fm_corr"] for record in measure(model, images)}
+    with torch.no_grad():
+        inner = nn.functional.leaky_relu(model.a(images), 0.2)
+        b = nn.functional.conv2d(inner, model.b.weight)
+        c = nn.functional.conv2d(inner + model.b(model.a(images)), model.c.weight)
+    assert found["b.weight"] == pytest.approx(correlation(b), abs=1e-5)
+    assert found["c.weight"] == pytest.approx(correlation(c), abs=1e-5)
+    decorrelate_(model, images)
+    assert measure(model, images)[2]["fm_corr"] < 1e-3
+
+
+def test_a_layer_that_remembers_is_measured_as_it_is_called() -> None:
+    model, images = nn.Sequential(Streaming()), torch.randn(4, 3, 40)
+    with torch.no_grad():
+        maps = nn.functional.conv1d(torch.cat([torch.zeros(4, 3, 2), images], -1), model[0].weight)
+    assert measure(model, images)[0]["fm_corr"] == pytest.approx(correlation(maps), abs=1e-5)
+
+
+class Sized(nn.Conv2d):
+    """Holds its sizes as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3, padding=1)
+        self.kernel_size = self.padding = 3  # type: ignore[assignment]
+        self.padding = 1  # type: ignore[assignment]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.conv2d(images, self.weight, self.bias, padding=1)
+
+
+class OfDictionaries(nn.Conv2d):
+    def forward(self, images: Any) -> Tensor:
+        return super().forward(images["x"] if isinstance(images, dict) else images)
+
+
+class CalledOnDictionaries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.next = OfDictionaries(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.next(self.kernels({"x": images}))
+        return found
+
+
+def test_layers_of_unusual_sizes_and_inputs_are_measured() -> None:
+    images = torch.randn(2, 3, 12, 12)
+    sized = nn.Sequential(Sized())
+    assert measure(sized, images)[0]["fm_corr"] is not None
+    assert ConvSimPenalty(sized)().item() == pytest.approx(convolutional_similarity(sized[0].weight).item())
+    assert all(record["fm_corr"] is not None for record in measure(CalledOnDictionaries(), images))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_frozen_submodule_is_no_hindrance() -> None:
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1)).eval()))
+    model = nn.Sequential(frozen, nn.Conv2d(3, 8, 3))
+    assert [record["name"] for record in measure(model, torch.randn(2, 3, 8, 8))] == ["1.weight"]
+
+
+def test_quantized_layers_are_named_as_skipped() -> None:
+    class Quantized(nn.Module):
+        in_channels, out_channels, kernel_size, groups = 8, 4, (3, 3), 1
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Quantized())
+    with pytest.warns(ConvsimWarning, match=r"1\.weight \(a Quantized, not a convolution"):
+        ConvSimPenalty(model)
+
+
+class Logging(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.calls, self.log, self.by_name = torch.zeros(1), [0], {"k": 0}
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        self.log.append(1)
+        self.by_name["k"] += 1
+        return super().forward(images)
+
+
+def test_what_a_forward_writes_to_its_attributes_is_put_back() -> None:
+    model = nn.Sequential(Logging())
+    log = model[0].log
+    measure(model, torch.randn(2, 3, 8, 8))
+    assert (model[0].calls.item(), log, model[0].log, model[0].by_name) == (0, [0], [0], {"k": 0})
+
+
+def test_names_leave_activation_checkpointing_out() -> None:
+    wrapped = checkpoint_wrapper(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    model = nn.Sequential(wrapped)
+    assert [record["name"] for record in measure(model, torch.randn(2, 3, 8, 8))] == ["0.0.weight"]
+    assert "0.0.weight" in model.state_dict()
+    assert minimize_(model, iterations=1, include=["0.0.weight"])
+    assert ConvSimPenalty(model)() > 0
