@@ -446,10 +446,10 @@ def _maps(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tenso
     """A convolution's maps `[images, S, *space]` without its bias, in float32 at least."""
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
 
-    shared = overrides_forward(layer)  # its `forward` may write to what it is called with
+    may_write = overrides_forward(layer)  # to what it is called with
 
     def cast(value: Any) -> Any:
-        return value.to(dtype, copy=shared) if isinstance(value, Tensor) else value
+        return value.to(dtype, copy=may_write) if isinstance(value, Tensor) else value
 
     inputs, options = tuple(map(cast, inputs)), {name: cast(value) for name, value in options.items()}
     with full_precision(layer.weight.device):  # the network may switch autocast on by itself

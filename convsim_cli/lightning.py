@@ -87,20 +87,20 @@ class _Hooks:
             self._start = None  # the next training begins with its own
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        if self._batch is None and self._is_measured(trainer):  # resumed, it may not be 0
+        if self._batch is None and self._is_measured(trainer) and self._images is None:  # resumed, it may not be 0
             self._batch = batch
-            if not self._measurable:  # tell now, not after an epoch
-                hint = "; pass `images=`, or set `measure_every` to 0" if self._images is None else ""
-                self._measure(pl_module, [batch] if self._images is None else _first(self._images), hint)
-                self._measurable = True
+        if not self._measurable and self._is_measured(trainer):  # tell now, not after an epoch
+            hint = "; pass `images=`, or set `measure_every` to 0" if self._images is None else ""
+            self._measure(pl_module, [batch] if self._images is None else _first(self._images), hint)
+            self._measurable = True
         self._steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         if self._penalty is None:
             return
         beta, scaler = self._beta, getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            beta *= scaler._get_scale_async()  # a fused step unscales the gradients itself
+        if scaler is not None and scaler.is_enabled() and getattr(optimizer, "_step_supports_amp_scaling", False):
+            beta = beta * scaler._get_scale_async()  # a fused step unscales the gradients itself
         self._penalty.add_gradient_(beta, self._preserve_norm)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
@@ -143,7 +143,12 @@ class _Hooks:
 
 def _first(images: Any) -> Any:
     """The first batch of what `measure` takes."""
-    return images if hasattr(images, "shape") or isinstance(images, Mapping) else list(islice(images, 1))
+    import torch
+
+    if hasattr(images, "shape") or isinstance(images, Mapping):
+        return images
+    with torch.random.fork_rng(devices=[]):  # a loader draws its order
+        return list(islice(images, 1))
 
 
 def __getattr__(name: str) -> Any:

@@ -103,9 +103,9 @@ class ConvSimPenalty:
         of the penalty, finite and ≥ 0. A tensor with one element stays on its device: its value is checked on the CPU
         only, since reading it elsewhere would wait for the device. Frozen parameters are left alone. Half-precision
         gradients are added to in float32 and rounded once. Gradient hooks of a parameter, including post-accumulate
-        hooks, are called with the penalty's gradient. preserve_norm:
-        remove from each filter's gradient the component along the filter, so that it reduces similarity without
-        shrinking. Raises InputError for another beta, and as a call of the penalty; all gradients are then unchanged.
+        hooks, are called with the penalty's gradient. preserve_norm: remove from each filter's gradient the component
+        along the filter, so that it reduces similarity without shrinking. Raises InputError for another beta, and as a
+        call of the penalty; all gradients are then unchanged.
         """
         _check_beta(beta)
         beta = beta.reshape(()) if isinstance(beta, Tensor) else float(beta)  # torch takes no ints above 64 bits

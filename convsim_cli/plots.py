@@ -291,8 +291,9 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], column: str) -> None:
             spreads = [stdev(found) for found in values]
             low = [center - spread for center, spread in zip(means, spreads, strict=True)]
             high = [center + spread for center, spread in zip(means, spreads, strict=True)]
-            if column in LOGARITHMIC:  # which has no room for 0 and below
-                low = [max(bottom, min(found)) for bottom, found in zip(low, values, strict=True)]
+            if column in LOGARITHMIC:  # which has no room for 0, and much for what is near
+                least = [min(found) for found in values]
+                low = [bottom if bottom > lowest / 2 else lowest for bottom, lowest in zip(low, least, strict=True)]
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if column in LOGARITHMIC and drawn:
         _use_log_scale(axes)

@@ -194,7 +194,7 @@ def test_a_long_label_stays_within_the_figure(label: str) -> None:
     assert box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
 
 
-def test_no_band_on_a_log_scale_reaches_below_its_lowest_seed() -> None:
+def test_no_band_on_a_log_scale_reaches_far_below_its_lowest_seed() -> None:
     histories = [[{**row, "cs": value} for row in HISTORY] for value in (10000.0, 1720.0)]
     axes = draw_runs([Curve("a", histories)], "").axes[3]
     (band,) = axes.collections

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -27,6 +28,7 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 TRAINING = ("train", "training")  # names of folders, in small or capital letters
 TEST = ("val", "test", "valid", "validation", "testing")  # the first one that is there
+LONGEST_DOWNLOAD = 600  # seconds that other processes wait for one
 DEEPEST = 3  # levels of folders that are searched for what was meant
 NAMED = 5  # folders in an error
 DECODED = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever its name: PIL would run programs on others
@@ -105,7 +107,7 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
     _refuse_inside(data_dir, source)
     created = [path for path in (data_dir, *data_dir.parents) if not path.exists()]
     try:
-        with _alone_in(data_dir):
+        with _locked(data_dir, to_write=not folder.is_dir()):
             splits = [source(data_dir, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
         if folder.is_dir() and isinstance(error, OSError) and not isinstance(error, URLError):
@@ -129,16 +131,19 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for processes that download to a folder, or read from it; where its file system has no locks, for none."""
+def _locked(folder: Path, to_write: bool) -> Iterator[None]:
+    """Wait, for a time, for processes that download to a folder; to write there, also for those that read."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        with suppress(OSError):  # no locks here, or a folder that may not be listed
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, descriptor)
+            for _ in range(LONGEST_DOWNLOAD):
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, (fcntl.LOCK_EX if to_write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                    break
+                time.sleep(1)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_inside(data_dir: Path, source: Any) -> None:

@@ -108,7 +108,7 @@ def module_kernels(
 
 def without_wrappers(path: str) -> str:
     """Return the path of a module as `state_dict` has it, which leaves activation checkpointing out."""
-    return path.replace("_checkpoint_wrapped_module.", "").removesuffix("._checkpoint_wrapped_module")
+    return f"{path}.".replace("_checkpoint_wrapped_module.", "").removesuffix(".")
 
 
 def _candidates(layer: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
@@ -145,7 +145,8 @@ def _candidates(layer: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
 def _is_quantized(layer: nn.Module) -> bool:
     """Return whether a layer has the sizes of a convolution and, as quantized ones, neither parameters nor layers."""
-    sizes = all(hasattr(layer, name) for name in ("kernel_size", "in_channels", "out_channels", "groups"))
+    sizes = all(hasattr(layer, name) for name in ("in_channels", "out_channels", "groups"))
+    sizes &= isinstance(getattr(layer, "kernel_size", None), tuple) and callable(getattr(layer, "weight", None))
     return sizes and next(chain(layer.parameters(), layer.children()), None) is None
 
 

@@ -310,9 +310,11 @@ def group_by_seed(runs: Sequence[RunResults], by_length: bool = False) -> list[G
             values = {"epochs": len(run.rows)} | values
         grouped.setdefault(tuple(values.items()), []).append(run)
     configurations, known = [dict(key) for key in grouped], declarations(Arguments)
-    differing = [
-        name for name in known if len({values.get(name, known[name].default) for values in configurations}) > 1
-    ]
+    differing = []
+    for name, declaration in known.items():  # what a run does not use is as its default; epochs are not
+        usual = {} if name == "epochs" else {name: declaration.default}
+        if len({(usual | values)[name] for values in configurations if name in usual | values}) > 1:
+            differing.append(name)
     owns, settings = [], []
     for configuration in configurations:
         own = {name: configuration[name] for name in differing if name in configuration}

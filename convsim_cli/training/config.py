@@ -287,7 +287,7 @@ def without_unused(values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[
     if mode := MODES.get(typed.get("mode", "")):
         unused |= {name for name in values if (takers := modes_that_take(name)) and mode.name not in takers}
         unused |= set() if mode.regularizes else {"beta"}
-    method = METHODS.get(typed.get("method", ""))
+    method = METHODS.get(typed.get("method", values.get("method", "")))
     if method and not method.iterates and typed.get("mode", values.get("mode")) == "init":
         unused.add("preserve_norm")
     if typed.get("optimizer", "sgd") != "sgd":

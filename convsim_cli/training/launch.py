@@ -135,8 +135,10 @@ def make_folder(path: Path) -> None:
 
 
 def create_first_free(arguments: Arguments, run_dir: Path, names: Iterable[str]) -> Run | None:
-    """Create the first of these folders that is free, with `run_dir` locked; None if none of them is."""
-    arguments = identified(arguments)
+    """Create the first of these folders that is free, with `run_dir` locked; None if none of them is.
+
+    arguments: `identified`.
+    """
     for name in names:
         folder = run_dir / name
         if not is_free(folder):

@@ -101,7 +101,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Train a run to its number of epochs, resuming after its last whole epoch, and return its summary.
 
-    dataset: the run's whole dataset, if it is loaded already. model: what `build_with_weights` gives, if it is built
+    dataset: what `load_data` gives, if it is loaded already. model: what `build_with_weights` gives, if it is built
     already. Only rank 0 touches the folder; the other processes return an empty summary. Raises DivergedError (the last
     good checkpoint is kept), InputError for a damaged `state.pt`, a lost one or that of another run, and BusyError for
     a run that another process is working on.

@@ -288,6 +288,9 @@ def test_a_control_starts_from_the_file_of_a_run_by_another_mode(tmp_path: Path,
     assert convsim(*config, "--mode", "baseline", "--name", "b").code == 0
     assert convsim(*config, "--method", "dct", "--name", "c").code == 0
     assert json.loads((tmp_path / "b" / "args.json").read_text())["preserve_norm"] is False
+    both = ("--mode", "init+reg", "--method", "dct", "--preserve-norm")
+    assert convsim("train", *small, *both, "--name", "e", *where).code == 0
+    assert convsim("train", "--config", tmp_path / "e" / "args.json", *where, "--mode", "init", "--name", "f").code == 0
     refused = convsim(*config, "--mode", "baseline", "--factor", 0.5, "--name", "d")
     assert "--factor requires --mode rescale" in refused.error
 

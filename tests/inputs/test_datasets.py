@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from convsim_cli.errors import InputError
-from convsim_cli.inputs.datasets import _alone_in, decode_image, folder_digest, load_dataset
+from convsim_cli.inputs.datasets import _locked, decode_image, folder_digest, load_dataset
 from convsim_cli.inputs.images import Channels
 
 
@@ -367,7 +367,7 @@ def test_a_dataset_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, mo
 
 def test_a_process_waits_for_another_that_downloads(tmp_path: Path) -> None:
     steps: list[str] = []
-    with _alone_in(tmp_path / "data"):
+    with _locked(tmp_path / "data", to_write=True):
         other = threading.Thread(target=lambda: enter(tmp_path / "data", steps))
         other.start()
         time.sleep(0.1)
@@ -377,7 +377,7 @@ def test_a_process_waits_for_another_that_downloads(tmp_path: Path) -> None:
 
 
 def enter(folder: Path, steps: list[str]) -> None:
-    with _alone_in(folder):
+    with _locked(folder, to_write=False):
         steps.append("entered")
 
 

@@ -400,7 +400,13 @@ def test_quantized_layers_are_named_as_skipped() -> None:
     class Quantized(nn.Module):
         in_channels, out_channels, kernel_size, groups = 8, 4, (3, 3), 1
 
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), Quantized())
+        def weight(self) -> Tensor:  # as torch.ao's has it
+            return torch.ones(4, 8, 3, 3)
+
+    class Hyper(nn.Module):
+        in_channels, out_channels, kernel_size, groups = 8, 4, 3, 1
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Quantized(), Hyper())
     with pytest.warns(ConvsimWarning, match=r"1\.weight \(a Quantized, not a convolution"):
         ConvSimPenalty(model)
 
@@ -431,3 +437,6 @@ def test_names_leave_activation_checkpointing_out() -> None:
     assert "0.0.weight" in model.state_dict()
     assert minimize_(model, iterations=1, include=["0.0.weight"])
     assert ConvSimPenalty(model)() > 0
+    assert [record["name"] for record in measure(checkpoint_wrapper(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8))] == [
+        "weight"
+    ]

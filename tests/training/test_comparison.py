@@ -407,3 +407,9 @@ def test_the_screen_says_how_many_seeds_are_paired(
     rmtree(runs / "baseline-s1")
     rmtree(runs / "init-s0")
     assert "mode=init: has no seed in common with mode=baseline" in convsim("compare", runs).err
+
+
+def test_what_a_run_does_not_use_gives_a_group_no_name(tmp_path: Path) -> None:
+    both = [replace(BASE, epochs=30), replace(BASE, epochs=30, schedule="cosine")]
+    found = group_by_seed([RunResults(tmp_path, arguments, []) for arguments in both])
+    assert [group.name for group in found] == ["schedule=constant", "schedule=cosine"]
