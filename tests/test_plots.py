@@ -201,10 +201,24 @@ def test_no_band_on_a_log_scale_reaches_far_below_its_lowest_seed() -> None:
     assert band.get_paths()[0].vertices[:, 1].min() == 1720  # type: ignore[union-attr, index, call-overload]
 
 
-def test_a_network_whose_runs_all_diverged_at_once_leaves_an_empty_panel(tmp_path: Path) -> None:
-    rows = [{"arch": "cnn1", "arm": "init", "seed": seed, "epoch": [], "cs": []} for seed in range(2)]
-    save_figure(draw_arms(rows, "title"), tmp_path / "x.png")
-    save_figure(draw_runs([Curve("a", [[{**row, "cs": 0.0} for row in HISTORY]])], ""), tmp_path / "y.png")
+def test_runs_that_all_diverged_at_once_leave_an_empty_panel(tmp_path: Path) -> None:
+    rows = [
+        {"arch": arch, "arm": "init", "seed": seed, "epoch": epochs, "cs": [9.0] * len(epochs)}
+        for arch, epochs in (("cnn1", []), ("cnn2", [1, 2]))
+        for seed in range(2)
+    ]
+    figure = draw_arms(rows, "title")
+    save_figure(figure, tmp_path / "x.png")  # a log scale of nothing fails when it is drawn
+    empty, drawn = figure.axes
+    assert [len(line.get_xdata()) for axes in (empty, drawn) for line in axes.get_lines()] == [0, 2]  # type: ignore[arg-type]
+    assert (empty.get_yscale(), drawn.get_yscale()) == ("linear", "log")
+
+
+def test_values_that_are_all_zero_get_no_log_scale(tmp_path: Path) -> None:
+    figure = draw_runs([Curve("a", [[{**row, "cs": 0.0} for row in HISTORY]])], "")
+    save_figure(figure, tmp_path / "x.png")
+    assert figure.axes[3].get_yscale() == "linear"
+    assert list(figure.axes[3].get_lines()[0].get_ydata()) == [0] * len(HISTORY)  # type: ignore[arg-type]
 
 
 def test_figure_5_shows_both_error_bars_in_the_order_of_the_iterations() -> None:

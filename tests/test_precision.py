@@ -145,7 +145,7 @@ def test_autocast_is_off_inside_and_on_afterwards() -> None:
         assert (a @ a).dtype == torch.bfloat16
 
 
-def test_blocks_that_overlap_in_two_threads_leave_the_switches_as_they_were() -> None:
+def test_blocks_that_overlap_leave_the_switches_as_they_were() -> None:
     def looks() -> tuple[object, object]:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
