@@ -27,7 +27,14 @@ from convsim_cli.checkpoints.formats import StateDict, check_replaceable, is_on_
 from convsim_cli.device import Advance, Progress, resolve_device, unreported
 from convsim_cli.errors import ConvsimWarning, InputError, quoted
 from convsim_cli.kernels import Patterns, Selection, living_filters, weight_of
-from convsim_cli.measurement.kernel_figures import check_finite, compare_weights, describe, measure_weight, sum_cs
+from convsim_cli.measurement.kernel_figures import (
+    check_finite,
+    check_range,
+    compare_weights,
+    describe,
+    measure_weight,
+    sum_cs,
+)
 from convsim_cli.methods import METHODS, Method
 from convsim_cli.minimize import Layer, Minimization, minimize_kernels
 from convsim_cli.networks.load import (
@@ -201,8 +208,6 @@ def _change_layers(
     if minimization:
         yield from minimize_kernels(layers, minimization, advance)
         return
-    from convsim_cli.closed_forms import check_range
-
     for kernel, weight in layers:
         if method.of_kernel:
             changed = method.of_kernel(kernel, weight)

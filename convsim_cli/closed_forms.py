@@ -68,7 +68,7 @@ from convsim_cli.kernels import (
 )
 from convsim_cli.layers import convolve_with, is_empty_call, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import MapMoments
-from convsim_cli.measurement.kernel_figures import are_finite, check_finite, compare_weights
+from convsim_cli.measurement.kernel_figures import are_finite, check_finite, check_range, compare_weights
 from convsim_cli.precision import Taps, full_precision
 from convsim_cli.similarity import to_filters
 
@@ -521,13 +521,6 @@ def _with_directions(kernel: Kernel, weight: Tensor, directions: Directions) -> 
     found = kernel.to_stored(rows, weight.dtype).to(weight.device)
     check_range(kernel, found)
     return found
-
-
-def check_range(kernel: Kernel, weight: Tensor) -> None:
-    """Raise InputError if a new weight does not fit the type in which it is stored."""
-    if not are_finite([weight]):
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise InputError(f"{kernel.name}: the new kernels exceed the range of {kind}; scale this layer down first")
 
 
 def _norms(filters: Tensor) -> Tensor:

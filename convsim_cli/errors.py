@@ -1,4 +1,4 @@
-"""What can go wrong, each with the exit code that the command line gives it.
+"""What can go wrong, each with the exit code that the command line gives it, and what has to be waited for.
 
 A message names an argument of the failing call in backticks (`lr`), never a command-line option: the command line shows
 the option of that name instead (--lr). Only a whole command to copy (convsim train --resume RUN) is spelled as typed.
@@ -7,9 +7,12 @@ the option of that name instead (--lr). Only a whole command to copy (convsim tr
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shlex
 import stat
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -19,6 +22,7 @@ from typing import Any, BinaryIO
 
 _LISTED = 12  # names in an error, at most
 _NAMED = 3  # of a list in a line
+PATIENCE = 2.0  # seconds of waiting for another process before a warning
 
 
 class ConvsimError(Exception):
@@ -92,6 +96,23 @@ def _open_regular(path: str, flags: int) -> int:
         return descriptor
     os.close(descriptor)  # another has taken its name since
     raise IrregularFileError(path)
+
+
+def wait_for_lock(descriptor: int, what: str, shared: bool = False) -> None:
+    """Lock an open file or folder; after two seconds, warn that another process holds it.
+
+    what: the other process does, such as `is saving to FOLDER`. shared: let others hold shared locks as well. Raises
+    OSError if locks fail.
+    """
+    lock = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            return fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+    warnings.warn(f"waiting for another process that {what}", ConvsimWarning, stacklevel=2)
+    fcntl.flock(descriptor, lock)
 
 
 def brief(error: BaseException) -> str:

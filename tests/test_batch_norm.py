@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsim_cli.batch_norm import batch_norm_layers, batch_norms_before, batch_statistics, reestimate_statistics
+from convsim_cli.kernels import natural_order
 
 
 def network() -> nn.Sequential:
@@ -185,8 +187,8 @@ RESNET = {
 }
 
 
-@pytest.mark.parametrize("alphabetical", [False, True])
-def test_a_files_batch_norm_before_a_layer_is_found_in_either_order(alphabetical: bool) -> None:
+@pytest.mark.parametrize("order", [None, str, natural_order])
+def test_a_files_batch_norm_before_a_layer_is_found_in_any_order(order: Callable[[str], Any] | None) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in RESNET.items():
         if isinstance(shape, tuple):
@@ -194,7 +196,7 @@ def test_a_files_batch_norm_before_a_layer_is_found_in_either_order(alphabetical
         else:
             shapes |= {f"{name}.{part}": (shape,) for part in ("weight", "bias", "running_mean", "running_var")}
     channels = {name: shape[1] for name, shape in shapes.items() if len(shape) == 4}
-    shapes = dict(sorted(shapes.items())) if alphabetical else shapes
+    shapes = {name: shapes[name] for name in sorted(shapes, key=order)} if order else shapes
     assert batch_norms_before(shapes, channels) == {
         "layer1.0.conv1.weight": "bn1",
         "layer1.0.conv2.weight": "layer1.0.bn1",

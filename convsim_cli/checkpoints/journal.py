@@ -34,7 +34,6 @@ import os
 import re
 import shutil
 import stat
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -46,13 +45,12 @@ from secrets import token_hex
 from typing import BinaryIO
 
 from convsim_cli.checkpoints.diagnose import is_backup, is_checkpoint_file
-from convsim_cli.errors import ConvsimWarning
+from convsim_cli.errors import ConvsimWarning, wait_for_lock
 
 JOURNAL, MANIFEST = ".convsim-journal", ".convsim-manifest"
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-PATIENCE = 2.0  # seconds of waiting for another process before a warning
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync(2) of a folder, on some file systems
 _HIDDEN = re.compile(r"\.convsim-(?:manifest|turn|[0-9a-f]{16})")  # files that stay when others move to their place
 _CHUNK = 1 << 20
@@ -127,20 +125,6 @@ def write_manifest(parent: Path, descriptor: int) -> None:
         os.fsync(new)
 
 
-def wait_for_lock(descriptor: int, folder: Path) -> None:
-    """Lock a scratch folder that another process may hold for a save to `folder`. Raises OSError if locks fail."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.01)
-        else:
-            return
-    warnings.warn(f"waiting for another process that is saving to {folder}", ConvsimWarning, stacklevel=2)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
 def is_still(path: Path, descriptor: int) -> bool:
     """Return whether an open folder is still the one of this name."""
     try:
@@ -205,7 +189,7 @@ def _opened(folder: Path) -> Iterator[_Journal | None]:
             if status.st_mode & 0o022:
                 raise ForeignJournalError(folder, f"others may write to it (mode {stat.S_IMODE(status.st_mode):04o})")
             with suppress(OSError):  # a file system without locks
-                wait_for_lock(descriptor, folder)
+                wait_for_lock(descriptor, f"is saving to {folder}")
             if not is_still(path, descriptor):
                 continue  # its own process has completed it
             names = list_names(descriptor)
@@ -293,7 +277,7 @@ class Scratch:
                 self.path.rmdir()
                 raise
             with suppress(OSError):  # without locks on this file system nobody can sweep either
-                wait_for_lock(self._descriptor, folder)
+                wait_for_lock(self._descriptor, f"is saving to {folder}")
             if self.path.is_dir():
                 return
             os.close(self._descriptor)
@@ -427,7 +411,7 @@ def _remove_left(path: Path, wait: bool) -> bool:
         if os.fstat(descriptor).st_uid != os.geteuid() or (path.name == _TURN and names and _MARK not in names):
             return False
         if wait:
-            wait_for_lock(descriptor, path.parent)
+            wait_for_lock(descriptor, f"is saving to {path.parent}")
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_still(path, descriptor):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -19,7 +18,9 @@ from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint
 from convsim_cli.checkpoints.diagnose import Source
 from convsim_cli.errors import CheckpointError, no_name_twice
-from convsim_cli.kernels import TensorInfo
+from convsim_cli.kernels import TensorInfo, natural_order
+
+T = TypeVar("T")
 
 _TYPES = {  # the format's name of a type → torch's, where it has one, and its bits
     "BOOL": ("bool", 8),
@@ -62,7 +63,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
         self._data_start = 8 + length
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
-        entries = sorted(self._header.items(), key=lambda entry: natural_order(entry[0]))  # the format keeps no order
+        entries = in_natural_order(self._header).items()
         super().__init__(
             path,
             {name: TensorInfo(_TYPES[e["dtype"]][0], tuple(e["shape"])) for name, e in entries},
@@ -190,7 +191,6 @@ def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> byt
     return len(header).to_bytes(8, "little") + header
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer2 before layer10."""
-    parts = ((part.isdecimal(), part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
-    return [(len(digits), digits) if is_number else (-1, part) for is_number, part, digits in parts]
+def in_natural_order(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return what belongs to tensors by name, layer2 before layer10: the format keeps no order."""
+    return {name: tensors[name] for name in sorted(tensors, key=natural_order)}

@@ -18,7 +18,7 @@ from torch import Tensor
 from convsim_cli.checkpoints.atomic import Replacements, free_names, refuse_interrupted
 from convsim_cli.checkpoints.base import Changes, Checkpoint
 from convsim_cli.checkpoints.diagnose import Source, is_index
-from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, natural_order
+from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, in_natural_order
 from convsim_cli.errors import CheckpointError, InputError, WriteError, no_name_twice
 
 _LARGEST = 100_000_000  # bytes of an index, as of the header of a shard
@@ -45,10 +45,9 @@ class ShardedCheckpoint(Checkpoint):
         for name, shard in self._shard_of.items():
             if name not in self._shards[shard].tensors:
                 raise CheckpointError(f"{path}: maps {name} to {shard}, which does not contain it; fetch both again")
-        tensors = {
-            name: self._shards[self._shard_of[name]].tensors[name] for name in sorted(self._shard_of, key=natural_order)
-        }
-        super().__init__(path, tensors)
+        super().__init__(
+            path, in_natural_order({name: self._shards[at].tensors[name] for name, at in self._shard_of.items()})
+        )
         self.metadata = {key: text for shard in self._shards.values() for key, text in shard.metadata.items()}
 
     def load(self, name: str) -> Tensor:

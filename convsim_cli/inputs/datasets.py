@@ -6,9 +6,7 @@ refused: images in the wrong place would be trained on with wrong labels.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -21,14 +19,13 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from convsim_cli.errors import InputError, brief, did_you_mean, one_of, open_regular, to_install
+from convsim_cli.errors import InputError, brief, did_you_mean, one_of, open_regular, to_install, wait_for_lock
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 TRAINING = ("train", "training")  # names of folders, in small or capital letters
 TEST = ("val", "test", "valid", "validation", "testing")  # the first one that is there
-LONGEST_DOWNLOAD = 600  # seconds that other processes wait for one
 DEEPEST = 3  # levels of folders that are searched for what was meant
 NAMED = 5  # folders in an error
 DECODED = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever its name: PIL would run programs on others
@@ -132,17 +129,13 @@ def _cifar(kind: str, classes: int, mean: Channels, std: Channels, data_dir: Pat
 
 @contextmanager
 def _locked(folder: Path, to_write: bool) -> Iterator[None]:
-    """Wait, for a time, for processes that download to a folder; to write there, also for those that read."""
+    """Wait for processes that download to a folder; to write there, also for those that read."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         with suppress(OSError):  # no locks here, or a folder that may not be listed
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             held.callback(os.close, descriptor)
-            for _ in range(LONGEST_DOWNLOAD):
-                with suppress(BlockingIOError):
-                    fcntl.flock(descriptor, (fcntl.LOCK_EX if to_write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                    break
-                time.sleep(1)
+            wait_for_lock(descriptor, f"{'uses' if to_write else 'downloads to'} {folder}", shared=not to_write)
         yield
 
 

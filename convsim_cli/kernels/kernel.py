@@ -248,13 +248,20 @@ def undone_on_failure(weights: Sequence[Tensor]) -> Iterator[None]:
 def in_layer_order(names: Iterable[str]) -> list[str]:
     """Return the names of a file in their order, or where that is the alphabet's, in what may be the layers' order."""
     listed = list(names)
-    if listed == sorted(listed) or listed == sorted(listed, key=_natural):
+    if is_alphabetical(listed):
         return sorted(listed, key=lambda name: [_part_order(part) for part in name.split(".")])
     return listed
 
 
-def _natural(name: str) -> list[tuple[float, str]]:
-    return [(float(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+def is_alphabetical(names: Sequence[str]) -> bool:
+    """Return whether names are in the alphabet's order, numbers by digit or by value: their own order is lost."""
+    return any(list(names) == sorted(names, key=order) for order in (None, natural_order))
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer2 before layer10."""
+    parts = ((part.isdecimal(), part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
+    return [(len(digits), digits) if is_number else (-1, part) for is_number, part, digits in parts]
 
 
 @cache

@@ -160,6 +160,13 @@ def check_finite(layers: Sequence[tuple[Kernel, Tensor]], where: str | None = No
             )
 
 
+def check_range(kernel: Kernel, weight: Tensor) -> None:
+    """Raise InputError if a new weight does not fit the type in which it is stored."""
+    if not are_finite([weight]):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise InputError(f"{kernel.name}: the new kernels exceed the range of {kind}; scale this layer down first")
+
+
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors hold neither NaN nor Inf, without a copy of them, waiting for the device once."""
     found = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors if tensor.numel()]

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import gc
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,11 +21,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from convsim_cli.errors import BusyError, ConvsimError, ConvsimWarning, InputError, RankZeroFailedError
+from convsim_cli.errors import BusyError, ConvsimError, ConvsimWarning, InputError, RankZeroFailedError, wait_for_lock
 
 T = TypeVar("T")
 
-PATIENCE = 2.0  # seconds of waiting for another process before a warning
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 LONGEST_PREPARATION = timedelta(days=1)  # of rank 0, which downloads data and runs Algorithm 1 while the others wait
 
@@ -77,15 +75,10 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             held.callback(os.close, descriptor)
-            patience = time.monotonic() + PATIENCE if wait else 0.0
-            while not _try_lock(descriptor):
-                if not wait:
-                    raise BusyError(f"{folder}: another process is working on this run")
-                if time.monotonic() > patience:
-                    warnings.warn(f"waiting for another process that works in {folder}", ConvsimWarning, stacklevel=3)
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    break
-                time.sleep(0.02)
+            if wait:
+                wait_for_lock(descriptor, f"works in {folder}")
+            elif not _try_lock(descriptor):
+                raise BusyError(f"{folder}: another process is working on this run")
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise InputError(f"{folder}: cannot be opened or locked ({error.strerror})") from error

@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from convsim_cli.checkpoints.safetensors_format import natural_order
-from convsim_cli.kernels import Kernel, TensorInfo, file_kernels, is_convolution
+from convsim_cli.kernels import Kernel, TensorInfo, file_kernels, is_convolution, natural_order
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Infos = dict[str, TensorInfo]

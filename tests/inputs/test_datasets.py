@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import builtins
+import fcntl
 import hashlib
+import os
 import pickle
 import tarfile
 import threading
@@ -17,7 +19,7 @@ import numpy
 import pytest
 import torch
 
-from convsim_cli.errors import InputError
+from convsim_cli.errors import ConvsimWarning, InputError
 from convsim_cli.inputs.datasets import _locked, decode_image, folder_digest, load_dataset
 from convsim_cli.inputs.images import Channels
 
@@ -374,6 +376,15 @@ def test_a_process_waits_for_another_that_downloads(tmp_path: Path) -> None:
         steps.append("downloaded")
     other.join()
     assert steps == ["downloaded", "entered"]
+
+
+def test_waiting_for_a_download_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convsim_cli.errors.PATIENCE", 0.05)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.5, os.close, [held]).start()
+    with pytest.warns(ConvsimWarning, match="waiting for another process that downloads to"), _locked(tmp_path, False):
+        pass
 
 
 def enter(folder: Path, steps: list[str]) -> None:

@@ -167,7 +167,7 @@ def test_a_folder_on_a_file_system_without_locks_is_used_with_a_warning(
 
 
 def test_waiting_for_a_folder_is_said_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convsim_cli.training.distributed.PATIENCE", 0.05)
+    monkeypatch.setattr("convsim_cli.errors.PATIENCE", 0.05)
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     threading.Timer(0.3, os.close, [held]).start()
