@@ -123,8 +123,8 @@ def batch_norms_before(shapes: Mapping[str, Sequence[int]], channels: Mapping[st
 
     shapes: of all tensors of the file, in its order. channels: kernel → number of channels that it takes, over all
     groups, in any order, for every tensor that may be a kernel. A kernel's batch norm is the last one of that many
-    channels between it and the kernel before it. Alphabetical files, and those of safetensors, have lost the order of the
-    layers, and `_layer_order` stands in for it.
+    channels between it and the kernel before it. Alphabetical files, and those of safetensors, have lost the order of
+    the layers, and `_layer_order` stands in for it.
     """
     names, found, between = list(shapes), dict[str, str](), dict[int, str]()
     for name in sorted(names, key=_layer_order) if is_alphabetical(names) else names:

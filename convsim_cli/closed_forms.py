@@ -5,8 +5,10 @@ more filters than C·N taps cannot all be orthogonal. Everything is computed in 
 (`kernels.living_filters`) stays bit-identical and takes part in nothing. K: the filters of a group as rows.
 
 Orthogonal filters: U Vᵀ of the singular value decomposition U Σ Vᵀ of K, after each filter's mean per channel is
-subtracted, which takes its response to frequency zero (filters of one tap keep it: nothing else would be left).
-Singular values below 1e-6 of the largest count as zero. A filter that is constant in every channel stays as it is.
+subtracted, which takes its response to frequency zero (filters of one tap keep it: nothing else would be left). More
+filters than the C·(N − 1) directions that are left are orthogonal only as far as that goes: filters of two or three
+taps may then be more alike than before. Singular values below 1e-6 of the largest count as zero. A filter that is
+constant in every channel stays as it is.
 
 One pattern each (`dct`): K_i = ‖K_i‖ · u_i ⊗ B_p, with B_p one of the N patterns of the orthonormal DCT-II basis over
 the taps and u_i, of length 1, the weights of the channels. Each pattern takes as many filters as any other, those with
@@ -18,7 +20,7 @@ that lowering Eq. 10 can reach, and kernels are orthogonal as well, which Eq. 10
   about 0.85: the u_i are made orthogonal after whitening by that. Where a pattern has more than 3 filters, 30 steps
   down the gradient of Σ cos⁸ keep two of them from being alike.
 - Any other layer with more filters than C·N would need duplicates, and a filter of one tap has one pattern: these are
-  made orthogonal as above (`dct_method`).
+  made orthogonal as above (`dct_method`), but filters of two or three taps with their means.
 
 Uncorrelated feature maps on a batch of images, front to back through a network: K ← D G^(−1/2) diag(s)⁻¹ K with s and
 G, the standard deviations and the correlation matrix of the layer's feature maps over all images and positions, and D,
@@ -77,6 +79,7 @@ SMALLEST_EIGENVALUE = 1e-8  # as a share of the largest
 SMALLEST_SHARE = 1e-12  # of a filter's energy; less of a pattern tells nothing about the channels
 CHANNELS = 3  # of a photograph
 CHANNEL_CORRELATION = 0.85  # of two of them; CIFAR-10: 0.79 to 0.91
+FEW_TAPS = 3  # a filter's mean is too large a part of so few to be taken away from many filters
 SPREADING = 30  # steps that keep filters of one pattern apart
 _ROUNDING = 1e-8  # rows of U Vᵀ are at most 1 long; one this short lies outside of the directions that count
 _CHUNK = 1 << 22  # values of feature maps that are held in float64 at once
@@ -96,11 +99,12 @@ def orthogonalize_(
     """Make the filters of every convolution of a module orthogonal, in place, and return a record per layer.
 
     The filters of a group, as rows, become U Vᵀ of their singular value decomposition U Σ Vᵀ, each filter's mean per
-    channel subtracted first. Every filter keeps its norm; dead filters stay bit-identical. include, exclude: globs over
-    names of tensors; advance: called with the number of layers done since the last call. A record contains `name`,
-    `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns about skipped layers,
-    such as parametrized ones, and about a model without kernels. Raises InputError for a pattern that matches nothing
-    and for a kernel with NaN or Inf; the model is then untouched.
+    channel subtracted first, so that more filters than C·(N − 1), of N taps and C channels, are not quite orthogonal.
+    Every filter keeps its norm; dead filters stay bit-identical. include, exclude: globs over names of tensors;
+    advance: called with the number of layers done since the last call. A record contains `name`, `shape`, `groups`,
+    `assumed` and, under `before` and `after`, `cs`, `ncs` and `norm`. Warns about skipped layers, such as parametrized
+    ones, and about a model without kernels. Raises InputError for a pattern that matches nothing and for a kernel with
+    NaN or Inf; the model is then untouched.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> record = orthogonalize_(model)[0]
@@ -136,8 +140,9 @@ def orthogonalize_kernel(kernel: Kernel, weight: Tensor) -> Tensor:
     return _with_directions(kernel, weight, _orthogonal_directions)
 
 
-def _orthogonal_directions(filters: Tensor, living: Tensor) -> Tensor:
-    centered = filters - filters.mean(2, keepdim=True) if filters.shape[2] > 1 else filters
+def _orthogonal_directions(filters: Tensor, living: Tensor, with_means: bool = False) -> Tensor:
+    keep = with_means or filters.shape[2] == 1
+    centered = filters if keep else filters - filters.mean(2, keepdim=True)
     varying = living & (_norms(centered) > VANISHED * _norms(filters))  # what is left of a constant is rounding
     rows = _polar(torch.where(varying[..., None, None], centered, 0).flatten(2))
     present = varying & (torch.linalg.vector_norm(rows, dim=-1) > _ROUNDING)
@@ -200,9 +205,10 @@ def dct_kernel(kernel: Kernel, weight: Tensor) -> Tensor:
 
     weight: as stored, untouched. Raises InputError for NaN or Inf.
     """
-    if dct_method(kernel) == "orthogonal":
-        return orthogonalize_kernel(kernel, weight)
     check_finite([(kernel, weight)])
+    if dct_method(kernel) == "orthogonal":
+        orthogonal = partial(_orthogonal_directions, with_means=math.prod(kernel.taps) <= FEW_TAPS)
+        return _with_directions(kernel, weight, orthogonal)
     return _with_directions(kernel, weight, partial(_dct_directions, kernel.taps, _sees_photographs(kernel)))
 
 

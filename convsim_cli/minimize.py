@@ -80,7 +80,7 @@ class Minimization:
         kept = Selection(skipped=list(selection.skipped))
         for kernel in selection.kernels:
             fixed = "1×1: its L_CS depends only on norms, which `preserve_norm` fixes"
-            kept.add(kernel, fixed if kernel.pointwise else None)
+            kept.add(kernel, fixed if kernel.pointwise else None, inert=True)
         return kept
 
     def steps(self, kernels: Iterable[Kernel]) -> int:
@@ -107,8 +107,9 @@ def minimize_(
     `neighbours`, `kernel`, `expected`, `ocnn`, `srip` or `orthoreg`. include, exclude: globs over names of kernels,
     such as `layer1.*`. advance: called with the steps completed since the last call; each value of a kernel takes one
     step per iteration. A record contains `name`, `shape`, `groups`, `assumed` and, under `before` and `after`, `cs`,
-    `ncs` and `norm`. Warns about layers that convsim cannot change (parametrized, lazy, of unknown
-    types), and about a model without kernels. Raises InputError for settings out of range, a pattern that matches
+    `ncs` and `norm`. Warns about layers that it leaves out: those that convsim cannot change (parametrized,
+    lazy, of unknown types), those without pairs of filters, and 1×1 layers whose norms are held; and about a model
+    without kernels. Raises InputError for settings out of range, a pattern that matches
     nothing, a sharded weight and a kernel with NaN or Inf, and DivergedError for a loss that stops being finite; the
     model is then untouched.
 

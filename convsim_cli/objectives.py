@@ -159,9 +159,13 @@ def project_(gradient: Tensor, filters: Tensor, norms: Tensor) -> None:
 
 
 def rescale_(filters: Tensor, norms: Tensor) -> None:
-    """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero."""
+    """Scale each filter, in place, to its L2 norm in `norms` (shapes as in `project_`); a zero filter stays zero.
+
+    A filter whose norm overflows becomes NaN, and its loss with it: 1 / ∞ would turn it into zeros.
+    """
     present = torch.linalg.vector_norm(filters, dim=(-2, -1), keepdim=True)
-    filters.mul_(torch.where(present > 0, norms / present, 1))
+    scale = torch.where(present > 0, norms / present, 1)
+    filters.mul_(scale.masked_fill_(present.isinf(), torch.nan))
 
 
 def neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:

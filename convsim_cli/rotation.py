@@ -42,7 +42,7 @@ def filter_angles(kernel: Kernel, weight: Tensor, former: Tensor) -> Tensor:
 
 
 class TurnMonitor:
-    """Measures how far the filters of a model's convolutions turn: call it after each optimizer step.
+    """Measures how far filters that form pairs turn: call it after each optimizer step.
 
     every: measure every so many steps, including the first; calls in between cost nothing. include, exclude: globs over
     names of kernels, such as `layer1.*`. The monitor keeps a copy of the kernels as they are when it is made, and
@@ -51,9 +51,9 @@ class TurnMonitor:
     device before `rows`, which waits once and restarts `turn_per_step`. To resume training, save `state()` and pass
     it to `load_state` of a new monitor, once the model has its weights.
 
-    Warns about layers that convsim cannot act on, and about a model without kernels. Raises InputError for another
-    `every`, for a pattern that matches nothing and for a model on the meta device. A call raises InputError if a
-    layer is gone, or has a weight of another shape than when the monitor was made.
+    Warns about layers that it leaves out, such as depthwise ones, and about a model without kernels. Raises InputError
+    for another `every`, for a pattern that matches nothing and for a model on the meta device. A call raises InputError
+    if a layer is gone, or has a weight of another shape than when the monitor was made.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> optimizer, turned = torch.optim.SGD(model.parameters(), lr=0.1), TurnMonitor(model)

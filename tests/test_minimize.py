@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convsim_cli import dct_, minimize, orthogonalize_
 from convsim_cli.device import Advance
-from convsim_cli.errors import DivergedError, InputError
+from convsim_cli.errors import ConvsimWarning, DivergedError, InputError
 from convsim_cli.kernels import Kernel, living_filters, module_kernels, weight_of
 from convsim_cli.measurement.kernel_figures import measure_weight
 from convsim_cli.measurement.synthetic import LayerProbe
@@ -193,7 +193,8 @@ def test_every_iteration_is_done_though_the_loss_rises() -> None:
 def test_preserve_norm_leaves_pointwise_layers_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3))
     assert [record["name"] for record in minimize_(model, 1)] == ["0.weight", "1.weight"]
-    assert [record["name"] for record in minimize_(model, 1, preserve_norm=True)] == ["1.weight"]
+    with pytest.warns(ConvsimWarning, match=r"skips 0\.weight \(1×1: its L_CS depends only on norms"):
+        assert [record["name"] for record in minimize_(model, 1, preserve_norm=True)] == ["1.weight"]
 
 
 def test_minimizing_leaves_no_gradient_and_keeps_parameters_trainable() -> None:

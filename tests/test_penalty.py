@@ -481,7 +481,7 @@ def test_patterns_select_the_layers_of_the_penalty() -> None:
         ConvSimPenalty(model, include="1.*")
 
 
-def test_every_layer_left_out_for_want_of_support_is_named_in_one_warning() -> None:
+def test_every_layer_that_no_pattern_leaves_out_is_named_in_one_warning() -> None:
     from torchvision.ops import DeformConv2d
 
     model = nn.ModuleDict(
@@ -499,7 +499,8 @@ def test_every_layer_left_out_for_want_of_support_is_named_in_one_warning() -> N
     assert len(caught) == 1
     said = str(caught[0].message)
     assert all(f"{name}.weight" in said for name in ("lazy", "deformed", "whole"))
-    assert not any(name in said for name in ("fine", "depthwise", "excluded"))
+    assert said.endswith("depthwise.weight (depthwise: one filter per group, no pairs)")
+    assert not any(name in said for name in ("fine", "excluded"))
     assert caught[0].filename == __file__
 
 

@@ -24,6 +24,7 @@ from convsim_cli.checkpoints.journal import (
     complete_save,
     flush_folder,
     is_interrupted,
+    warn_of_completed,
     warn_of_foreign,
 )
 from convsim_cli.errors import CheckpointError, InputError, WriteError, quoted
@@ -115,6 +116,14 @@ def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
         with _explained_journal(path, folder, strict):
             moved[folder] = complete_save(folder)
     return {folder: names for folder, names in moved.items() if names}
+
+
+def settle(path: Path, for_writing: bool) -> None:
+    """Complete interrupted saves in the folders of a checkpoint, with a warning, or refuse them if it is only read."""
+    if not for_writing:
+        return refuse_interrupted(path)
+    for folder, names in finish_saves(path).items():
+        warn_of_completed(folder, names)
 
 
 def refuse_interrupted(path: Path) -> None:

@@ -56,7 +56,8 @@ class Checkpoint(ABC):
         changes: (name, tensor) pairs of the stored shape and dtype, consumed one at a time while the file is written;
         an exception from there leaves no trace on disk. record: metadata to add to a safetensors file; a pickle has no
         place for it. backup: keep the former file under the next free of `target.bak`, `target.bak.1`, … Raises
-        InputError for a target whose suffix belongs to another format, WriteError if it cannot be written.
+        InputError for a target whose suffix belongs to another format, CheckpointError if in place another process has
+        replaced what would be lost, or what would stay beside the new, and WriteError if it cannot be written.
         """
 
     def keeps_record(self, target: Path) -> bool:

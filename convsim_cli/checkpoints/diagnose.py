@@ -415,7 +415,20 @@ _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # Hugging Face's names; a var
 SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".th", ".bin", ".ckpt")  # suffixes
 _BACKUP = re.compile(r"\.bak(\.\d+)?$")
 _DIGEST = re.compile(r"[0-9a-f]{30,128}")  # how a store names a file; some use the first two digits as the folder
-MERGE_ZERO = "merge them with the zero_to_fp32.py that DeepSpeed saved with them, and use its output"
+MERGE_ZERO = (
+    "if you trust where they came from, merge them with the zero_to_fp32.py of DeepSpeed's own package, not with one "
+    "that lies beside them, and use its output"
+)
+_OF_DISTRIBUTED = {  # what a .metadata holds besides plain data, if it is one of tensors alone
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")
+    ),
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+}
 _LISTED = 6  # names in an error, at most
 
 
@@ -437,10 +450,26 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 def describe_distributed(folder: Path) -> str:
-    """Describe a folder of `.distcp` files, and how to convert it."""
+    """Describe a folder of `.distcp` files, and how to convert it if that runs no code that they hold.
+
+    Torch loads `.metadata` and everything but tensors as plain pickles.
+    """
+    found = PickleGlobals()
+    try:
+        with open_regular(folder / ".metadata") as file:
+            found.read(file)
+    except (OSError, TornPickleError):
+        return "a distributed checkpoint whose .metadata is missing or damaged; fetch it again"
+    except LongPickleError:
+        found.names.add("more than can be listed")
+    unknown = sorted(found.names - harmless_names() - _OF_DISTRIBUTED)
+    if unknown or found.refused:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        what = f"{', '.join(map(_shown, unknown[:_SHOWN]))}{more}" if unknown else _shown(str(found.refused))
+        return f"a distributed checkpoint; converting it would load {what}, not known to be harmless; {_ASK}"
     target = shlex.quote(f"{folder.resolve()}.pt")
     return (
-        "a distributed checkpoint; if you trust where it came from, convert it: "
+        "a distributed checkpoint; convert it: "
         f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {quoted(folder)} {target}"
     )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote
 
-from convsim_cli.checkpoints.atomic import check_regular, finish_saves, refuse_interrupted, replace_file
+from convsim_cli.checkpoints.atomic import check_regular, replace_file, settle
 from convsim_cli.checkpoints.base import Changes, Checkpoint, tensor_infos
 from convsim_cli.checkpoints.diagnose import (
     PICKLES,
@@ -119,7 +119,7 @@ def open_checkpoint(path: str | PathLike[str], key: str | None = None, *, for_wr
         path, for_writing = _fetch(name), False
     path = Path(path)
     with explained(path):
-        finish_saves(path) if for_writing else refuse_interrupted(path)
+        settle(path, for_writing)
         if path.is_dir():
             path = checkpoint_in(path, new_suffixes())
     source = Source(path)
@@ -157,7 +157,7 @@ def check_exists(path: str | Path, *, for_writing: bool = False) -> None:
     file = Path(path)
     with explained(file):
         if not is_on_hub(path) and not file.exists():
-            finish_saves(file) if for_writing else refuse_interrupted(file)
+            settle(file, for_writing)
             file.stat()
 
 

@@ -19,8 +19,8 @@ A journal replaces files, so it is trusted only if convsim made it in this very 
   and digest. A copy, unpacked from an archive for example, has other inodes. Device numbers are left out: they may
   change when a disk is mounted again, and a crash of the machine is what journals are for.
 - Every file is named like one of a checkpoint, and is either in the journal or, already moved, in its place.
-- A file that is still to be moved has no other name, and its place holds a regular file or nothing. A backup's place
-  holds nothing.
+- A file that is still to be moved has no other name, and its place holds the regular file that was there at the commit,
+  or nothing. A backup's place holds nothing.
 
 All of this is checked before the first move. A journal that fails any check is left alone, with a warning.
 """
@@ -35,7 +35,7 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -45,7 +45,7 @@ from secrets import token_hex
 from typing import BinaryIO
 
 from convsim_cli.checkpoints.diagnose import is_backup, is_checkpoint_file
-from convsim_cli.errors import ConvsimWarning, wait_for_lock
+from convsim_cli.errors import ConvsimWarning, some_of, wait_for_lock
 
 JOURNAL, MANIFEST = ".convsim-journal", ".convsim-manifest"
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
@@ -105,6 +105,13 @@ def is_interrupted(folder: Path) -> bool:
         return journal is not None and bool(journal.to_move)
 
 
+def warn_of_completed(folder: Path, names: Sequence[str]) -> None:
+    """Warn that files were moved to their places for a save that was interrupted."""
+    if names:
+        message = f"{folder}: an interrupted save was completed; it wrote {some_of(names)}"
+        warnings.warn(message, ConvsimWarning, stacklevel=2)
+
+
 @cache
 def warn_of_foreign(message: str) -> None:
     """Warn about a journal that is left alone: once, however many files a run saves beside it."""
@@ -117,7 +124,9 @@ def write_manifest(parent: Path, descriptor: int) -> None:
     for name in files:
         if not is_checkpoint_file(name):
             raise OSError(errno.EINVAL, f"{name} is not named like a file of a checkpoint")
-    manifest = {"folder": parent.stat().st_ino, "journal": os.fstat(descriptor).st_ino, "files": files}
+    replaced = {name: _state(parent / name) for name in files}
+    inodes = {"folder": parent.stat().st_ino, "journal": os.fstat(descriptor).st_ino}
+    manifest = {**inodes, "files": files, "replaced": replaced}
     new = os.open(MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=descriptor)
     with open(new, "w") as file:
         json.dump(manifest, file)
@@ -211,6 +220,7 @@ def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
         with open(os.open(MANIFEST, _FILE, dir_fd=journal), "rb") as file:
             manifest = json.loads(file.read(100 * _CHUNK))
         inodes, files = [manifest["folder"], manifest["journal"]], dict(manifest["files"])
+        replaced = dict(manifest.get("replaced", {}))  # which version 0.3.0 did not write
     except (ValueError, TypeError, KeyError, RecursionError):
         return "its manifest is damaged"
     if inodes != [os.fstat(parent).st_ino, os.fstat(journal).st_ino]:
@@ -223,7 +233,13 @@ def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
         folder = journal if name in to_move else parent
         if not _is_regular(folder, name) or _fingerprint(folder, name) != fingerprint:
             return f"{name} has changed or is missing"
-    return next(filter(None, (_find_obstacle(parent, journal, name) for name in to_move)), None)
+    for name in to_move:
+        if reason := _find_obstacle(parent, journal, name):
+            return reason
+        found = _state(name, parent)
+        if name in replaced and found not in (None, replaced[name], _state(name, journal)):
+            return f"{name} beside it is newer and would be lost; to keep the new files, remove the journal"
+    return None
 
 
 def _find_obstacle(parent: int, journal: int, name: str) -> str | None:
@@ -246,6 +262,15 @@ def _is_regular(folder: int, name: str) -> bool:
         return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
     except (FileNotFoundError, ValueError):  # no file can have every name that a manifest can hold
         return False
+
+
+def _state(name: str | Path, folder: int | None = None) -> list[int] | None:
+    """Return inode, size and time of the last change of a file, None if there is none."""
+    try:
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _fingerprint(folder: int, name: str) -> Fingerprint:
@@ -392,7 +417,7 @@ class Scratch:
 
 def _complete_or_warn(folder: Path) -> None:
     try:
-        complete_save(folder)
+        warn_of_completed(folder, complete_save(folder))
     except ForeignJournalError as foreign:
         warn_of_foreign(str(foreign))
 

@@ -42,7 +42,7 @@ class PickledCheckpoint(Checkpoint):
     """
 
     def __init__(self, source: Source, key: str | None = None) -> None:
-        path = source.path
+        path, self._source = source.path, source
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"{path}: named .safetensors but contains a pickle; rename it to .pt if you trust its source"
@@ -98,6 +98,8 @@ class PickledCheckpoint(Checkpoint):
                 message = f"{target}: tensors that share memory with a kernel changed with it: {some_of(following)}"
                 warnings.warn(message, ConvsimWarning, stacklevel=2)
             write_pickle(file, self._root, self._zipped, pickle_module())
+            if not backup and self.is_in_place(target):
+                self._source.check_place()
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
 

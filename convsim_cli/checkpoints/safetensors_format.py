@@ -95,6 +95,8 @@ class SafetensorsCheckpoint(Checkpoint):
             for name, tensor in changes:
                 put(name, tensor)
                 del tensor  # one layer less in memory while the next one is minimized
+            if not backup and self.is_in_place(target):
+                self.source.check_place()
 
         return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
 

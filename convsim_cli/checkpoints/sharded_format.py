@@ -127,6 +127,9 @@ class ShardedCheckpoint(Checkpoint):
                 if place not in put:
                     with files.writing(place) as file:
                         copy_data(source, 0, file)
+            for place, source in self._sources(target).items() if in_place else ():
+                if place not in put or not backup:  # a newer shard beside one that is written would mix two versions
+                    source.check_place()
             replaced = [place for place in (put if in_place else self._sources(target)) if place.exists()]
             backups = {place: place.with_name(f"{place.name}.bak") for place in replaced} if backup else {}
             kept = files.commit(backups, self._backups(target))

@@ -109,13 +109,15 @@ def living_filters(filters: Tensor) -> Tensor:
 class Skipped:
     """A skipped tensor, and the reason.
 
-    unsupported: convsim cannot act on it as it is. Otherwise it has no pairs, counts elsewhere, or you left it out.
+    unsupported: convsim cannot act on it as it is. inert: there is nothing to do, for it has no pairs, or only norms
+    matter, which are held. Otherwise it counts elsewhere, or you left it out.
     """
 
     name: str
     shape: tuple[int, ...]
     reason: str
     unsupported: bool = False
+    inert: bool = False
 
     def record(self) -> dict[str, Any]:
         """Return name, shape and reason, as in a JSON document."""
@@ -201,15 +203,16 @@ class Selection:
         left_out = ", ".join(f"{entry.name} ({entry.reason})" for entry in skipped[:3])
         return "no convolution kernels that form pairs" + (f"; skipped: {left_out}" if left_out else "")
 
-    def add(self, kernel: Kernel, reason: str | None = None, unsupported: bool = False) -> None:
+    def add(self, kernel: Kernel, reason: str | None = None, unsupported: bool = False, inert: bool = False) -> None:
         """Select the kernel, or list it as skipped where there is a reason or it has no pairs."""
         no_pairs = ""
         if not kernel.pairs:
             depthwise = "depthwise: one filter per group, no pairs" + " (assumed from its shape)" * kernel.assumed
             no_pairs = depthwise if kernel.groups > 1 else "a single filter, no pairs"
         if reason or no_pairs:
+            inert = inert or (bool(no_pairs) and (unsupported or not reason))
             unsupported = unsupported and not no_pairs
-            self.skipped.append(Skipped(kernel.name, kernel.shape, reason or no_pairs, unsupported))
+            self.skipped.append(Skipped(kernel.name, kernel.shape, reason or no_pairs, unsupported, inert))
         else:
             self.kernels.append(kernel)
 

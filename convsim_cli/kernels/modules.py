@@ -35,7 +35,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from convsim_cli.errors import ConvsimWarning, InputError, brief, kind_of
+from convsim_cli.errors import ConvsimWarning, InputError, brief, kind_of, some_of
 from convsim_cli.kernels.kernel import FLOATING, WRAPPERS, Kernel, Patterns, Selection, Skipped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -175,16 +175,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def warn_of_unsupported(selection: Selection, stacklevel: int = 3) -> None:
-    """Warn once about all layers that convsim cannot act on, or about a model without kernels.
+    """Warn once about all layers that are left out though no pattern says so, or about a model without kernels.
 
     stacklevel: as `warnings.warn` takes it; 3 for a public function that calls this.
     """
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[tuple[bool, str], list[str]] = {}
     for skipped in selection.skipped:
-        if skipped.unsupported:
-            by_reason.setdefault(skipped.reason, []).append(skipped.name)
+        if skipped.unsupported or (skipped.inert and selection.kernels):
+            by_reason.setdefault((skipped.inert, skipped.reason), []).append(skipped.name)
     if by_reason:
-        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+        listed = "; ".join(
+            f"{some_of(names) if inert else ', '.join(names)} ({reason})"
+            for (inert, reason), names in sorted(by_reason.items(), key=lambda item: item[0][0])
+        )
         warnings.warn(f"convsim skips {listed}", ConvsimWarning, stacklevel=stacklevel)
     elif not selection.kernels:
         warnings.warn(f"the model has {selection.no_kernels()}", ConvsimWarning, stacklevel=stacklevel)

@@ -29,7 +29,6 @@ from convsim_cli.kernels import (
     effective_weight,
     module_kernels,
     overrides_forward,
-    refuse_meta,
     unwrapped,
     warn_of_unsupported,
     weight_of,
@@ -37,7 +36,7 @@ from convsim_cli.kernels import (
 from convsim_cli.layers import find_convolution, is_empty_call, layers_of, side_effect_free
 from convsim_cli.measurement.feature_maps import LayerMaps, inputs_at_once
 from convsim_cli.measurement.figures import Record
-from convsim_cli.measurement.kernel_figures import measure_layer
+from convsim_cli.measurement.kernel_figures import check_finite, measure_layer
 from convsim_cli.precision import full_precision
 
 PIXELS = "pixel_values"  # the images of a batch that is a dictionary
@@ -63,9 +62,9 @@ def measure(
     in any case. seed: of the random kernels that chance is measured with.
 
     The model runs in evaluation mode, without autocast or TF32, and is not modified. A layer that no inputs reach has
-    null feature-map figures. Warns about skipped layers. Raises InputError for a kernel with NaN or Inf, a pattern that
-    matches nothing, images of another form or that the model fails on, and feature maps with NaN or Inf, as images with
-    such values have.
+    null feature-map figures. Warns about skipped layers, such as depthwise ones. Raises InputError for a kernel with
+    NaN or Inf, a pattern that matches nothing, images of another form or that the model fails on, and feature maps with
+    NaN or Inf, as images with such values have.
 
     A record contains `name`, `shape`, `groups` and figures, among them `fm_corr`, the mean |correlation| of two feature
     maps; `fm_corr_random`, the same for random kernels; `fm_rank`, the effective number of independent maps; `cs`, Eq.
@@ -90,8 +89,7 @@ def measure(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with side_effect_free(model):  # computed weights are read as in evaluation mode
         weights = [weight_of(model, kernel).detach() for kernel in selection.kernels]
-        for kernel, weight in zip(selection.kernels, weights, strict=True):
-            refuse_meta(kernel.name, weight)
+        check_finite(list(zip(selection.kernels, weights, strict=True)))
         chosen = choose_statistics(model, bn_statistics)
         if chosen == INPUTS and isinstance(images, Iterator):
             images = list(images)  # to be taken twice

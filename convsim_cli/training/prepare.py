@@ -169,10 +169,10 @@ def prepare_(model: nn.Module, settings: Arguments, images: Callable[[], Tensor]
     network is then untouched.
     """
     method, selection = _method(settings), module_kernels(model)
-    warn_of_unsupported(selection)
+    minimization, norms = _minimizations(settings)
+    warn_of_unsupported(minimization.select(selection) if minimization else selection)
     if caution := method and method.warning({name: value.shape for name, value in model.state_dict().items()}):
         warnings.warn(caution, ConvsimWarning, stacklevel=2)
-    minimization, norms = _minimizations(settings)
     weights = {kernel.name: weight_of(model, kernel) for kernel in selection.kernels}
     with undone_on_failure(list(weights.values())):
         shrunk = _minimized(selection, weights, norms, advance) if norms else {}  # from the fresh kernels

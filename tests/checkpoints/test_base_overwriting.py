@@ -12,6 +12,9 @@ import torch
 from conftest import Convsim
 from safetensors.torch import save_file
 
+from convsim_cli.checkpoints.formats import open_checkpoint
+from convsim_cli.errors import CheckpointError
+
 
 def store(path: Path) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,3 +145,26 @@ def test_a_name_without_room_for_a_backup_is_refused_before_any_work(
     assert ".bak: the name of the backup is too long" in outcome.error
     assert shard.read_bytes() == before
     assert convsim("init", path, "--iterations", 1, "--no-backup").code == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "model.safetensors.index.json"])
+def test_what_was_replaced_while_it_was_changed_is_kept(name: str, tmp_path: Path) -> None:
+    def save(value: float) -> None:
+        for file, kernel in ((name, "0.weight"), ("a.safetensors", "0.weight"), ("b.safetensors", "1.weight")):
+            tensors = {kernel: torch.full((4, 3, 3, 3), value)}
+            if file.endswith(".pt"):
+                torch.save(tensors, tmp_path / "new")
+            elif file.endswith(".json"):
+                index = {"weight_map": {"0.weight": "a.safetensors", "1.weight": "b.safetensors"}}
+                (tmp_path / "new").write_text(json.dumps(index))
+            else:
+                save_file(tensors, tmp_path / "new")
+            (tmp_path / "new").replace(tmp_path / file)
+
+    save(1.0)
+    opened = open_checkpoint(tmp_path / name)
+    save(2.0)
+    newer = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="another process changed it"):
+        opened.write(tmp_path / name, [("0.weight", torch.full((4, 3, 3, 3), 3.0))])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == newer

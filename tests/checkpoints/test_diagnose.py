@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed
 
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError
@@ -41,10 +43,35 @@ def test_the_tar_of_an_early_torch_is_told_from_other_tars(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("named", ["folder", "file"])
 def test_a_distributed_checkpoint_comes_with_its_conversion(named: str, tmp_path: Path) -> None:
-    for name in ("__0_0.distcp", ".metadata"):
-        (tmp_path / name).write_bytes(b"PK\x03\x04")
+    save_distributed({"model": torch.nn.Conv2d(3, 4, 3).state_dict()}, tmp_path)
     said = refusal(tmp_path if named == "folder" else tmp_path / "__0_0.distcp")
     assert f"{DCP} {tmp_path} {tmp_path}.pt" in said
+
+
+@pytest.mark.parametrize("what", ["objects beside tensors", "a program", "more than can be listed"])
+def test_a_distributed_checkpoint_that_may_run_code_has_no_command(what: str, tmp_path: Path) -> None:
+    save_distributed({"step": [3], "model": torch.nn.Conv2d(3, 4, 3).state_dict()}, tmp_path)
+    named = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
+    if what == "a program":
+        (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        named = "os.system"
+    elif what == "more than can be listed":
+        (tmp_path / ".metadata").write_bytes(b"(" * 3_000_000 + b".")
+        named = what
+    said = refusal(tmp_path)
+    assert "python" not in said
+    assert f"would load {named}, not known to be harmless" in said
+
+
+def test_a_distributed_checkpoint_without_its_metadata_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(b"PK\x03\x04")
+    assert "whose .metadata is missing or damaged; fetch it again" in refusal(tmp_path)
+
+
+def save_distributed(state: dict[str, object], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is a single process
+        distributed.save(state, checkpoint_id=folder)
 
 
 def test_empty_weights_and_folders_of_deepspeed_name_its_script(tmp_path: Path) -> None:

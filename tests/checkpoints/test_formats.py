@@ -293,7 +293,7 @@ def test_a_file_replaced_meanwhile_is_written_back_whole(tmp_path: Path) -> None
     checkpoint = open_checkpoint(path)
     other.replace(path)
     twos = torch.full_like(state["a.weight"], 2)
-    checkpoint.write(path, [("a.weight", twos)], {"convsim.version": "test"})
+    checkpoint.write(path, [("a.weight", twos)], {"convsim.version": "test"}, backup=True)
     found = load_file(path)
     assert torch.equal(found["a.weight"], twos)
     assert torch.equal(found["b"], state["b"])

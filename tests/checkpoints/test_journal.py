@@ -108,6 +108,29 @@ def test_every_command_that_reads_refuses_an_interrupted_save(moves: int, folder
         assert everything(folder) == before
 
 
+def test_an_interrupted_save_does_not_replace_newer_files(folder: Path, convsim: Convsim) -> None:
+    interrupt(folder, 0)
+    for shard, name in zip(SHARDS, NAMES, strict=True):
+        save_file({name: torch.full((4, 3, 3, 3), 3.0)}, folder / "new")
+        (folder / "new").replace(folder / shard)
+    before = everything(folder)
+    other = folder / "other.safetensors"
+    save_file({"0.weight": torch.rand(4, 3, 3, 3)}, other)
+    assert "is newer and would be lost" in convsim("init", other, "--iterations", 1, "--force").err
+    assert values(folder) == [3.0, 3.0]
+    outcome = convsim("init", folder, "--recover")
+    assert outcome.code == 2
+    assert "to keep the new files, remove the journal" in outcome.error
+    assert {name: found for name, found in everything(folder).items() if name in before} == before
+
+
+def test_what_completes_an_interrupted_save_says_so(folder: Path, convsim: Convsim) -> None:
+    interrupt(folder)
+    outcome = convsim("init", folder, "--iterations", 1)
+    assert outcome.code == 0
+    assert f"an interrupted save was completed; it wrote {SHARDS[1]}" in outcome.err
+
+
 @pytest.mark.parametrize("moves", [0, 1])
 def test_recover_completes_an_interrupted_save_and_stops(moves: int, folder: Path, convsim: Convsim) -> None:
     interrupt(folder, moves)
@@ -169,10 +192,12 @@ def test_whatever_writes_completes_an_interrupted_save_first(how: str, folder: P
         assert convsim("init", other, "-o", folder, "--iterations", 1).code == 0
         assert values(folder)[0] > 4
     elif how == "another file":
-        replace_file(folder / "notes", lambda file: file.write(b"x"))
+        with pytest.warns(ConvsimWarning, match="an interrupted save was completed"):
+            replace_file(folder / "notes", lambda file: file.write(b"x"))
         assert values(folder) == [2.0, 2.0]
     else:
-        checkpoint = open_checkpoint(folder, for_writing=True)
+        with pytest.warns(ConvsimWarning, match="an interrupted save was completed"):
+            checkpoint = open_checkpoint(folder, for_writing=True)
         assert checkpoint.load(NAMES[1]).mean().item() == 2.0
     assert values(folder, ".bak") == [1.0, 1.0]
     assert not (folder / ".convsim-journal").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from convsim_cli.checkpoints.atomic import Replacements
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.checkpoints.journal import Scratch
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint
-from convsim_cli.errors import CheckpointError, InputError, WriteError
+from convsim_cli.errors import CheckpointError, ConvsimWarning, InputError, WriteError
 
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -298,7 +299,8 @@ def test_a_save_that_ends_at_any_move_leaves_shards_of_one_save(
         with pytest.raises(CheckpointError, match=r"was interrupted; to complete it, run convsim init .* --recover"):
             open_checkpoint(folder)
         assert contents(folder) == before  # reading writes nothing
-    open_checkpoint(folder, for_writing=True)
+    with pytest.warns(ConvsimWarning, match="was completed") if ended else nullcontext():
+        open_checkpoint(folder, for_writing=True)
     assert values(folder) == ([3.0, 3.0] if ended else [2.0, 2.0])
     save(folder, 4.0)
     assert values(folder) == [4.0, 4.0]
