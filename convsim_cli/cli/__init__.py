@@ -123,7 +123,7 @@ def run(arguments: list[str]) -> int:
 
         def show_once(message: Warning | str, *_: Any, **__: Any) -> None:  # a run warns of a network more than once
             text = " ".join(str(message).split())
-            if text not in shown:
+            if text not in shown and os.environ.get("RANK", "0") == "0":  # of several processes, all say the same
                 shown.add(text)
                 _show("warning", text, arguments)
 

@@ -36,11 +36,12 @@ def plot(
     Runs that differ only by seed share one curve: their mean, in a band of ± one standard deviation. Curves are named
     by the settings that differ, as in `convsim compare`.
     """
-    from convsim_cli.training.comparison import data_labels, group_by_seed, read_runs
+    from convsim_cli.training.comparison import data_labels, group_by_seed, read_runs, warn_of_unfinished
 
     console = Console(quiet, as_json)
     check_picture(output)
     found = read_runs(runs)
+    warn_of_unfinished(found)
     groups = group_by_seed(found)
     if len(tested := data_labels(found)) > 1:
         console.warn(f"these runs were tested on different images: {'; '.join(sorted(tested.values()))}")

@@ -96,6 +96,12 @@ def train(
             command = train_command("resume", run.folder, to_repeat(how.arch, how.weights), how.processes)
             console.warn(f"stopped; resume with: {command}{_other_seeds(run, (seeds or 1) - len(screen.runs))}")
         raise
+    except Exception:
+        done = [run for run in screen.runs if (run.folder / "summary.json").exists()]
+        if is_rank_zero() and done and seeds:
+            folders = ", ".join(str(run.folder) for run in done)
+            console.warn(f"finished before the error: {folders}{_other_seeds(done[-1], seeds - len(done))}")
+        raise
     if is_rank_zero():
         _show(finished, console)
 

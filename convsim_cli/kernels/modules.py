@@ -71,7 +71,7 @@ def module_kernels(
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(f"the model is {_SCRIPTED}")
     selection = Selection()
-    owners: dict[int, str] = {}
+    owners: dict[object, str] = {}
     found = [
         (f"{without_wrappers(path)}.{name}".lstrip("."), layer, parameter)
         for path, layer in model.named_modules()
@@ -84,8 +84,8 @@ def module_kernels(
         refusal = patterns.refusal(name)
         convolves = is_convolution(layer) and path.rpartition(".")[2] == "weight"
         shape = _shape(layer) if convolves or weight is None else tuple(weight.shape)
-        if weight is not None and id(weight) in owners:
-            first = owners[id(weight)]  # a file may hold both under one name
+        if weight is not None and _memory(weight) in owners:
+            first = owners[_memory(weight)]  # a file may hold both under one name
             selection.skipped.append(Skipped(path if name == first else name, shape, f"shared with {first}"))
         elif update := _UPDATE.search(path):
             reason = refusal or f"{update[2]}: an update of another weight; merge it to include it"
@@ -95,7 +95,7 @@ def module_kernels(
             reason = refusal or (_SCRIPTED if isinstance(layer, torch.jit.ScriptModule) else unknown)
             selection.skipped.append(Skipped(name, shape, reason, unsupported=not refusal))
         else:
-            owners[id(weight)] = name
+            owners[_memory(weight)] = name
             unusable, computed = (None, False) if refusal else _usability(name, layer)
             if computed and not parametrized and not unusable:
                 unusable = f"computed in the forward of a {type(layer).__name__}, so convsim cannot write it"
@@ -104,6 +104,13 @@ def module_kernels(
             kernel = _kernel_of(name, layer, shape, computed)
             selection.add(kernel, refusal or unusable, unsupported=not refusal)
     return selection
+
+
+def _memory(weight: Tensor | None) -> object:
+    """Return where a parameter's values are, which another parameter may share, or what else tells it from others."""
+    if type(weight) is nn.Parameter and weight.layout is torch.strided and not weight.is_meta and weight.numel():
+        return weight.untyped_storage().data_ptr(), weight.storage_offset()
+    return id(weight)
 
 
 def without_wrappers(path: str) -> str:

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from math import atan2, cos, pi, sin, sqrt, tan
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from convsim_cli.errors import ConvsimWarning, InputError, did_you_mean
+from convsim_cli.errors import ConvsimWarning, InputError, did_you_mean, some_of
 from convsim_cli.settings import declarations
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.run import ACCURACIES, ARGUMENTS_FILE, Row, Run, open_run, read_layers, read_results, spread
@@ -82,6 +83,8 @@ def compare_runs(
         runs = [replace(run, rows=run.rows[:epochs]) for run in runs]
     unfinished = [pair for table in _by_data(runs).values() for pair in _unfinished(table)]
     runs = _without([run for run, _ in unfinished], runs, [reason for _, reason in unfinished])
+    if epochs is None:
+        warn_of_unfinished(runs)
     tables = _by_data(runs)
     compared = [_compare_groups(table) for table in tables.values()]
     if baseline is not None and not any(_matching(groups, baseline) for groups in compared):
@@ -113,6 +116,14 @@ def data_labels(runs: Iterable[RunResults]) -> dict[tuple[str, int | None], str]
             label += f", digest {(tested.folder_digest or 'unknown')[:8]}"
         labels[run.data] = label
     return labels
+
+
+def warn_of_unfinished(runs: Iterable[RunResults]) -> None:
+    """Warn about runs that have not done all of their epochs."""
+    found = [run for run in runs if len(run.rows) < run.arguments.epochs]
+    if found:
+        listed = [f"{run.folder} ({len(run.rows)} of {run.arguments.epochs} epochs)" for run in found]
+        warnings.warn(f"not finished: {some_of(listed)}", ConvsimWarning, stacklevel=3)
 
 
 def _without(left_out: Sequence[RunResults], runs: Sequence[RunResults], reasons: Sequence[str]) -> list[RunResults]:
@@ -266,6 +277,15 @@ def read_runs(paths: Iterable[Path]) -> list[RunResults]:
 
 def _subfolders(path: Path) -> list[Path]:
     """Return the folders in a folder of runs. Raises InputError if none of them is a run's."""
+    if not path.exists():
+        beside = [other.name for other in path.absolute().parent.glob("*") if other.is_dir()]
+        close = get_close_matches(path.name, beside, n=1)
+        raise InputError(
+            f"{path}: not a run's folder: it does not exist"
+            + (f"; did you mean {path.with_name(close[0])}?" if close else "")
+        )
+    if not path.is_dir():
+        raise InputError(f"{path}: not a run's folder: it is a file")
     try:
         found = sorted(folder for folder in path.iterdir() if folder.is_dir() or not folder.exists())  # a broken link
     except OSError as error:

@@ -215,8 +215,14 @@ def check_name(name: str) -> None:
 
 
 def _refuse_taken(folder: Path, arguments: Arguments) -> NoReturn:
-    command = train_command("resume", folder, to_repeat(arguments.arch, arguments.weights), arguments.processes)
-    resume = f"resume it with: {command}, or " if os.access(folder / ARGUMENTS_FILE, os.R_OK) else ""
+    resume = ""
+    with suppress(InputError):
+        own = open_run(folder).arguments
+        if own.identity() == arguments.identity():
+            command = train_command("resume", folder, to_repeat(own.arch, own.weights), own.processes)
+            resume = f"resume it with: {command}, or "
+        else:
+            resume = "it holds another run; "
     raise InputError(f"{folder} already exists; {resume}choose another `name`")
 
 

@@ -33,7 +33,7 @@ from convsim_cli.checkpoints.atomic import check_folder, check_regular, free_nam
 from convsim_cli.checkpoints.pickle_format import load_pickle, write_pickle
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, write_safetensors
 from convsim_cli.device import Progress, read_bounded, read_json, seed_generators, unreported
-from convsim_cli.errors import ConvsimWarning, InputError, WriteError, brief, open_regular
+from convsim_cli.errors import ConvsimWarning, InputError, WriteError, brief, is_out_of_memory, open_regular
 from convsim_cli.inputs.images import Dataset
 from convsim_cli.measurement.network import fm_corr_by_layer
 from convsim_cli.networks.architectures import build_network, count_parameters, to_repeat
@@ -112,8 +112,8 @@ def train_run(
         several = f"{arguments.processes} processes", f"use torchrun --nproc-per-node {arguments.processes}"
         began, way = several if arguments.processes > 1 else ("1 process", "resume it without torchrun")
         raise InputError(f"{run.folder} was started with {began}, but this launch has {processes.size}; {way}")
-    choose_algorithms(arguments.deterministic)
     with ExitStack() as held:
+        held.callback(choose_algorithms(arguments.deterministic))
         processes.on_rank_zero(lambda: held.enter_context(locked(run.folder)))
         state = processes.on_rank_zero(lambda: read_state(run))  # refused before a dataset is downloaded
         data = used_images(arguments, dataset or processes.rank_zero_first(lambda: load_data(arguments)))
@@ -172,8 +172,6 @@ def _resume(run: Run, data: Dataset, state: dict[str, Any], processes: Processes
     seed_generators(arguments.seed + processes.rank)  # a state of version 0.2 has not all generators
     try:
         trainer.load_state(state["trainer"])
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a damaged state may raise anything
         raise _unusable(run, error) from error
     if processes.is_rank_zero:
@@ -375,10 +373,14 @@ def read_state(run: Run) -> dict[str, Any] | None:
     return state
 
 
-def _unusable(run: Run, error: Exception) -> InputError:
+def _unusable(run: Run, error: Exception) -> Exception:
+    if is_out_of_memory(error):
+        return error
     path, again = run.folder / "state.pt", f"last.safetensors may be intact; to train it again, move {run.folder} away"
     what, advice = ("cannot be read", "") if isinstance(error, OSError) else ("damaged", f"; its {again}")
     reason = brief(error).removeprefix(f"{path}: ")
+    if reason.startswith("model: "):  # its checksums are right
+        what, advice = f"not of the network that `arch` {run.arguments.arch} builds now", "; restore its code"
     return InputError(f"{path}: {what} ({reason}), so the run cannot be resumed{advice}")
 
 
@@ -455,6 +457,8 @@ def read_results(folder: Path) -> list[Row]:
 
 def _unreadable(path: Path, error: Exception, advice: str) -> InputError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
+        if not os.path.lexists(path.parent):
+            return InputError(f"{path.parent}: not a run's folder: it does not exist")
         return InputError(f"{path.parent}: not a run's folder (no {path.name}: {brief(error)})")
     return InputError(f"{path}: cannot be read ({brief(error)}); {advice}")
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsim_cli.batch_norm import batch_norm_layers, batch_statistics, reestimate_statistics
 from convsim_cli.device import Advance, generator_states, restore_generators, synchronize
@@ -118,9 +119,12 @@ class Trainer:
             **{name: value for found in validation for name, value in zip(VALIDATION_COLUMNS, found, strict=True)},
         }
         if not all(map(math.isfinite, row.values())):
-            losses = f"the loss is {loss:g} in training and {test_loss:g} in testing"
-            losses += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
-            raise self._diverged(f"epoch {row['epoch']}: {losses}; lower `lr`{' or `beta`' * self.mode.regularizes}")
+            said = f"the loss is {loss:g} in training and {test_loss:g} in testing"
+            said += f", {row['validation_loss']:g} in validation" if "validation_loss" in row else ""
+            said += f"; lower `lr`{' or `beta`' * self.mode.regularizes}"
+            if all(math.isfinite(value) for name, value in row.items() if name != "cs"):
+                said = f"L_CS of the kernels is {row['cs']:g}; start from smaller ones, or lower `lr`"
+            raise self._diverged(f"epoch {row['epoch']}: {said}")
         self.epoch += 1
         return row
 
@@ -239,10 +243,12 @@ class Trainer:
         turns = {name: turn for name, turn in self.turned.last_turns().items() if turn and turn > LARGE_TURN}
         if turns:
             worst = max(turns, key=lambda name: turns[name])
+            slower = "a lower " + ("`kernel_lr`" if self.arguments.kernel_lr else "`lr`")
+            slower += ", or no `factor`" if self.arguments.factor is not None else ""
             others = f", and {len(turns) - 1} more layers by over {LARGE_TURN:g}" if len(turns) > 1 else ""
             warnings.warn(
                 f"the first step turned the median filter of {worst} by {turns[worst]:.0f} degrees{others}; to keep "
-                "the initial directions, use `warmup` or a lower `lr`",
+                f"the initial directions, use `warmup` or {slower}",
                 ConvsimWarning,
                 stacklevel=2,
             )
@@ -290,7 +296,10 @@ class Trainer:
             splits = list(filter(None, (self.dataset.test, self.dataset.validation)))
             shares = [Split(self.processes.share(each.images), self.processes.share(each.labels)) for each in splits]
             forward: Callable[[Tensor], Tensor] = self.model  # a compiled DDP would communicate
-            if self._compiled and self.processes.size == 1 and not own:
+            by_batch = own or len(batch_norm_layers(self.model)) < sum(
+                isinstance(layer, _BatchNorm) for layer in self.model.modules()
+            )
+            if self._compiled and self.processes.size == 1 and not by_batch:  # zeros would count in the statistics
                 forward = partial(run_padded, self._compiled, max(map(evaluation_batch, shares)))
             for split, share in zip(splits, shares, strict=True):
                 totals = evaluation_totals(self.model, self.dataset, share, self.device, forward)
@@ -421,15 +430,24 @@ def make_optimizer(model: nn.Module, arguments: Arguments) -> torch.optim.Optimi
     return torch.optim.SGD(parameters, momentum=arguments.momentum, nesterov=arguments.nesterov, **settings)
 
 
-def choose_algorithms(deterministic: bool) -> None:
+def choose_algorithms(deterministic: bool) -> Callable[[], None]:
     """Allow only deterministic algorithms from now on, or let cuDNN time its own for each shape of images.
 
-    Call it before the first product on the device.
+    Call it before the first product on the device. Returns a function that restores the former choice.
     """
+    former = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+    def restore() -> None:
+        torch.backends.cudnn.benchmark = former[0]
+        if deterministic:
+            torch.use_deterministic_algorithms(former[1], warn_only=warns_only)
+
+    return restore
 
 
 def forget_other_graphs(what: str) -> None:

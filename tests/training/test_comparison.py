@@ -254,8 +254,15 @@ def test_runs_under_way_on_other_images_take_no_table_away(runs: Path) -> None:
 
 
 def test_runs_that_cannot_be_compared_are_one_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"not a run's folder .* and it holds none"):
-        compare_runs([tmp_path / "nowhere"])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("run", r"it does not exist; did you mean .*/runs\?$"),
+        ("file", "it is a file"),
+        ("runs", "no readable args.json), and it holds none"),
+    ):
+        with pytest.raises(InputError, match=r"not a run's folder.*" + said.replace("json)", r"json\)")):
+            compare_runs([tmp_path / name])
     empty = make_run(tmp_path, "empty", [], seed=8)
     with pytest.raises(InputError, match="has no finished epoch yet"):
         compare_runs([empty])

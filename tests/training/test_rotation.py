@@ -319,7 +319,7 @@ def test_a_state_of_before_resumes_with_turns_but_no_total(tmp_path: Path) -> No
 
 
 def test_a_first_step_that_throws_the_filters_out_is_warned_about(tmp_path: Path) -> None:
-    with pytest.warns(ConvsimWarning, match="the first step turned the median filter of .* or a lower `lr`$"):
+    with pytest.warns(ConvsimWarning, match="the first step turned .* use `warmup` or a lower `lr`, or no `factor`$"):
         train_run(create_run(replace(SMALL, mode="rescale", factor=0.03, epochs=1), tmp_path, "one"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvsimWarning)
