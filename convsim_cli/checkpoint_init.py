@@ -115,7 +115,7 @@ def init_checkpoint(
     patterns = Patterns(chosen.include, chosen.exclude, groups, chosen.transposed, chosen.layout)
     in_place = path is not None and not is_on_hub(path)
     if output is None and not in_place and not chosen.dry_run and (path or chosen.arch):
-        what = f"`checkpoint` {path} is on the Hub" if path is not None else "`arch` creates a new network"
+        what = f"`path` {path} is on the Hub" if path is not None else "`arch` creates a new network"
         raise InputError(f"{what}; `output` is required")
     if path is None and chosen.arch is not None and output is not None:
         with explained(Path(output)):  # refused before pretrained weights are downloaded

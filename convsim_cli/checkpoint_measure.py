@@ -48,7 +48,7 @@ class MeasureReport:
     of each tensor that was left out; total: `cs`, None where float64 cannot hold it, and, where there are labels,
     `accuracy` in per cent; notes: lines that explain figures; warnings: lines that must not be missed; heat: the
     layers' heat maps, if requested; method: the `convsim init` method that the file records, if any;
-    is_trained: whether layers have duplicates that `init` could avoid, and the file looks trained.
+    avoidable: whether layers of an untrained file have duplicates that `init --method dct` would avoid.
     """
 
     source: str
@@ -61,7 +61,7 @@ class MeasureReport:
     warnings: list[str] = field(default_factory=list)
     heat: dict[str, HeatMap] | None = None
     method: str | None = None
-    is_trained: bool = False
+    avoidable: bool = False
 
     def document(self) -> dict[str, Any]:
         """Return the content of the JSON document of `convsim measure`."""
@@ -178,7 +178,8 @@ def _measure(source: ModelCheckpoint, task: _Task) -> MeasureReport:
             _measure_network(report, source, task)
     report.notes += _sample_notes(report.layers)
     report.total["cs"] = sum_cs(report.layers)
-    report.is_trained = why_duplicates(report.layers) is not None and looks_trained(source.checkpoint)
+    if report.method != "dct" and why_duplicates(report.layers):
+        report.avoidable = not looks_trained(source.checkpoint)
     return report
 
 
@@ -278,7 +279,7 @@ def _call_notes(layers: Sequence[Record]) -> list[str]:
 def _sample_notes(layers: Sequence[Record]) -> list[str]:
     """Notes about layers with too many filters to compare all pairs of maps."""
     large = [f"{layer['name']} ({layer['sampled']} per group)" for layer in layers if "sampled" in layer]
-    figures = "redundant, opposite, removable and clusters are null"
+    figures = "redundant, opposite, removable and clusters are null, --top and --plot leave them out"
     return [f"too many filters to compare all maps: a sample is compared, and {figures}: {', '.join(large)}"] * bool(
         large
     )

@@ -18,7 +18,7 @@ power spectrum is flat (exactly so where N divides the number of filters and the
 that lowering Eq. 10 can reach, and kernels are orthogonal as well, which Eq. 10 does not ask for.
 - A layer with 3 input channels and more filters than C·N is taken to see photographs, whose channels are correlated by
   about 0.85: the u_i are made orthogonal after whitening by that. Where a pattern has more than 3 filters, 30 steps
-  down the gradient of Σ cos⁸ keep two of them from being alike.
+  down the gradient of Σ cos⁸ keep two of them from being alike, unless they are duplicates or opposites from the start.
 - Any other layer with more filters than C·N would need duplicates, and a filter of one tap has one pattern: these are
   made orthogonal as above (`dct_method`), but filters of two or three taps with their means.
 

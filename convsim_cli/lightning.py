@@ -27,7 +27,7 @@ FIGURES = ("fm_corr", "fm_rank", "ncs", "norm")  # of `measure`, logged for each
 class _Hooks:
     """Adds a penalty to the gradients, and logs each layer's similarity and rotation once per epoch.
 
-    beta: weight of the penalty, dimensionless; 0 adds none. objective, preserve_norm, include, exclude: as
+    beta: weight of the penalty; 0 adds none. objective, preserve_norm, include, exclude: as
     `ConvSimPenalty` and its `add_gradient_` take them; layers that are left out are not measured either. images: what
     `measure` takes, but no iterator; if None, the first training batch of each epoch. The first batch is tried before
     the first step.
@@ -59,7 +59,7 @@ class _Hooks:
         super().__init__()
         from convsim_cli.penalty import check_settings
 
-        check_settings(beta, objective, include, exclude)
+        check_settings(beta, objective, include, exclude, preserve_norm)
         for name, value, least in (("measure_every", measure_every, 0), ("turn_every", turn_every, 1)):
             if not (is_number(value, whole=True) and value >= least):
                 raise InputError(f"`{name}` is {value!r}; expected a whole number ≥ {least}")

@@ -75,7 +75,7 @@ class ConvSimPenalty:
         self._runs_layers = any(kernel.computed for kernel in self._kernels) and any(map(overrides_forward, layers))
 
     def __call__(self) -> Tensor:
-        """Return the penalty, a scalar ≥ 0, differentiable with respect to the model's parameters."""
+        """Return the penalty, a scalar, ≥ 0 for the named objectives, differentiable with respect to the parameters."""
         if not self._runs_layers:
             return self._sum(self._objective)
         if torch.compiler.is_compiling():
@@ -141,6 +141,7 @@ class ConvSimPenalty:
         self, beta: float | Tensor, preserve_norm: bool
     ) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """The gradients of trainable kernels, still to be multiplied by β, and of parameters behind computed ones."""
+        _check_preserve_norm(preserve_norm)
         with torch.enable_grad():  # a computed weight leads to its parameters through a graph
             layers = self._layers()
         for kernel, weight in layers:
@@ -194,16 +195,22 @@ def _filters(objective: Objective, kernel: Kernel, weight: Tensor) -> Tensor:
 
 
 def check_settings(
-    beta: float | Tensor, objective: str | Value, include: Sequence[str], exclude: Sequence[str]
+    beta: float | Tensor, objective: str | Value, include: Sequence[str], exclude: Sequence[str], preserve_norm: bool
 ) -> None:
     """Raise InputError for what `ConvSimPenalty` and its `add_gradient_` refuse whatever the model."""
     _check_beta(beta)
+    _check_preserve_norm(preserve_norm)
     _to_objective(objective)
     Patterns(include, exclude)
 
 
 def _to_objective(objective: str | Value) -> Objective:
     return find_objective(objective) if isinstance(objective, str) else make_objective(objective)
+
+
+def _check_preserve_norm(preserve_norm: object) -> None:
+    if preserve_norm not in (True, False):
+        raise InputError(f"`preserve_norm` is {preserve_norm!r}; expected true or false")
 
 
 def _check_beta(beta: float | Tensor) -> None:

@@ -99,7 +99,7 @@ class TurnMonitor:
 
         A row has `layer`, the kernel's name; `norm`, the mean L2 norm of the living filters; `turn_per_step`, the
         median over filters and steps in degrees; and `turned`, the median angle in degrees from the kernels that the
-        monitor began with. None if no step was measured, and in a layer without a living filter.
+        monitor began with (of an even number, the lower of the two medians). None if no step was measured, and in a layer without a living filter.
         """
         found = []
         for kernel in self._kernels:
@@ -170,7 +170,7 @@ class TurnMonitor:
 
 
 def median_angle(angles: Tensor) -> float | None:
-    """Return the median of angles, leaving out NaN; None if nothing is left."""
+    """Return the median of angles, the lower of two, leaving out NaN; None if nothing is left."""
     found = angles.nanmedian().item()
     return found if found == found else None
 

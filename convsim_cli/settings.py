@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, wraps
 from inspect import Parameter, signature
 from os import PathLike
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from convsim_cli.errors import InputError, is_number, one_of
+from convsim_cli.errors import InputError, did_you_mean, is_number, one_of
 from convsim_cli.methods import METHODS
 
 Channels = tuple[float, float, float]
@@ -178,7 +178,7 @@ class InputOptions(CheckpointOptions):
     samples: int = setting(16, "Number of inputs.", "Inputs", metavar="N", above=0)
     input_size: int | None = setting(
         None,
-        "Pixels along each axis of an input. Default: 32, or 224 if --arch is not built in.",
+        "Pixels along each axis of an input. Default: a data set's own, else 32, or 224 if --arch is not built in.",
         "Inputs",
         metavar="N",
         above=0,
@@ -285,7 +285,10 @@ class MeasureOptions(InputOptions):
 
 
 def with_signature_of(options: type) -> Callable[[Call], Call]:
-    """Decorate a function that takes `**options`: its signature shows the fields of the dataclass."""
+    """Decorate a function that takes `**options`: its signature shows the fields of a dataclass, and others are refused.
+
+    The call raises TypeError for another name.
+    """
 
     def decorate(function: Call) -> Call:
         shown = signature(function)
@@ -294,7 +297,15 @@ def with_signature_of(options: type) -> Callable[[Call], Call]:
             Parameter(item.name, Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
             for item in fields(options)
         ]
-        function.__signature__ = shown.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
-        return function
+        known = [one.name for one in (*own, *made)]
+
+        @wraps(function)
+        def call(*values: Any, **named: Any) -> Any:
+            for name in named.keys() - set(known):
+                raise TypeError(f"{function.__name__}() has no argument {name!r}: {did_you_mean(name, known)}")
+            return function(*values, **named)
+
+        call.__signature__ = shown.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        return cast(Call, call)
 
     return decorate

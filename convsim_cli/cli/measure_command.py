@@ -78,7 +78,7 @@ def measure(
         typer.Option(
             metavar="[-]KEY",
             help="Sort by a figure, largest first. -KEY: smallest first.",
-            autocompletion=completer([f"{sign}{figure.key}" for figure in FIGURES for sign in ("", "-")]),
+            autocompletion=completer([f"{sign}{key}" for key in shown_keys(wide=True) for sign in ("", "-")]),
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -138,8 +138,7 @@ def measure(
     documents = [{**report.document(), "skipped": name_options(report.skipped, context.command)} for report in reports]
     console.document("measure", documents[0] if len(documents) == 1 else {"checkpoints": documents})
     if not as_json:
-        may_init = reports[0].method != "dct" and not reports[0].is_trained
-        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "", may_init)
+        _show(documents, console, as_csv, options["top"], f"{kind} " if paths == [None] else "", reports[0].avoidable)
 
 
 def _explain_figures() -> str:
@@ -210,11 +209,11 @@ def _draw(report: MeasureReport, page: Path) -> None:
 
 
 def _show(
-    reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str, may_init: bool
+    reports: Sequence[ReportDocument], console: Console, as_csv: bool, top: int, kind: str, avoidable: bool
 ) -> None:
     """Show what was found.
 
-    kind: what a network without a file is, "fresh " or "pretrained ". may_init: whether to advise on `init`.
+    kind: what a network without a file is, "fresh " or "pretrained ". avoidable: whether to advise on `init`.
     """
     if (console.is_screen and not as_csv) or not top:  # elsewhere than on a screen, one stream is one table
         _show_layers(reports, console, as_csv)
@@ -232,17 +231,17 @@ def _show(
     for report in reports[1:]:
         if changed := what_changed(reports[0], report):
             console.note(f"{short[report['source']]} against {short[reports[0]['source']]}: {changed}")
-    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"], may_init)):
+    if not top and len(reports) == 1 and (advice := _what_next(reports[0]["layers"], avoidable)):
         console.note(f"next: {advice}")
 
 
-def _what_next(layers: Sequence[Record], may_init: bool) -> str | None:
+def _what_next(layers: Sequence[Record], avoidable: bool) -> str | None:
     """Advice on duplicates or dead filters, or None."""
     page = "the documentation page 'Measure' shows how to remove"
-    if may_init and why_duplicates(layers):
+    if avoidable:
         return "convsim init --method dct creates fewer duplicates in first layers, on photographs"
     if any(layer["removable"] for layer in layers):
-        return f"--top 3 lists the most similar pairs; {page} filters"
+        return f"--top 3 lists the most correlated pairs, --json all clusters; {page} filters"
     return f"{page} dead filters" if any(layer["dead"] for layer in layers) else None
 
 

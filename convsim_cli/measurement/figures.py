@@ -220,7 +220,7 @@ def what_stands_out(layers: Sequence[Record]) -> str:
         layer = ranks[0][1]
         rank = f"{layer['fm_rank']:.1f}, chance {layer['fm_rank_random']:.1f}"
         said.append(f"lowest rank relative to chance: {layer['name']} ({rank})")
-    said = said or ["no layer's maps stand out from chance"]
+    said = said or ["no layer's maps are much more similar than chance"]
     for key in ("removable", "dead"):
         counts = {layer["name"]: layer[key] for layer in layers if layer[key]}
         count, most = sum(counts.values()), sorted(counts, key=counts.__getitem__, reverse=True)
@@ -239,13 +239,14 @@ def why_duplicates(layers: Sequence[Record]) -> str | None:
     of norm 1, as after minimizing L_CS at unchanged norms and after `dct`. Fresh filters stay near 1.
     """
     for layer in layers:
-        if not layer["removable"] or layer["ncs"] is None:
+        if not layer["removable"] or layer["ncs"] is None or prod(layer["shape"][2:]) < 3:  # two taps: by chance
             continue
         constant = prod((2 * size**2 + 1) / (3 * size) for size in layer["shape"][2:])
         if (1 - layer["ncs"]) * (layer["filters"] / layer["groups"] - 1) > max(1e-6, (constant - 1) / 2):
             return (
                 f"{layer['name']} has duplicates because its ncs is near its lower bound, as after L_CS at unchanged "
-                "norms or dct: each filter has one pattern, and in few input channels filters of a pattern are alike"
+                "norms or dct: each filter has one pattern, and with few input channels filters of one pattern are "
+                "nearly equal"
             )
     return None
 

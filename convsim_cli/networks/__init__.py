@@ -1,1 +1,1 @@
-"""Networks by name, and checkpoints loaded into them and measured."""
+"""Networks by name, and checkpoints loaded into them."""

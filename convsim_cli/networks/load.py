@@ -98,13 +98,13 @@ def open_model_checkpoint(
     """
     patterns = patterns or Patterns()
     if path is None and arch is None:
-        raise InputError("pass a `checkpoint`, or `arch` for a new network")
+        raise InputError("pass a `path`, or `arch` for a new network")
     if key is not None and path is None:
-        raise InputError("`key` applies only to a `checkpoint`; `arch` alone creates a new network")
+        raise InputError("`key` applies only to a `path`; `arch` alone creates a new network")
     if classes is not None and arch is None:
         raise InputError("`num_classes` requires `arch`")
     if pretrained and (arch is None or path is not None):
-        raise InputError("`pretrained` requires `arch`, and no `checkpoint`, which has weights of its own")
+        raise InputError("`pretrained` requires `arch`, and no `path`, which has weights of its own")
     if arch is None:
         assert path is not None
         checkpoint: Checkpoint = open_checkpoint(path, key, for_writing=for_writing)

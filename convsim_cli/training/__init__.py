@@ -1,1 +1,1 @@
-"""Training runs: arguments, the loop, evaluation, processes and the run's folder."""
+"""Training runs: arguments, the loop, processes, and the run's folder."""

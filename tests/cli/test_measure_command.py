@@ -575,7 +575,7 @@ def test_what_stands_out_is_said_in_one_line(convsim: Convsim, tmp_path: Path) -
     err = convsim("measure", tmp_path / "m.safetensors").err
     assert "m.safetensors: most correlated maps relative to chance: a (" in err
     assert "lowest rank relative to chance: a (" in err
-    assert "5 filters removable (5 of a)\nnext: --top 3 lists the most similar pairs" in err
+    assert "5 filters removable (5 of a)\nnext: --top 3 lists the most correlated pairs, --json all clusters" in err
 
 
 def test_dead_filters_alone_bring_the_next_step(convsim: Convsim, tmp_path: Path) -> None:
