@@ -45,7 +45,7 @@ from convsim_cli.networks.load import (
     looks_trained,
     open_model_checkpoint,
 )
-from convsim_cli.settings import InitOptions, with_signature_of
+from convsim_cli.settings import InitOptions, make_options, with_signature_of
 
 if TYPE_CHECKING:  # what most calls do not need
     from convsim_cli.measurement.synthetic import LayerProbe
@@ -108,7 +108,7 @@ def init_checkpoint(
     about a checkpoint that looks trained and about choices made when reading it. Raises CheckpointError, InputError,
     DivergedError and WriteError; files are then unchanged.
     """
-    chosen = InitOptions(**options)
+    chosen = make_options(InitOptions, "init_checkpoint", options)
     chosen.check()
     output = None if output is None else path_of("output", output)
     groups = list((chosen.groups or {}).items())

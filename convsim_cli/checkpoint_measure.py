@@ -34,7 +34,7 @@ from convsim_cli.networks.load import (
     require_layer_inputs,
 )
 from convsim_cli.rotation import filter_angles, median_angle
-from convsim_cli.settings import MeasureOptions, with_signature_of
+from convsim_cli.settings import MeasureOptions, make_options, with_signature_of
 
 MAP_BATCH = 32  # images that a network runs on at once
 
@@ -93,7 +93,7 @@ def measure_checkpoint(
     Warns about choices made when reading the file. Raises InputError for a file without kernels, a kernel
     with NaN or Inf, a network that does not run on such inputs, and other bad input.
     """
-    (report,) = measure_checkpoints([path], MeasureOptions(**options), progress)
+    (report,) = measure_checkpoints([path], make_options(MeasureOptions, "measure_checkpoint", options), progress)
     for line in report.warnings:
         warnings.warn(line, ConvsimWarning, stacklevel=2)
     return report

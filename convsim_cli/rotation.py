@@ -99,7 +99,8 @@ class TurnMonitor:
 
         A row has `layer`, the kernel's name; `norm`, the mean L2 norm of the living filters; `turn_per_step`, the
         median over filters and steps in degrees; and `turned`, the median angle in degrees from the kernels that the
-        monitor began with (of an even number, the lower of the two medians). None if no step was measured, and in a layer without a living filter.
+        monitor began with. Of an even number of angles the median is the lower of the two in the middle. None if no
+        step was measured, and in a layer without a living filter.
         """
         found = []
         for kernel in self._kernels:

@@ -12,18 +12,19 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import cache
 from inspect import Parameter, signature
 from os import PathLike
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from convsim_cli.errors import InputError, did_you_mean, is_number, one_of
 from convsim_cli.methods import METHODS
 
 Channels = tuple[float, float, float]
 Call = TypeVar("Call", bound=Callable[..., Any])
+Options = TypeVar("Options", bound="CheckpointOptions")
 
 INPUTS = ("white", "uniform", "natural", "cifar10", "cifar100", "digits")  # by name; there are folders too
 ARCH_HELP = (
@@ -284,11 +285,17 @@ class MeasureOptions(InputOptions):
     top: int = setting(0, "List each layer's N most correlated filter pairs.", "Figures", metavar="N", common=True)
 
 
-def with_signature_of(options: type) -> Callable[[Call], Call]:
-    """Decorate a function that takes `**options`: its signature shows the fields of a dataclass, and others are refused.
+def make_options(options: type[Options], call: str, given: Mapping[str, Any]) -> Options:
+    """Return the options that a library call was given. Raises TypeError, as Python does, for a name it does not have."""
+    known = [item.name for item in fields(options)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{call}() has no argument {name!r}: {did_you_mean(name, known)}")
+    return options(**given)
 
-    The call raises TypeError for another name.
-    """
+
+def with_signature_of(options: type) -> Callable[[Call], Call]:
+    """Decorate a function that takes `**options`: its signature shows the fields of the dataclass."""
 
     def decorate(function: Call) -> Call:
         shown = signature(function)
@@ -297,15 +304,7 @@ def with_signature_of(options: type) -> Callable[[Call], Call]:
             Parameter(item.name, Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
             for item in fields(options)
         ]
-        known = [one.name for one in (*own, *made)]
-
-        @wraps(function)
-        def call(*values: Any, **named: Any) -> Any:
-            for name in named.keys() - set(known):
-                raise TypeError(f"{function.__name__}() has no argument {name!r}: {did_you_mean(name, known)}")
-            return function(*values, **named)
-
-        call.__signature__ = shown.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
-        return cast(Call, call)
+        function.__signature__ = shown.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        return function
 
     return decorate

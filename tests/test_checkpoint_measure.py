@@ -117,7 +117,7 @@ def test_layers_of_which_a_sample_of_filters_is_compared_are_named(file: Path, m
     assert small["removable"] is not None
     assert report.notes == [
         "too many filters to compare all maps: a sample is compared, and redundant, opposite, removable and "
-        "clusters are null: a.weight (5 per group)"
+        "clusters are null, --top and --plot leave them out: a.weight (5 per group)"
     ]
 
 

@@ -268,6 +268,8 @@ def sort_reports(reports: Sequence[ReportDocument], by: str) -> None:
 
     The first one leads where reports are shown side by side, and has no `turned`.
     """
+    if len(reports) == 1 and by.removeprefix("-") not in shown_keys(several=False):
+        raise InputError(f"`sort` {by}: only for several checkpoints; {did_you_mean(by, shown_keys(several=False))}")
     for report in reports:
         sort_layers(report["layers"], by)
     key = by.removeprefix("-")

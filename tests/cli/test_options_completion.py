@@ -7,7 +7,7 @@ from forks import run_code
 
 from convsim_cli.cli.options import complete_arch
 from convsim_cli.cli.reproduce_command import complete_arms, complete_experiment
-from convsim_cli.measurement.figures import FIGURES
+from convsim_cli.measurement.figures import FIGURES, shown_keys
 from convsim_cli.methods import METHODS, OBJECTIVE_NAMES
 from convsim_cli.reproduction.experiments import find_experiment
 from convsim_cli.reproduction.published import ALL, ARMS, SETS, choose_arms
@@ -27,7 +27,7 @@ def completed(words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("convsim measure --sort ", [f"{sign}{figure.key}" for figure in FIGURES for sign in ("", "-")]),
+        ("convsim measure --sort ", [f"{sign}{key}" for key in shown_keys() for sign in ("", "-")]),
         ("convsim measure --sort fm_", [figure.key for figure in FIGURES if figure.key.startswith("fm_")]),
         ("convsim train --objective ", [*OBJECTIVE_NAMES]),
         ("convsim train --method ", [*METHODS]),

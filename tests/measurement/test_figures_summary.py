@@ -29,7 +29,7 @@ def test_at_most_three_layers_that_stand_out_are_named() -> None:
     assert one == "no layer's maps are much more similar than chance; 1 filter removable (1 of a)"
     removable = what_stands_out([record(name, 0.11, 19.0, number) for number, name in enumerate("abcde")])
     assert removable.endswith("; 10 filters removable (4 of e, 3 of d, 2 of c and others)")
-    assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps stand out")
+    assert what_stands_out([record("a", None, None, None)]).startswith("no layer's maps are much more similar")
 
 
 def test_dead_filters_are_counted_beside_removable_ones() -> None:
