@@ -286,7 +286,7 @@ class MeasureOptions(InputOptions):
 
 
 def make_options(options: type[Options], call: str, given: Mapping[str, Any]) -> Options:
-    """Return the options that a library call was given. Raises TypeError, as Python does, for a name it does not have."""
+    """Return the options that a library call was given. Raises TypeError for a name that it does not have."""
     known = [item.name for item in fields(options)]
     for name in given:
         if name not in known:

@@ -48,6 +48,10 @@ _NO_KERNEL = re.compile(  # a word in the last part of a name: a statistic, a ga
     r"running|moving|mean|var|variance|std|gamma|beta|scales?|bias|biases|ls|tokens?|emb|embeds?|embeddings?|pos|"
     r"positions?|positional|relative|rel|mask|anchors?|grid|freqs?|temperature|codebook|prototypes?|index|indices|table"
 )
+_ABOUT_WEIGHTS = re.compile(  # a word in the last part of a name: a spread, a noise or a score of each weight
+    r"rho|sigma2?|logvar|logsigma2?|eps|epsilon|scores?|fisher|importances?|hessian|sensitivity"
+)
+_PENALIZED = frozenset({"fisher", "importance", "importances", "hessian"})  # a part of a name, with the same meaning
 _FIXED = re.compile(  # a word anywhere in the name of a filter that no training changes
     r"blur|blurpool|antialias|gauss|gaussian|sobel|laplace|laplacian|scharr|prewitt|gabor|sift|toeplitz|haar|i?dwt|"
     r"wavelet|i?dct|i?stft|hann|hamming|srm|ssim|smoothing|binomial|lowpass|highpass|filt|fir"
@@ -118,7 +122,7 @@ def file_kernels(
     tensors = {name: tensors[name] for name in in_layer_order(tensors)}
     candidates = {name: info for name, info in tensors.items() if len(info.shape) >= 3 or _is_bank(name, tensors)}
     patterns = patterns.resolved(candidates)
-    left_out = _evidence_against(candidates)
+    left_out = _evidence_against(candidates, tensors)
     for name, info in candidates.items():  # square matrices, for each of a number of relations
         if len(info.shape) == 3 and _outputs(name, tensors) == info.shape[1] == info.shape[2] != info.shape[0]:
             left_out.setdefault(name, "3-D, perhaps stacked matrices, as its bias says: taken only by `include`")
@@ -299,7 +303,8 @@ def _outputs(name: str, tensors: Infos) -> int | None:
     """Return a layer's number of output channels, from its bias, or the batch norm behind it in a Sequential."""
     *path, number, _ = ["", *name_parts(name)]
     following = ".".join([*path[1:], str(int(number) + 1)]) if number.isdecimal() and len(number) < 20 else ""
-    for other in (_bias_of(name), f"{following}.running_mean" if following else ""):
+    short = re.sub(r"(?<![a-zA-Z])w$", "b", name)
+    for other in (_bias_of(name), short, f"{following}.running_mean" if following else ""):
         if other in tensors and len(tensors[other].shape) == 1 and tensors[other].shape[0]:
             return tensors[other].shape[0]
     return None
@@ -310,7 +315,13 @@ def _bias_of(name: str) -> str:
     return re.sub(r"(weights?|kernels?|(?<![a-zA-Z])w)(:\d+)?$", r"bias\2", name)
 
 
-def _evidence_against(candidates: Infos) -> dict[str, str]:
+def _is_stacked(shape: Sequence[int], bias: Sequence[int]) -> bool:
+    """Return whether a weight is of several networks, stacked along its first axis: the bias has an axis for them."""
+    outputs = bias[-1] if len(bias) > 1 and bias[0] == shape[0] and set(bias[1:-1]) <= {1} else 0
+    return outputs > 1 and outputs in (shape[1], shape[-1])
+
+
+def _evidence_against(candidates: Infos, tensors: Infos) -> dict[str, str]:
     """Return the tensors that are taken for kernels only on request: name → the first evidence against them."""
     reasons = non_model_tensors(candidates)
     usual = {weight_word(name) for name, info in candidates.items() if info.shape[1] > 1} - {None}
@@ -323,6 +334,12 @@ def _evidence_against(candidates: Infos) -> dict[str, str]:
             reasons[name] = "a factor of an adapter's update (LoRA, LoKr and others), not a kernel"
         elif name in sparse:
             reasons[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, with its axes flattened"
+        elif parts[-1].removesuffix(":0") == "depthwise_kernel":  # Keras; its axes do not tell
+            reasons[name] = "depthwise: one filter per group, no pairs"
+        elif any(map(_ABOUT_WEIGHTS.fullmatch, part_words(parts[-1]))) or _PENALIZED.intersection(parts):
+            reasons[name] = "named like a spread or a score of weights, not a kernel"
+        elif (stack := tensors.get(_bias_of(name))) and _is_stacked(info.shape, stack.shape):
+            reasons[name] = f"perhaps of {info.shape[0]} networks that are stacked, as its bias says"
         elif not weight_word(name) and any(map(_NO_KERNEL.fullmatch, part_words(parts[-1]))):
             reasons[name] = "named like a statistic, a mask, a gain or an embedding, not a kernel"
         elif is_single_channel and prod(info.shape[2:]) == 1:
@@ -353,7 +370,7 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
     Raises InputError if the metadata, or most of the kernels, are those of another framework.
     """
     marks = [(key, _FRAMEWORKS[text.lower()]) for key, text in metadata.items() if text.lower() in _FRAMEWORKS]
-    looks = {name: _layout_of(name, shape, tensors) for name, shape in usable.items()}
+    looks = {name: _layout_of(name, shape, tensors) for name, shape in usable.items()} | _layouts_in_chain(usable)
     others = {name: layout for name, layout in looks.items() if layout not in ("torch", None)}
     if usable and (marks or len(others) > sum(layout == "torch" for layout in looks.values())):
         name = next(iter(others or usable))
@@ -368,6 +385,25 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
         name: f"stored like another framework's kernel; if it is one, name the file's `layout`, {layout} for instance"
         for name, layout in others.items()
     }
+
+
+def _layouts_in_chain(usable: Shapes) -> dict[str, str]:
+    """Return the layouts of 3-D kernels that follow each other, where what one gives and the next takes tells them."""
+    found: dict[str, str] = {}
+    flat = [
+        (name, shape)
+        for name, shape in usable.items()
+        if len(shape) == 3 and WEIGHT.fullmatch(name_parts(name)[-1].lower())
+        if not any(map(_PROJECTION.fullmatch, layer_parts(name)))
+    ]
+    for (name, (first, *_, last)), (other, (beyond, middle, end)) in pairwise(flat):
+        if middle == first:
+            found[other] = "torch"
+        elif 1 < middle <= WIDEST < end == first:
+            found[other] = "ohwi"
+        elif 1 < max(first, beyond) <= WIDEST < min(middle, end) and middle == last:
+            found[name] = found[other] = "hwio"
+    return found
 
 
 def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:

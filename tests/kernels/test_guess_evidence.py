@@ -156,7 +156,40 @@ def test_parameters_of_three_axes_outside_layers_are_no_kernels() -> None:
     assert list(select(shapes)) == ["m.conv.weight"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "c.rho_kernel",
+        "c.weight_sigma",
+        "c.weight_epsilon",
+        "c.log_sigma2",
+        "c.scores",
+        "fisher.c.weight",
+        "c.weight_fisher",
+    ],
+)
+def test_spreads_and_scores_of_weights_are_no_kernels(name: str) -> None:
+    assert list(select({"c.weight": (16, 3, 3, 3), name: (16, 3, 3, 3), "score.weight": (2, 16, 3, 3)})) == [
+        "c.weight",
+        "score.weight",
+    ]
+
+
+def test_networks_that_are_stacked_are_no_kernels() -> None:
+    stacked = {"a.weight": (7, 23, 200), "a.bias": (7, 200), "b.weight": (7, 200, 18), "b.bias": (7, 1, 18)}
+    assert list(select(stacked)) == []
+    assert list(select({"a.weight": (5, 16, 2, 9), "a.bias": (5, 16)})) == []
+    assert list(select({"a.weight": (8, 16, 9), "a.bias": (8, 1)})) == ["a.weight"]
+
+
+def test_depthwise_kernels_of_keras_have_no_pairs() -> None:
+    info = {"a.kernel": TensorInfo("float32", (16, 3, 3, 3)), "b.depthwise_kernel": TensorInfo("float32", (2, 8, 3, 3))}
+    assert [kernel.name for kernel in file_kernels(info, Patterns(layout="hwio")).kernels] == ["a.kernel"]
+
+
 FOREIGN: dict[str, tuple[Shapes, dict[str, str], str]] = {
+    "one axis, in a chain": ({"a.weight": (384, 3, 80), "b.weight": (384, 3, 384)}, {}, "ohwi"),
+    "one axis, in another chain": ({"a.w": (7, 1, 32), "b.w": (3, 32, 64), "c.w": (3, 64, 128)}, {}, "hwio"),
     "flax": ({"conv.kernel": (3, 3, 16, 32)}, {"format": "flax"}, "hwio"),
     "keras": ({"conv/kernel": (3, 3, 16, 32)}, {}, "hwio"),
     "tensorflow": ({"conv/kernel:0": (5, 5, 1, 6)}, {}, "hwio"),
