@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -67,8 +68,7 @@ class Checkpoint(ABC):
     def target_for(self, output: Path) -> Path:
         """Return the file to write for an `output` of the user. Raises InputError if it cannot be written there."""
         check_regular(output)
-        if not output.parent.is_dir():
-            raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
+        check_parent(output)
         self.check_suffix(output)
         return output
 
@@ -152,6 +152,17 @@ class LaidOutCheckpoint(Checkpoint):
 
     def backup_for(self, target: Path) -> Path:
         return self._stored.backup_for(target)
+
+
+def check_parent(output: Path) -> None:
+    """Raise InputError if there is no folder to write a file to, or none that this user may write to."""
+    folder = output.parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{output}: {folder} is a file; choose a folder")
+    if not folder.is_dir():
+        raise InputError(f"{output}: folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{output}: folder {folder} is read-only; choose another `output`")
 
 
 def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

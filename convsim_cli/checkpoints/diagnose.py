@@ -345,7 +345,8 @@ def _why_not_archive(path: Path, file: BinaryIO, error: Exception) -> str:
     for pattern, what in _PROGRAMS:
         if any(re.search(pattern, name) for name in names):
             return f"{what}, which runs code when it is loaded; {_ASK}"
-    inner = next((name for name in sorted(names, key="policy.pth".__ne__) if name.lower().endswith(PICKLES)), None)
+    files = (*PICKLES, *SAFETENSORS)
+    inner = next((name for name in sorted(names, key="policy.pth".__ne__) if name.lower().endswith(files)), None)
     if inner and not any(name.endswith("/data.pkl") for name in names):
         return f"an archive with a checkpoint inside (as Stable-Baselines3 saves); unzip it and use {_shown(inner)}"
     if pickles:

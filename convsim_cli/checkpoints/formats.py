@@ -300,6 +300,8 @@ def check_replaceable(files: Iterable[Path], named: Path) -> None:
         name = f"{file} is a link to {real}, which" if file.is_symlink() else f"{file}"
         if os.statvfs(real.parent).f_flag & os.ST_RDONLY:
             raise InputError(f"{name} is on a read-only file system; save elsewhere with `output`")
+        if not os.access(real.parent, os.W_OK | os.X_OK):
+            raise InputError(f"{name} is in a folder that is read-only; save elsewhere with `output`")
         reason = _reason(file, real, named)
         if reason:
             raise InputError(f"{name} {reason}; save elsewhere with `output`, or overwrite it with `force`")

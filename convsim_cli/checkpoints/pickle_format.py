@@ -67,15 +67,16 @@ class PickledCheckpoint(Checkpoint):
         weights = [t for name, t in strided.items() if name.endswith(".weight") and t.is_floating_point()]
         if weights and all(weight.shape == (0,) for weight in weights):
             raise CheckpointError(f"{path}: its weights are empty: DeepSpeed ZeRO-3 keeps them in shards; {MERGE_ZERO}")
-        super().__init__(path, tensor_infos(strided))
+        others = {n: t for n, t in self._state.items() if n not in strided and not t.is_nested and t.ndim >= 3}
+        super().__init__(path, tensor_infos(strided | others))
         if len(found) > 1:
-            taken, *others = (".".join(place) or "the top level" for place, _ in found)
-            more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+            taken, *left = (".".join(place) or "the top level" for place, _ in found)
+            more = f" and {len(left) - 9} more" if len(left) > 9 else ""
             self.notes.append(
-                f"{path}: loaded the tensors under {taken}; there are others under {', '.join(others[:9])}{more} "
+                f"{path}: loaded the tensors under {taken}; there are others under {', '.join(left[:9])}{more} "
                 "(choose with `key`)"
             )
-        self.unfit = _shared_memory(strided)
+        self.unfit = _shared_memory(strided) | dict.fromkeys(others, "sparse; save it dense (`tensor.to_dense()`)")
 
     def load(self, name: str) -> Tensor:
         return self._state[name]

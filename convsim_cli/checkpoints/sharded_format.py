@@ -16,11 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import Replacements, free_names, refuse_interrupted
-from convsim_cli.checkpoints.base import Changes, Checkpoint
-from convsim_cli.checkpoints.diagnose import Source, is_index
+from convsim_cli.checkpoints.base import Changes, Checkpoint, check_parent
+from convsim_cli.checkpoints.diagnose import Source, describe_unknown, is_index
 from convsim_cli.checkpoints.safetensors_format import SafetensorsCheckpoint, copy_data, in_natural_order
-from convsim_cli.errors import CheckpointError, InputError, WriteError, no_name_twice
+from convsim_cli.errors import CheckpointError, InputError, WriteError, no_name_twice, some_of
 
+_START = 4096  # bytes that tell what a file is
 _LARGEST = 100_000_000  # bytes of an index, as of the header of a shard
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # unlike the .5 of a folder called v1.5
 
@@ -48,6 +49,11 @@ class ShardedCheckpoint(Checkpoint):
         super().__init__(
             path, in_natural_order({name: self._shards[at].tensors[name] for name, at in self._shard_of.items()})
         )
+        for name, file in self._shards.items():
+            if unnamed := sorted(tensor for tensor in file.tensors if self._shard_of.get(tensor) != name):
+                self.notes.append(
+                    f"{path}: does not name these tensors of {name}: {some_of(unnamed)}; they are left out"
+                )
         self.metadata = {key: text for shard in self._shards.values() for key, text in shard.metadata.items()}
 
     def load(self, name: str) -> Tensor:
@@ -59,9 +65,8 @@ class ShardedCheckpoint(Checkpoint):
             target = super().target_for(output)
         elif output.is_file() or (_FILE_SUFFIX.fullmatch(output.suffix) and not output.is_dir()):
             raise InputError(f"{output}: the checkpoint is sharded; choose a folder to write the shards to")
-        elif not output.parent.is_dir():
-            raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
         else:
+            check_parent(output)
             target = output / self.path.name
         self.is_in_place(target)
         return target
@@ -182,3 +187,7 @@ def _require_shard(index: Path, name: str) -> None:
             what = "not a regular file" if place.exists() else f"a broken link to {place.readlink()}"
             which = "shard"
         raise CheckpointError(f"{place}: {what}, but {index.name} names it; fetch the {which}")
+    with Source(place).reading() as file:
+        start = file.read(_START)
+    if start[8:9] != b"{" and (what := describe_unknown(place, start) if start else "an empty file (fetch it again)"):
+        raise CheckpointError(f"{place}: {what}, not a shard, as {index.name} says")

@@ -212,14 +212,18 @@ def decode_image(path: Path, side: int) -> Tensor:
 
     try:
         with open_regular(path) as stream, Image.open(stream, formats=DECODED) as file:
+            of_16_bits = ";16" in str(getattr(file, "tile", ""))  # of which PIL keeps the upper 8, except in gray
             ImageOps.exif_transpose(file, in_place=True)
             image: Image.Image = file
             if file.mode == "F" or (file.mode == "I" and file.format != "PPM"):  # PIL scales those to 16 bits
                 raise ValueError("its values are floats or have 32 bits, of unknown range; convert it to 8 bits")
-            if file.mode.startswith("I"):  # 16-bit gray: PIL's own conversion turns everything above 255 white
+            is_gray = file.mode.startswith("I")
+            if is_gray or of_16_bits:
                 values = numpy.asarray(file)
-                if 0 < values.max() < 1 << 12:
+                colors = values[..., : len(file.getbands()) - ("A" in file.getbands())] if values.ndim > 2 else values
+                if 0 < colors.max() < (1 << 12 if is_gray else 1 << 4):
                     raise ValueError("16-bit, but no value exceeds 4095: 12-bit or all dark; convert it to 8 bits")
+            if is_gray:  # 16-bit gray: PIL's own conversion turns everything above 255 white
                 image = Image.fromarray((values >> 8).astype(numpy.uint8))
             if "transparency" in image.info or {"A", "a"} & {*image.getbands()}:
                 layer = image.convert("RGBA")

@@ -412,3 +412,11 @@ def test_a_state_dict_under_thousands_of_keys_is_judged_once(tmp_path: Path) -> 
     start = process_time()
     open_checkpoint(tmp_path / "model.pt")
     assert process_time() - start < 3
+
+
+def test_a_sparse_kernel_is_listed_as_skipped(tmp_path: Path, convsim: Convsim) -> None:
+    kernels = {name: torch.randn(4, 3, 3, 3) for name in ("a.weight", "b.weight")}
+    torch.save({**kernels, "b.weight": kernels["b.weight"].to_sparse()}, tmp_path / "m.pt")
+    document = convsim("measure", tmp_path / "m.pt", "--samples", 1, "--json").document
+    assert [layer["name"] for layer in document["layers"]] == ["a.weight"]
+    assert [(entry["name"], entry["reason"][:6]) for entry in document["skipped"]] == [("b.weight", "sparse")]

@@ -375,3 +375,26 @@ def test_shards_that_a_save_replaces_while_they_are_opened_are_refused(
     monkeypatch.setattr(SafetensorsCheckpoint, "__init__", opened)
     with pytest.raises(CheckpointError, match="another process changed it while it was read"):
         open_checkpoint(tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git-LFS pointer"),
+        (b"", "an empty file"),
+        (b"<html>", "a web page"),
+    ],
+)
+def test_a_shard_that_is_something_else_is_named(content: bytes, said: str, folder: Path) -> None:
+    (folder / SHARDS[1]).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}: .*{said}"):
+        open_checkpoint(folder)
+
+
+def test_tensors_that_the_index_leaves_out_are_named(folder: Path, convsim: Convsim) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"]["conv1.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+    outcome = convsim("measure", folder, "--samples", 1)
+    assert outcome.code == 0
+    assert f"does not name these tensors of {SHARDS[0]}: conv1.weight; they are left out" in outcome.err

@@ -5,10 +5,13 @@ import fcntl
 import hashlib
 import os
 import pickle
+import struct
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -403,3 +406,15 @@ def test_images_beyond_the_limits_are_not_decoded(tmp_path: Path, monkeypatch: p
     assert len(decoded) == 4
     assert torch.equal(few.train.images, whole.train.images[:3])
     assert torch.equal(few.test.labels, whole.test.labels[:1])
+
+
+@pytest.mark.parametrize("kind", [2, 4, 6])  # colors, gray with alpha, colors with alpha
+def test_twelve_bit_images_are_refused_in_color_too(kind: int, tmp_path: Path) -> None:
+    for most, fits in ((4000, False), (65535, True)):
+        values = numpy.full((8, 8, {2: 3, 4: 2, 6: 4}[kind]), most, ">u2")
+        parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0))]
+        parts += [(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))), (b"IEND", b"")]
+        chunks = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts]
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+        with nullcontext() if fits else pytest.raises(InputError, match="12-bit or all dark"):
+            assert decode_image(tmp_path / "x.png", 8).max() == 255
