@@ -168,7 +168,7 @@ def rescale_(filters: Tensor, norms: Tensor) -> None:
     filters.mul_(scale.masked_fill_(present.isinf(), torch.nan))
 
 
-def neighbours(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+def neighbour_similarity(filters: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     """Return Σ_i Σ_c ‖K_i[c] ⋆ K_{i+1}[c]‖² = Σ_i Σ_c ⟨A_i[c], A_{i+1}[c]⟩ with A_i[c] = K_i[c] ⋆ K_i[c]; and A."""
     power = power_spectra(spectra(filters, taps), taps)
     return inner_product(power[:, :-1], power[:, 1:]), power
@@ -454,7 +454,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         _objective(
             "neighbours",
-            neighbours,
+            neighbour_similarity,
             neighbours_gradient,
             neighbours_gradient_alone,
         ),

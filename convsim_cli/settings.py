@@ -26,7 +26,8 @@ Channels = tuple[float, float, float]
 Call = TypeVar("Call", bound=Callable[..., Any])
 Options = TypeVar("Options", bound="CheckpointOptions")
 
-INPUTS = ("white", "uniform", "natural", "cifar10", "cifar100", "digits")  # by name; there are folders too
+DATA = ("cifar10", "cifar100", "digits")  # sets of images, by name; there are folders too
+INPUTS = ("white", "uniform", "natural", *DATA)
 ARCH_HELP = (
     "cnn1, cnn2, resnet18, torchvision:NAME, timm:NAME, …. Also cnn:WIDTH and package.module:callable. The built-in "
     "networks are for 32×32 images."
@@ -221,8 +222,8 @@ class InitOptions(InputOptions):
     optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer of Algorithm 1.", "Method")
     input: str | None = setting(
         None,
-        "Images for decorrelate: cifar10, folder:PATH, …. Requires --arch. Training images of cifar10, cifar100, "
-        "digits or folder:PATH, a folder of images, or white, uniform or natural noise.",
+        "Images for decorrelate: cifar10, folder:PATH, …. Requires --arch. Training images of "
+        f"{', '.join(DATA)} or folder:PATH, a folder of images, or white, uniform or natural noise.",
         "Inputs",
         metavar="INPUT",
         common=True,
@@ -267,7 +268,7 @@ class MeasureOptions(InputOptions):
     input: str = setting(
         "white",
         "white, uniform, natural, cifar10, folder:PATH, …. White or uniform noise, or noise with the 1/f spectrum of "
-        "photographs; without --arch also features, with it also cifar10, cifar100, digits, folder:PATH, or a folder.",
+        f"photographs; without --arch also features, with it also {', '.join(DATA)}, folder:PATH, or a folder.",
         "Inputs",
         metavar="INPUT",
         common=True,

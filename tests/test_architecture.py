@@ -138,6 +138,13 @@ def test_a_file_name_occurs_once_and_is_no_public_name() -> None:
     stems = Counter(path.stem for path in modules(PACKAGE).values() if path.stem not in ("__init__", "__main__"))
     assert [stem for stem, count in stems.items() if count > 1] == []
     assert not stems.keys() & set(convsim_cli.__all__)
+    functions = {
+        node.name
+        for path in modules(PACKAGE).values()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert stems.keys() & functions == {"run"}  # `convsim_cli.cli.run`, and the folder of a run
 
 
 def test_the_library_imports_nothing_of_the_command_line() -> None:

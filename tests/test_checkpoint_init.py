@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from convsim_cli.checkpoint_init import init_checkpoint
+from convsim_cli.checkpoint_measure import measure_checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError, ConvsimWarning, InputError
 
@@ -168,3 +169,12 @@ def test_a_dry_run_speaks_of_no_backup(tmp_path: Path) -> None:
     with pytest.warns(ConvsimWarning, match="looks trained") as caught:
         init_checkpoint(tmp_path / "m.pt", dry_run=True)
     assert not any(".bak" in str(warning.message) for warning in caught)
+
+
+def test_an_argument_that_does_not_exist_is_named_with_the_nearest(path: Path) -> None:
+    with pytest.raises(TypeError, match=r"init_checkpoint\(\) has no argument 'iteration': did you mean 'iterations'"):
+        init_checkpoint(path, iteration=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"measure_checkpoint\(\) has no argument 'sample'"):
+        measure_checkpoint(path, sample=3)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="pass a `path`, or `arch` for a new network"):
+        measure_checkpoint()

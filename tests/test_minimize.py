@@ -464,3 +464,20 @@ def test_layers_that_cannot_be_minimized_are_named_in_one_warning() -> None:
         assert [record["name"] for record in minimize_(model, 1)] == ["0.weight"]
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+def test_kernels_that_share_memory_are_minimized_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3))
+    model[1].weight = nn.Parameter(model[0].weight)  # another parameter, of the same values
+    (record,) = minimize_(model, 50, lr=0.01, preserve_norm=True)
+    found = measure_weight(Kernel("k", (8, 3, 3, 3)), model[0].weight.detach())
+    assert record["after"]["ncs"] == pytest.approx(found["ncs"])
+
+
+@pytest.mark.parametrize("objective", ["srip", "ocnn", "orthoreg", "kernel", "cs"])
+def test_held_norms_beyond_float32_are_an_error_and_no_zeros(objective: str) -> None:
+    weight = torch.randn(16, 8, 3, 3) * 5e18
+    before = weight.clone()
+    with pytest.raises(DivergedError):
+        minimize_weight_(weight, iterations=50, objective=objective, preserve_norm=True)
+    assert torch.equal(weight, before)

@@ -578,3 +578,9 @@ def test_a_transform_that_does_not_reach_the_penalty_is_refused() -> None:
     ).values()
     penalty().backward()
     torch.testing.assert_close(found, model[0].weight.grad)
+
+
+def test_another_preserve_norm_is_refused() -> None:
+    penalty = ConvSimPenalty(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    with pytest.raises(InputError, match="`preserve_norm` is 'no'; expected true or false"):
+        penalty.add_gradient_(1e-3, preserve_norm="no")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from convsim_cli.inputs.datasets import DATASETS
 from convsim_cli.measurement.synthetic import PROBES
 from convsim_cli.methods import METHODS, OBJECTIVE_NAMES
 from convsim_cli.objectives import OBJECTIVES
-from convsim_cli.settings import INPUTS, Declaration, InitOptions, MeasureOptions, declarations
+from convsim_cli.settings import DATA, INPUTS, Declaration, InitOptions, MeasureOptions, declarations
 from convsim_cli.training.config import Arguments
 
 Call = tuple[str, Callable[..., Any], type]
@@ -35,6 +35,7 @@ TEXT = (str, list)  # how the command line gives lists, dictionaries and colours
 
 def test_inputs_are_the_synthetic_ones_and_the_data_sets() -> None:
     assert (*PROBES, *DATASETS) == INPUTS
+    assert (*DATASETS,) == DATA
 
 
 def test_the_methods_that_iterate_are_the_objectives() -> None:

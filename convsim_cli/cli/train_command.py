@@ -72,7 +72,7 @@ def train(
     from convsim_cli.networks.architectures import to_repeat
     from convsim_cli.training.distributed import is_rank_zero
     from convsim_cli.training.launch import open_to_resume, resume_run, start_runs
-    from convsim_cli.training.run import RunCallbacks, train_command
+    from convsim_cli.training.run import RunCallbacks, command_to_train
 
     console = Console(quiet or not is_rank_zero(), as_json and is_rank_zero(), wide)
     screen = RunScreen(console)
@@ -93,7 +93,7 @@ def train(
         if is_rank_zero() and screen.runs:
             run = screen.runs[-1]
             how = run.arguments
-            command = train_command("resume", run.folder, to_repeat(how.arch, how.weights), how.processes)
+            command = command_to_train("resume", run.folder, to_repeat(how.arch, how.weights), how.processes)
             console.warn(f"stopped; resume with: {command}{_other_seeds(run, (seeds or 1) - len(screen.runs))}")
         raise
     except Exception:

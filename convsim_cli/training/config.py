@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from convsim_cli.errors import InputError, did_you_mean
 from convsim_cli.methods import METHODS, OBJECTIVE_NAMES
-from convsim_cli.settings import ARCH_HELP, declarations, setting
+from convsim_cli.settings import ARCH_HELP, DATA, declarations, setting
 
 FOLDER = "folder:"  # what the `dataset` of a folder of images begins with
 
@@ -170,10 +170,11 @@ class Arguments:
     compile: bool = setting(False, "Compile the network with torch.compile.", "Recipe")
     dataset: str = setting(
         "cifar10",
-        "cifar10, cifar100, digits, or folder:PATH. PATH contains a folder per class.",
+        f"{', '.join(DATA)}, or folder:PATH. PATH contains a folder per class.",
         "Data",
         metavar="NAME",
         common=True,
+        known=DATA,
     )
     data_dir: str = setting(
         "data", "Dataset folder; missing datasets are downloaded.", "Data", metavar="DIR", common=True

@@ -31,9 +31,9 @@ from convsim_cli.training.run import (
     ARGUMENTS_FILE,
     Run,
     RunCallbacks,
+    command_to_train,
     epochs_done,
     open_run,
-    train_command,
     train_run,
     write_json,
 )
@@ -219,7 +219,7 @@ def _refuse_taken(folder: Path, arguments: Arguments) -> NoReturn:
     with suppress(InputError):
         own = open_run(folder).arguments
         if own.identity() == arguments.identity():
-            command = train_command("resume", folder, to_repeat(own.arch, own.weights), own.processes)
+            command = command_to_train("resume", folder, to_repeat(own.arch, own.weights), own.processes)
             resume = f"resume it with: {command}, or "
         else:
             resume = "it holds another run; "
@@ -249,7 +249,7 @@ def open_to_resume(folder: Path, given: Mapping[str, Any]) -> Run:
                 "with `resume` only `epochs`, `data_dir` and the path of a folder:PATH may change"
             )
     repeated = to_repeat(run.arguments.arch, run.arguments.weights)
-    command = train_command("resume", folder, repeated, run.arguments.processes)
+    command = command_to_train("resume", folder, repeated, run.arguments.processes)
     _require_repeated(repeated, folder / ARGUMENTS_FILE, given, command)
     return replace(run, arguments=replace(run.arguments, **given))
 
@@ -265,7 +265,7 @@ def read_config(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
         raise InputError(f"`config` {path}: not a readable args.json ({brief(error)})") from error
     arguments = parse_arguments(values, path)
     repeated = to_repeat(arguments.get("arch", ""), arguments.get("weights"))
-    _require_repeated(repeated, path, given, train_command("config", path, repeated))
+    _require_repeated(repeated, path, given, command_to_train("config", path, repeated))
     return {name: value for name, value in arguments.items() if name not in given}
 
 

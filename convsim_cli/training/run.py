@@ -427,14 +427,14 @@ def check_resumable(run: Run) -> None:
     found += ["summary.json"] if (run.folder / "summary.json").exists() else []
     if found:
         repeated = to_repeat(run.arguments.arch, run.arguments.weights)
-        another = train_command("config", run.folder / ARGUMENTS_FILE, repeated)
+        another = command_to_train("config", run.folder / ARGUMENTS_FILE, repeated)
         raise InputError(
             f"{path}: missing, so the run cannot be resumed, and starting over would overwrite {', '.join(found)}; "
             f"move {run.folder} away, or start another run: {another} --name NEW"
         )
 
 
-def train_command(
+def command_to_train(
     option: Literal["resume", "config"], path: Path, repeated: Mapping[str, str], processes: int = 1
 ) -> str:
     """Return the command that resumes a run, or starts another from its args.json, with what `to_repeat` finds."""

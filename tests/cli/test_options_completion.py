@@ -35,6 +35,7 @@ def completed(words: str) -> list[str]:
         ("convsim train --mode ", [*MODES]),
         ("convsim reproduce table5 --arms ", [*SETS, ALL, *ARMS]),
         ("convsim init --input ", [*INPUTS]),
+        ("convsim train --dataset cif", ["cifar10", "cifar100"]),
         ("convsim measure --input ci", ["cifar10", "cifar100"]),
         ("convsim init --probe ", ["white", "uniform", "natural"]),
         ("convsim init --arch cnn", ["cnn1", "cnn2", "cnn:"]),

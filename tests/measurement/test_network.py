@@ -429,3 +429,10 @@ def test_one_batch_in_a_dictionary_is_measured_as_its_images() -> None:
     assert measure(model, {"pixel_values": images}) == measure(model, images)
     with pytest.raises(InputError, match=r"for one batch \(images, labels\), pass \[batch\]"):
         measure(model, (images, torch.zeros(4, dtype=torch.long)))
+
+
+def test_a_kernel_with_nan_is_named_and_not_the_inputs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    model[0].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"0\.weight \[8, 3, 3, 3\]: 1 of 216 values is NaN or Inf"):
+        measure(model, torch.randn(4, 3, 12, 12))

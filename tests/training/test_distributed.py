@@ -27,7 +27,7 @@ from convsim_cli.errors import ConvsimWarning
 from convsim_cli.inputs.datasets import load_dataset
 from convsim_cli.training.config import Arguments
 from convsim_cli.training.distributed import Processes, is_rank_zero, join_processes, locked
-from convsim_cli.training.run import Run, RunCallbacks, read_results, train_command, train_run
+from convsim_cli.training.run import Run, RunCallbacks, command_to_train, read_results, train_run
 from convsim_cli.training.trainer import Trainer, reestimate_together
 
 SMALL = ("--arch", "cnn:4", "--dataset", "digits", "--limit-train", "61", "--limit-test", "31", "--batch-size", "20")
@@ -192,5 +192,5 @@ def test_the_other_ranks_load_data_after_rank_0_when_a_run_is_resumed(monkeypatc
 
 
 def test_a_run_of_several_processes_is_resumed_by_as_many() -> None:
-    command = train_command("resume", Path("runs/a b"), {}, 2)
+    command = command_to_train("resume", Path("runs/a b"), {}, 2)
     assert command == "torchrun --nproc-per-node 2 -m convsim_cli train --resume 'runs/a b'"
