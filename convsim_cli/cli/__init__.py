@@ -129,7 +129,8 @@ def run(arguments: list[str]) -> int:
 
         warnings.showwarning = show_once
         try:
-            code = app(arguments or ["--help"], standalone_mode=False) or 0
+            shows_all = arguments[:1] == ["--help-all"]  # of the commands each has its own
+            code = app(["--help"] if shows_all else arguments or ["--help"], standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except (Exception, SystemExit) as error:  # a network's own code may exit

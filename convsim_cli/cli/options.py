@@ -351,8 +351,16 @@ def explain_usage(error: Any, arguments: Sequence[str]) -> str:
     parameter, gone = getattr(error, "param", None), getattr(error, "option_name", None)
     if gone in (known := GONE.get(error.ctx.command.name, {}) if error.ctx else {}):
         return f"{gone} was replaced by {known[gone]}"
+    commands = getattr(error.ctx.command, "commands", {}) if error.ctx else {}
+    given = next((word for word in arguments if word in commands), None)
+    if commands and gone and given:
+        return f"{gone} goes behind the command: convsim {given} {gone}"
+    if commands and message.startswith("No such command") and "Did you mean" not in message:
+        return f"{message.rstrip('.')}: expected {one_of(commands)}"
     if parameter is None:
         return message
+    if message.startswith("Missing argument"):
+        return f"{message} See convsim {error.ctx.command.name} --help"
     value = None  # the last one that was given
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, separator, joined = word.partition("=")

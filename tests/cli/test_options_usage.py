@@ -23,7 +23,9 @@ from convsim_cli.cli import app
         (("measure", "--samples", 0), "--samples 0: expected 1 or more"),
         (("measure", "--threshold", 2), "--threshold 2: expected at most 1"),
         (("init", "--lr", "fast"), "--lr fast: expected a number"),
-        (("reproduce",), "Missing argument 'NAME'."),
+        (("reproduce",), "Missing argument 'NAME'. See convsim reproduce --help"),
+        (("--json", "measure", "x.pt"), "--json goes behind the command: convsim measure --json"),
+        (("version",), "No such command 'version': expected init, measure, train, compare, reproduce or plot"),
         (("init", "--no-such"), "No such option: --no-such"),
     ],
 )
