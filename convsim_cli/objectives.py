@@ -42,6 +42,7 @@ from convsim_cli.similarity import (
     convolve,
     gradient_from_others,
     inner_product,
+    lag_shape,
     power_spectra,
     similarity_and_others,
     similarity_gradient,
@@ -333,7 +334,7 @@ def _spectra(filters: Tensor, taps: Taps) -> Tensor:
         return filters.transpose(1, 2)
     groups, count, _, channels = filters.shape
     axes = tuple(range(2, 2 + len(taps)))
-    spectrum = torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=_lags(taps), dim=axes)
+    spectrum = torch.fft.rfftn(filters.reshape(groups, count, *taps, channels), s=lag_shape(taps), dim=axes)
     return spectrum.flatten(2, -2).transpose(1, 2)
 
 
@@ -341,7 +342,7 @@ def _at_taps(spectra: Tensor, taps: Taps) -> Tensor:
     """Undo `_spectra`, of lags those that are taps: filters `[groups, S / groups, N, C]`."""
     if not spectra.is_complex():
         return spectra.transpose(1, 2)
-    lags = _lags(taps)
+    lags = lag_shape(taps)
     spectrum = spectra.transpose(1, 2).contiguous()  # the FFT of a view rounds in another way in a stack of layers
     spectrum = spectrum.unflatten(2, (*lags[:-1], lags[-1] // 2 + 1))
     full = torch.fft.irfftn(spectrum, s=lags, dim=tuple(range(2, 2 + len(taps))))
@@ -353,13 +354,9 @@ def _mean_over_frequencies(powers: Tensor, taps: Taps) -> Tensor:
 
     All of them but frequency 0 of the last axis stand for two.
     """
-    lags = _lags(taps)
+    lags = lag_shape(taps)
     powers = powers.unflatten(-1, (-1, lags[-1] // 2 + 1))
     return (2 * powers.sum() - powers[..., 0].sum()) / prod(lags)
-
-
-def _lags(taps: Taps) -> Taps:
-    return tuple(2 * k - 1 for k in taps)
 
 
 def _shorter_side(filters: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def autocorrelation(filters: Tensor, taps: Taps, spectrum: Tensor | None = None)
         return gram
     if _folds_by_matrix(taps, filters.device):
         return gram @ lag_matrix(filters, taps)
-    return gram.new_zeros(groups, each, prod(_lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
+    return gram.new_zeros(groups, each, prod(lag_shape(taps))).index_add(-1, _lag_index(filters, taps), gram)
 
 
 def twice_the_others(autocorrelations: Tensor) -> Tensor:
@@ -229,7 +229,8 @@ def _folds_by_matrix(taps: Taps, device: torch.device) -> bool:
 _SIMILARITY = Differentiable("cs", similarity_and_others, gradient_from_others)
 
 
-def _lag_shape(taps: Taps) -> Taps:
+def lag_shape(taps: Taps) -> Taps:
+    """Return the number of lags along each axis at which kernels of these taps overlap, 2k − 1."""
     return tuple(2 * k - 1 for k in taps)
 
 
@@ -241,7 +242,7 @@ def fft_is_cheaper(channels: int, taps: Taps, device: str) -> bool:
     """
     size, points = prod(taps), prod(fft_shape(taps))
     if device != "cpu":  # the fewest launches, while the matrix that folds the Gram product onto lags is below 4 MB
-        return size * size * prod(_lag_shape(taps)) > 1 << 20
+        return size * size * prod(lag_shape(taps)) > 1 << 20
     return channels * (2.2 * points * log2(points) + 600) < size * size * (5 + 0.07 * channels)
 
 
@@ -260,7 +261,7 @@ def _lag_index(like: Tensor, taps: Taps) -> Tensor:
 @constant
 def lag_matrix(like: Tensor, taps: Taps) -> Tensor:
     """Return `[N², lags]`, 1 where the pair of taps has the lag: it folds a Gram product onto lags."""
-    lags = torch.arange(prod(_lag_shape(taps)), device=like.device)
+    lags = torch.arange(prod(lag_shape(taps)), device=like.device)
     return (_lag_index(like, taps)[:, None] == lags).to(like.dtype)
 
 

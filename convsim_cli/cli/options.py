@@ -336,7 +336,7 @@ def with_options(message: str, command: Any) -> str:
             str(parameter.metavar.strip("[].…")) if is_argument else max(parameter.opts, key=len)
         )
         if is_argument and "CHECKPOINT" in parameter.metavar:
-            spelled["path"] = "CHECKPOINT"  # as the library calls it
+            spelled["path"] = "checkpoint" if parameter.nargs == -1 else "CHECKPOINT"  # as the library calls it
     return re.sub(r"`([a-z_]+)`", lambda found: spelled.get(found[1], found[1]), message)
 
 

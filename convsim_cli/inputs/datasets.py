@@ -19,7 +19,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from convsim_cli.errors import InputError, brief, did_you_mean, one_of, open_regular, to_install, wait_for_lock
+from convsim_cli.errors import InputError, brief, did_you_mean, one_of, open_regular, some_of, to_install, wait_for_lock
 from convsim_cli.inputs.images import Channels, Dataset, Split
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # most networks for photographs were trained with these
@@ -27,7 +27,6 @@ IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 TRAINING = ("train", "training")  # names of folders, in small or capital letters
 TEST = ("val", "test", "valid", "validation", "testing")  # the first one that is there
 DEEPEST = 3  # levels of folders that are searched for what was meant
-NAMED = 5  # folders in an error
 DECODED = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever its name: PIL would run programs on others
 
 Labeled = list[tuple[str, int]]  # image files, each with the number of its class
@@ -249,7 +248,7 @@ def find_splits(path: Path) -> tuple[list[str], Labeled, Labeled]:
         return classes, [file for number, file in enumerate(files) if number % 5], files[::5]
     named, held_out = _labeled_files(test)
     if named != classes:
-        raise InputError(f"{test}: its classes ({_some(named)}) are not those of {training} ({_some(classes)})")
+        raise InputError(f"{test}: its classes ({some_of(named)}) are not those of {training} ({some_of(classes)})")
     return classes, files, held_out
 
 
@@ -265,15 +264,15 @@ def _refuse_splits_as_classes(path: Path) -> None:
     splits = [folder for folder in _folders(path) if folder.lower() in TEST]
     if splits:
         raise InputError(
-            f"{path}: {_some(splits)} would be a class, but is named like a split, and there is no {one_of(TRAINING)} "
-            f"beside it; add that, use folder:{path / splits[0]} for these images alone, or rename it"
+            f"{path}: {some_of(splits)} would be a class, but is named like a split, and there is no "
+            f"{one_of(TRAINING)} beside it; add that, use folder:{path / splits[0]} for these images alone, or rename it"
         )
     for folder in _folders(path):
         inner = [name for name in _folders(path / folder) if name.lower() in TRAINING + TEST]
         if inner:
             meant = _meant(path)
             way = f"use folder:{meant}" if meant else "put the class folders into the split folders"
-            raise InputError(f"{path}: {folder} would be a class, but contains the splits {_some(inner)}; {way}")
+            raise InputError(f"{path}: {folder} would be a class, but contains the splits {some_of(inner)}; {way}")
 
 
 def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
@@ -284,7 +283,7 @@ def _labeled_files(path: Path) -> tuple[list[str], Labeled]:
     files = [(str(file), label) for label, images in enumerate(by_class) for file in images]
     empty = [name for name, images in zip(classes, by_class, strict=True) if not images]
     if not classes or empty:
-        found = f"no images in {_some(empty)}" if classes else "found no folders"
+        found = f"no images in {some_of(empty)}" if classes else "found no folders"
         raise InputError(f"{path}: expected a folder of images for each class ({found})")
     if len(classes) == 1:
         meant = _meant(path)
@@ -351,10 +350,6 @@ def _folders(path: Path) -> list[str]:
             return sorted(entry.name for entry in entries if not _is_hidden(Path(entry.name)) and entry.is_dir())
     except OSError as error:
         raise InputError(f"{error.filename}: expected a folder of images for each class ({error.strerror})") from error
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
 def _is_hidden(path: Path) -> bool:

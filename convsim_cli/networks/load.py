@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from convsim_cli.checkpoints.base import Checkpoint, LaidOutCheckpoint, storage_extent
 from convsim_cli.checkpoints.formats import StateDict, open_checkpoint
-from convsim_cli.errors import ConvsimError, InputError, brief, did_you_mean
+from convsim_cli.errors import ConvsimError, InputError, brief, did_you_mean, some_of
 from convsim_cli.kernels import (
     FLOATING,
     WRAPPERS,
@@ -181,7 +181,7 @@ def match_names(model: nn.Module, checkpoint: Checkpoint, arch: str = "") -> dic
     if unexpected:
         checkpoint.notes.append(
             f"{checkpoint.name}: `arch`{f' {arch}' if arch else ''} has no place for {len(unexpected)} of its tensors "
-            f"({_some(unexpected)}); they are left unchanged"
+            f"({some_of(unexpected)}); they are left unchanged"
         )
     return names
 
@@ -214,19 +214,15 @@ def _check_fit(
         if info.shape != tuple(state[name].shape)
     ]
     if missing or wrong:
-        problems = [f"{len(missing)} of {len(state)} tensors missing ({_some(missing)})"] if missing else []
-        problems += [f"{len(wrong)} of another shape ({_some(wrong)})"] if wrong else []
-        problems += [f"{len(unexpected)} unexpected ({_some(unexpected)})"] if unexpected else []
+        problems = [f"{len(missing)} of {len(state)} tensors missing ({some_of(missing)})"] if missing else []
+        problems += [f"{len(wrong)} of another shape ({some_of(wrong)})"] if wrong else []
+        problems += [f"{len(unexpected)} unexpected ({some_of(unexpected)})"] if unexpected else []
         raise InputError(f"{checkpoint.name}: does not fit `arch`: {'; '.join(problems)}")
     floating = {names[name]: info.dtype for name, info in infos.items() if state[name].is_floating_point()}
     codes = [name for name, dtype in floating.items() if dtype not in FLOATING]
     if codes:
         more = f", and {len(codes) - 1} others like it" if codes[1:] else ""
         raise InputError(f"{checkpoint.name}: {codes[0]} is {floating[codes[0]]}: dequantize it first{more}")
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (", …" if len(items) > 3 else "")
 
 
 def check_copies(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
