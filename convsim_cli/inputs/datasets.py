@@ -265,7 +265,8 @@ def _refuse_splits_as_classes(path: Path) -> None:
     if splits:
         raise InputError(
             f"{path}: {some_of(splits)} would be a class, but is named like a split, and there is no "
-            f"{one_of(TRAINING)} beside it; add that, use folder:{path / splits[0]} for these images alone, or rename it"
+            f"{one_of(TRAINING)} beside it; add that, use folder:{path / splits[0]} for these images alone, or rename "
+            "it"
         )
     for folder in _folders(path):
         inner = [name for name in _folders(path / folder) if name.lower() in TRAINING + TEST]
