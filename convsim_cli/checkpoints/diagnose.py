@@ -95,6 +95,7 @@ _ASK = (
     "yourself only if you trust its origin, in the environment it was made in"
 )
 
+_CHANGED = "another process changed it while it was read; try again when it is done"
 _PROGRAMS = (  # what a zip is that runs code when it is loaded, by a name in it
     (r"/constants\.pkl$", "a TorchScript program"),
     (r"/archive_format$|serialized_exported_program\.json$", "a torch.export archive"),
@@ -158,19 +159,24 @@ class Source:
 
     def check_place(self) -> None:
         """Raise CheckpointError if another file has taken the name since this one was opened."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            found = None
-        if found is None or not os.path.samestat(found, os.fstat(self.descriptor)):
-            raise self._changed()
+        check_place(self.path, os.fstat(self.descriptor))
 
     def _read_state(self) -> tuple[int, int, int, int]:
         status = os.fstat(self.descriptor)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def _changed(self) -> CheckpointError:
-        return CheckpointError(f"{self.path}: another process changed it while it was read; try again when it is done")
+        return CheckpointError(f"{self.path}: {_CHANGED}")
+
+
+def check_place(path: Path, opened: os.stat_result) -> None:
+    """Raise CheckpointError if a path is not that of a file that was opened there. opened: its state."""
+    try:
+        found = path.stat()
+    except OSError:
+        found = None
+    if found is None or not os.path.samestat(found, opened):
+        raise CheckpointError(f"{path}: {_CHANGED}")
 
 
 def describe_unknown(path: Path, start: bytes) -> str:

@@ -45,7 +45,7 @@ from secrets import token_hex
 from typing import BinaryIO
 
 from convsim_cli.checkpoints.diagnose import is_backup, is_checkpoint_file
-from convsim_cli.errors import ConvsimWarning, some_of, wait_for_lock
+from convsim_cli.errors import CheckpointError, ConvsimWarning, some_of, wait_for_lock
 
 JOURNAL, MANIFEST = ".convsim-journal", ".convsim-manifest"
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # rename(2): a folder of that name exists and is not empty
@@ -205,15 +205,18 @@ def _opened(folder: Path) -> Iterator[_Journal | None]:
             if irregular := [name for name in names if not _is_regular(descriptor, name)]:
                 raise ForeignJournalError(folder, f"{irregular[0]} in it is not a regular file")
             to_move = [name for name in names if not _HIDDEN.fullmatch(name)]
-            if to_move and (reason := _find_fault(parent, descriptor, to_move)):
+            if to_move and (reason := _find_fault(folder, parent, descriptor, to_move)):
                 raise ForeignJournalError(folder, reason)
             yield _Journal(parent, descriptor, to_move)
             return
     yield None
 
 
-def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
-    """Return why a journal's files must not be moved, None if they can be."""
+def _find_fault(folder: Path, parent: int, journal: int, to_move: list[str]) -> str | None:
+    """Return why a journal's files must not be moved, None if they can be.
+
+    Raises CheckpointError if files in their places were replaced since the commit.
+    """
     if not _is_regular(journal, MANIFEST):
         return "it has no manifest"
     try:
@@ -230,15 +233,18 @@ def _find_fault(parent: int, journal: int, to_move: list[str]) -> str | None:
     for name, fingerprint in files.items():
         if not is_checkpoint_file(name):
             return f"{name} is not named like a file of a checkpoint"
-        folder = journal if name in to_move else parent
-        if not _is_regular(folder, name) or _fingerprint(folder, name) != fingerprint:
+        where = journal if name in to_move else parent
+        if not _is_regular(where, name) or _fingerprint(where, name) != fingerprint:
             return f"{name} has changed or is missing"
     for name in to_move:
         if reason := _find_obstacle(parent, journal, name):
             return reason
         found = _state(name, parent)
         if name in replaced and found not in (None, replaced[name], _state(name, journal)):
-            return f"{name} beside it is newer and would be lost; to keep the new files, remove the journal"
+            raise CheckpointError(
+                f"{folder}: a save was interrupted, and {name} was replaced since, so the save cannot be completed; "
+                f"restore or fetch every file of the checkpoint, then remove {folder / JOURNAL}"
+            )
     return None
 
 

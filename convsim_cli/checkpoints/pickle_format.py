@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convsim_cli.checkpoints.atomic import replace_file
 from convsim_cli.checkpoints.base import Changes, Checkpoint, storage_extent, tensor_infos
-from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, why_not_loaded
+from convsim_cli.checkpoints.diagnose import MERGE_ZERO, Source, check_pickle, check_place, why_not_loaded
 from convsim_cli.checkpoints.pickle_globals import HarmlessPickler, RefusedError, harmless_globals, pickle_module
 from convsim_cli.device import deferred_interrupt
 from convsim_cli.errors import (
@@ -42,7 +42,7 @@ class PickledCheckpoint(Checkpoint):
     """
 
     def __init__(self, source: Source, key: str | None = None) -> None:
-        path, self._source = source.path, source
+        path, self._opened = source.path, os.fstat(source.descriptor)
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"{path}: named .safetensors but contains a pickle; rename it to .pt if you trust its source"
@@ -100,9 +100,13 @@ class PickledCheckpoint(Checkpoint):
                 warnings.warn(message, ConvsimWarning, stacklevel=2)
             write_pickle(file, self._root, self._zipped, pickle_module())
             if not backup and self.is_in_place(target):
-                self._source.check_place()
+                check_place(target, self._opened)
 
-        return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+        in_place = self.is_in_place(target)
+        kept = replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+        if in_place:
+            self._opened = target.stat()
+        return kept
 
     def _following(self, changed: list[str]) -> list[str]:
         """Return the places of tensors that changed with others, except those that are skipped for sharing memory."""

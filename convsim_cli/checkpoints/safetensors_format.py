@@ -48,8 +48,17 @@ class SafetensorsCheckpoint(Checkpoint):
     """A safetensors file. Raises CheckpointError if it is damaged."""
 
     def __init__(self, file: Path | Source) -> None:
-        self.source = source = file if isinstance(file, Source) else Source(file)
-        path = source.path
+        source = file if isinstance(file, Source) else Source(file)
+        self._read(source)
+        entries = in_natural_order(self._header).items()
+        super().__init__(
+            source.path,
+            {name: TensorInfo(_TYPES[e["dtype"]][0], tuple(e["shape"])) for name, e in entries},
+        )
+
+    def _read(self, source: Source) -> None:
+        """Read the header of an open file, which takes the place of one that was open."""
+        self.source, path = source, source.path
         with source.reading():
             length = int.from_bytes(os.pread(source.descriptor, 8, 0), "little")
             try:
@@ -63,11 +72,10 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from error
         self._data_start = 8 + length
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
-        entries = in_natural_order(self._header).items()
-        super().__init__(
-            path,
-            {name: TensorInfo(_TYPES[e["dtype"]][0], tuple(e["shape"])) for name, e in entries},
-        )
+
+    def reopen(self) -> None:
+        """Read the file that was written in this one's place."""
+        self._read(Source(self.path))
 
     def load(self, name: str) -> Tensor:
         info, (first, end) = self.tensors[name], self._header[name]["data_offsets"]
@@ -98,7 +106,11 @@ class SafetensorsCheckpoint(Checkpoint):
             if not backup and self.is_in_place(target):
                 self.source.check_place()
 
-        return replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+        in_place = self.is_in_place(target)
+        kept = replace_file(target, write, target.with_name(f"{target.name}.bak") if backup else None)
+        if in_place:
+            self.reopen()
+        return kept
 
     def copy_to(self, file: BinaryIO, record: Mapping[str, str]) -> Callable[[str, Tensor], None]:
         """Copy the file with a new record, and return a function that overwrites one tensor in the copy.

@@ -138,6 +138,9 @@ class ShardedCheckpoint(Checkpoint):
             replaced = [place for place in (put if in_place else self._sources(target)) if place.exists()]
             backups = {place: place.with_name(f"{place.name}.bak") for place in replaced} if backup else {}
             kept = files.commit(backups, self._backups(target))
+        for shard in self._shards.values() if in_place else ():
+            if target.with_name(shard.path.name) in put:
+                shard.reopen()
         return _pattern(next(iter(kept.values()))) if kept else None
 
     def _backups(self, target: Path) -> list[Path]:

@@ -120,10 +120,12 @@ def run(arguments: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvsimWarning)
         shown = set[str]()
+        is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and arguments[:1] == ["train"]
+        is_follower = is_launched and os.environ.get("RANK", "0") != "0"  # of several processes, all say the same
 
         def show_once(message: Warning | str, *_: Any, **__: Any) -> None:  # a run warns of a network more than once
             text = " ".join(str(message).split())
-            if text not in shown and os.environ.get("RANK", "0") == "0":  # of several processes, all say the same
+            if text not in shown and not is_follower:
                 shown.add(text)
                 _show("warning", text, arguments)
 

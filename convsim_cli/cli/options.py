@@ -353,7 +353,7 @@ def explain_usage(error: Any, arguments: Sequence[str]) -> str:
         return f"{gone} was replaced by {known[gone]}"
     commands = getattr(error.ctx.command, "commands", {}) if error.ctx else {}
     given = next((word for word in arguments if word in commands), None)
-    if commands and gone and given:
+    if given and any(gone in parameter.opts for parameter in commands[given].params):
         return f"{gone} goes behind the command: convsim {given} {gone}"
     if commands and message.startswith("No such command") and "Did you mean" not in message:
         return f"{message.rstrip('.')}: expected {one_of(commands)}"

@@ -211,7 +211,8 @@ def decode_image(path: Path, side: int) -> Tensor:
 
     try:
         with open_regular(path) as stream, Image.open(stream, formats=DECODED) as file:
-            of_16_bits = ";16" in str(getattr(file, "tile", ""))  # of which PIL keeps the upper 8, except in gray
+            # PIL keeps the upper 8 of 16 bits, except in gray; in a BMP 16 are those of a pixel
+            of_16_bits = ";16" in str(getattr(file, "tile", "")) and file.format != "BMP"
             ImageOps.exif_transpose(file, in_place=True)
             image: Image.Image = file
             if file.mode == "F" or (file.mode == "I" and file.format != "PPM"):  # PIL scales those to 16 bits

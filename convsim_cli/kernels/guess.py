@@ -48,10 +48,8 @@ _NO_KERNEL = re.compile(  # a word in the last part of a name: a statistic, a ga
     r"running|moving|mean|var|variance|std|gamma|beta|scales?|bias|biases|ls|tokens?|emb|embeds?|embeddings?|pos|"
     r"positions?|positional|relative|rel|mask|anchors?|grid|freqs?|temperature|codebook|prototypes?|index|indices|table"
 )
-_ABOUT_WEIGHTS = re.compile(  # a word in the last part of a name: a spread, a noise or a score of each weight
-    r"rho|sigma2?|logvar|logsigma2?|eps|epsilon|scores?|fisher|importances?|hessian|sensitivity"
-)
-_PENALIZED = frozenset({"fisher", "importance", "importances", "hessian"})  # a part of a name, with the same meaning
+_SPREAD = re.compile("rho|sigma2?|logvar|logsigma2?|eps|epsilon")  # a word in the last part of a name, of each weight
+_SCORE = re.compile("scores?|fisher|importances?|hessian|sensitivity")  # the same, or a part of a name
 _FIXED = re.compile(  # a word anywhere in the name of a filter that no training changes
     r"blur|blurpool|antialias|gauss|gaussian|sobel|laplace|laplacian|scharr|prewitt|gabor|sift|toeplitz|haar|i?dwt|"
     r"wavelet|i?dct|i?stft|hann|hamming|srm|ssim|smoothing|binomial|lowpass|highpass|filt|fir"
@@ -315,6 +313,14 @@ def _bias_of(name: str) -> str:
     return re.sub(r"(weights?|kernels?|(?<![a-zA-Z])w)(:\d+)?$", r"bias\2", name)
 
 
+def _scores_weights(name: str, tensors: Infos) -> bool:
+    """Return whether a tensor scores each value of a weight, by its name: a layer of such a name has a bias."""
+    *path, last = name_parts(name)
+    own = any(map(_SCORE.fullmatch, part_words(last))) and not (weight_word(name) and _outputs(name, tensors))
+    rest = ".".join(part for part in (*path, last) if not _SCORE.fullmatch(part))
+    return own or (rest != name and rest in tensors and tensors[rest].shape == tensors[name].shape)
+
+
 def _is_stacked(shape: Sequence[int], bias: Sequence[int]) -> bool:
     """Return whether a weight is of several networks, stacked along its first axis: the bias has an axis for them."""
     outputs = bias[-1] if len(bias) > 1 and bias[0] == shape[0] and set(bias[1:-1]) <= {1} else 0
@@ -336,7 +342,7 @@ def _evidence_against(candidates: Infos, tensors: Infos) -> dict[str, str]:
             reasons[name] = "3-D, like a kernel [taps, in, out] of a sparse convolution, with its axes flattened"
         elif parts[-1].removesuffix(":0") == "depthwise_kernel":  # Keras; its axes do not tell
             reasons[name] = "depthwise: one filter per group, no pairs"
-        elif any(map(_ABOUT_WEIGHTS.fullmatch, part_words(parts[-1]))) or _PENALIZED.intersection(parts):
+        elif any(map(_SPREAD.fullmatch, part_words(parts[-1]))) or _scores_weights(name, tensors):
             reasons[name] = "named like a spread or a score of weights, not a kernel"
         elif (stack := tensors.get(_bias_of(name))) and _is_stacked(info.shape, stack.shape):
             reasons[name] = f"perhaps of {info.shape[0]} networks that are stacked, as its bias says"
@@ -370,7 +376,8 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
     Raises InputError if the metadata, or most of the kernels, are those of another framework.
     """
     marks = [(key, _FRAMEWORKS[text.lower()]) for key, text in metadata.items() if text.lower() in _FRAMEWORKS]
-    looks = {name: _layout_of(name, shape, tensors) for name, shape in usable.items()} | _layouts_in_chain(usable)
+    of_chain = _layout_of_chain(usable, tensors)
+    looks = {name: _layout_of(name, shape, tensors) or of_chain for name, shape in usable.items()}
     others = {name: layout for name, layout in looks.items() if layout not in ("torch", None)}
     if usable and (marks or len(others) > sum(layout == "torch" for layout in looks.values())):
         name = next(iter(others or usable))
@@ -387,23 +394,29 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
     }
 
 
-def _layouts_in_chain(usable: Shapes) -> dict[str, str]:
-    """Return the layouts of 3-D kernels that follow each other, where what one gives and the next takes tells them."""
-    found: dict[str, str] = {}
-    flat = [
-        (name, shape)
+def _layout_of_chain(usable: Shapes, tensors: Infos) -> str | None:
+    """Return the layout of a file of Conv1d kernels alone, if only in it each takes what the one before gives."""
+    shapes = list(usable.values())
+    are_layers = all(
+        len(shape) == 3
+        and WEIGHT.fullmatch(name_parts(name)[-1].lower())
+        and not any(map(_PROJECTION.fullmatch, layer_parts(name)))
+        and not any(map(_NO_CONV1D.fullmatch, name_parts(name)))
         for name, shape in usable.items()
-        if len(shape) == 3 and WEIGHT.fullmatch(name_parts(name)[-1].lower())
-        if not any(map(_PROJECTION.fullmatch, layer_parts(name)))
-    ]
-    for (name, (first, *_, last)), (other, (beyond, middle, end)) in pairwise(flat):
-        if middle == first:
-            found[other] = "torch"
-        elif 1 < middle <= WIDEST < end == first:
-            found[other] = "ohwi"
-        elif 1 < max(first, beyond) <= WIDEST < min(middle, end) and middle == last:
-            found[name] = found[other] = "hwio"
-    return found
+    )
+    if len(shapes) < 2 or not are_layers:
+        return None
+    biases = {name: tensors[_bias_of(name)].shape for name in usable if _bias_of(name) in tensors}
+    if (
+        all(first % 2 and first <= WIDEST < last for first, _, last in shapes)
+        and all(given == taken for (*_, given), (_, taken, _) in pairwise(shapes))
+        and any(taken != given for _, taken, given in shapes)
+        and all(bias == usable[name][2:] for name, bias in biases.items())
+    ):
+        return "hwio"
+    are_taps = all(taps in (3, 5, 7) for _, taps, _ in shapes) and all(taken > WIDEST for *_, taken in shapes[1:])
+    is_chain = all(given == taken != taps for (given, *_), (_, taps, taken) in pairwise(shapes))
+    return "ohwi" if are_taps and is_chain else None
 
 
 def _layout_of(name: str, shape: Sequence[int], tensors: Infos) -> str | None:

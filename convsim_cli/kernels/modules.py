@@ -108,8 +108,10 @@ def module_kernels(
 
 def _memory(weight: Tensor | None) -> object:
     """Return where a parameter's values are, which another parameter may share, or what else tells it from others."""
-    if type(weight) is nn.Parameter and weight.layout is torch.strided and not weight.is_meta and weight.numel():
-        return weight.untyped_storage().data_ptr(), weight.storage_offset()
+    if type(weight) is nn.Parameter and weight.layout is torch.strided and weight.device.type in ("cpu", "cuda", "mps"):
+        with suppress(RuntimeError):  # of a storage that has no address
+            if address := weight.untyped_storage().data_ptr():
+                return address, weight.storage_offset(), weight.numel()
     return id(weight)
 
 

@@ -218,6 +218,9 @@ def _check_fit(
         problems += [f"{len(wrong)} of another shape ({some_of(wrong)})"] if wrong else []
         problems += [f"{len(unexpected)} unexpected ({some_of(unexpected)})"] if unexpected else []
         raise InputError(f"{checkpoint.name}: does not fit `arch`: {'; '.join(problems)}")
+    for theirs in names.values():
+        if checkpoint.unfit.get(theirs, "").startswith("sparse"):
+            raise InputError(f"{checkpoint.name}: {theirs} is {checkpoint.unfit[theirs]}")
     floating = {names[name]: info.dtype for name, info in infos.items() if state[name].is_floating_point()}
     codes = [name for name, dtype in floating.items() if dtype not in FLOATING]
     if codes:

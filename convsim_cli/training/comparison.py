@@ -73,7 +73,7 @@ def compare_runs(
     """
     if accuracy is not None and not 0 <= accuracy <= 100:
         raise InputError(f"`accuracy` {accuracy}: expected a number from 0 to 100, in per cent")
-    if accuracy is not None and 0 < accuracy <= 1:
+    if accuracy is not None and 0 < accuracy < 1:
         raise InputError(f"`accuracy` {accuracy}: expected per cent; did you mean {100 * accuracy:g}?")
     if epochs is not None and epochs < 1:
         raise InputError(f"`epochs` {epochs}: expected a number of 1 or above")

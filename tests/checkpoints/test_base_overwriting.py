@@ -168,3 +168,25 @@ def test_what_was_replaced_while_it_was_changed_is_kept(name: str, tmp_path: Pat
     with pytest.raises(CheckpointError, match="another process changed it"):
         opened.write(tmp_path / name, [("0.weight", torch.full((4, 3, 3, 3), 3.0))])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == newer
+
+
+@pytest.mark.parametrize("backup", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "model.safetensors.index.json"])
+def test_an_open_checkpoint_can_be_written_twice(name: str, backup: bool, tmp_path: Path) -> None:
+    state = {"0.weight": torch.zeros(4, 3, 3, 3), "1.weight": torch.zeros(4, 3, 3, 3)}
+    if name.endswith(".pt"):
+        torch.save(state, tmp_path / name)
+    elif name.endswith(".json"):
+        for kernel in state:
+            save_file({kernel: state[kernel]}, tmp_path / f"{kernel[0]}.safetensors")
+        index = {"weight_map": {kernel: f"{kernel[0]}.safetensors" for kernel in state}}
+        (tmp_path / name).write_text(json.dumps(index))
+    else:
+        save_file(state, tmp_path / name)
+    opened = open_checkpoint(tmp_path / name)
+    for number, kernel in enumerate(state):
+        opened.write(
+            opened.path, [(kernel, torch.full((4, 3, 3, 3), number + 1.0))], {"a": "b" * number}, backup=backup
+        )
+    found = open_checkpoint(tmp_path / name)
+    assert [found.load(kernel).mean().item() for kernel in state] == [1.0, 2.0]

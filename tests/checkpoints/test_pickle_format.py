@@ -31,6 +31,7 @@ from torch import nn
 from convsim_cli.checkpoint_init import init_checkpoint
 from convsim_cli.checkpoints.formats import open_checkpoint
 from convsim_cli.errors import CheckpointError
+from convsim_cli.networks.architectures import build_network
 
 KERNEL = torch.randn(4, 3, 3, 3)
 HARMLESS: dict[str, Any] = {
@@ -420,3 +421,12 @@ def test_a_sparse_kernel_is_listed_as_skipped(tmp_path: Path, convsim: Convsim) 
     document = convsim("measure", tmp_path / "m.pt", "--samples", 1, "--json").document
     assert [layer["name"] for layer in document["layers"]] == ["a.weight"]
     assert [(entry["name"], entry["reason"][:6]) for entry in document["skipped"]] == [("b.weight", "sparse")]
+
+
+def test_a_sparse_kernel_of_a_network_is_named(tmp_path: Path, convsim: Convsim) -> None:
+    state = build_network("cnn:4").state_dict()
+    kernel = next(iter(state))
+    torch.save({**state, kernel: state[kernel].to_sparse()}, tmp_path / "m.pt")
+    outcome = convsim("measure", tmp_path / "m.pt", "--arch", "cnn:4", "--samples", 1)
+    assert outcome.code == 2
+    assert f"{kernel} is sparse; save it dense" in outcome.error

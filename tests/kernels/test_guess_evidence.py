@@ -175,6 +175,33 @@ def test_spreads_and_scores_of_weights_are_no_kernels(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        layer("rpn_cls_score", 24, 512, 1, 1, bias=24) | {"a.weight": (512, 3, 3, 3)},
+        layer("importance.0", 32, 64, 3, 3, bias=32),
+        {"score.weight": (2, 16, 3, 3)},
+        layer("a", 32, 9, 16, bias=32) | layer("b", 32, 9, 32, bias=32) | layer("c", 64, 96, 3, bias=64),
+        layer("a", 64, 32, 16, bias=32) | layer("b", 32, 8, 64, bias=8),
+        {"a.weight": (32, 1, 80), "b.weight": (64, 32, 3), "c.weight": (64, 64, 1)},
+    ],
+)
+def test_layers_of_such_names_and_shapes_are_kernels(shapes: Shapes) -> None:
+    assert len(select(shapes)) == sum(len(shape) > 2 for shape in shapes.values())
+
+
+def test_stacked_matrices_do_not_make_a_files_layout_another() -> None:
+    stacked = {"moe.input_linear.weight": (4, 256, 64), "moe.output_linear.weight": (4, 64, 256)}
+    assert list(select({"patch_embed.proj.weight": (64, 3, 16, 16), **stacked})) == ["patch_embed.proj.weight"]
+
+
+def test_a_bias_outweighs_the_chain_of_layers() -> None:
+    layers = [("a", (16, 1, 16)), ("b", (16, 16, 32)), ("c", (16, 32, 64))]
+    shapes = {name: shape for at, (*rest, last) in layers for name, shape in layer(at, *rest, last, bias=last).items()}
+    with pytest.raises(InputError, match="`layout` hwio"):
+        select(shapes)
+
+
 def test_networks_that_are_stacked_are_no_kernels() -> None:
     stacked = {"a.weight": (7, 23, 200), "a.bias": (7, 200), "b.weight": (7, 200, 18), "b.bias": (7, 1, 18)}
     assert list(select(stacked)) == []
