@@ -158,7 +158,7 @@ def check_parent(output: Path) -> None:
     """Raise InputError if there is no folder to write a file to, or none that this user may write to."""
     folder = output.parent
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{output}: {folder} is a file; choose a folder")
+        raise InputError(f"{output}: folder {folder} does not exist: it is a file")
     if not folder.is_dir():
         raise InputError(f"{output}: folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
