@@ -380,7 +380,7 @@ def _unusable(run: Run, error: Exception) -> Exception:
     what, advice = ("cannot be read", "") if isinstance(error, OSError) else ("damaged", f"; its {again}")
     reason = brief(error).removeprefix(f"{path}: ")
     if reason.startswith("model: "):  # its checksums are right
-        what, advice = f"not of the network that `arch` {run.arguments.arch} builds now", "; restore its code"
+        advice = f"; if the code of `arch` {run.arguments.arch} has changed, restore it{advice}"
     return InputError(f"{path}: {what} ({reason}), so the run cannot be resumed{advice}")
 
 
