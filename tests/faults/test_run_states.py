@@ -275,3 +275,12 @@ def test_a_network_resumes_without_state_of_parameters_that_do_not_train(
     torch.save(state, run.folder / "state.pt")
     with nullcontext() if lost is None else pytest.raises(InputError, match="parameter 2: momentum_buffer is missing"):
         assert train_run(open_run(run.folder, epochs=3))["epochs"] == 3
+
+
+def test_too_little_memory_is_not_called_damage(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("convsim_cli.training.run.load_pickle", fail)
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):
+        train_run(open_run(run.folder, epochs=3))

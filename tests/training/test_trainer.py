@@ -426,3 +426,15 @@ def test_networks_are_compiled_whatever_was_compiled_before(data: Dataset, monke
         Trainer(build_network(f"cnn:{width}"), data, Arguments(compile=True, batch_size=25), CPU).run_epoch()
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["ok"] == frames["total"] > 8
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_choice_of_algorithms_ends_with_its_run(deterministic: bool) -> None:
+    def state() -> tuple[bool, bool]:
+        return torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+
+    before = state()
+    restore = choose_algorithms(deterministic)
+    assert torch.backends.cudnn.benchmark is not deterministic
+    restore()
+    assert state() == before
