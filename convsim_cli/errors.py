@@ -1,4 +1,4 @@
-"""What can go wrong, each with the exit code that the command line gives it, and what has to be waited for.
+"""What can go wrong, each with the exit code that the command line gives it; and waiting for locks.
 
 A message names an argument of the failing call in backticks (`lr`), never a command-line option: the command line shows
 the option of that name instead (--lr). Only a whole command to copy (convsim train --resume RUN) is spelled as typed.

@@ -119,7 +119,7 @@ def finish_saves(path: Path, *, strict: bool = False) -> dict[Path, list[str]]:
 
 
 def settle(path: Path, for_writing: bool) -> None:
-    """Complete interrupted saves in the folders of a checkpoint, with a warning, or refuse them if it is only read."""
+    """Complete interrupted saves in a checkpoint's folders, with a warning. For reading, raise CheckpointError."""
     if not for_writing:
         return refuse_interrupted(path)
     for folder, names in finish_saves(path).items():

@@ -155,7 +155,7 @@ class LaidOutCheckpoint(Checkpoint):
 
 
 def check_parent(output: Path) -> None:
-    """Raise InputError if there is no folder to write a file to, or none that this user may write to."""
+    """Raise InputError unless the folder of `output` exists and this user may write to it."""
     folder = output.parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{output}: folder {folder} does not exist: it is a file")

@@ -57,7 +57,7 @@ class SafetensorsCheckpoint(Checkpoint):
         )
 
     def _read(self, source: Source) -> None:
-        """Read the header of an open file, which takes the place of one that was open."""
+        """Read the header of an open file, and use that file from now on."""
         self.source, path = source, source.path
         with source.reading():
             length = int.from_bytes(os.pread(source.descriptor, 8, 0), "little")
@@ -74,7 +74,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.metadata: Mapping[str, str] = self._header.pop("__metadata__", None) or {}
 
     def reopen(self) -> None:
-        """Read the file that was written in this one's place."""
+        """Open the file again after it was replaced, and read its header."""
         self._read(Source(self.path))
 
     def load(self, name: str) -> Tensor:
@@ -206,5 +206,5 @@ def _make_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> byt
 
 
 def in_natural_order(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return what belongs to tensors by name, layer2 before layer10: the format keeps no order."""
+    """Return a dictionary in the natural order of its names, layer2 before layer10: the format keeps no order."""
     return {name: tensors[name] for name in sorted(tensors, key=natural_order)}

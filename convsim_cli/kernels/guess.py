@@ -314,7 +314,7 @@ def _bias_of(name: str) -> str:
 
 
 def _scores_weights(name: str, tensors: Infos) -> bool:
-    """Return whether a tensor scores each value of a weight, by its name: a layer of such a name has a bias."""
+    """Return whether a tensor holds a score per weight, judging by its name. A layer of such a name has a bias."""
     *path, last = name_parts(name)
     own = any(map(_SCORE.fullmatch, part_words(last))) and not (weight_word(name) and _outputs(name, tensors))
     rest = ".".join(part for part in (*path, last) if not _SCORE.fullmatch(part))
@@ -322,7 +322,7 @@ def _scores_weights(name: str, tensors: Infos) -> bool:
 
 
 def _is_stacked(shape: Sequence[int], bias: Sequence[int]) -> bool:
-    """Return whether a weight is of several networks, stacked along its first axis: the bias has an axis for them."""
+    """Return whether the bias shows that a weight holds several networks, stacked along its first axis."""
     outputs = bias[-1] if len(bias) > 1 and bias[0] == shape[0] and set(bias[1:-1]) <= {1} else 0
     return outputs > 1 and outputs in (shape[1], shape[-1])
 
@@ -395,7 +395,7 @@ def _of_other_layouts(usable: Shapes, tensors: Infos, metadata: Mapping[str, str
 
 
 def _layout_of_chain(usable: Shapes, tensors: Infos) -> str | None:
-    """Return the layout of a file of Conv1d kernels alone, if only in it each takes what the one before gives."""
+    """Return the layout of a file with only Conv1d kernels if consecutive layers fit together in no other, or None."""
     shapes = list(usable.values())
     are_layers = all(
         len(shape) == 3

@@ -257,7 +257,7 @@ def in_layer_order(names: Iterable[str]) -> list[str]:
 
 
 def is_alphabetical(names: Sequence[str]) -> bool:
-    """Return whether names are in the alphabet's order, numbers by digit or by value: their own order is lost."""
+    """Return whether names are sorted, numbers by digit or by value; the order of the layers is then unknown."""
     return any(list(names) == sorted(names, key=order) for order in (None, natural_order))
 
 

@@ -107,7 +107,7 @@ def module_kernels(
 
 
 def _memory(weight: Tensor | None) -> object:
-    """Return where a parameter's values are, which another parameter may share, or what else tells it from others."""
+    """Return a key for a parameter; parameters that share their memory have the same key."""
     if type(weight) is nn.Parameter and weight.layout is torch.strided and weight.device.type in ("cpu", "cuda", "mps"):
         with suppress(RuntimeError):  # of a storage that has no address
             if address := weight.untyped_storage().data_ptr():
@@ -184,7 +184,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def warn_of_unsupported(selection: Selection, stacklevel: int = 3) -> None:
-    """Warn once about all layers that are left out though no pattern says so, or about a model without kernels.
+    """Warn once about all layers that are left out, except by patterns, or about a model without kernels.
 
     stacklevel: as `warnings.warn` takes it; 3 for a public function that calls this.
     """

@@ -374,7 +374,7 @@ def read_state(run: Run) -> dict[str, Any] | None:
 
 
 def _unusable(run: Run, error: Exception) -> Exception:
-    if is_out_of_memory(error):
+    if is_out_of_memory(error):  # the state may be intact
         return error
     path, again = run.folder / "state.pt", f"last.safetensors may be intact; to train it again, move {run.folder} away"
     what, advice = ("cannot be read", "") if isinstance(error, OSError) else ("damaged", f"; its {again}")
